@@ -1,0 +1,213 @@
+"""The sections of a configuration, each field written once.
+
+A field is ``name: Annotated[type, bounds, Doc("...")] = default``. That one line is where its help, its bounds, its
+command-line option and its JSON Schema come from. Sections are frozen: nothing changes a configuration after it is
+loaded. This module imports neither torch nor any other heavy package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from attrs import field, frozen
+from typing_extensions import Doc
+
+Precision = Literal["auto", "bf16", "fp16", "no"]
+
+
+@frozen
+class ModelConfig:
+    """``[model]`` of the component ``gpt``: a pre-norm decoder."""
+
+    name: Annotated[str, Doc("model component")] = "gpt"
+    vocab_size: Annotated[
+        int | None, Ge(1), Doc("rows of the embedding; unset: the tokenizer's size, padded to a multiple of 128")
+    ] = None
+    n_embd: Annotated[int, Ge(1), Doc("width of the residual stream")] = 768
+    n_layer: Annotated[int, Ge(1), Doc("number of blocks")] = 12
+    n_head: Annotated[int, Ge(1), Doc("attention heads; must divide n_embd")] = 12
+    n_kv_head: Annotated[
+        int | None, Ge(1), Doc("key/value heads; unset: n_head (MHA); 1 is MQA; must divide n_head")
+    ] = None
+    n_positions: Annotated[
+        int | None, Ge(1), Doc("longest sequence the model is made for; unset: data.max_length")
+    ] = None
+    dropout: Annotated[float, Ge(0), Lt(1), Doc("dropout on embedding, attention and residual branches")] = 0.0
+    use_bias: Annotated[bool, Doc("biases in all linear layers and LayerNorms")] = False
+    qkv_bias: Annotated[bool | None, Doc("bias of the query, key and value projections; unset: use_bias")] = None
+    attn_out_bias: Annotated[bool | None, Doc("bias of the attention's output projection; unset: use_bias")] = None
+    mlp_bias: Annotated[bool | None, Doc("bias of the MLP's projections; unset: use_bias")] = None
+    activation: Annotated[Literal["swish", "gelu", "relu"], Doc("activation of the MLP")] = "swish"
+    mlp_type: Annotated[
+        Literal["gated", "mlp"], Doc("gated (SwiGLU, GeGLU, ReGLU by activation) or a plain two-layer MLP")
+    ] = "gated"
+    intermediate_size: Annotated[
+        int | None,
+        Ge(1),
+        Doc("width of the MLP; unset: 8/3 n_embd rounded up to a multiple of 64 if gated, else 4 n_embd"),
+    ] = None
+    norm: Annotated[Literal["rmsnorm", "layernorm"], Doc("normalisation before attention, MLP and head")] = "rmsnorm"
+    norm_eps: Annotated[float, Gt(0), Doc("epsilon of the normalisation")] = 1e-5
+    tie_word_embeddings: Annotated[bool, Doc("the head shares the embedding's matrix")] = True
+    rope_base: Annotated[float, Gt(0), Doc("base of the rotary angles")] = 10000.0
+    rope_scaling_type: Annotated[
+        Literal["linear", "ntk"] | None, Doc("stretch rotary positions beyond the trained length")
+    ] = None
+    rope_scaling_factor: Annotated[float, Ge(1), Doc("how far positions are stretched")] = 1.0
+    position: Annotated[Literal["rope", "learned"], Doc("how positions enter the model")] = "rope"
+    qk_norm: Annotated[bool, Doc("RMSNorm on queries and keys, per head, before the rotation")] = False
+
+
+@frozen
+class Phase:
+    """One phase of a curriculum: how long, and which buckets in which proportion."""
+
+    duration_tokens: Annotated[int, Ge(1), Doc("length of the phase in tokens (rows x max_length)")]
+    mix: Annotated[Mapping[str, float], Doc("bucket -> weight; weights are normalised")]
+
+
+@frozen
+class DataConfig:
+    """``[data]``: what is read, how it is cut into rows, and in which order rows come."""
+
+    path: Annotated[
+        str | tuple[str, ...] | None, Doc("a dataset directory, or files and directories of raw text")
+    ] = None
+    source: Annotated[
+        str | None, Doc("data source component; unset: shards for format pretokenized, else files")
+    ] = None
+    format: Annotated[
+        Literal["pretokenized", "jsonl", "text"] | None,
+        Doc("what data.path holds; unset: pretokenized if it has a dataset.json, else text and JSON lines by suffix"),
+    ] = None
+    text_key: Annotated[str, Doc("key of the text in a JSON line")] = "text"
+    max_documents: Annotated[
+        int | None, Ge(1), Doc("take at most this many documents; for stories, how many are told (unset: 20,000)")
+    ] = None
+    tokenizer: Annotated[
+        str, Doc('"bpe" (trained on the data), "bytes", a path to a tokenizer.json, or a tokenizer component')
+    ] = "bpe"
+    tokenizer_vocab_size: Annotated[
+        int, Ge(257), Le(1_000_000), Doc("size of the vocabulary when tokenizer is bpe")
+    ] = 8192
+    max_length: Annotated[int, Ge(2), Doc("tokens in a row: the context the model is trained on")] = 2048
+    packing: Annotated[
+        Literal["concat", "best_fit"],
+        Doc("concat: documents in a stream, cut into rows; best_fit: short documents are never split"),
+    ] = "concat"
+    overlap_size: Annotated[
+        int, Ge(0), Doc("best_fit: tokens that windows of a long document share; they count in the loss once")
+    ] = 0
+    document_mask: Annotated[
+        bool, Doc("attention stays inside each document of a packed row and positions restart")
+    ] = False
+    val_fraction: Annotated[
+        float, Ge(0), Lt(1), Doc("share of documents held out (by hash) when the data have no val split")
+    ] = 0.05
+    num_workers: Annotated[int, Ge(0), Doc("threads that prepare batches ahead; 0: in the training thread")] = 1
+    seed: Annotated[int | None, Ge(0), Doc("seed of the order of samples; unset: training.seed")] = None
+    curriculum: Annotated[
+        tuple[Phase, ...], Doc("phases of {duration_tokens, mix}; empty: all buckets by their size")
+    ] = ()
+    on_exhaustion: Annotated[
+        Literal["repeat", "halt", "renormalise"], Doc("what happens when a bucket has been read to its end")
+    ] = "repeat"
+
+
+@frozen
+class OptimizerConfig:
+    """``[optimizer]``: the optimizer and the learning rate as a function of the step."""
+
+    name: Annotated[str, Doc("optimizer component")] = "adamw"
+    learning_rate: Annotated[float, Gt(0), Doc("peak learning rate")] = 3e-4
+    weight_decay: Annotated[float, Ge(0), Doc("decoupled weight decay, on matrices only")] = 0.1
+    beta1: Annotated[float, Ge(0), Lt(1), Doc("decay of the first moment")] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1), Doc("decay of the second moment")] = 0.95
+    eps: Annotated[float, Gt(0), Doc("epsilon of AdamW")] = 1e-8
+    max_grad_norm: Annotated[float | None, Gt(0), Doc("gradients are clipped to this norm; null: off")] = 1.0
+    schedule: Annotated[
+        str, Doc("schedule component: cosine, linear, wsd (warmup-stable-decay) or constant")
+    ] = "cosine"
+    warmup_steps: Annotated[int, Ge(0), Doc("steps of linear warm-up")] = 100
+    decay_steps: Annotated[
+        int | None,
+        Ge(1),
+        Doc("length of the decay in steps; unset: to max_steps (wsd: the last fifth); the floor holds afterwards"),
+    ] = None
+    min_lr_ratio: Annotated[float, Ge(0), Le(1), Doc("floor of the decay, as a share of learning_rate")] = 0.1
+
+
+@frozen
+class TrainingConfig:
+    """``[training]``: the run."""
+
+    per_device_batch_size: Annotated[int, Ge(1), Doc("rows in a micro-batch of one process")] = 4
+    gradient_accumulation_steps: Annotated[int, Ge(1), Doc("micro-batches in an optimizer step")] = 4
+    max_steps: Annotated[int, Ge(1), Doc("optimizer steps of the run")] = 1000
+    mixed_precision: Annotated[
+        Precision | None, Doc("null or auto: bf16 on Ampere and newer, fp16 on older CUDA, none on CPU")
+    ] = None
+    compile: Annotated[bool, Doc("torch.compile the model")] = True
+    compile_scope: Annotated[
+        Literal["model", "blocks"], Doc("compile the whole model, or each block (starts faster)")
+    ] = "model"
+    gradient_checkpointing: Annotated[
+        bool | int, Ge(0), Doc("recompute activations in backward: true, false, or every k-th block")
+    ] = True
+    seed: Annotated[int, Ge(0), Doc("seed of weights, dropout and, unless data.seed is set, of the order")] = 42
+    logging_steps: Annotated[int | None, Ge(0), Doc("steps between logged metrics; null or 0: off")] = 10
+    eval_steps: Annotated[int | None, Ge(0), Doc("steps between evaluations; null or 0: off")] = 500
+    max_eval_batches: Annotated[
+        int | None, Ge(1), Doc("evaluate at most this many batches of per_device_batch_size rows; null: all")
+    ] = None
+    save_steps: Annotated[
+        int | None, Ge(0), Doc("steps between checkpoints; null or 0: only the last one")
+    ] = 1000
+    keep_last_k: Annotated[int | None, Ge(1), Doc("checkpoints that are kept; null: all")] = 3
+    keep_milestone_every: Annotated[
+        int | None, Ge(0), Doc("checkpoints at multiples of this step are kept for ever; null or 0: none")
+    ] = None
+    output_dir: Annotated[str, Doc("directory of the run, relative to the current one")] = "outputs"
+    resume: Annotated[
+        str, Doc('"auto" (the newest valid checkpoint, else from scratch), "scratch", or a checkpoint\'s path')
+    ] = "auto"
+    max_runtime_seconds: Annotated[float | None, Gt(0), Doc("stop, resumable, before this much time has passed")] = None
+    walltime_reserve_seconds: Annotated[
+        float, Ge(0), Doc("time kept back from max_runtime_seconds for the last checkpoint")
+    ] = 30.0
+    parallel: Annotated[Literal["auto", "ddp"], Doc("auto: ddp whenever there is more than one process")] = "auto"
+    ddp_optimizer: Annotated[
+        Literal["auto", "off", "split", "python_reducer"],
+        Doc("Dynamo's DDP graph splitter; auto: off for compile + DDP + gradient checkpointing, else torch's own"),
+    ] = "auto"
+    wandb_project: Annotated[str | None, Doc("Weights & Biases project; unset: W&B is off")] = None
+    wandb_run_name: Annotated[str | None, Doc("name of the W&B run")] = None
+
+
+@frozen
+class PluginsConfig:
+    """``[plugins]``: switches, and one table per plugin.
+
+    ``tables`` holds what stands under ``[plugins.NAME]``: an instance of the plugin's own config class for a plugin
+    that was loaded, the raw mapping for one that was not.
+    """
+
+    disable: Annotated[tuple[str, ...], Doc("plugins that are switched off")] = ()
+    require: Annotated[tuple[str, ...], Doc("plugins without which the run does not start")] = ()
+    strict: Annotated[bool, Doc("any plugin problem ends the run, also of plugins that would only be switched off")] = (
+        False
+    )
+    tables: Mapping[str, Any] = field(factory=dict)
+
+
+@frozen
+class Config:
+    """The whole configuration of a run."""
+
+    model: ModelConfig = field(factory=ModelConfig)
+    data: DataConfig = field(factory=DataConfig)
+    optimizer: OptimizerConfig = field(factory=OptimizerConfig)
+    training: TrainingConfig = field(factory=TrainingConfig)
+    plugins: PluginsConfig = field(factory=PluginsConfig)

@@ -1,0 +1,99 @@
+"""Replaceable parts, by name: model, optimizer, schedule, tokenizer, data source.
+
+A component is chosen in the configuration (``model.name = "gpt"``) and never by what happens to be installed. The
+built-in ones are given as ``module:attribute`` and imported when they are used, so that this module needs no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+from attrs import field, frozen
+
+from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
+from gpt_simple.errors import ConfigError, PluginError
+
+Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source"]
+
+KINDS: tuple[Kind, ...] = ("model", "optimizer", "schedule", "tokenizer", "source")
+CONFIG_KEY: dict[Kind, str] = {
+    "model": "model.name",
+    "optimizer": "optimizer.name",
+    "schedule": "optimizer.schedule",
+    "tokenizer": "data.tokenizer",
+    "source": "data.source",
+}
+
+
+@frozen
+class Component:
+    """A named part: how it is built, the class that its section is structured into, and who brought it."""
+
+    kind: Kind
+    name: str
+    target: str | Callable[..., Any]
+    config: type | None = None
+    owner: str = "gpt-simple"
+
+    def load(self) -> Callable[..., Any]:
+        """The factory, imported now if it was given as ``module:attribute``."""
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        factory: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+        return factory
+
+
+@frozen
+class Registry:
+    """The parts that a configuration can choose from."""
+
+    parts: dict[tuple[Kind, str], Component] = field(factory=dict)
+
+    def add(
+        self,
+        kind: Kind,
+        name: str,
+        target: str | Callable[..., Any],
+        *,
+        config: type | None = None,
+        owner: str = "gpt-simple",
+    ) -> None:
+        """Register a part. Two parts of one kind and name are an error that names both owners."""
+        if kind not in KINDS:
+            raise PluginError(f"{owner} registers a component of kind {kind!r}; expected one of {', '.join(KINDS)}")
+        if (known := self.parts.get((kind, name))) is not None:
+            raise PluginError(f"{kind} {name!r} is registered by both {known.owner} and {owner}: disable one of them")
+        self.parts[kind, name] = Component(kind, name, target, config, owner)
+
+    def names(self, kind: Kind) -> list[str]:
+        """The names of a kind, sorted."""
+        return sorted(name for part_kind, name in self.parts if part_kind == kind)
+
+    def get(self, kind: Kind, name: str) -> Component:
+        """The part, or a ConfigError with the names that exist."""
+        if (part := self.parts.get((kind, name))) is not None:
+            return part
+        names = self.names(kind)
+        close = difflib.get_close_matches(name, names, 1)
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(
+            f"{CONFIG_KEY[kind]}: there is no {kind} {name!r}{meant}; expected one of {', '.join(names)}"
+        )
+
+
+def builtin_registry() -> Registry:
+    """A new registry with the built-in parts."""
+    registry = Registry()
+    registry.add("model", "gpt", "gpt_simple.model.gpt:build", config=ModelConfig)
+    registry.add("optimizer", "adamw", "gpt_simple.engine.optimizer:adamw", config=OptimizerConfig)
+    for name in ("cosine", "linear", "wsd", "constant"):
+        registry.add("schedule", name, f"gpt_simple.engine.schedule:{name}")
+    for name in ("bpe", "bytes"):
+        registry.add("tokenizer", name, f"gpt_simple.data.tokenizer:{name}")
+    for name in ("files", "stories", "python_stdlib", "shards"):
+        registry.add("source", name, f"gpt_simple.data.sources.{name}:build", config=DataConfig)
+    return registry

@@ -1,0 +1,141 @@
+"""``run``: what a plugin sees of a training run.
+
+Plugins are typed against this protocol; the engine implements it. What is not here is not theirs to touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from attrs import frozen
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpt_simple.config.schema import Config
+    from gpt_simple.data.loader import Batch
+    from gpt_simple.data.tokenizer import Tokenizer
+
+
+@frozen
+class CheckpointInfo:
+    """A published checkpoint."""
+
+    step: int
+    path: Path
+
+
+class Control(Protocol):
+    """Wishes of this process. They are put to one vote of all processes at the end of the step."""
+
+    def save(self, reason: str) -> None:
+        """Ask for a checkpoint at the end of this step."""
+
+    def evaluate(self, reason: str) -> None:
+        """Ask for an evaluation at the end of this step."""
+
+    def stop(self, reason: str) -> None:
+        """Ask for a resumable stop (exit code 75) at the end of this step."""
+
+    def halt(self, reason: str) -> None:
+        """Ask for a stop that needs a person (exit code 76) at the end of this step."""
+
+    def skip_step(self, flag: torch.Tensor) -> None:
+        """Skip this optimizer step if ``flag`` (0-d bool on the device) is true. Only from ``on_gradients``."""
+
+
+class Log(Protocol):
+    """One line for people, and its facts for machines. Lines of other processes than the main one are dropped."""
+
+    def info(self, message: str, *, name: str = "info", **fields: Any) -> None: ...
+
+    def warning(self, message: str, *, name: str = "warning", **fields: Any) -> None: ...
+
+    def error(self, message: str, *, name: str = "error", **fields: Any) -> None: ...
+
+
+class Comm(Protocol):
+    """Collectives for hooks that run on every process. In any other hook each of them raises instead of hanging."""
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes."""
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+
+
+class Checkpoints(Protocol):
+    """The checkpoints of this run."""
+
+    def list(self) -> Sequence[CheckpointInfo]:
+        """Published ones, oldest first."""
+
+    def delete(self, checkpoint: CheckpointInfo) -> bool:
+        """Remove one; refused (False) for the newest two valid ones and the one just written."""
+
+
+class Run(Protocol):
+    """The run, as hooks see it. Reading any attribute is free of device synchronisation."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def is_main(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The raw module: the names of its parameters are those of the checkpoint."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def step(self) -> int:
+        """The last optimizer step that was made (0 before the first)."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions consumed since step 0, over all processes."""
+
+    @property
+    def output_dir(self) -> Path: ...
+
+    @property
+    def log(self) -> Log: ...
+
+    @property
+    def control(self) -> Control: ...
+
+    @property
+    def comm(self) -> Comm: ...
+
+    @property
+    def checkpoints(self) -> Checkpoints: ...
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""
+
+    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
+        """This process's share of the val split, on the device.
+
+        ``max_batches`` caps the rows of the whole world at that number times ``per_device_batch_size``.
+        """
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Summed cross-entropy (nats) of a batch, through the compiled and wrapped model. 0-d, on the device."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Eval mode, no_grad, autocast as in training, and an RNG of its own; all restored afterwards."""
