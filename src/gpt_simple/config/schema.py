@@ -153,6 +153,7 @@ class TrainingConfig:
     compile_scope: Annotated[
         Literal["model", "blocks"], Doc("compile the whole model, or each block (starts faster)")
     ] = "model"
+    compile_backend: Annotated[str, Doc("backend of torch.compile; inductor needs a compiler")] = "inductor"
     gradient_checkpointing: Annotated[
         bool | int, Ge(0), Doc("recompute activations in backward: true, false, or every k-th block")
     ] = True
