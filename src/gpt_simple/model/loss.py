@@ -1,0 +1,88 @@
+"""Summed cross-entropy over the vocabulary, the largest tensor of a training step.
+
+The logits of a micro-batch are tokens x vocabulary, often more memory than the whole rest of the model. Two
+ways around holding them several times in float32, each the better one in its place (``benchmarks/`` has the
+figures):
+
+* Compiled, the plain formula: Inductor fuses the cast, the log-softmax and its gradient, so that only the
+  matmul's own output exists.
+* Eager, in chunks, with the gradient made while a chunk's logits are at hand: nothing of vocabulary size
+  outlives a chunk, nothing is computed twice, and the chunk stays in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""A label that is not in the loss."""
+
+LOGITS_PER_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Elements of a chunk's logits: a CPU's cache, and enough rows to fill a GPU."""
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of ``softmax(hidden @ weight.T)`` in nats, summed over labels that are not ``IGNORED``.
+
+    ``hidden`` is ``[..., C]``, ``weight`` ``[V, C]``, ``labels`` integer ``[...]``. The product runs in
+    autocast's dtype, everything after it in float32. Returns a 0-d float32 tensor.
+    """
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    if torch.compiler.is_compiling():
+        return F.cross_entropy(
+            F.linear(hidden, weight).float(), labels, reduction="sum", ignore_index=IGNORED
+        )
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The same number, with the gradients of both factors computed chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            return _chunked(ctx, hidden, weight, labels, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (scale,) = grad_outputs
+        # In place: the gradient of the vocabulary is large. A second backward is then refused by autograd's
+        # version check, not answered wrongly.
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden.mul_(scale),
+            None if grad_weight is None else grad_weight.mul_(scale),
+            None,
+        )
+
+
+def _chunked(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    cast_weight = weight.to(dtype)
+    wants_hidden, wants_weight, _ = ctx.needs_input_grad
+    grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    rows = max(1, LOGITS_PER_CHUNK.get(hidden.device.type, 1 << 26) // weight.shape[0])
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        inputs, targets = hidden[part].to(dtype), labels[part]
+        log_probs = F.linear(inputs, cast_weight).float().log_softmax(-1)
+        total += F.nll_loss(log_probs, targets, reduction="sum", ignore_index=IGNORED)
+        if not (wants_hidden or wants_weight):
+            continue
+        counted = (targets != IGNORED).unsqueeze(1)
+        index = targets.clamp(min=0).unsqueeze(1)
+        grad = log_probs.exp_().scatter_add_(1, index, -counted.float()).mul_(counted).to(dtype)
+        if grad_hidden is not None:
+            grad_hidden[part] = grad @ cast_weight
+        if grad_weight is not None:
+            grad_weight += grad.T @ inputs
+    ctx.save_for_backward(grad_hidden, grad_weight)
+    return total
