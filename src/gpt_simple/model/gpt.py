@@ -118,14 +118,14 @@ class GPT(nn.Module):
 
     def new_cache(self) -> list[LayerCache]:
         """An empty cache for ``decode``, with room for ``n_positions`` tokens."""
-        return [LayerCache(self.shape.n_positions) for _ in self.blocks]
+        return [LayerCache(self.n_positions) for _ in self.blocks]
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Rotation | None]:
         """The residual stream ``[B, T, n_embd]`` at the first block, and the rotation of its positions."""
         length = input_ids.shape[1]
-        if length > self.shape.n_positions:
+        if length > self.n_positions:
             raise ValueError(
-                f"a row of {length} tokens is longer than the model's n_positions, {self.shape.n_positions}"
+                f"a row of {length} tokens is longer than the model's n_positions, {self.n_positions}"
             )
         x: Tensor = self.token_embedding(input_ids)
         rotation = None
@@ -137,6 +137,11 @@ class GPT(nn.Module):
         else:
             rotation = self.cos[position_ids].unsqueeze(1), self.sin[position_ids].unsqueeze(1)
         return F.dropout(x, self.shape.dropout, self.training) if self.shape.dropout else x, rotation
+
+    @property
+    def n_positions(self) -> int:
+        """The longest row that the model can read."""
+        return self.shape.n_positions
 
     @property
     def head_weight(self) -> Tensor:
