@@ -1,0 +1,123 @@
+"""MANIFEST.json: what makes a directory a checkpoint, and how damage is recognised.
+
+The manifest is written last and names every other file with its size and SHA-256, so a checkpoint is whole
+exactly when its manifest says so. It carries a digest of itself: a flipped bit in it is found like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import asdict, frozen
+
+from gpt_simple.errors import CheckpointError
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+"""Raised when a reader of the old format would misread the new one."""
+
+
+class NewerFormat(CheckpointError):
+    """The checkpoint is fine, but a newer gpt-simple wrote it."""
+
+
+@frozen
+class TensorLayout:
+    """Type and shape of one tensor, so that a checkpoint can be understood without reading its tensors."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@frozen
+class FileEntry:
+    """One file of a checkpoint: its size in bytes, its SHA-256, and the tensors in it if it holds any."""
+
+    size: int
+    sha256: str
+    tensors: Mapping[str, TensorLayout] | None = None
+
+
+@frozen
+class Manifest:
+    """The content of MANIFEST.json.
+
+    ``sequence`` numbers the checkpoints of a directory in the order of publishing. Steps cannot tell which is
+    newest, because a run may go back and continue from an earlier one; clocks cannot, because they jump.
+    """
+
+    step: int
+    sequence: int
+    files: Mapping[str, FileEntry]
+
+    def to_json(self) -> str:
+        """The text of the file, with its own digest."""
+        body = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Parse and check the manifest of a directory; CheckpointError says what is wrong with it."""
+        path = directory / MANIFEST
+        try:
+            body = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{directory} is not a whole checkpoint: it has no {MANIFEST}; choose another checkpoint"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError:
+            raise _damaged(path, "it is not JSON") from None
+        if not isinstance(body, dict) or not isinstance(body.get("format"), int):
+            raise _damaged(path, "it has no format number")
+        if body["format"] > FORMAT:
+            raise NewerFormat(
+                f"{path} has format {body['format']} and this gpt-simple reads up to {FORMAT}: "
+                "a newer version wrote it; upgrade to resume from it"
+            )
+        if body.pop("sha256", None) != _digest(body):
+            raise _damaged(path, "its own digest differs")
+        files = {name: _entry(value) for name, value in body["files"].items()}
+        return cls(body["step"], body["sequence"], files)
+
+
+def check_file(path: Path, entry: FileEntry, *, full: bool) -> None:
+    """Compare a file's size, and with ``full`` its SHA-256, with an entry's, or raise CheckpointError."""
+    try:
+        size = path.stat().st_size
+        if size != entry.size:
+            raise _damaged(path, f"it has {size:,} bytes and the manifest says {entry.size:,}")
+        if full and sha256_of(path) != entry.sha256:
+            raise _damaged(
+                path, "its SHA-256 is not the manifest's (flipped bits, or a file of another checkpoint)"
+            )
+    except FileNotFoundError:
+        raise _damaged(path, "the file is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _entry(value: Mapping[str, Any]) -> FileEntry:
+    layouts = value["tensors"]
+    if layouts is not None:
+        layouts = {name: TensorLayout(item["dtype"], tuple(item["shape"])) for name, item in layouts.items()}
+    return FileEntry(value["size"], value["sha256"], layouts)
+
+
+def _damaged(path: Path, how: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {how}; choose another checkpoint")

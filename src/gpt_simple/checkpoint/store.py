@@ -1,0 +1,298 @@
+"""The checkpoints of a run: published whole or not at all, verified before they are read, pruned with care.
+
+A checkpoint is a directory ``step-00001000`` with a manifest. Hidden directories beside it are in the making
+(``.step-00001000.tmp-PID``), just replaced, or being deleted; only a replaced one counts, and only until its
+successor is there.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+from attrs import define, field, frozen
+
+from gpt_simple.checkpoint.draft import Draft, Published, fsync, hidden, remove_tree
+from gpt_simple.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, check_file
+from gpt_simple.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNKNOWN_SEQUENCE = sys.maxsize
+"""Places a checkpoint whose manifest cannot be read last, so that it is looked at and named first."""
+
+_NAME = re.compile(r"step-(\d{8,})")
+_REPLACED = re.compile(r"\.step-(\d{8,})\.replaced")
+_PASSING = re.compile(r"\.step-\d{8,}\.(?:deleted|replaced|tmp-(?P<pid>\d+))")
+
+
+@frozen
+class Checkpoint:
+    """A directory with a manifest. ``sequence`` orders the checkpoints of a run by the time of publishing."""
+
+    step: int
+    path: Path
+    sequence: int = UNKNOWN_SEQUENCE
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """The checkpoint in any directory, such as one given by the user; CheckpointError if it is none."""
+        if not path.is_dir():
+            raise CheckpointError(f"there is no checkpoint directory {path}")
+        manifest = Manifest.read(path)
+        return cls(manifest.step, path, manifest.sequence)
+
+
+@define
+class Store:
+    """The checkpoints below one directory. One process writes; any number may read at the same time."""
+
+    root: Path
+    _verified: set[Path] = field(factory=set, init=False)
+    """Checkpoints that this process wrote, or has hashed: no need to hash them again."""
+    _drafts: set[Path] = field(factory=set, init=False)
+
+    def publish(
+        self,
+        step: int,
+        *,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        documents: Mapping[str, Any],
+    ) -> Published:
+        """Write a checkpoint of ``step``, whole or not at all, and durable when this returns.
+
+        ``tensors`` and ``documents`` map the stem of a file name to its content. One of the same step
+        is replaced without a moment in which neither exists. On an error nothing is left behind, earlier
+        checkpoints are as they were, and CheckpointError says, for a full disk, what is needed and free.
+        """
+        target = self.root / f"step-{step:08d}"
+        path = hidden(target, f"tmp-{os.getpid()}")
+        self._drafts.add(path)
+        try:
+            sequence = 1 + max((c.sequence for c in self.list() if c.sequence != UNKNOWN_SEQUENCE), default=0)
+            draft = Draft(path)
+            for stem, document in documents.items():
+                draft.add_document(stem, document)
+            for stem, group in tensors.items():
+                draft.add_tensors(stem, group)
+            self._verified.discard(target)
+            published = draft.publish(step, sequence, target)
+        except (OSError, TypeError, ValueError) as error:
+            needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+            raise self._not_written(step, error, needed) from error
+        finally:
+            remove_tree(path)
+            self._drafts.discard(path)
+        self._verified.add(target)
+        return published
+
+    def list(self) -> list[Checkpoint]:
+        """Published checkpoints in the order they were published, oldest first. Only manifests are read."""
+        found = [
+            _listed(step, path) for step, path in self._directories().items() if (path / MANIFEST).exists()
+        ]
+        return sorted(found, key=lambda checkpoint: (checkpoint.sequence, checkpoint.step))
+
+    def verify(self, checkpoint: Checkpoint, *, full: bool = True) -> None:
+        """Raise CheckpointError, naming the file and what differs, unless the checkpoint is whole.
+
+        ``full`` compares checksums; without it sizes only.
+        """
+        manifest = Manifest.read(checkpoint.path)
+        named = _step_of(checkpoint.path)
+        if manifest.step != checkpoint.step or named not in (None, manifest.step):
+            raise CheckpointError(
+                f"{checkpoint.path / MANIFEST} is of step {manifest.step}, not {checkpoint.step}: "
+                "it belongs to another checkpoint; choose another one"
+            )
+        for name, entry in manifest.files.items():
+            check_file(checkpoint.path / name, entry, full=full)
+        if full:
+            self._verified.add(checkpoint.path)
+
+    def newest_valid(self) -> tuple[Checkpoint | None, Sequence[tuple[Path, str]]]:
+        """The checkpoint published last among those that verify, and why each newer one was passed over."""
+        whole = {checkpoint.path: checkpoint for checkpoint in self.list()}
+        bare = [Checkpoint(step, path) for step, path in self._directories().items() if path not in whole]
+        skipped = []
+        for checkpoint in (*reversed(bare), *reversed(whole.values())):
+            try:
+                self.verify(checkpoint)
+            except CheckpointError as error:
+                skipped.append((checkpoint.path, str(error)))
+            else:
+                return checkpoint, skipped
+        return None, skipped
+
+    def quarantine(self, path: Path, reason: str) -> Path:
+        """Rename a damaged checkpoint to ``*.damaged`` with the reason in it, and return the new path.
+
+        Nothing is deleted, and a checkpoint that only a newer gpt-simple can read stays where it is.
+        """
+        try:
+            Manifest.read(path)
+        except NewerFormat:
+            return path
+        except CheckpointError:
+            pass
+        names = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+        target = next(
+            t for n in names if not (t := path.with_name(f"{path.name.lstrip('.')}.damaged{n}")).exists()
+        )
+        self._verified.discard(path)
+        try:
+            path.rename(target)
+            (target / "reason.txt").write_text(reason + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{path} is damaged and cannot be renamed: {error.strerror}") from error
+        return target
+
+    def load_document(self, checkpoint: Checkpoint, stem: str) -> Any:
+        """The content of ``stem.json``, after verification."""
+        return json.loads(self._verified_file(checkpoint, f"{stem}.json").read_bytes())
+
+    def load_tensors(self, checkpoint: Checkpoint, stem: str, device: str = "cpu") -> dict[str, Tensor]:
+        """The tensors of ``stem.safetensors`` by name, after verification; they do not depend on the file."""
+        path = self._verified_file(checkpoint, f"{stem}.safetensors")
+        with safetensors.safe_open(path, framework="pt", device=device) as file:
+            # On the host they are views of the mapped file, which may be deleted or truncated later.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+    def delete(self, checkpoint: Checkpoint) -> None:
+        """Remove a checkpoint. It disappears in one rename first, so that it is never seen in part."""
+        doomed = hidden(checkpoint.path, "deleted")
+        self._verified.discard(checkpoint.path)
+        remove_tree(doomed)
+        try:
+            checkpoint.path.rename(doomed)
+            fsync(self.root)
+        except OSError as error:
+            raise CheckpointError(f"{checkpoint.path} cannot be deleted: {error.strerror}") from error
+        remove_tree(doomed)
+
+    def prune(
+        self,
+        keep_last_k: int | None,
+        keep_milestone_every: int | None = None,
+        protect: Collection[int] = (),
+    ) -> Sequence[Checkpoint]:
+        """Delete what retention does not ask for, and leftovers of dead processes; return what was deleted.
+
+        Kept are the ``keep_last_k`` published last (None: all), steps that are a multiple of
+        ``keep_milestone_every``, steps in ``protect``, and always the newest two that verify with checksums.
+        Damaged ones count as nothing and are left for a person.
+        """
+        self.sweep()
+        if keep_last_k is None:
+            return []
+        sound = [checkpoint for checkpoint in reversed(self.list()) if self._is_sound(checkpoint)]
+        newest = itertools.islice((c.step for c in sound if self._is_intact(c)), 2)
+        kept = {*newest, *protect, *(checkpoint.step for checkpoint in sound[:keep_last_k])}
+        if keep_milestone_every:
+            kept |= {c.step for c in sound if c.step % keep_milestone_every == 0}
+        deleted = [checkpoint for checkpoint in reversed(sound) if checkpoint.step not in kept]
+        for checkpoint in deleted:
+            self.delete(checkpoint)
+        return deleted
+
+    def sweep(self) -> None:
+        """Remove what dead processes left; a checkpoint whose replacement never came gets its name back."""
+        for path in self._entries():
+            passing = _PASSING.fullmatch(path.name)
+            if passing is None or path in self._drafts:
+                continue
+            pid = passing["pid"]
+            if pid is not None and int(pid) != os.getpid() and _is_alive(int(pid)):
+                continue
+            if (replaced := _REPLACED.fullmatch(path.name)) and not (
+                final := _final(path, replaced)
+            ).exists():
+                path.rename(final)
+            else:
+                remove_tree(path)
+
+    def _directories(self) -> dict[int, Path]:
+        """Directory of each step that has one; a replaced one only as long as nothing took its place."""
+        found: dict[int, Path] = {}
+        for path in self._entries():
+            if replaced := _REPLACED.fullmatch(path.name):
+                found.setdefault(int(replaced[1]), path)
+            elif name := _NAME.fullmatch(path.name):
+                found[int(name[1])] = path
+        return dict(sorted(found.items()))
+
+    def _entries(self) -> Iterator[Path]:
+        try:
+            yield from sorted(self.root.iterdir())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise CheckpointError(f"{self.root} cannot be read: {error.strerror}") from error
+
+    def _is_sound(self, checkpoint: Checkpoint) -> bool:
+        try:
+            self.verify(checkpoint, full=False)
+        except CheckpointError:
+            return False
+        return True
+
+    def _is_intact(self, checkpoint: Checkpoint) -> bool:
+        try:
+            if checkpoint.path not in self._verified:
+                self.verify(checkpoint)
+        except CheckpointError:
+            return False
+        return True
+
+    def _verified_file(self, checkpoint: Checkpoint, name: str) -> Path:
+        if checkpoint.path not in self._verified:
+            self.verify(checkpoint)
+        if name not in Manifest.read(checkpoint.path).files:
+            raise CheckpointError(
+                f"{checkpoint.path} has no {name}: something else wrote it, or an older version"
+            )
+        return checkpoint.path / name
+
+    def _not_written(self, step: int, error: Exception, needed: int) -> CheckpointError:
+        why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        message = f"the checkpoint of step {step} was not written to {self.root}: {why}"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(self.root).free
+            message += f"; it needs {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free there"
+        return CheckpointError(f"{message}; earlier checkpoints are untouched")
+
+
+def _listed(step: int, path: Path) -> Checkpoint:
+    try:
+        return Checkpoint(step, path, Manifest.read(path).sequence)
+    except CheckpointError:
+        return Checkpoint(step, path)
+
+
+def _step_of(path: Path) -> int | None:
+    name = _NAME.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
+    return None if name is None else int(name[1])
+
+
+def _final(path: Path, replaced: re.Match[str]) -> Path:
+    return path.with_name(f"step-{replaced[1]}")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,148 @@
+"""Where each file of a run is, and how the small ones are written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from gpt_simple.errors import CheckpointError, ConfigError
+
+_CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.(?:deleted|replaced|tmp-\d+)")
+_CHECKPOINT_FILE = re.compile(r"(?:model|optimizer|plugins|state|MANIFEST).*\.(?:json|safetensors)|\.tmp\w+")
+_TOKENIZER_FILE = re.compile(r".+\.json")
+
+
+@frozen
+class RunDir:
+    """The files of a run, under ``training.output_dir``."""
+
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        """What ran, and the lineage of resumes."""
+        return self.root / "run.json"
+
+    @property
+    def status_json(self) -> Path:
+        """What the run is doing now, or how it ended."""
+        return self.root / "status.json"
+
+    @property
+    def summary_json(self) -> Path:
+        """The outcome of the last launch that ended by itself."""
+        return self.root / "summary.json"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        """One object a line; see ``read_metrics``."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that owns the run."""
+        return self.root / ".lock"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that the run trains with, as a directory."""
+        return self.root / "tokenizer"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.root / "checkpoints"
+
+    def create(self) -> None:
+        """Make the directory and see that it can be written; on ConfigError nothing is left behind."""
+        missing: list[Path] = []
+        try:
+            missing += [path for path in (self.root, *self.root.parents) if not path.exists()]
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            for path in missing:
+                _remove_if_empty(path)
+            raise ConfigError(
+                f"training.output_dir: {self.root} cannot be written ({error.strerror}); choose another one"
+            ) from error
+
+    def is_used(self) -> bool:
+        """Whether a run has left something here that would mix with a new one."""
+        return any(path.exists() for path in self._documents()) or any(self._checkpoint_directories())
+
+    def remove_run_files(self) -> None:
+        """Remove what runs wrote here, nothing else: foreign files and quarantined checkpoints stay.
+
+        A symbolic link is never followed: one in the way is a CheckpointError before anything is removed.
+        """
+        directories = [*self._checkpoint_directories(), self.tokenizer]
+        for path in (self.checkpoints, *directories):
+            if path.is_symlink():
+                raise CheckpointError(
+                    f"{path} is a symbolic link and --force removes nothing behind one: remove it yourself"
+                )
+        for directory in directories:
+            pattern = _TOKENIZER_FILE if directory == self.tokenizer else _CHECKPOINT_FILE
+            # The manifest first: what is left of a checkpoint is not one.
+            for path in sorted(_children(directory), key=lambda path: path.name != "MANIFEST.json"):
+                if pattern.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
+                    path.unlink()
+            _remove_if_empty(directory)
+        _remove_if_empty(self.checkpoints)
+        for path in self._documents():
+            path.unlink(missing_ok=True)
+
+    def _documents(self) -> tuple[Path, ...]:
+        return self.run_json, self.status_json, self.summary_json, self.metrics_jsonl
+
+    def _checkpoint_directories(self) -> Iterator[Path]:
+        return (path for path in _children(self.checkpoints) if _CHECKPOINT.fullmatch(path.name))
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Replace a JSON file in one step: readers see the old or the new. NaN and infinities become null.
+
+    ``durable`` also makes it survive a power cut, which costs a few milliseconds.
+    """
+    text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _children(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # foreign files are in it, or it never came to be
+        directory.rmdir()

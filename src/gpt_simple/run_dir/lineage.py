@@ -1,0 +1,84 @@
+"""run.json and metrics.jsonl: what ran, from where it went on, and the numbers it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import string
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field
+
+from gpt_simple.errors import CheckpointError
+from gpt_simple.run_dir.layout import RunDir, write_json
+
+_ALPHABET = string.ascii_lowercase + string.digits
+
+
+def new_id() -> str:
+    """An id for a run: 8 lower-case letters and digits, which is also what W&B accepts."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(8))
+
+
+@define
+class RunRecord:
+    """run.json: an id made once, what ran last, and one entry for each launch."""
+
+    run_dir: RunDir
+    run_id: str
+    lineage: list[dict[str, Any]] = field(factory=list)
+    facts: dict[str, Any] = field(factory=dict)
+
+    @classmethod
+    def load(cls, run_dir: RunDir) -> RunRecord:
+        """The record of the directory, or a new one if it has none. Nothing is written."""
+        path = run_dir.run_json
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            return cls(run_dir, document["run_id"], document["lineage"], document["facts"])
+        except FileNotFoundError:
+            return cls(run_dir, new_id())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}): move it away to go on under a new run id; "
+                "the checkpoints do not depend on it"
+            ) from error
+
+    def launched(self, facts: Mapping[str, Any], *, step: int, resumed_from: Path | None) -> None:
+        """Write down what runs now (config, versions, hardware, plugins, data) and where it goes on from."""
+        self.facts = dict(facts)
+        self.lineage.append(
+            {
+                "step": step,
+                "from": None if resumed_from is None else str(resumed_from),
+                "time": time.time(),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+            }
+        )
+        document = {"run_id": self.run_id, "lineage": self.lineage, "facts": self.facts}
+        write_json(self.run_dir.run_json, document)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl in the order of their steps, the last one of each kind and step.
+
+    A resumed run writes steps again that it had written before it was killed; events are also told apart by
+    ``name``. Lines torn by a kill are left out.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                key = row["kind"], row["step"], row.get("name")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            rows.pop(key, None)
+            rows[key] = row
+    return sorted(rows.values(), key=lambda row: row["step"])

@@ -1,0 +1,181 @@
+"""One owner for a run directory, claimed before anything in it is changed.
+
+The lock is an flock, which the kernel frees however its owner dies. What is written in the file says who the
+owner is, for people and for file systems whose locks do not reach other machines.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from attrs import asdict, define, field, frozen
+
+from gpt_simple.errors import CheckpointError
+from gpt_simple.run_dir.layout import RunDir
+
+Liveness = Literal["holds", "gone", "unknown"]
+
+_PATIENCE = 0.3
+"""Seconds to wait for the lock: somebody who asks for the status holds it for a moment."""
+
+
+@frozen
+class Owner:
+    """A process, told apart from any other that had or will have its number.
+
+    ``boot`` names the boot of its machine and ``ticks`` its start in clock ticks since then; they are empty
+    and 0 where the system does not tell.
+    """
+
+    host: str
+    pid: int
+    boot: str
+    ticks: int
+    since: str
+    command: str
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            boot=_boot_id(),
+            ticks=_start_ticks(os.getpid()),
+            since=time.strftime("%Y-%m-%d %H:%M:%S%z"),
+            command=" ".join(sys.argv)[:500],
+        )
+
+    def may_live(self) -> bool:
+        """Whether the process may still be running, given that its flock is free.
+
+        On the kernel that we run on, a free flock proves that it ended or, if the file system has none, its
+        number and start tell. Another boot of its host ended it too. Of other machines nothing is known.
+        """
+        if self.boot and self.boot == _boot_id():
+            return self.ticks != 0 and self.ticks == _start_ticks(self.pid)
+        return self.host != socket.gethostname()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since} ({self.command})"
+
+
+@define
+class RunLock:
+    """Ownership of a run directory; also a context manager."""
+
+    run_dir: RunDir
+    _descriptor: int | None = field(default=None, init=False)
+
+    def acquire(self) -> None:
+        """Become the owner, or change nothing and raise CheckpointError that names the present one."""
+        try:
+            descriptor = _lock(self.run_dir.lock)
+        except OSError as error:
+            raise CheckpointError(f"{self.run_dir.lock} cannot be opened: {error.strerror}") from error
+        owner = _parse(descriptor or self.run_dir.lock)
+        if descriptor is None:
+            who = owner or "another process"
+            raise CheckpointError(
+                f"{self.run_dir.root} is in use by {who}: stop it, or choose another training.output_dir"
+            )
+        if owner is not None and owner.may_live():
+            os.close(descriptor)
+            raise CheckpointError(
+                f"{self.run_dir.root} was last in use by {owner}, which cannot be seen from here: "
+                f"if it has ended, delete {self.run_dir.lock}"
+            )
+        content = json.dumps(asdict(Owner.this_process()), indent=1).encode() + b"\n"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, content, 0)
+        os.fsync(descriptor)
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give the directory up; the file stays, empty. Does nothing if the lock is not held."""
+        if self._descriptor is None:
+            return
+        os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def owner_of(run_dir: RunDir) -> tuple[Owner | None, Liveness]:
+    """Who owns a run directory, or did when it died, and whether it holds it now. Changes nothing."""
+    try:
+        descriptor = os.open(run_dir.lock, os.O_RDONLY)
+    except OSError:
+        return None, "gone"
+    try:
+        owner = _parse(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return owner, "holds"
+        except OSError:
+            pass  # this file system has no flock
+        if owner is None or not owner.may_live():
+            return owner, "gone"
+        return owner, "unknown"
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock of the file now at ``path``, or None if another process holds it."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                return None
+            time.sleep(0.02)
+        except OSError:
+            return descriptor  # this file system has no flock
+        os.close(descriptor)
+
+
+def _parse(source: int | Path) -> Owner | None:
+    """The owner written in the file; None if it is empty, torn or not ours."""
+    try:
+        text = os.pread(source, 65536, 0) if isinstance(source, int) else source.read_bytes()
+        values: dict[str, Any] = json.loads(text)
+        return Owner(**values)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _start_ticks(pid: int) -> int:
+    try:
+        # The command, in parentheses, may hold spaces; the start time is the 20th field after it.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0

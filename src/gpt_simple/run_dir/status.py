@@ -1,0 +1,104 @@
+"""status.json: what a run is doing, written cheaply while it runs and told truthfully after it died."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import define, evolve, field, fields, frozen
+
+from gpt_simple.errors import CheckpointError
+from gpt_simple.run_dir.layout import RunDir, write_json
+from gpt_simple.run_dir.lock import owner_of
+
+State = Literal["running", "completed", "stopped", "halted", "failed", "crashed"]
+
+_INTERVAL = 1.0
+"""Seconds between two writes, unless a write is forced."""
+
+
+@frozen
+class Status:
+    """What a run is doing (``running``), how it ended, or that it vanished (``crashed``).
+
+    ``time`` is that of the last update, in seconds since the epoch; ``eta_seconds`` what is left of the run.
+    """
+
+    state: State
+    step: int = 0
+    max_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    reason: str | None = None
+    error: str | None = None
+    host: str | None = None
+    pid: int | None = None
+    time: float | None = None
+    note: str | None = None
+
+
+@define
+class StatusFile:
+    """Writes the status of the run that this process owns. A write that fails is tried again later."""
+
+    run_dir: RunDir
+    status: Status = field(
+        factory=lambda: Status("running", host=socket.gethostname(), pid=os.getpid()), init=False
+    )
+    _written: float = field(default=float("-inf"), init=False)
+
+    def update(self, *, force: bool = False, **changes: Any) -> None:
+        """Change fields of the status and write it, at most once a second unless forced or the state changes.
+
+        Call it where values are on the host already: it reads no device.
+        """
+        force = force or changes.get("state", self.status.state) != self.status.state
+        self.status = evolve(self.status, **changes)
+        now = time.monotonic()
+        if not force and now - self._written < _INTERVAL:
+            return
+        try:
+            document = {item.name: getattr(self.status, item.name) for item in fields(Status)}
+            write_json(self.run_dir.status_json, document | {"time": time.time()}, durable=force)
+        except OSError:
+            return
+        self._written = now
+
+
+def read_status(run_dir: RunDir) -> Status:
+    """The status of a run, whoever asks and whatever became of it; CheckpointError if there is no run.
+
+    A run whose file says running is ``crashed`` if the lock shows that its owner is gone.
+    """
+    status = _read(run_dir.status_json)
+    owner, liveness = owner_of(run_dir)
+    if status is None:
+        if owner is None and liveness == "gone":
+            raise CheckpointError(
+                f"there is no run in {run_dir.root}: expected a training.output_dir of a run"
+            )
+        status = Status("running")
+    if owner is not None and status.pid is None:
+        status = evolve(status, host=owner.host, pid=owner.pid)
+    if status.state != "running" or liveness == "holds":
+        return status
+    process = f"process {status.pid} on {status.host}"
+    if liveness == "unknown":
+        return evolve(
+            status, note=f"{process} cannot be seen from here: it may have ended since the last update"
+        )
+    return evolve(status, state="crashed", note=f"{process} ended without saying how")
+
+
+def _read(path: Path) -> Status | None:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = {item.name for item in fields(Status)}
+        return Status(**{name: value for name, value in values.items() if name in known})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
