@@ -1,7 +1,8 @@
 """Replaceable parts, by name: model, optimizer, schedule, tokenizer, data source.
 
-A component is chosen in the configuration (``model.name = "gpt"``) and never by what happens to be installed. The
-built-in ones are given as ``module:attribute`` and imported when they are used, so that this module needs no torch.
+A component is chosen in the configuration (``model.name = "gpt"``) and never by what happens to be installed.
+The built-in ones are given as ``module:attribute`` and imported when they are used, so that this module needs
+no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from gpt_simple.errors import ConfigError, PluginError
@@ -52,22 +53,25 @@ class Registry:
     """The parts that a configuration can choose from."""
 
     parts: dict[tuple[Kind, str], Component] = field(factory=dict)
+    owner: str = "gpt-simple"
+
+    def owned_by(self, owner: str) -> Registry:
+        """The same parts; what is added through the result belongs to ``owner``."""
+        return evolve(self, owner=owner)
 
     def add(
-        self,
-        kind: Kind,
-        name: str,
-        target: str | Callable[..., Any],
-        *,
-        config: type | None = None,
-        owner: str = "gpt-simple",
+        self, kind: Kind, name: str, target: str | Callable[..., Any], *, config: type | None = None
     ) -> None:
         """Register a part. Two parts of one kind and name are an error that names both owners."""
         if kind not in KINDS:
-            raise PluginError(f"{owner} registers a component of kind {kind!r}; expected one of {', '.join(KINDS)}")
+            raise PluginError(
+                f"{self.owner} registers a component of kind {kind!r}; expected one of {', '.join(KINDS)}"
+            )
         if (known := self.parts.get((kind, name))) is not None:
-            raise PluginError(f"{kind} {name!r} is registered by both {known.owner} and {owner}: disable one of them")
-        self.parts[kind, name] = Component(kind, name, target, config, owner)
+            raise PluginError(
+                f"{kind} {name!r} is registered by both {known.owner} and {self.owner}: disable one of them"
+            )
+        self.parts[kind, name] = Component(kind, name, target, config, self.owner)
 
     def names(self, kind: Kind) -> list[str]:
         """The names of a kind, sorted."""

@@ -1,7 +1,8 @@
 """What a hook is told: one frozen class per hook, plus the two values that plugins hand back.
 
-Steps are counted from 1; ``step`` of an event is the optimizer step that it belongs to. ``tokens`` are positions
-(rows x max_length over all processes since step 0), ``target_tokens`` those of them that are in the loss.
+Steps are counted from 1; ``step`` of an event is the optimizer step that it belongs to. ``tokens`` are
+positions (rows x max_length over all processes since step 0), ``target_tokens`` those of them that are in the
+loss.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ RunStatus = Literal["completed", "stopped", "halted"]
 class Metric:
     """A number for the log, and how the values of several processes become one.
 
-    ``value`` and ``weight`` may be floats or 0-d tensors on the device: they are read once, in one collective, when
-    somebody looks. ``mean`` is weighted by ``weight``; ``last`` takes the main process's value.
+    ``value`` and ``weight`` may be floats or 0-d tensors on the device: they are read once, in one
+    collective, when somebody looks. ``mean`` is weighted by ``weight``; ``last`` takes the main process's
+    value.
     """
 
     value: float | torch.Tensor
@@ -49,7 +51,7 @@ class Finding:
 
 @frozen
 class ModelBuilt:
-    """The raw module exists, initialised, on its device; no checkpointing, compilation or wrapping has happened."""
+    """The raw module is initialised on its device; checkpointing, compilation and wrapping come next."""
 
     model: torch.nn.Module
 
@@ -184,7 +186,10 @@ class LogRecord:
 
 @frozen
 class RunEnd:
-    """The run has ended by itself: completed, stopped (resumable) or halted. ``summary`` is what summary.json holds."""
+    """The run has ended by itself: completed, stopped (resumable) or halted.
+
+    ``summary`` is what summary.json holds.
+    """
 
     status: RunStatus
     step: int

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from attrs import frozen
+
+if TYPE_CHECKING:
+    # To a type checker a plugin inherits every hook, so a wrong event, arity or result is an error there. At
+    # run time it inherits none: what it does not implement is never called.
+    from gpt_simple.hooks.specs import HookSpecs as Hooks
+else:
+    Hooks = object
 
 Ranks = Literal["main", "all"]
 OnError = Literal["abort", "disable"]
@@ -19,7 +26,7 @@ class NoConfig:
 C = TypeVar("C")
 
 
-class Plugin(Generic[C]):
+class Plugin(Generic[C], Hooks):
     """A plugin: a config class, a few declarations, and methods marked with ``@hookimpl``.
 
     A custom logger in full::
@@ -65,6 +72,9 @@ class Plugin(Generic[C]):
 
     state_required: ClassVar[bool] = False
     """A checkpoint with this plugin's state is refused when the plugin is missing at resume."""
+
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Names that this plugin had before: state stored under one of them is its own."""
 
     def __init__(self, config: C) -> None:
         self.config = config

@@ -5,7 +5,7 @@ Plugins are typed against this protocol; the engine implements it. What is not h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,11 +44,11 @@ class Control(Protocol):
         """Ask for a stop that needs a person (exit code 76) at the end of this step."""
 
     def skip_step(self, flag: torch.Tensor) -> None:
-        """Skip this optimizer step if ``flag`` (0-d bool on the device) is true. Only from ``on_gradients``."""
+        """Skip this step if ``flag`` (0-d bool on the device) is true. Only from ``on_gradients``."""
 
 
 class Log(Protocol):
-    """One line for people, and its facts for machines. Lines of other processes than the main one are dropped."""
+    """One line for people, and its facts for machines. Only lines of the main process are kept."""
 
     def info(self, message: str, *, name: str = "info", **fields: Any) -> None: ...
 
@@ -58,7 +58,7 @@ class Log(Protocol):
 
 
 class Comm(Protocol):
-    """Collectives for hooks that run on every process. In any other hook each of them raises instead of hanging."""
+    """Collectives for hooks that run on every process. In other hooks they raise instead of hanging."""
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes."""
@@ -73,8 +73,13 @@ class Checkpoints(Protocol):
     def list(self) -> Sequence[CheckpointInfo]:
         """Published ones, oldest first."""
 
-    def delete(self, checkpoint: CheckpointInfo) -> bool:
-        """Remove one; refused (False) for the newest two valid ones and the one just written."""
+    def prune(
+        self, *, keep_last: int | None, keep_every: int | None = None, protect: Iterable[int] = ()
+    ) -> Sequence[CheckpointInfo]:
+        """Remove all but the newest ``keep_last``, multiples of ``keep_every`` and the steps in ``protect``.
+
+        The newest two valid ones and the one just written always stay. Returns what was removed.
+        """
 
 
 class Run(Protocol):
@@ -126,7 +131,7 @@ class Run(Protocol):
     def checkpoints(self) -> Checkpoints: ...
 
     def facts(self) -> dict[str, Any]:
-        """What is known of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""
+        """What is known: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         """This process's share of the val split, on the device.
@@ -135,7 +140,21 @@ class Run(Protocol):
         """
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Summed cross-entropy (nats) of a batch, through the compiled and wrapped model. 0-d, on the device."""
+        """Summed cross-entropy (nats, 0-d, on the device) of a batch, through the compiled model."""
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 100,
+        temperature: float = 0.8,
+        top_k: int | None = 50,
+        seed: int = 0,
+    ) -> str:
+        """Prompt and continuation from the raw, uncompiled module. Training does not notice."""
+
+    def peak_memory(self) -> int:
+        """Bytes used at most so far: allocated on a GPU, else the process's resident set."""
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Eval mode, no_grad, autocast as in training, and an RNG of its own; all restored afterwards."""

@@ -1,0 +1,164 @@
+"""Which plugins a run has, and why. Installed is not active.
+
+Later wins: on by default < a table ``[plugins.NAME]`` < ``[plugins] disable`` < ``--no-plugins`` (which
+leaves the built-in ones) < ``-p``. Nothing is imported here; every mistake in the names is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from attrs import field, frozen
+
+from gpt_simple._names import PROGRAM
+from gpt_simple.errors import ConfigError
+from gpt_simple.hooks.discovery import DEFAULT_ON, ENABLED_BY, RESERVED, PluginRecord
+
+
+@frozen
+class Switches:
+    """What was said about plugins on the command line."""
+
+    enable: tuple[str, ...] = ()
+    disable: tuple[str, ...] = ()
+    no_plugins: bool = False
+
+    @classmethod
+    def parse(cls, values: Iterable[str], *, no_plugins: bool = False) -> Switches:
+        """From the values of ``-p``: ``NAME``, ``no:NAME``, ``./file.py``. The last word on a name counts."""
+        state: dict[str, bool] = {}
+        for value in values:
+            off = value.startswith("no:")
+            state.pop(name := value.removeprefix("no:"), None)
+            state[name] = not off
+        return cls(
+            tuple(name for name, on in state.items() if on),
+            tuple(name for name, on in state.items() if not on),
+            no_plugins,
+        )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The enabled ones that are files."""
+        return tuple(name for name in self.enable if is_file(name))
+
+
+@frozen
+class Decision:
+    """Whether one plugin is active, and because of what."""
+
+    name: str
+    active: bool
+    why: str
+
+
+@frozen
+class Wishes:
+    """What the ``[plugins]`` table says, read leniently: its types are checked when it is structured."""
+
+    disable: tuple[str, ...] = ()
+    require: tuple[str, ...] = ()
+    strict: bool = False
+    tables: tuple[str, ...] = ()
+    place: Callable[[str], str] = field(default=str, repr=False, eq=False)
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any], place: Callable[[str], str] = str) -> Wishes:
+        """``place`` turns a dotted key into where it was written, for messages."""
+        return cls(
+            _names(raw.get("disable")),
+            _names(raw.get("require")),
+            raw.get("strict") is True,
+            tuple(key for key in raw if key not in RESERVED),
+            place,
+        )
+
+
+def is_file(value: str) -> bool:
+    """``-p ./file.py`` as opposed to ``-p name``."""
+    return value.endswith(".py") or "/" in value
+
+
+def decide(
+    records: Mapping[str, PluginRecord],
+    wishes: Wishes,
+    is_set: Callable[[str], bool],
+    switches: Switches,
+    given: Sequence[str] = (),
+) -> dict[str, Decision]:
+    """A decision for every known plugin, sorted by name. ``given``: names of passed classes and files, always
+    known.
+
+    Raises ConfigError, one line per mistake, for names that do not exist and for a required plugin that is
+    off.
+    """
+    known = {*records, *given}
+    if mistakes := list(_unknown_names(known, wishes, switches)):
+        raise ConfigError("\n".join(mistakes))
+    decisions = {
+        name: _decide(name, records.get(name), wishes, is_set, switches, given) for name in sorted(known)
+    }
+    off = [decisions[name] for name in wishes.require if not decisions[name].active]
+    if off:
+        raise ConfigError(
+            "\n".join(
+                f"{wishes.place('plugins.require')}: plugin {decision.name!r} is required but not active "
+                f"({decision.why}): add [plugins.{decision.name}] or -p {decision.name}"
+                for decision in off
+            )
+        )
+    return decisions
+
+
+def _decide(
+    name: str,
+    record: PluginRecord | None,
+    wishes: Wishes,
+    is_set: Callable[[str], bool],
+    switches: Switches,
+    given: Sequence[str],
+) -> Decision:
+    builtin = record is not None and record.origin == "builtin"
+    decision = Decision(name, False, "not asked for")
+    if name in given:
+        decision = Decision(name, True, "passed")
+    elif builtin and name in ENABLED_BY:
+        switched_on = is_set(ENABLED_BY[name])
+        decision = Decision(
+            name, switched_on, ENABLED_BY[name] if switched_on else f"{ENABLED_BY[name]} is unset"
+        )
+    elif name in wishes.tables:
+        decision = Decision(name, True, f"[plugins.{name}]")
+    elif builtin and name in DEFAULT_ON:
+        decision = Decision(name, True, "default")
+    if name in wishes.disable:
+        decision = Decision(name, False, "plugins.disable")
+    if switches.no_plugins and not builtin and name not in given:
+        decision = Decision(name, False, "--no-plugins")
+    if name in switches.enable:
+        decision = Decision(name, True, "-p")
+    if name in switches.disable:
+        decision = Decision(name, False, f"-p no:{name}")
+    return decision
+
+
+def _unknown_names(known: set[str], wishes: Wishes, switches: Switches) -> Iterable[str]:
+    places = [(name, wishes.place(f"plugins.{name}")) for name in wishes.tables]
+    places += [(name, wishes.place("plugins.disable")) for name in wishes.disable]
+    places += [(name, wishes.place("plugins.require")) for name in wishes.require]
+    places += [(name, f"-p {name}") for name in switches.enable if not is_file(name)]
+    places += [(name, f"-p no:{name}") for name in switches.disable]
+    for name, place in places:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), 1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            yield f"{place}: no plugin {name!r} is installed{meant} (`{PROGRAM} plugins list` shows them all)"
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)):
+        return ()
+    return tuple(dict.fromkeys(item for item in values if isinstance(item, str)))

@@ -1,0 +1,157 @@
+"""What is installed, from package metadata alone: finding a plugin never imports it.
+
+A broken package therefore cannot break anything by being installed. The order is that of names, never that of
+the file system, and so the same on every process.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from attrs import evolve, field, frozen
+
+from gpt_simple._names import COMMAND_GROUP, DISTRIBUTION, PLUGIN_GROUP, __version__
+
+DEFAULT_ON = frozenset({"checkpoint", "console", "evaluate", "metrics", "sample", "throughput"})
+"""Built-in plugins that a run has without asking. A plugin of another package is never on by default."""
+
+ENABLED_BY = MappingProxyType({"wandb": "training.wandb_project"})
+"""Built-in plugins that are on exactly when this field of the configuration is set."""
+
+RESERVED = frozenset({"disable", "require", "strict"})
+"""Keys of ``[plugins]`` that are switches, so no plugin can have them as its name."""
+
+NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")
+
+Origin = Literal["builtin", "external"]
+Problem = Literal["", "shadowed", "duplicate", "incompatible", "bad name"]
+
+
+@frozen
+class PluginRecord:
+    """An entry point: its name, where it points to, and who brought it.
+
+    ``problem`` says in a word why it cannot be used, ``detail`` in a sentence; both are empty when nothing is
+    wrong.
+    """
+
+    name: str
+    value: str
+    distribution: str
+    version: str
+    origin: Origin
+    problem: Problem = ""
+    detail: str = ""
+    entry_point: EntryPoint | None = field(default=None, repr=False, eq=False)
+
+    @property
+    def label(self) -> str:
+        """``csvlog (gpt-simple-csvlog 0.1.0)``."""
+        return f"{self.name} ({self.distribution} {self.version})"
+
+
+def installed(group: str = PLUGIN_GROUP) -> list[PluginRecord]:
+    """All entry points of a group, sorted by name, built-in ones first, then by distribution."""
+    records = sorted(map(_record, entry_points(group=group)), key=_rank)
+    by_name: dict[str, list[PluginRecord]] = {}
+    for record in records:
+        by_name.setdefault(record.name, []).append(record)
+    return [
+        _judge(record, by_name[record.name]) if record.origin == "external" else record
+        for record in records
+    ]  # fmt: skip
+
+
+def commands() -> list[PluginRecord]:
+    """Command entry points, found by the same rules."""
+    return installed(COMMAND_GROUP)
+
+
+def usable(records: Iterable[PluginRecord]) -> dict[str, PluginRecord]:
+    """One record per name: the one that the name stands for. A shadowed one never is."""
+    chosen: dict[str, PluginRecord] = {}
+    for record in records:
+        if record.problem != "shadowed":
+            chosen.setdefault(record.name, record)
+    return chosen
+
+
+def summary(record: PluginRecord) -> str:
+    """One line: of a built-in the module docstring (read, not imported), else the distribution's summary."""
+    if record.origin == "external":
+        dist = record.entry_point.dist if record.entry_point else None
+        return str(dist.metadata["Summary"] or "") if dist else ""
+    spec = find_spec(record.value.partition(":")[0])
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        return ""
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def name_problem(name: str) -> str:
+    """Why this cannot be a plugin's name; empty if it can."""
+    if not NAME_PATTERN.fullmatch(name):
+        return f"the name {name!r} does not match [a-z][a-z0-9_]*"
+    return f"the name {name!r} is reserved for a key of [plugins]" if name in RESERVED else ""
+
+
+def _record(entry: EntryPoint) -> PluginRecord:
+    name = entry.dist.name if entry.dist else "unknown"
+    origin: Origin = "builtin" if _normalised(name) == DISTRIBUTION else "external"
+    return PluginRecord(
+        entry.name, entry.value, name, entry.dist.version if entry.dist else "?", origin, entry_point=entry
+    )
+
+
+def _rank(record: PluginRecord) -> tuple[str, bool, str, str]:
+    return record.name, record.origin == "external", _normalised(record.distribution), record.value
+
+
+def _judge(record: PluginRecord, namesakes: list[PluginRecord]) -> PluginRecord:
+    """The record of another package with its problem, if it has one."""
+    others = [other for other in namesakes if other is not record]
+    if any(other.origin == "builtin" for other in others):
+        detail = (
+            f"{record.label} takes the name of a built-in plugin and is ignored: its author must rename it"
+        )
+        return evolve(record, problem="shadowed", detail=detail)
+    if others:
+        packages = " and ".join(f"{other.distribution} {other.version}" for other in namesakes)
+        detail = f"the name {record.name!r} is claimed by {packages}: uninstall all but one of them"
+        return evolve(record, problem="duplicate", detail=detail)
+    if problem := name_problem(record.name):
+        return evolve(record, problem="bad name", detail=f"{record.label}: {problem}")
+    if unmet := _unmet_requirement(record):
+        detail = f"{record.label} needs {unmet}, and {__version__} is installed: install a version that fits"
+        return evolve(record, problem="incompatible", detail=detail)
+    return record
+
+
+def _unmet_requirement(record: PluginRecord) -> str:
+    """The package's requirement on this distribution, if the installed version does not meet it."""
+    dist = record.entry_point.dist if record.entry_point else None
+    for text in (dist.requires if dist else None) or ():
+        if not _normalised(text).startswith(DISTRIBUTION):
+            continue
+        from packaging.requirements import InvalidRequirement, Requirement
+
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        ours = applies and _normalised(requirement.name) == DISTRIBUTION
+        if ours and not requirement.specifier.contains(__version__, prereleases=True):
+            return f"{requirement.name}{requirement.specifier}"
+    return ""
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

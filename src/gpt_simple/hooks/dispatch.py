@@ -1,0 +1,219 @@
+"""Calling plugins: one compiled closure per hook, with attribution, timing, result checks and the failure
+policy.
+
+pluggy validates and keeps the implementations. Calling through this table costs about half of a pluggy call,
+keeps the declared order, and leaves a hook that nobody implements as None, so that its event need not even be
+built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field, frozen
+
+from gpt_simple.errors import GptSimpleError, PluginError
+from gpt_simple.hooks import events
+from gpt_simple.hooks.events import Finding, Metric
+from gpt_simple.hooks.loading import FAILURES, LoadedPlugin
+from gpt_simple.hooks.specs import HOOKS, HookInfo
+
+if TYPE_CHECKING:
+    from gpt_simple.hooks.run import Run
+
+    Metrics = list[tuple[str, Mapping[str, Metric]]]
+    Findings = list[tuple[str, Sequence[Finding]]]
+
+Implementation = Callable[..., Any]
+Listener = tuple[Implementation, LoadedPlugin]
+OnFailure = Callable[[LoadedPlugin, str, BaseException], None]
+
+DISPATCHED = tuple(name for name in HOOKS if name not in ("register_components", "check_config"))
+"""Hooks of a running engine; the other two are called by the host itself, before there is one."""
+
+
+@frozen
+class Policy:
+    """What happens when a hook fails, on this process.
+
+    ``alone``: there is no other process that could be waiting for this one in a collective. ``strict``: every
+    failure ends the run.
+    """
+
+    on_failure: OnFailure
+    alone: bool = True
+    strict: bool = False
+
+    def disables(self, plugin: LoadedPlugin, hook: str) -> bool:
+        """Whether a failure in this hook or plain method switches the plugin off; otherwise it ends the run.
+
+        A hook that all processes run may meet in a collective: there a process that drops out would leave the
+        others waiting, so with several processes the run ends whatever the plugin prefers.
+        """
+        if self.strict or plugin.on_error == "abort":
+            return False
+        return self.alone or hook not in HOOKS or HOOKS[hook].ranks != "all"
+
+
+@define(eq=False)
+class Calls:
+    """The hooks on this process. An attribute is None when nobody listens, else a callable ``(run, event)``.
+
+    Notifying hooks return None. The others return ``[(plugin, result), ...]`` in call order, with checked
+    types. ``on_run_error`` and ``on_close`` call everybody and return what failed, as PluginErrors, instead
+    of raising.
+    """
+
+    policy: Policy
+    _listeners: dict[str, list[tuple[Listener, ...]]] = field(factory=dict)
+    check_runtime: Callable[[Run], Findings] | None = None
+    on_model_built: Callable[[Run, events.ModelBuilt], None] | None = None
+    on_checkpoint_loaded: Callable[[Run, events.CheckpointLoaded], None] | None = None
+    on_run_start: Callable[[Run, events.RunStart], None] | None = None
+    on_step_start: Callable[[Run, events.StepStart], None] | None = None
+    on_batch: Callable[[Run, events.BatchReady], None] | None = None
+    on_gradients: Callable[[Run, events.GradientsReady], None] | None = None
+    on_step_end: Callable[[Run, events.StepEnd], None] | None = None
+    collect_metrics: Callable[[Run, events.CollectMetrics], Metrics] | None = None
+    on_metrics: Callable[[Run, events.MetricsReady], None] | None = None
+    on_checkpoint_saving: Callable[[Run, events.CheckpointSaving], None] | None = None
+    on_checkpoint_saved: Callable[[Run, events.CheckpointSaved], None] | None = None
+    evaluate: Callable[[Run, events.Evaluate], Metrics] | None = None
+    on_eval_end: Callable[[Run, events.EvalEnd], None] | None = None
+    on_log: Callable[[Run, events.LogRecord], None] | None = None
+    on_run_end: Callable[[Run, events.RunEnd], None] | None = None
+    on_run_error: Callable[[Run, events.RunError], list[PluginError]] | None = None
+    on_close: Callable[[Run, events.Close], list[PluginError]] | None = None
+
+    def listen(self, hook: str, listeners: Sequence[Listener]) -> None:
+        """Compile the call of one hook; listeners come in plugin order."""
+        if not listeners:
+            return
+        info = HOOKS[hook]
+        # A cell and not an attribute: a caller may keep the closure, and must still see that a plugin was
+        # dropped.
+        cell = [tuple(reversed(listeners)) if info.order == "reverse" else tuple(listeners)]
+        self._listeners[hook] = cell
+        setattr(self, hook, _compile(info, cell, self))
+
+    def disable(self, name: str) -> None:
+        """Switch a plugin off in every hook but ``on_close``: what a vote of all processes ends in."""
+        for hook in DISPATCHED:
+            self._drop(hook, name)
+
+    def fail(self, plugin: LoadedPlugin, hook: str, event: object, error: BaseException) -> None:
+        """Apply the policy to a failure: switch the plugin off and go on, or raise what ends the run."""
+        if not self.policy.disables(plugin, hook):
+            if isinstance(error, GptSimpleError):
+                raise error
+            raise plugin.failure(hook, error, getattr(event, "step", None)) from error
+        plugin.failed = True
+        for name in DISPATCHED:
+            # Where other processes may be waiting the plugin goes on until all of them have agreed
+            # (``disable``).
+            if self.policy.alone or HOOKS[name].ranks != "all":
+                self._drop(name, plugin.name)
+        self.policy.on_failure(plugin, hook, error)
+
+    def _drop(self, hook: str, name: str) -> None:
+        cell = self._listeners.get(hook)
+        if cell is None or hook == "on_close":
+            return
+        cell[0] = tuple(listener for listener in cell[0] if listener[1].name != name)
+        if not cell[0]:
+            setattr(self, hook, None)
+
+
+def checked(plugin: LoadedPlugin, info: HookInfo, result: Any) -> Any:
+    """The result of a hook, or a PluginError when it is not what the hook promises."""
+    if info.returns == "metrics":
+        if isinstance(result, Mapping) and all(
+            isinstance(name, str) and isinstance(metric, Metric) for name, metric in result.items()
+        ):
+            return result
+        expected = "a mapping of names to Metric"
+    elif info.returns == "findings":
+        if isinstance(result, (list, tuple)) and all(isinstance(item, Finding) for item in result):
+            return result
+        expected = "a list of Finding"
+    else:
+        if result is None:
+            return None
+        expected = "None, since a hook named on_* only notifies"
+    raise PluginError(f"plugin {plugin.label}: {info.name} returned {_describe(result)}; expected {expected}")
+
+
+def _compile(info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls) -> Callable[..., Any]:
+    if info.order == "reverse":
+        return _compile_last_words(info, cell)
+    if info.returns == "none":
+        return _compile_notification(info, cell, calls)
+    return _compile_question(info, cell, calls)
+
+
+def _compile_notification(
+    info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls
+) -> Callable[..., None]:
+    hook = info.name
+
+    def notify(run: Run, event: object) -> None:
+        start = perf_counter()
+        for implementation, plugin in cell[0]:
+            try:
+                if (result := implementation(run, event)) is not None:
+                    checked(plugin, info, result)
+            except FAILURES as error:
+                calls.fail(plugin, hook, event, error)
+            # One clock reading serves as the end of this plugin and the start of the next.
+            end = perf_counter()
+            plugin.seconds += end - start
+            plugin.calls += 1
+            start = end
+
+    return notify
+
+
+def _compile_question(
+    info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls
+) -> Callable[..., list[tuple[str, Any]]]:
+    hook, arity = info.name, len(info.arguments)
+
+    def ask(*arguments: Any) -> list[tuple[str, Any]]:
+        answers = []
+        for implementation, plugin in cell[0]:
+            start = perf_counter()
+            try:
+                answers.append((plugin.name, checked(plugin, info, implementation(*arguments))))
+            except FAILURES as error:
+                calls.fail(plugin, hook, arguments[arity - 1], error)
+            plugin.seconds += perf_counter() - start
+            plugin.calls += 1
+        return answers
+
+    return ask
+
+
+def _compile_last_words(info: HookInfo, cell: list[tuple[Listener, ...]]) -> Callable[..., list[PluginError]]:
+    def call_everybody(run: Run, event: object) -> list[PluginError]:
+        failures: list[PluginError] = []
+        for implementation, plugin in cell[0]:
+            start = perf_counter()
+            try:
+                checked(plugin, info, implementation(run, event))
+            except FAILURES as error:
+                failures.append(plugin.failure(info.name, error, getattr(event, "step", None)))
+            plugin.seconds += perf_counter() - start
+            plugin.calls += 1
+        if info.name == "on_close":
+            cell[0] = ()
+        return failures
+
+    return call_everybody
+
+
+def _describe(result: object) -> str:
+    if isinstance(result, (Mapping, list, tuple)):
+        return f"a {type(result).__name__} with other things in it"
+    return f"a {type(result).__name__}"

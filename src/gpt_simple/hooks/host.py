@@ -1,0 +1,210 @@
+"""The plugin host: from the ``[plugins]`` table to a table of calls.
+
+``activate`` decides, imports and lints; ``instantiate`` makes the plugins once their configuration is
+structured; ``calls`` compiles the hooks for one process. The engine sees nothing of plugins but this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, evolve, field
+from pluggy import PluginManager, PluginValidationError
+
+from gpt_simple.errors import PluginError
+from gpt_simple.hooks.activation import Decision, Switches, Wishes, decide
+from gpt_simple.hooks.components import Registry
+from gpt_simple.hooks.discovery import installed, usable
+from gpt_simple.hooks.dispatch import DISPATCHED, Calls, Implementation, Listener, OnFailure, Policy, checked
+from gpt_simple.hooks.events import Finding
+from gpt_simple.hooks.loading import (
+    FAILURES,
+    LoadedPlugin,
+    PassedPlugin,
+    collecting,
+    load_file,
+    load_plugin,
+    name_passed,
+    ordered,
+)
+from gpt_simple.hooks.specs import HOOKS, PROJECT, HookSpecs
+from gpt_simple.hooks.state import PluginStates, Record
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpt_simple.config.schema import Config
+
+
+@define(eq=False)
+class PluginHost:
+    """The active plugins of a run, in call order."""
+
+    plugins: tuple[LoadedPlugin, ...]
+    decisions: Mapping[str, Decision]
+    validated: Mapping[str, type]
+    """Config classes of plugins that are off but have a table, which is checked all the same."""
+    notes: tuple[str, ...] = ()
+    """Sentences worth a warning, for instance a disabled plugin that could not be imported."""
+    strict: bool = False
+    _manager: PluginManager = field(init=False)
+    _calls: Calls | None = None
+    _states: PluginStates = field(factory=PluginStates)
+
+    def __attrs_post_init__(self) -> None:
+        self._manager = PluginManager(PROJECT)
+        self._manager.add_hookspecs(HookSpecs)
+
+    @classmethod
+    def activate(
+        cls,
+        raw_plugins: Mapping[str, Any],
+        *,
+        set_keys: Callable[[str], bool],
+        switches: Switches | None = None,
+        extra: Sequence[PassedPlugin] = (),
+        place: Callable[[str], str] = str,
+    ) -> PluginHost:
+        """Decide which plugins are on, import exactly those and check them.
+
+        ``raw_plugins`` is the ``[plugins]`` table as it was read; ``set_keys`` tells whether a dotted key of
+        the configuration has a value; ``extra`` are classes or instances from Python, named like their class
+        in lower case; ``place`` turns a dotted key into where it was written. Raises ConfigError for names
+        that do not exist, PluginError with one line per mistake of a plugin that the run uses.
+        """
+        switches = switches or Switches()
+        records = usable(installed())
+        wishes = Wishes.read(raw_plugins, place)
+        given = name_passed(extra, records, wishes.tables)
+        mistakes: list[str] = []
+        for path in switches.files:
+            with collecting(mistakes):
+                given.update([load_file(path)])
+        decisions = decide(records, wishes, set_keys, switches, tuple(given))
+        loaded: list[LoadedPlugin] = []
+        validated: dict[str, type] = {}
+        notes: list[str] = []
+        for name, decision in decisions.items():
+            record = records.get(name)
+            if decision.active:
+                with collecting(mistakes):
+                    loaded.append(load_plugin(name, given.get(name), record, decision.why))
+            elif name in wishes.tables and decision.why != "--no-plugins":
+                problems: list[str] = []
+                with collecting(problems):
+                    validated[name] = load_plugin(name, given.get(name), record, decision.why).cls.Config
+                notes += [f"[plugins.{name}] is off and was not checked: {problem}" for problem in problems]
+        if mistakes:
+            raise PluginError("\n".join(mistakes))
+        return cls(tuple(ordered(loaded)), decisions, validated, tuple(notes), wishes.strict)
+
+    def config_classes(self) -> dict[str, type]:
+        """Plugin -> its config class, for all whose table is to be structured."""
+        active = {plugin.name: plugin.cls.Config for plugin in self.plugins if plugin.instance is None}
+        return {**self.validated, **active}
+
+    def register_components(self, registry: Registry) -> None:
+        """Let every plugin add its parts, each under its own name as owner."""
+        for plugin in self.plugins:
+            if (register := getattr(plugin.cls, "register_components", None)) is not None:
+                try:
+                    register(registry.owned_by(plugin.name))
+                except PluginError as error:
+                    raise PluginError(f"plugin {plugin.label}: {error}") from error
+                except FAILURES as error:
+                    raise plugin.failure("register_components", error) from error
+
+    def instantiate(self, config: Config) -> None:
+        """Make every plugin with its own configuration; pluggy keeps it and checks it against the specs."""
+        for plugin in self.plugins:
+            try:
+                if plugin.instance is None:
+                    plugin.instance = plugin.cls(config.plugins.tables.get(plugin.name, plugin.cls.Config()))
+                self._manager.register(plugin.instance, plugin.name)
+            except PluginValidationError as error:
+                raise PluginError(f"plugin {plugin.label}: {error}") from error
+            except FAILURES as error:
+                raise plugin.failure("__init__", error) from error
+
+    def check_config(self, config: Config) -> list[Finding]:
+        """The findings of all plugins; one without a place is put at its plugin's table."""
+        findings: list[Finding] = []
+        for implementation, plugin in self._listeners("check_config"):
+            try:
+                found = checked(plugin, HOOKS["check_config"], implementation(config))
+            except PluginError:
+                raise
+            except FAILURES as error:
+                raise plugin.failure("check_config", error) from error
+            findings += [f if f.place else evolve(f, place=f"plugins.{plugin.name}") for f in found]
+        return findings
+
+    def calls(
+        self,
+        is_main: bool,
+        on_failure: OnFailure,
+        *,
+        world_size: int = 1,
+        wrap: Callable[[Implementation], Implementation] | None = None,
+    ) -> Calls:
+        """Compile the hooks for this process.
+
+        ``on_failure(plugin, hook, error)`` is told of each plugin that is switched off. ``wrap`` may put a
+        guard around every implementation; what it raises counts as the plugin's failure.
+        """
+        calls = Calls(Policy(on_failure, alone=world_size == 1, strict=self.strict))
+        for hook in DISPATCHED:
+            here = [pair for pair in self._listeners(hook) if is_main or _runs_everywhere(hook, pair[1])]
+            calls.listen(hook, [(wrap(call), plugin) for call, plugin in here] if wrap else here)
+        self._calls = calls
+        return calls
+
+    def order_hash(self) -> str:
+        """A short hash of which plugins run, of which version, in which order; the same on all processes."""
+        lines = [f"{p.name} {p.distribution} {p.version} {p.cls.__qualname__}" for p in self.plugins]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What plugins say for the summary, by name, without those that say nothing or were switched off."""
+        facts = {
+            plugin.name: self._guarded(plugin, "describe", plugin.active.describe) for plugin in self.plugins
+        }
+        return {name: value for name, value in facts.items() if value}
+
+    def state(self) -> tuple[dict[str, Record], dict[str, torch.Tensor]]:
+        """The state of all plugins for a checkpoint: JSON by plugin, and tensors by ``plugin/path``.
+
+        Records that were loaded for a plugin that is not here are carried forward.
+        """
+        return self._states.save(self.plugins, self._guarded)
+
+    def load_state(
+        self, records: Mapping[str, Record], tensors: Mapping[str, torch.Tensor], *, is_main: bool = True
+    ) -> None:
+        """Hand stored state back to its owners here; CheckpointError if a required one is missing."""
+        self._states.load(self.plugins, records, tensors, is_main)
+
+    def _listeners(self, hook: str) -> list[Listener]:
+        found = {
+            impl.plugin_name: impl.function for impl in getattr(self._manager.hook, hook).get_hookimpls()
+        }
+        return [(found[plugin.name], plugin) for plugin in self.plugins if plugin.name in found]
+
+    def _guarded(self, plugin: LoadedPlugin, method: str, call: Callable[[], Any]) -> Any:
+        """A plain method under the failure policy; None from a plugin that is off."""
+        if plugin.failed:
+            return None
+        try:
+            return call()
+        except FAILURES as error:
+            if self._calls is None:
+                raise plugin.failure(method, error) from error
+            self._calls.fail(plugin, method, None, error)
+            return None
+
+
+def _runs_everywhere(hook: str, plugin: LoadedPlugin) -> bool:
+    ranks = HOOKS[hook].ranks
+    return ranks == "all" or (ranks == "plugin" and plugin.ranks == "all")

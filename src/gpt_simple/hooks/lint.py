@@ -1,0 +1,165 @@
+"""Every mistake of a plugin class at once, in the author's terms, before anything of it runs.
+
+pluggy is silent about a misspelt hook, a forgotten decorator or a class where an instance belongs, and what
+it passes to an argument with a default differs between its versions. None of that should cost an author an
+evening.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import attrs
+
+from gpt_simple.hooks.plugin import Plugin
+from gpt_simple.hooks.specs import HOOKS, PROJECT
+
+MARK = f"{PROJECT}_impl"
+"""Where ``@hookimpl`` leaves its options."""
+
+PLAIN_METHODS = frozenset({"describe", "load_state_dict", "state_dict"})
+FORBIDDEN_OPTIONS = ("wrapper", "hookwrapper", "tryfirst", "trylast", "specname")
+CLASS_HOOKS = frozenset({"register_components"})
+
+
+def lint(cls: object) -> list[str]:
+    """All mistakes, one sentence each; an empty list means that the class keeps the contract."""
+    if not isinstance(cls, type):
+        kind = type(cls).__name__
+        hint = "name the class, not an instance of it" if isinstance(cls, Plugin) else f"found a {kind}"
+        return [f"expected a subclass of gpt_simple.Plugin; {hint}"]
+    if not issubclass(cls, Plugin):
+        return [f"{cls.__name__} is not a subclass of gpt_simple.Plugin"]
+    return [*_hook_mistakes(cls), *_class_mistakes(cls), *_config_mistakes(cls)]
+
+
+def hooks_of(cls: type) -> list[str]:
+    """Names of the hooks that a class implements, in the order of the catalogue."""
+    return [name for name in HOOKS if _options(inspect.getattr_static(cls, name, None)) is not None]
+
+
+def _hook_mistakes(cls: type) -> Iterator[str]:
+    names = dict.fromkeys(
+        name for owner in cls.__mro__ if owner not in Plugin.__mro__ for name in vars(owner)
+    )
+    for name in names:
+        member = inspect.getattr_static(cls, name)
+        options = _options(member)
+        if options is None:
+            if name in HOOKS and callable(getattr(cls, name)):
+                yield f"{name} is the name of a hook but is not marked: write @hookimpl above it"
+        elif name in HOOKS:
+            yield from _implementation_mistakes(name, member, options)
+        elif name in PLAIN_METHODS:
+            yield f"{name} is a plain method, not a hook: remove @hookimpl"
+        elif not options.get("optionalhook"):
+            close = difflib.get_close_matches(name, HOOKS, 1)
+            yield f"there is no hook {name}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _implementation_mistakes(name: str, member: object, options: Mapping[str, Any]) -> Iterator[str]:
+    if used := [option for option in FORBIDDEN_OPTIONS if options.get(option)]:
+        yield f"{name}: @hookimpl takes no {', '.join(used)}: order is declared by before and after"
+    if name in CLASS_HOOKS and not isinstance(member, classmethod):
+        yield f"{name} is called before there is an instance: write @classmethod above @hookimpl"
+    if name not in CLASS_HOOKS and isinstance(member, (classmethod, staticmethod)):
+        yield f"{name} must be an ordinary method"
+        return
+    function: Any = getattr(member, "__func__", member)
+    if not hasattr(function, MARK):
+        yield f"{name}: write @classmethod above @hookimpl, not below it"
+    function = inspect.unwrap(function)
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        yield f"{name} is async: hooks are called and not awaited"
+    elif inspect.isgeneratorfunction(function):
+        yield f"{name} has a yield, so calling it would run nothing: return the result instead"
+    parameters = list(inspect.signature(function).parameters.values())
+    expected = HOOKS[name].arguments
+    plain = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
+    if not plain or tuple(p.name for p in parameters[1:]) != expected:
+        first = "cls" if name in CLASS_HOOKS else "self"
+        given = ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
+        yield (
+            f"{name} must take exactly ({', '.join((first, *expected))}), without defaults, * or "
+            f"keyword-only arguments; it takes ({given})"
+        )
+
+
+def _class_mistakes(cls: type[Plugin[Any]]) -> Iterator[str]:
+    if cls.__eq__ is not object.__eq__ or cls.__hash__ is not object.__hash__:
+        yield "the class has an __eq__ of its own (attrs.define makes one): use @attrs.define(eq=False)"
+    if inspect.isabstract(cls):
+        yield f"{cls.__name__} is abstract and cannot be made"
+    try:
+        inspect.signature(cls.__init__).bind(None, None)
+    except TypeError:
+        yield "__init__ must take exactly (self, config)"
+    if cls.ranks not in ("main", "all"):
+        yield f'ranks is {cls.ranks!r}; expected "main" or "all"'
+    if cls.on_error not in (None, "abort", "disable"):
+        yield f'on_error is {cls.on_error!r}; expected "abort", "disable" or None'
+    for name in ("before", "after", "aliases"):
+        value: object = getattr(cls, name)
+        if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+            yield f"{name} is {value!r}; expected a tuple of plugin names, such as ({str(value)!r},)"
+    if not isinstance(cls.state_version, int) or cls.state_version < 1:
+        yield f"state_version is {cls.state_version!r}; expected a whole number from 1"
+
+
+def _config_mistakes(cls: type[Plugin[Any]]) -> Iterator[str]:
+    config: Any = cls.Config
+    if not isinstance(config, type) or not attrs.has(config):
+        yield "Config must be a frozen attrs class: write @attrs.frozen above it"
+        return
+    if not attrs.inspect(config).is_frozen:
+        yield "Config can be changed after it is made: write @attrs.frozen above it"
+    known = {a.name for a in attrs.fields(config)}
+    for name, value in vars(config).items():
+        if not (name.startswith("_") or name in known or callable(value) or _is_descriptor(value)):
+            yield f"Config.{name} has no type annotation, so it is not a field"
+    try:
+        hints = get_type_hints(config)
+    except Exception as error:
+        yield f"Config has an annotation that cannot be read: {error}"
+        return
+    for a in attrs.fields(config):
+        if a.default is attrs.NOTHING:
+            yield f"Config.{a.name} has no default: a plugin must work without a table in the configuration"
+        if (bad := _unsupported(hints.get(a.name, a.type))) is not None:
+            yield (
+                f"Config.{a.name} has the type {bad}; supported are bool, int, float, str, Literal, "
+                "X | None, tuple[X, ...], Mapping[str, X] and frozen attrs classes"
+            )
+
+
+def _unsupported(kind: Any) -> str | None:
+    """The part of a type that a configuration cannot hold; None if all of it is fine."""
+    if kind in (bool, int, float, str, types.NoneType) or (isinstance(kind, type) and attrs.has(kind)):
+        return None
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return None
+    if origin in (Union, types.UnionType):
+        return next((bad for part in parts if (bad := _unsupported(part))), None)
+    if origin is tuple and len(parts) == 2 and parts[1] is Ellipsis:
+        return _unsupported(parts[0])
+    if origin is not None and issubclass(origin, Mapping) and len(parts) == 2 and parts[0] is str:
+        return _unsupported(parts[1])
+    return getattr(kind, "__name__", None) if isinstance(kind, type) and not parts else str(kind)
+
+
+def _options(member: Any) -> dict[str, Any] | None:
+    """The options of ``@hookimpl``, whichever way round it was combined with another decorator."""
+    for candidate in (member, getattr(member, "__func__", None)):
+        options: object = getattr(candidate, MARK, None)
+        if isinstance(options, dict):
+            return options
+    return None
+
+
+def _is_descriptor(value: object) -> bool:
+    return hasattr(type(value), "__get__")

@@ -1,0 +1,292 @@
+"""Every hook there is: when it is called, on which processes, and what becomes of its result.
+
+This file is the contract with plugin authors and the only list of hooks: the host, the lint, the
+documentation and the type checker all read it. A hook named ``on_*`` notifies and returns nothing; any other
+name is a verb whose result is used. ``HOOKS`` holds the same facts for machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from attrs import frozen
+from pluggy import HookimplMarker, HookspecMarker
+
+from gpt_simple.hooks import events
+from gpt_simple.hooks.events import Finding, Metric
+
+if TYPE_CHECKING:
+    from gpt_simple.config.schema import Config
+    from gpt_simple.hooks.components import Registry
+    from gpt_simple.hooks.run import Run
+
+PROJECT = "gpt_simple"
+
+hookimpl = HookimplMarker(PROJECT)
+"""Marks a method of a plugin as the implementation of the hook of the same name."""
+
+hookspec = HookspecMarker(PROJECT)
+
+HookRanks = Literal["all", "main", "plugin"]
+Returns = Literal["none", "metrics", "findings"]
+Order = Literal["forward", "reverse"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@frozen
+class HookInfo:
+    """The facts of one hook.
+
+    ``ranks``: ``all`` processes, the ``main`` one, or those that the ``plugin`` declares. ``event`` is None
+    where the hook does not take ``(run, event)``; ``arguments`` are the names that an implementation takes
+    after ``self``.
+    """
+
+    name: str
+    event: type | None
+    arguments: tuple[str, ...]
+    ranks: HookRanks
+    returns: Returns
+    order: Order
+
+
+HOOKS: dict[str, HookInfo] = {}
+"""The catalogue, in the order in which a run first meets each hook."""
+
+
+def _hook(
+    event: type | None,
+    *,
+    arguments: tuple[str, ...] = ("run", "event"),
+    ranks: HookRanks = "plugin",
+    returns: Returns = "none",
+    order: Order = "forward",
+) -> Callable[[F], F]:
+    def mark(function: F) -> F:
+        name = function.__name__
+        HOOKS[name] = HookInfo(name, event, arguments, ranks, returns, order)
+        return hookspec(function)
+
+    return mark
+
+
+class HookSpecs:
+    """What a plugin may implement, any subset of it. ``Plugin`` has these signatures for the type checker."""
+
+    @classmethod
+    @_hook(None, arguments=("registry",), ranks="all")
+    def register_components(cls, registry: Registry) -> None:
+        """Add named parts (models, optimizers, schedules, tokenizers, sources) that a configuration can
+        choose.
+
+        Called right after the plugin is imported, before its configuration exists: so it is a class method,
+        and nothing heavy should be imported in it. Give the part as ``module:attribute`` and it is imported
+        when used::
+
+            @classmethod
+            @hookimpl
+            def register_components(cls, registry):
+                registry.add("optimizer", "lion", "lion_plugin.lion:build", config=LionConfig)
+        """
+
+    @_hook(None, arguments=("config",), ranks="main", returns="findings")
+    def check_config(self, config: Config) -> Sequence[Finding]:
+        """Look at the configuration, by ``gpt-simple validate`` and before every run, with no device touched.
+
+        Return findings; one of severity ``error`` stops the run before anything is created::
+
+            @hookimpl
+            def check_config(self, config):
+                if config.training.max_steps < self.config.every:
+                    return [Finding("warning", "never-due", "every is larger than training.max_steps")]
+                return []
+        """
+        return ()
+
+    @_hook(None, arguments=("run",), ranks="all", returns="findings")
+    def check_runtime(self, run: Run) -> Sequence[Finding]:
+        """Look at devices and the model on the meta device: shapes are known and nothing is allocated yet.
+
+        Return findings, as for ``check_config``::
+
+            @hookimpl
+            def check_runtime(self, run):
+                if run.device.type == "cpu":
+                    return [Finding("warning", "slow", "this plugin expects an accelerator")]
+                return []
+        """
+        return ()
+
+    @_hook(events.ModelBuilt, ranks="all")
+    def on_model_built(self, run: Run, event: events.ModelBuilt) -> None:
+        """The raw module is initialised on its device; checkpointing, compilation and wrapping come next.
+
+        The place to change the module in place. Do the same on every process::
+
+            @hookimpl
+            def on_model_built(self, run, event):
+                event.model.embedding.weight.requires_grad_(False)
+        """
+
+    @_hook(events.CheckpointLoaded)
+    def on_checkpoint_loaded(self, run: Run, event: events.CheckpointLoaded) -> None:
+        """All state, this plugin's too, is restored from a checkpoint; only in runs that resume from one::
+
+        @hookimpl
+        def on_checkpoint_loaded(self, run, event):
+            run.log.info(f"continuing from {event.path.name}")
+        """
+
+    @_hook(events.RunStart)
+    def on_run_start(self, run: Run, event: events.RunStart) -> None:
+        """Everything is prepared and restored; the next thing is step ``event.step + 1``::
+
+        @hookimpl
+        def on_run_start(self, run, event):
+            self.file = open(run.output_dir / self.config.path, "a")
+        """
+
+    @_hook(events.StepStart)
+    def on_step_start(self, run: Run, event: events.StepStart) -> None:
+        """An optimizer step is about to be made::
+
+        @hookimpl
+        def on_step_start(self, run, event):
+            self.started = time.perf_counter()
+        """
+
+    @_hook(events.BatchReady)
+    def on_batch(self, run: Run, event: events.BatchReady) -> None:
+        """A micro-batch is on the device, before its forward. Hot: called for every micro-batch of every
+        step.
+
+        Never read a tensor here (``.item()`` waits for the device)::
+
+            @hookimpl
+            def on_batch(self, run, event):
+                self.rows += event.batch.input_ids.shape[0]
+        """
+
+    @_hook(events.GradientsReady, ranks="all")
+    def on_gradients(self, run: Run, event: events.GradientsReady) -> None:
+        """Gradients are reduced over processes and unscaled; clipping and the optimizer come next.
+
+        ``p.grad`` may be edited, the same on every process; a step can be skipped by a flag on the device::
+
+            @hookimpl
+            def on_gradients(self, run, event):
+                total = sum(p.grad.square().sum() for p in run.model.parameters() if p.grad is not None)
+                run.control.skip_step(total > self.config.limit)
+        """
+
+    @_hook(events.StepEnd)
+    def on_step_end(self, run: Run, event: events.StepEnd) -> None:
+        """The step is made and its position in the data is committed. Wishes put here are voted on at once::
+
+        @hookimpl
+        def on_step_end(self, run, event):
+            if event.tokens >= self.config.token_budget:
+                run.control.stop("the token budget is spent")
+        """
+
+    @_hook(events.CollectMetrics, ranks="all", returns="metrics")
+    def collect_metrics(self, run: Run, event: events.CollectMetrics) -> Mapping[str, Metric]:
+        """Contribute to the log, every ``training.logging_steps``.
+
+        Return the same names on every process: all values are reduced in one collective. Values may stay
+        tensors on the device::
+
+            @hookimpl
+            def collect_metrics(self, run, event):
+                return {"data/rows_per_step": Metric(self.rows / event.steps, reduce="sum")}
+        """
+        return {}
+
+    @_hook(events.MetricsReady, ranks="main")
+    def on_metrics(self, run: Run, event: events.MetricsReady) -> None:
+        """The metrics of a logging boundary as plain floats: what a logger writes::
+
+        @hookimpl
+        def on_metrics(self, run, event):
+            print(event.step, event.metrics["train/loss"])
+        """
+
+    @_hook(events.CheckpointSaving, ranks="all")
+    def on_checkpoint_saving(self, run: Run, event: events.CheckpointSaving) -> None:
+        """A checkpoint of this step has been agreed on; ``state_dict`` is taken next::
+
+        @hookimpl
+        def on_checkpoint_saving(self, run, event):
+            self.pending.flush()
+        """
+
+    @_hook(events.CheckpointSaved)
+    def on_checkpoint_saved(self, run: Run, event: events.CheckpointSaved) -> None:
+        """The checkpoint is durable: it survives a crash from here on::
+
+        @hookimpl
+        def on_checkpoint_saved(self, run, event):
+            self.uploads.put(event.path)
+        """
+
+    @_hook(events.Evaluate, ranks="all", returns="metrics")
+    def evaluate(self, run: Run, event: events.Evaluate) -> Mapping[str, Metric]:
+        """An evaluation is due or was asked for. Eval mode, no_grad and an RNG of its own are set by the
+        engine.
+
+        Return the same names on every process; collectives are allowed (``run.comm``)::
+
+            @hookimpl
+            def evaluate(self, run, event):
+                nats = tokens = 0
+                for batch in run.val_batches(max_batches=10):
+                    nats, tokens = nats + run.loss(batch), tokens + batch.targets
+                return {"eval/short_loss": Metric(nats / tokens, weight=tokens)}
+        """
+        return {}
+
+    @_hook(events.EvalEnd)
+    def on_eval_end(self, run: Run, event: events.EvalEnd) -> None:
+        """The metrics of an evaluation, reduced to plain floats::
+
+        @hookimpl
+        def on_eval_end(self, run, event):
+            self.best = min(self.best, event.metrics["eval/loss"])
+        """
+
+    @_hook(events.LogRecord, ranks="main")
+    def on_log(self, run: Run, event: events.LogRecord) -> None:
+        """Something worth a line happened: a warning, a resume, a plugin that was switched off::
+
+        @hookimpl
+        def on_log(self, run, event):
+            self.file.write(f"{event.level} step {event.step}: {event.message}\\n")
+        """
+
+    @_hook(events.RunEnd)
+    def on_run_end(self, run: Run, event: events.RunEnd) -> None:
+        """The run has ended by itself: completed, stopped (resumable) or halted (needs a person)::
+
+        @hookimpl
+        def on_run_end(self, run, event):
+            notify(f"{event.status} after {event.tokens:,} tokens")
+        """
+
+    @_hook(events.RunError, order="reverse")
+    def on_run_error(self, run: Run, event: events.RunError) -> None:
+        """The run ends with an exception. No collectives: other processes may be gone::
+
+        @hookimpl
+        def on_run_error(self, run, event):
+            notify(f"failed at step {event.step}: {event.error}")
+        """
+
+    @_hook(events.Close, order="reverse")
+    def on_close(self, run: Run, event: events.Close) -> None:
+        """Release what the plugin holds. Always called, once, in reverse order. No collectives::
+
+        @hookimpl
+        def on_close(self, run, event):
+            self.file.close()
+        """
