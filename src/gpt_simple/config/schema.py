@@ -1,8 +1,8 @@
 """The sections of a configuration, each field written once.
 
-A field is ``name: Annotated[type, bounds, Doc("...")] = default``. That one line is where its help, its bounds, its
-command-line option and its JSON Schema come from. Sections are frozen: nothing changes a configuration after it is
-loaded. This module imports neither torch nor any other heavy package.
+A field is ``name: Annotated[type, bounds, Doc("...")] = default``. That one line is where its help, its
+bounds, its command-line option and its JSON Schema come from. Sections are frozen: nothing changes a
+configuration after it is loaded. This module imports neither torch nor any other heavy package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class ModelConfig:
 
     name: Annotated[str, Doc("model component")] = "gpt"
     vocab_size: Annotated[
-        int | None, Ge(1), Doc("rows of the embedding; unset: the tokenizer's size, padded to a multiple of 128")
+        int | None,
+        Ge(1),
+        Doc("rows of the embedding; unset: the tokenizer's size, padded to a multiple of 128"),
     ] = None
     n_embd: Annotated[int, Ge(1), Doc("width of the residual stream")] = 768
     n_layer: Annotated[int, Ge(1), Doc("number of blocks")] = 12
@@ -34,10 +36,16 @@ class ModelConfig:
     n_positions: Annotated[
         int | None, Ge(1), Doc("longest sequence the model is made for; unset: data.max_length")
     ] = None
-    dropout: Annotated[float, Ge(0), Lt(1), Doc("dropout on embedding, attention and residual branches")] = 0.0
+    dropout: Annotated[float, Ge(0), Lt(1), Doc("dropout on embedding, attention and residual branches")] = (
+        0.0
+    )
     use_bias: Annotated[bool, Doc("biases in all linear layers and LayerNorms")] = False
-    qkv_bias: Annotated[bool | None, Doc("bias of the query, key and value projections; unset: use_bias")] = None
-    attn_out_bias: Annotated[bool | None, Doc("bias of the attention's output projection; unset: use_bias")] = None
+    qkv_bias: Annotated[bool | None, Doc("bias of the query, key and value projections; unset: use_bias")] = (
+        None
+    )
+    attn_out_bias: Annotated[
+        bool | None, Doc("bias of the attention's output projection; unset: use_bias")
+    ] = None
     mlp_bias: Annotated[bool | None, Doc("bias of the MLP's projections; unset: use_bias")] = None
     activation: Annotated[Literal["swish", "gelu", "relu"], Doc("activation of the MLP")] = "swish"
     mlp_type: Annotated[
@@ -48,7 +56,9 @@ class ModelConfig:
         Ge(1),
         Doc("width of the MLP; unset: 8/3 n_embd rounded up to a multiple of 64 if gated, else 4 n_embd"),
     ] = None
-    norm: Annotated[Literal["rmsnorm", "layernorm"], Doc("normalisation before attention, MLP and head")] = "rmsnorm"
+    norm: Annotated[Literal["rmsnorm", "layernorm"], Doc("normalisation before attention, MLP and head")] = (
+        "rmsnorm"
+    )
     norm_eps: Annotated[float, Gt(0), Doc("epsilon of the normalisation")] = 1e-5
     tie_word_embeddings: Annotated[bool, Doc("the head shares the embedding's matrix")] = True
     rope_base: Annotated[float, Gt(0), Doc("base of the rotary angles")] = 10000.0
@@ -80,11 +90,13 @@ class DataConfig:
     ] = None
     format: Annotated[
         Literal["pretokenized", "jsonl", "text"] | None,
-        Doc("what data.path holds; unset: pretokenized if it has a dataset.json, else text and JSON lines by suffix"),
+        Doc("what data.path holds; unset: pretokenized if it has a dataset.json, else by each file's suffix"),
     ] = None
     text_key: Annotated[str, Doc("key of the text in a JSON line")] = "text"
     max_documents: Annotated[
-        int | None, Ge(1), Doc("take at most this many documents; for stories, how many are told (unset: 20,000)")
+        int | None,
+        Ge(1),
+        Doc("take at most this many documents; for stories, how many are told (unset: 20,000)"),
     ] = None
     tokenizer: Annotated[
         str, Doc('"bpe" (trained on the data), "bytes", a path to a tokenizer.json, or a tokenizer component')
@@ -106,7 +118,9 @@ class DataConfig:
     val_fraction: Annotated[
         float, Ge(0), Lt(1), Doc("share of documents held out (by hash) when the data have no val split")
     ] = 0.05
-    num_workers: Annotated[int, Ge(0), Doc("threads that prepare batches ahead; 0: in the training thread")] = 1
+    num_workers: Annotated[
+        int, Ge(0), Doc("threads that prepare batches ahead; 0: in the training thread")
+    ] = 1
     seed: Annotated[int | None, Ge(0), Doc("seed of the order of samples; unset: training.seed")] = None
     curriculum: Annotated[
         tuple[Phase, ...], Doc("phases of {duration_tokens, mix}; empty: all buckets by their size")
@@ -134,7 +148,7 @@ class OptimizerConfig:
     decay_steps: Annotated[
         int | None,
         Ge(1),
-        Doc("length of the decay in steps; unset: to max_steps (wsd: the last fifth); the floor holds afterwards"),
+        Doc("length of the decay; unset: to max_steps (wsd: their last fifth); the floor holds afterwards"),
     ] = None
     min_lr_ratio: Annotated[float, Ge(0), Le(1), Doc("floor of the decay, as a share of learning_rate")] = 0.1
 
@@ -157,7 +171,9 @@ class TrainingConfig:
     gradient_checkpointing: Annotated[
         bool | int, Ge(0), Doc("recompute activations in backward: true, false, or every k-th block")
     ] = True
-    seed: Annotated[int, Ge(0), Doc("seed of weights, dropout and, unless data.seed is set, of the order")] = 42
+    seed: Annotated[
+        int, Ge(0), Doc("seed of weights, dropout and, unless data.seed is set, of the order")
+    ] = 42
     logging_steps: Annotated[int | None, Ge(0), Doc("steps between logged metrics; null or 0: off")] = 10
     eval_steps: Annotated[int | None, Ge(0), Doc("steps between evaluations; null or 0: off")] = 500
     max_eval_batches: Annotated[
@@ -172,16 +188,21 @@ class TrainingConfig:
     ] = None
     output_dir: Annotated[str, Doc("directory of the run, relative to the current one")] = "outputs"
     resume: Annotated[
-        str, Doc('"auto" (the newest valid checkpoint, else from scratch), "scratch", or a checkpoint\'s path')
+        str,
+        Doc('"auto" (the newest valid checkpoint, else from scratch), "scratch", or a checkpoint\'s path'),
     ] = "auto"
-    max_runtime_seconds: Annotated[float | None, Gt(0), Doc("stop, resumable, before this much time has passed")] = None
+    max_runtime_seconds: Annotated[
+        float | None, Gt(0), Doc("stop, resumable, before this much time has passed")
+    ] = None
     walltime_reserve_seconds: Annotated[
         float, Ge(0), Doc("time kept back from max_runtime_seconds for the last checkpoint")
     ] = 30.0
-    parallel: Annotated[Literal["auto", "ddp"], Doc("auto: ddp whenever there is more than one process")] = "auto"
+    parallel: Annotated[Literal["auto", "ddp"], Doc("auto: ddp whenever there is more than one process")] = (
+        "auto"
+    )
     ddp_optimizer: Annotated[
         Literal["auto", "off", "split", "python_reducer"],
-        Doc("Dynamo's DDP graph splitter; auto: off for compile + DDP + gradient checkpointing, else torch's own"),
+        Doc("Dynamo's DDP graph splitter; auto: off for compile + DDP + checkpointing, else torch's own"),
     ] = "auto"
     wandb_project: Annotated[str | None, Doc("Weights & Biases project; unset: W&B is off")] = None
     wandb_run_name: Annotated[str | None, Doc("name of the W&B run")] = None
@@ -191,15 +212,15 @@ class TrainingConfig:
 class PluginsConfig:
     """``[plugins]``: switches, and one table per plugin.
 
-    ``tables`` holds what stands under ``[plugins.NAME]``: an instance of the plugin's own config class for a plugin
-    that was loaded, the raw mapping for one that was not.
+    ``tables`` holds what stands under ``[plugins.NAME]``: an instance of the plugin's own config class for a
+    plugin that was loaded, the raw mapping for one that was not.
     """
 
     disable: Annotated[tuple[str, ...], Doc("plugins that are switched off")] = ()
     require: Annotated[tuple[str, ...], Doc("plugins without which the run does not start")] = ()
-    strict: Annotated[bool, Doc("any plugin problem ends the run, also of plugins that would only be switched off")] = (
-        False
-    )
+    strict: Annotated[
+        bool, Doc("any plugin problem ends the run, also of plugins that would only be switched off")
+    ] = False
     tables: Mapping[str, Any] = field(factory=dict)
 
 

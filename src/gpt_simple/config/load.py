@@ -1,0 +1,255 @@
+"""Reads a configuration's sources and lays them over each other.
+
+The order is defaults < file < environment < command line.
+Nothing is checked against the schema here: that is :mod:`gpt_simple.config.structure`, which also reports the
+mistakes that were collected on the way. In between, whoever loads the configuration can see what it asks for
+(which model, which plugins) and so decide which classes its tables are structured into.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import field, frozen
+
+from gpt_simple._names import ENV_PREFIX
+from gpt_simple.config.legacy import translate
+from gpt_simple.config.mistakes import Mistake, config_error, printable
+from gpt_simple.config.origin import Origin, Origins, join
+from gpt_simple.config.parsed import Parsed
+from gpt_simple.config.schema import Config, PluginsConfig
+from gpt_simple.errors import ConfigError
+
+_OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
+_NULL_WORDS = (None, "null", "none")
+
+
+@frozen
+class RawConfig:
+    """The values of all sources, merged, before they are checked.
+
+    ``texts`` keeps what was typed for values from the environment and the command line, for the fields that
+    want text; ``notes`` are remarks for the user, ``mistakes`` are reported when the configuration is
+    structured.
+    """
+
+    values: dict[str, Any]
+    origins: Origins
+    notes: tuple[str, ...] = ()
+    mistakes: tuple[Mistake, ...] = ()
+    texts: Mapping[str, str] = field(factory=dict)
+
+    def get(self, path: str) -> Any:
+        """The value at a dotted path, None if nobody set it."""
+        value: Any = self.values
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    def is_set(self, path: str) -> bool:
+        """Somebody set the value at a dotted path, and not to null."""
+        return self.get(path) not in _NULL_WORDS
+
+
+def read(
+    path: str | Path | None,
+    *,
+    overrides: Sequence[tuple[str, str]] = (),
+    environ: Mapping[str, str] | None = None,
+    sections: Mapping[str, object] | None = None,
+) -> RawConfig:
+    """Merge a file, ``sections`` given in Python, ``GPT_SIMPLE__SECTION__KEY`` variables and overrides.
+
+    ``overrides`` are (dotted key, text); the text is read as a TOML value, else it is taken as it is. A
+    section given in Python (an instance of its class, or a mapping) replaces the file's whole section.
+    ``environ`` defaults to the process's environment. A file that is missing or that cannot be read to its
+    end is a ConfigError.
+    """
+    layers = _Layers()
+    if path is not None:
+        layers.add_file(Path(path))
+    for name, section in (sections or {}).items():
+        layers.add_section(name, section)
+    for variable, text in sorted((os.environ if environ is None else environ).items()):
+        if variable.startswith(ENV_PREFIX):
+            key = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+            layers.add_text(key, text, Origin("env", f"${variable}"))
+    for key, text in overrides:
+        layers.add_text(key, text, Origin("cli", f"--{key}"))
+    return RawConfig(
+        layers.values, Origins(layers.origins), tuple(layers.notes), tuple(layers.mistakes), layers.texts
+    )
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Take every ``--section.key value`` and ``--section.key=value`` out of a command line.
+
+    Returns the overrides as (dotted key, text) and the other arguments in their order. What follows a bare
+    ``--`` is left alone. An override without a value is a ConfigError.
+    """
+    overrides: list[tuple[str, str]] = []
+    rest: list[str] = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if argument == "--":
+            return overrides, [*rest, argument, *remaining]
+        if not (found := _OVERRIDE.fullmatch(argument)):
+            rest.append(argument)
+            continue
+        key, text = found.groups()
+        if text is None:
+            if not remaining or remaining[0].startswith("--"):
+                raise ConfigError(
+                    printable(f"--{key}: a value is missing; write --{key} VALUE or --{key}=VALUE")
+                )
+            text = remaining.pop(0)
+        overrides.append((key, text))
+    return overrides, rest
+
+
+def sections_of(config: Config) -> dict[str, object]:
+    """A configuration made in Python, as the ``sections`` of :func:`read`."""
+    return {attribute.name: getattr(config, attribute.name) for attribute in attrs.fields(Config)}
+
+
+class _Layers:
+    """What has been read so far; each addition overrides what it meets."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, Origin] = {}
+        self.texts: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.mistakes: list[Mistake] = []
+
+    def add_file(self, path: Path) -> None:
+        parsed = _parse(path)
+        for slip in parsed.mistakes:
+            where = ":".join([str(path), *(str(number) for number in (slip.line, slip.column) if number)])
+            self.mistakes.append(Mistake(Origin("file", where, line=slip.line), "", slip.message))
+        if parsed.values is None:
+            raise config_error(self.mistakes)
+        for key, line in parsed.lines.items():
+            self.origins[key] = Origin("file", f"{path}:{line}", line=line)
+        for name, section in self._translated(parsed.values).items():
+            self.values[name] = section
+
+    def add_section(self, name: str, section: object) -> None:
+        values = {name: _plain(section)}
+        for old in [key for key in self.origins if key == name or key.startswith(f"{name}.")]:
+            del self.origins[old]
+        self.values[name] = {}
+        self._merge(self.values, self._translated(values), "", Origin("python", "train(...)"))
+
+    def add_text(self, key: str, text: str, origin: Origin) -> None:
+        value = _literal(text)
+        self.texts = {path: typed for path, typed in self.texts.items() if not _is_inside(path, key)}
+        if not isinstance(value, dict):
+            self.texts[key] = text
+        parts = key.split(".")
+        for part in reversed(parts):
+            value = {part: value}
+        self._merge(self.values, self._translated(value, origin), "", origin)
+
+    def _translated(self, values: dict[str, Any], origin: Origin | None = None) -> dict[str, Any]:
+        values, renamed = translate(values)
+        for change in renamed:
+            source = origin or self.origins.get(change.old, Origin("python", "train(...)"))
+            self.notes.append(f"{source.where}: {change.note}")
+            self.origins |= {new: source for new in change.new if origin is None}
+        return values
+
+    def _merge(self, target: dict[str, Any], values: Mapping[str, Any], table: str, origin: Origin) -> None:
+        """Lay values over what is there: tables key by key, everything else whole."""
+        for key, value in values.items():
+            path = join(table, key)
+            if isinstance(value, Mapping):
+                if not isinstance(target.get(key), dict):
+                    self._claim(path, origin)
+                    target[key] = {}
+                self._merge(target[key], value, path, origin)
+            else:
+                self._claim(path, origin)
+                target[key] = value
+
+    def _claim(self, path: str, origin: Origin) -> None:
+        before = self.origins.get(path)
+        for inner in [key for key in self.origins if _is_inside(key, path)]:
+            del self.origins[inner]
+        self.origins[path] = attrs.evolve(origin, overrides=before)
+
+
+def _is_inside(path: str, outer: str) -> bool:
+    return path.startswith(outer) and path[len(outer) : len(outer) + 1] in ("", ".", "[")
+
+
+def _parse(path: Path) -> Parsed:
+    """Read one file by its suffix."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(printable(f"{path}: the configuration cannot be read ({reason})")) from None
+    try:
+        match path.suffix.lower():
+            case ".toml":
+                from gpt_simple.config.parse_toml import parse_toml
+
+                return parse_toml(text)
+            case ".yaml" | ".yml":
+                from gpt_simple.config.parse_yaml import parse_yaml
+
+                return parse_yaml(text)
+            case ".json":
+                from gpt_simple.config.parse_yaml import parse_json
+
+                return parse_json(text)
+    except RecursionError:
+        raise ConfigError(f"{path}: tables or lists are nested too deeply") from None
+    raise ConfigError(f"{path}: a configuration is a .toml, .yaml, .yml or .json file")
+
+
+def _literal(text: str) -> Any:
+    """The text as a TOML value, or as it is if it is none."""
+    import tomli
+
+    try:
+        document = tomli.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return document["value"] if len(document) == 1 else text
+
+
+def _plain(section: object) -> Any:
+    """An instance of a section's class as raw values, without what it leaves at the default."""
+    if isinstance(section, PluginsConfig):
+        switches = {key: value for key, value in _plain_fields(section).items() if key != "tables"}
+        return switches | {name: _plain(table) for name, table in section.tables.items()}
+    if attrs.has(type(section)):
+        return _plain_fields(section)
+    if isinstance(section, Mapping):
+        return {str(key): _plain(value) for key, value in section.items()}
+    if isinstance(section, list | tuple):
+        return [_plain(item) for item in section]
+    return section
+
+
+def _plain_fields(instance: object) -> dict[str, Any]:
+    # A component's own class keeps all its fields: what is its default need not be the built-in one's.
+    complete = not type(instance).__module__.startswith("gpt_simple.")
+    values = {}
+    for attribute in attrs.fields(type(instance)):  # type: ignore[arg-type]
+        value, default = getattr(instance, attribute.name), attribute.default
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = default.factory()
+        if complete or value != default or type(value) is not type(default):
+            values[attribute.name] = _plain(value)
+    return values

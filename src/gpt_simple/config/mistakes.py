@@ -1,0 +1,71 @@
+"""Mistakes are collected and shown together: one line each, in the order of the file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from attrs import frozen
+
+from gpt_simple.config.origin import Origin, Origins
+from gpt_simple.errors import ConfigError
+
+_RANK = {"file": 0, "python": 1, "env": 2, "cli": 3, "default": 4}
+_LONGEST_VALUE = 60
+
+
+@frozen
+class Mistake:
+    """One line for the user: where, which key, and what is wrong with it."""
+
+    origin: Origin
+    path: str
+    message: str
+
+    @property
+    def line(self) -> str:
+        """``config.toml:7: training.max_step: unknown key``."""
+        where = (
+            ""
+            if self.origin.kind == "default" or self.origin.where == f"--{self.path}"
+            else self.origin.where
+        )
+        key = f"--{self.path}" if self.origin.where == f"--{self.path}" else self.path
+        return ": ".join(part for part in (where, key, self.message) if part)
+
+
+def mistake(origins: Origins, path: str, message: str) -> Mistake:
+    """A mistake at a path, placed where that path was set."""
+    return Mistake(origins.nearest(path), path, message)
+
+
+def config_error(mistakes: Iterable[Mistake]) -> ConfigError:
+    """All mistakes as one error, a line each, sorted by place."""
+    ordered = sorted(mistakes, key=lambda m: (_RANK[m.origin.kind], m.origin.line, m.origin.where, m.path))
+    lines = dict.fromkeys(m.line.replace("\n", " ") for m in ordered)
+    return ConfigError(printable("\n".join(lines)))
+
+
+def printable(text: str) -> str:
+    """The text without half surrogates, which no terminal or file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def show(value: Any) -> str:
+    """A value as the user would write it, short enough for one line."""
+    if isinstance(value, Mapping):
+        return "a table"
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+def closest(word: str, words: Iterable[str]) -> str | None:
+    """The word that was probably meant."""
+    by_lower = {candidate.lower(): candidate for candidate in words}
+    match = difflib.get_close_matches(word.lower(), by_lower, 1, cutoff=0.6)
+    return by_lower[match[0]] if match else None

@@ -1,0 +1,195 @@
+"""Checks a raw configuration against the schema and makes the frozen one; all mistakes are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from gpt_simple.config.convert import Mismatch, UnknownKey, converter, errors_of
+from gpt_simple.config.cross_checks import conflicts
+from gpt_simple.config.load import RawConfig
+from gpt_simple.config.mistakes import Mistake, closest, config_error, mistake
+from gpt_simple.config.origin import Origin, Origins
+from gpt_simple.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PluginsConfig,
+    TrainingConfig,
+)
+from gpt_simple.config.types import FieldSpec, fields_of, members
+
+SECTIONS: Mapping[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "training": TrainingConfig,
+}
+SWITCHES = tuple(attribute.name for attribute in attrs.fields(PluginsConfig) if attribute.name != "tables")
+
+
+def structure(
+    raw: RawConfig,
+    *,
+    sections: Mapping[str, type] | None = None,
+    plugin_configs: Mapping[str, type] | None = None,
+) -> Config:
+    """The configuration of a run, or one ConfigError with a line for every mistake.
+
+    ``sections`` replaces the class of a section, for a component that brings its own. ``plugin_configs`` maps
+    plugin name to config class: ``[plugins.NAME]`` becomes an instance of it, with its defaults if there is
+    no such table. Tables of other plugins stay as they are.
+    """
+    return _Structuring(raw, {**SECTIONS, **(sections or {})}, plugin_configs or {}).run()
+
+
+class _Structuring:
+    def __init__(
+        self, raw: RawConfig, sections: Mapping[str, type], plugin_configs: Mapping[str, type]
+    ) -> None:
+        self.raw = raw
+        self.sections = sections
+        self.plugin_configs = plugin_configs
+        self.mistakes: list[Mistake] = []
+
+    def run(self) -> Config:
+        values = self.raw.values
+        for name in values:
+            if name not in self.sections and name != "plugins":
+                self._report(name, self._unknown_section(name, values[name]))
+        parts: dict[str, Any] = {
+            name: self._section(name, values.get(name), cls) for name, cls in self.sections.items()
+        }
+        parts["plugins"] = self._plugins(values.get("plugins"))
+        wrong = {found.path for found in self.mistakes}
+        for conflict in conflicts(**parts):
+            if wrong.isdisjoint(conflict.paths):
+                self.mistakes.append(_conflict(self.raw.origins, conflict.paths, conflict.message))
+        if self.raw.mistakes or self.mistakes:
+            # A slip in the text was mended to read on: what the mended value then broke is not the user's
+            # mistake.
+            slips = {found.origin.line for found in self.raw.mistakes}
+            genuine = [m for m in self.mistakes if m.origin.kind != "file" or m.origin.line not in slips]
+            raise config_error([*self.raw.mistakes, *genuine])
+        return Config(**parts)
+
+    def _section(self, path: str, value: Any, cls: type) -> Any:
+        """An instance of the section's class; with mistakes in it, one without the wrong values, or None."""
+        if value is None:
+            value = {}
+        if isinstance(value, Mapping):
+            value = self._with_texts(path, value, cls)
+        try:
+            return converter().structure(value, cls)
+        except Exception as error:
+            wrong = set()
+            for place, single in errors_of(error, path):
+                self._report(place, self._sentence(place, single, cls))
+                wrong.add(_first_key(place.removeprefix(f"{path}.")))
+        if not isinstance(value, Mapping):
+            return None
+        try:
+            return converter().structure({key: item for key, item in value.items() if key not in wrong}, cls)
+        except Exception:  # a required key is among the wrong ones
+            return None
+
+    def _plugins(self, value: Any) -> PluginsConfig | None:
+        if value is not None and not isinstance(value, Mapping):
+            self._report("plugins", str(Mismatch(PluginsConfig, value)))
+            return None
+        value = value or {}
+        switches = self._section(
+            "plugins", {key: value[key] for key in SWITCHES if key in value}, PluginsConfig
+        )
+        tables: dict[str, Any] = {}
+        for name, table in value.items():
+            if name in SWITCHES or name in self.plugin_configs:
+                continue
+            if table is not None and not isinstance(table, Mapping):
+                self._report(f"plugins.{name}", self._unknown_key(f"plugins.{name}"))
+            tables[name] = table or {}
+        for name, cls in self.plugin_configs.items():
+            tables[name] = self._section(f"plugins.{name}", value.get(name), cls)
+        return attrs.evolve(switches, tables=tables) if switches is not None else None
+
+    def _with_texts(self, path: str, value: Mapping[str, Any], cls: type) -> Mapping[str, Any]:
+        """Take what was typed, where text is wanted and the words happen to be a number or a date."""
+        typed = {}
+        for spec in fields_of(cls) if cls is not PluginsConfig else ():
+            text = self.raw.texts.get(f"{path}.{spec.name}")
+            if (
+                text is not None
+                and str in members(spec.type)
+                and not isinstance(value.get(spec.name), str | list)
+            ):
+                typed[spec.name] = text
+        return {**value, **typed} if typed else value
+
+    def _sentence(self, path: str, error: Exception, cls: type) -> str:
+        return (
+            self._unknown_key(path) if isinstance(error, UnknownKey) else str(error) or type(error).__name__
+        )
+
+    def _unknown_section(self, name: str, value: Any) -> str:
+        names = [*self.sections, "plugins"]
+        if meant := closest(name, names):
+            return f"unknown section; did you mean [{meant}]?"
+        if not isinstance(value, Mapping) and (home := self._elsewhere(name)):
+            return f"unknown key; did you mean {home}?"
+        return f"unknown section; expected one of {', '.join(names)}"
+
+    def _unknown_key(self, path: str) -> str:
+        """The key may be misspelt, or belong to another section."""
+        table, _, key = path.rpartition(".")
+        here = [spec.name for spec in self._specs(table)]
+        if key not in self._all_keys() and (meant := closest(key, here)):
+            return f"unknown key; did you mean {table}.{meant}?"
+        if home := self._elsewhere(key):
+            return f"unknown key; did you mean {home}?"
+        if meant := closest(key, here):
+            return f"unknown key; did you mean {table}.{meant}?"
+        if table == "plugins":
+            return f"expected a table [{path}] or one of {', '.join(SWITCHES)}"
+        return (
+            f"unknown key; expected one of {', '.join(here)}"
+            if here
+            else "unknown key; nothing can be set here"
+        )
+
+    def _specs(self, table: str) -> tuple[FieldSpec, ...]:
+        return next((specs for name, specs in self._tables() if name == table), ())
+
+    def _tables(self) -> Iterator[tuple[str, tuple[FieldSpec, ...]]]:
+        for name, cls in self.sections.items():
+            yield name, fields_of(cls)
+        for name, cls in self.plugin_configs.items():
+            yield f"plugins.{name}", fields_of(cls)
+
+    def _all_keys(self) -> dict[str, str]:
+        """Key -> its full path, the first section that has it."""
+        keys = {switch: f"plugins.{switch}" for switch in SWITCHES}
+        for table, specs in self._tables():
+            for spec in specs:
+                keys.setdefault(spec.name, f"{table}.{spec.name}")
+        return keys
+
+    def _elsewhere(self, key: str) -> str | None:
+        keys = self._all_keys()
+        return keys.get(key) or keys.get(closest(key, keys) or "")
+
+    def _report(self, path: str, message: str) -> None:
+        self.mistakes.append(mistake(self.raw.origins, path, message))
+
+
+def _conflict(origins: Origins, paths: tuple[str, ...], message: str) -> Mistake:
+    """Two or more fields that do not go together: the line names the place of each."""
+    places = ", ".join(origins.place(path) for path in paths)
+    first = min((origins.of(path) for path in paths), key=lambda origin: (origin.kind != "file", origin.line))
+    return Mistake(Origin(first.kind, places, line=first.line), "", message)
+
+
+def _first_key(path: str) -> str:
+    return path.partition(".")[0].partition("[")[0]
