@@ -1,0 +1,82 @@
+"""Pretrain GPT-style language models: a small engine, everything else a plugin.
+
+Names load when they are used, so that importing this package imports neither torch nor anything else that is slow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gpt_simple._names import __version__
+
+if TYPE_CHECKING:
+    from gpt_simple.api import train
+    from gpt_simple.config.schema import (
+        Config,
+        DataConfig,
+        ModelConfig,
+        OptimizerConfig,
+        PluginsConfig,
+        TrainingConfig,
+    )
+    from gpt_simple.engine.result import TrainResult
+    from gpt_simple.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        ExitCode,
+        GptSimpleError,
+        PluginError,
+    )
+    from gpt_simple.hooks import Finding, Metric, Plugin, Run, hookimpl
+
+_HOMES = {
+    "train": "gpt_simple.api",
+    "TrainResult": "gpt_simple.engine.result",
+    **dict.fromkeys(
+        ("Config", "DataConfig", "ModelConfig", "OptimizerConfig", "PluginsConfig", "TrainingConfig"),
+        "gpt_simple.config.schema",
+    ),
+    **dict.fromkeys(
+        ("CheckpointError", "ConfigError", "DataError", "ExitCode", "GptSimpleError", "PluginError"),
+        "gpt_simple.errors",
+    ),
+    **dict.fromkeys(("Finding", "Metric", "Plugin", "Run", "hookimpl"), "gpt_simple.hooks"),
+}
+
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DataError",
+    "ExitCode",
+    "Finding",
+    "GptSimpleError",
+    "Metric",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Plugin",
+    "PluginError",
+    "PluginsConfig",
+    "Run",
+    "TrainResult",
+    "TrainingConfig",
+    "__version__",
+    "hookimpl",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'gpt_simple' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -27,6 +27,8 @@ class GptSimpleError(Exception):
     """Base of all errors that are shown to the user as a sentence and not as a traceback."""
 
     exit_code: ExitCode = ExitCode.FAILURE
+    silent: bool = False
+    """Another process has the message: this one only leaves."""
 
 
 class ConfigError(GptSimpleError):

@@ -1,0 +1,69 @@
+"""``gpt_simple.train``: the whole job from Python, the same one that ``gpt-simple run`` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt_simple.assembly import assemble
+from gpt_simple.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from gpt_simple.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gpt_simple.engine.result import TrainResult
+    from gpt_simple.hooks import Plugin
+
+Section = Mapping[str, Any]
+
+
+def train(
+    config: str | Path | Config | None = None,
+    *,
+    model: ModelConfig | Section | None = None,
+    data: DataConfig | Section | None = None,
+    optimizer: OptimizerConfig | Section | None = None,
+    training: TrainingConfig | Section | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    plugins: Sequence[Plugin[Any] | type[Plugin[Any]]] = (),
+    force: bool = False,
+) -> TrainResult:
+    """Train a model, or go on with a run that was stopped.
+
+    ``config`` is a file or a Config. A section that is given takes the place of the file's. ``overrides`` maps dotted
+    keys to values (``{"training.max_steps": 10}``) and is strongest. ``plugins`` are switched on beside those that the
+    configuration names. ``force`` discards the checkpoints in ``training.output_dir``, once the new run is validated.
+
+    Nothing of the process is changed when it returns: random states, signal handlers, torch's flags; and a Config that
+    was given is never touched. Raises a subclass of GptSimpleError for what a user can mend.
+    """
+    sections: dict[str, Any] = {}
+    path: str | Path | None = None
+    if isinstance(config, Config):
+        sections = {
+            "model": config.model,
+            "data": config.data,
+            "optimizer": config.optimizer,
+            "training": config.training,
+            "plugins": config.plugins,
+        }
+    elif config is None or isinstance(config, (str, Path)):
+        path = config
+    else:
+        raise ConfigError(f"train(config=...): expected a path or a Config, got {type(config).__name__}")
+    given = {"model": model, "data": data, "optimizer": optimizer, "training": training}
+    sections |= {name: section for name, section in given.items() if section is not None}
+    texts = [(key, _text(value)) for key, value in (overrides or {}).items()]
+    assembly = assemble(path, sections=sections, overrides=texts, plugins=plugins)
+    # Only now: a mistake in the configuration is told without the seconds that torch takes to load.
+    from gpt_simple.engine.session import train as run_session
+
+    return run_session(assembly, force=force)
+
+
+def _text(value: Any) -> str:
+    """A Python value as one would write it on the command line."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value)

@@ -1,0 +1,83 @@
+"""From a configuration file and the command line to everything that a run is made of, without importing torch.
+
+Plugins come first, because they bring components and the shape of their own tables; then the configuration is
+structured against all of that, and all of its mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from gpt_simple.config.load import RawConfig, read
+from gpt_simple.config.origin import Origins
+from gpt_simple.config.schema import Config
+from gpt_simple.config.structure import structure
+from gpt_simple.errors import ConfigError
+from gpt_simple.hooks.activation import Switches
+from gpt_simple.hooks.components import Kind, Registry, builtin_registry
+from gpt_simple.hooks.host import PluginHost
+
+
+@frozen
+class Assembly:
+    """A checked configuration, the plugins that it activates, and the components it can choose from."""
+
+    config: Config
+    origins: Origins
+    host: PluginHost
+    registry: Registry
+    source: Path | None
+    notes: Sequence[str] = ()
+
+
+def assemble(
+    path: str | Path | None,
+    *,
+    overrides: Sequence[tuple[str, str]] = (),
+    switches: Switches | None = None,
+    sections: Mapping[str, object] | None = None,
+    plugins: Sequence[Any] = (),
+) -> Assembly:
+    """Read, import the active plugins, structure, check.
+
+    ``overrides`` are (dotted key, text) pairs from a command line; ``sections`` are values given in Python, which
+    replace the file's sections; ``plugins`` are plugin classes or instances given in Python.
+    """
+    raw = read(path, overrides=overrides, sections=sections)
+    host = PluginHost.activate(
+        _plugins_table(raw),
+        set_keys=raw.is_set,
+        switches=switches or Switches(),
+        extra=plugins,
+    )
+    registry = builtin_registry()
+    host.register_components(registry)
+    config = structure(raw, sections=_component_sections(raw, registry), plugin_configs=host.config_classes())
+    host.instantiate(config)
+    return Assembly(config, raw.origins, host, registry, Path(path) if path is not None else None, raw.notes)
+
+
+def _plugins_table(raw: RawConfig) -> Mapping[str, Any]:
+    table = raw.values.get("plugins", {})
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{raw.origins.place('plugins')}: expected a table, got {table!r}")
+    return table
+
+
+def _component_sections(raw: RawConfig, registry: Registry) -> dict[str, type]:
+    """The class of a section whose component brings its own, so that its fields are validated by it."""
+    sections: dict[str, type] = {}
+    parts: tuple[Kind, ...] = ("model", "optimizer")
+    for section in parts:
+        values = raw.values.get(section)
+        name = values.get("name") if isinstance(values, Mapping) else getattr(values, "name", None)
+        if not isinstance(name, str):
+            continue
+        part = registry.get(section, name)
+        if part.config is not None:
+            sections[section] = part.config
+    return sections

@@ -1,0 +1,105 @@
+"""``torch.compile``: whether it can run here, which scope, and the flags it needs under DDP."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from attrs import frozen
+
+from gpt_simple.config.schema import TrainingConfig
+from gpt_simple.errors import ConfigError
+
+DdpOptimizer = bool | Literal["python_reducer"]
+
+
+@frozen
+class CompilePlan:
+    """What will be compiled, and the sentence that says why."""
+
+    enabled: bool
+    scope: str
+    backend: str
+    ddp_optimizer: DdpOptimizer | None
+    warning: str = ""
+
+
+def plan(config: TrainingConfig, device: torch.device, world_size: int, *, wished: bool, place: str) -> CompilePlan:
+    """Decide about compilation.
+
+    ``wished``: the user wrote ``compile = true``. Then a missing compiler is a ConfigError; a defaulted ``true`` runs
+    eager with a warning.
+    """
+    if not config.compile:
+        return CompilePlan(False, config.compile_scope, config.compile_backend, None)
+    missing = _missing_compiler(device) if config.compile_backend == "inductor" else ""
+    if missing and wished:
+        raise ConfigError(f"{place}: {missing}, or set training.compile to false")
+    if missing:
+        return CompilePlan(False, config.compile_scope, config.compile_backend, None, f"running eager: {missing}")
+    return CompilePlan(True, config.compile_scope, config.compile_backend, _ddp_optimizer(config, world_size))
+
+
+def _missing_compiler(device: torch.device) -> str:
+    """Empty if generated code can be built for ``device``, else a sentence that says what to install."""
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    if not any(compiler and shutil.which(compiler) for compiler in compilers):
+        return "torch.compile needs a C++ compiler and none was found: install g++ (Debian: apt-get install g++)"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton on a GPU and it is not installed: pip install triton"
+    return ""
+
+
+def _ddp_optimizer(config: TrainingConfig, world_size: int) -> DdpOptimizer | None:
+    """The value for ``torch._dynamo.config.optimize_ddp``, or None to leave torch's own.
+
+    Dynamo's DDP graph splitter does not know the higher-order operators of activation checkpointing; older torch
+    stops with an error (pytorch/pytorch#104674). Per-block compilation has no graph to split.
+    """
+    if world_size == 1 or config.compile_scope == "blocks":
+        return None
+    if config.ddp_optimizer == "auto":
+        return False if config.gradient_checkpointing else None
+    if config.ddp_optimizer == "python_reducer":
+        return "python_reducer"
+    return config.ddp_optimizer == "split"
+
+
+@contextmanager
+def compile_flags(decision: CompilePlan) -> Iterator[None]:
+    """Dynamo's flags for the whole run: compilation is lazy and reads them per frame, so they stay until the end."""
+    if not decision.enabled:
+        yield
+        return
+    import torch._dynamo
+
+    before: Any = torch._dynamo.config.optimize_ddp
+    if decision.ddp_optimizer is not None:
+        torch._dynamo.config.optimize_ddp = decision.ddp_optimizer
+    try:
+        yield
+    finally:
+        torch._dynamo.config.optimize_ddp = before
+        # The cache is per code object and small: a second run in this process would otherwise fall back to eager.
+        torch._dynamo.reset()
+
+
+def compile_model(model: torch.nn.Module, decision: CompilePlan) -> None:
+    """Compile in place, so that the names of the parameters stay the raw module's."""
+    if not decision.enabled:
+        return
+    if decision.scope == "model":
+        model.compile(backend=decision.backend, dynamic=False)
+        return
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, torch.nn.ModuleList):
+        raise ConfigError(
+            f'training.compile_scope: {type(model).__name__} has no "blocks" (a ModuleList) to compile; use "model"'
+        )
+    for block in blocks:
+        block.compile(backend=decision.backend, dynamic=False, fullgraph=True)

@@ -1,0 +1,69 @@
+"""Which precision a run computes in, and why.
+
+The engine owns ``torch.autocast`` and the gradient scaler itself: Accelerate's would copy outputs to fp32 and obey
+environment variables against the configuration.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from attrs import frozen
+
+from gpt_simple.errors import ConfigError
+
+
+@frozen
+class Precision:
+    """The compute precision of a run; weights and optimizer state stay fp32."""
+
+    name: str
+    why: str
+    device: torch.device
+    dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of a forward pass."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def resolve(setting: str | None, device: torch.device, place: str = "training.mixed_precision") -> Precision:
+    """The precision for ``setting`` (``None`` or ``auto``: by the device) on ``device``.
+
+    Raises ConfigError for fp16 where there is no fp16 arithmetic to train with, and for bf16 on GPUs before Ampere.
+    """
+    if setting in (None, "auto"):
+        name, why = _detect(device)
+    else:
+        assert setting is not None
+        name, why = setting, "configured"
+        if name == "fp16" and device.type == "cpu":
+            raise ConfigError(f'{place}: fp16 does not train on a CPU; use "bf16", "no", or leave it out')
+        if name == "bf16" and device.type == "cuda" and not _has_bf16(device):
+            capability = ".".join(str(part) for part in torch.cuda.get_device_capability(device))
+            raise ConfigError(
+                f"{place}: this GPU (compute capability {capability}) only emulates bf16, which needs 8.0;"
+                ' use "fp16", "no", or leave it out'
+            )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[name]
+    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+    return Precision(name, why, device, dtype, scaler)
+
+
+def _detect(device: torch.device) -> tuple[str, str]:
+    if device.type == "cpu":
+        return "no", "auto: a CPU"
+    if device.type == "cuda":
+        if _has_bf16(device):
+            return "bf16", "auto: Ampere or newer" if torch.version.hip is None else "auto: ROCm"
+        return "fp16", "auto: a GPU older than Ampere"
+    return "no", f"auto: device {device.type}"
+
+
+def _has_bf16(device: torch.device) -> bool:
+    # torch.cuda.is_bf16_supported() also counts emulation, which is slower than fp32.
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

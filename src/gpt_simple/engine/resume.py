@@ -1,0 +1,149 @@
+"""Where a run goes on, and what that can promise.
+
+Looking changes nothing. A checkpoint is refused if it is of another model, tokenizer or data set; any other difference
+is told: ``bit-exact``, ``order-exact`` or ``changed: ...``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+from attrs import evolve, field, frozen
+
+from gpt_simple.checkpoint.store import Checkpoint, Store
+from gpt_simple.config.schema import Config
+from gpt_simple.errors import CheckpointError
+from gpt_simple.run_dir.layout import RunDir
+
+# Fields that cannot change what is learned: when things are reported and kept, and where.
+_NEUTRAL = (
+    "data.path",
+    "data.num_workers",
+    "training.logging_steps",
+    "training.eval_steps",
+    "training.max_eval_batches",
+    "training.save_steps",
+    "training.keep_last_k",
+    "training.keep_milestone_every",
+    "training.output_dir",
+    "training.resume",
+    "training.max_runtime_seconds",
+    "training.walltime_reserve_seconds",
+    "training.wandb_project",
+    "training.wandb_run_name",
+    "plugins.",
+)
+# Fields that decide what a row of the data is: with another value the position means something else.
+_ROWS = ("data.max_length", "data.packing", "data.overlap_size", "data.document_mask")
+# Fields of the model that can differ between two launches of one run.
+_MODEL_FREE = ("model.dropout",)
+
+
+@frozen
+class ResumePlan:
+    """What a launch does: start from scratch, go on from ``checkpoint``, or nothing because all is done."""
+
+    kind: Literal["scratch", "resume", "finished"]
+    checkpoint: Checkpoint | None = None
+    state: Mapping[str, Any] = field(factory=dict)
+    skipped: Sequence[tuple[Path, str]] = ()
+    seen: Sequence[Path] = ()
+    """The checkpoints that were there, to notice when somebody else writes one before this launch owns the place."""
+
+
+def look(config: Config, run_dir: RunDir, *, force: bool) -> ResumePlan:
+    """Decide from what is on disk. Reads only; raises CheckpointError (exit code 4) for what must not go on."""
+    store, wish = Store(run_dir.checkpoints), config.training.resume
+    if force:
+        return ResumePlan("scratch")
+    if wish == "scratch":
+        if existing := store.list():
+            raise CheckpointError(
+                f'training.resume is "scratch" but {run_dir.checkpoints} holds {len(existing)} checkpoint(s), the'
+                f" newest of step {existing[-1].step}: add --force to discard them, or choose another"
+                " training.output_dir"
+            )
+        return ResumePlan("scratch")
+    seen = [checkpoint.path for checkpoint in store.list()]
+    found, skipped = store.newest_valid()
+    if wish != "auto" and (found is None or Path(wish).resolve().parent == run_dir.checkpoints.resolve()):
+        return evolve(_from_path(config, Path(wish), store, found), seen=seen)
+    if found is None:
+        if skipped:
+            reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped)
+            raise CheckpointError(
+                f"no checkpoint in {run_dir.checkpoints} can be used:{reasons}\n"
+                "add --force to discard them and start from scratch, or choose another training.output_dir"
+            )
+        return ResumePlan("scratch")
+    return evolve(_plan(config, store, found), seen=seen, skipped=skipped)
+
+
+def _from_path(config: Config, path: Path, store: Store, newest: Checkpoint | None) -> ResumePlan:
+    checkpoint = Checkpoint.open(path)
+    if newest is not None and newest.path.resolve() != path.resolve():
+        raise CheckpointError(
+            f"training.resume names {path}, but {newest.path} is newer in the same run: name another"
+            " training.output_dir for the branch"
+        )
+    store.verify(checkpoint)
+    return _plan(config, store, checkpoint)
+
+
+def _plan(config: Config, store: Store, checkpoint: Checkpoint) -> ResumePlan:
+    state = store.load_document(checkpoint, "state")
+    done = checkpoint.step >= config.training.max_steps
+    return ResumePlan("finished" if done else "resume", checkpoint, state)
+
+
+def identity(config: Config, *, data: Mapping[str, Any], numerics: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, to be compared with a later one. JSON values."""
+    return {"config": flat(config), "data": dict(data), "numerics": dict(numerics)}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted path -> JSON value, for every field that is set or defaulted."""
+    leaves: dict[str, Any] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, Mapping) and value:
+            for key, item in value.items():
+                walk(f"{path}.{key}" if path else str(key), item)
+        else:
+            leaves[path] = list(value) if isinstance(value, tuple) else value
+
+    walk("", attrs.asdict(config, retain_collection_types=False))
+    return leaves
+
+
+def promise(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What continuing as ``now`` from ``saved`` (both from ``identity``) keeps, in a phrase.
+
+    Raises CheckpointError with every difference if the model, the tokenizer or the data are others.
+    """
+    changed = _differences(saved["config"], now["config"])
+    fatal = [
+        line for key, line in changed.items() if key in _ROWS or (key.startswith("model.") and key not in _MODEL_FREE)
+    ]
+    fatal += _differences(saved["data"], now["data"]).values()
+    if fatal:
+        listing = "".join(f"\n  {line}" for line in fatal)
+        raise CheckpointError(
+            f"the checkpoint is of another model, tokenizer or data set:{listing}\n"
+            "go back to its configuration, choose another training.output_dir, or add --force to start anew"
+        )
+    free = [line for key, line in changed.items() if not key.startswith(_NEUTRAL)]
+    if free:
+        return f"changed: {'; '.join(free)}"
+    numerics = _differences(saved["numerics"], now["numerics"])
+    if numerics:
+        return f"order-exact: same samples, other last digits ({'; '.join(numerics.values())})"
+    return "bit-exact"
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    keys = [*old, *(key for key in new if key not in old)]
+    return {key: f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)}

@@ -1,0 +1,224 @@
+"""``run`` as plugins see it: the engine's side of ``gpt_simple.hooks.run``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from attrs import define, field
+
+from gpt_simple.checkpoint.store import Store
+from gpt_simple.config.schema import Config
+from gpt_simple.engine.control import Control
+from gpt_simple.engine.memory import peak_bytes
+from gpt_simple.engine.parallel import World
+from gpt_simple.engine.precision import Precision
+from gpt_simple.engine.randomness import isolated_rng, stream
+from gpt_simple.errors import PluginError
+from gpt_simple.hooks.events import LogRecord
+from gpt_simple.hooks.run import CheckpointInfo
+from gpt_simple.model.generate import generate
+
+if TYPE_CHECKING:
+    from gpt_simple.data.loader import Batch, Loader
+    from gpt_simple.data.tokenizer import Tokenizer
+    from gpt_simple.hooks.dispatch import Calls
+
+
+T = TypeVar("T")
+
+
+class EvaluationAbandoned(BaseException):
+    """A stop arrived during an evaluation and all processes agreed to leave it.
+
+    No Exception: a plugin that is being evaluated must not take it for its own failure.
+    """
+
+
+@define
+class EngineLog:
+    """Lines for people and facts for machines; implements ``gpt_simple.hooks.run.Log``."""
+
+    _run: EngineRun
+
+    def info(self, message: str, *, name: str = "info", **fields: Any) -> None:
+        self._emit("info", message, name, fields)
+
+    def warning(self, message: str, *, name: str = "warning", **fields: Any) -> None:
+        self._emit("warning", message, name, fields)
+
+    def error(self, message: str, *, name: str = "error", **fields: Any) -> None:
+        self._emit("error", message, name, fields)
+
+    def _emit(
+        self, level: Literal["info", "warning", "error"], message: str, name: str, fields: dict[str, Any]
+    ) -> None:
+        run = self._run
+        if run.is_main and run.calls is not None and run.calls.on_log is not None:
+            run.calls.on_log(run, LogRecord(level, message, run.step, name, fields))
+
+
+@define
+class EngineComm:
+    """Collectives that are open only during hooks of all processes; implements ``gpt_simple.hooks.run.Comm``."""
+
+    _world: World
+    _hook: str = ""
+
+    @contextmanager
+    def during(self, hook: str) -> Iterator[None]:
+        """Open for the time of a hook that every process runs."""
+        self._hook = hook
+        try:
+            yield
+        finally:
+            self._hook = ""
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        self._check()
+        return self._world.sum(value)
+
+    def barrier(self) -> None:
+        self._check()
+        self._world.barrier()
+
+    def _check(self) -> None:
+        if not self._hook:
+            raise PluginError("run.comm was used in a hook that not every process runs, where it would hang")
+
+
+@define
+class EngineCheckpoints:
+    """The run's checkpoints; implements ``gpt_simple.hooks.run.Checkpoints``."""
+
+    _store: Store
+
+    def list(self) -> Sequence[CheckpointInfo]:
+        return [CheckpointInfo(found.step, found.path) for found in self._store.list()]
+
+    def prune(
+        self, *, keep_last: int | None, keep_every: int | None = None, protect: Iterable[int] = ()
+    ) -> Sequence[CheckpointInfo]:
+        gone = self._store.prune(keep_last_k=keep_last, keep_milestone_every=keep_every, protect=set(protect))
+        return [CheckpointInfo(found.step, found.path) for found in gone]
+
+
+@define(slots=False, eq=False)
+class EngineRun:
+    """State of a run that plugins may read. The trainer writes it; parts appear as they are built."""
+
+    config: Config
+    output_dir: Path
+    world: World
+    precision: Precision
+    control: Control = field(factory=Control)
+    calls: Calls | None = None
+    step: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    known: dict[str, Any] = field(factory=dict)
+    checkpoints: EngineCheckpoints = field(
+        init=False, default=None, repr=False
+    )  # set by the trainer once the store exists
+    log: EngineLog = field(init=False)
+    comm: EngineComm = field(init=False)
+    _model: torch.nn.Module | None = None
+    _wrapped: torch.nn.Module | None = None
+    _tokenizer: Tokenizer | None = None
+    _loader: Loader | None = None
+
+    def __attrs_post_init__(self) -> None:
+        self.log = EngineLog(self)
+        self.comm = EngineComm(self.world)
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.world.size
+
+    @property
+    def is_main(self) -> bool:
+        return self.world.is_main
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return _built(self._model, "model")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return _built(self._tokenizer, "tokenizer")
+
+    def facts(self) -> dict[str, Any]:
+        return dict(self.known)
+
+    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
+        for batch in _built(self._loader, "loader").val_batches(max_batches):
+            leaving = self.control.leaving
+            if self.world.size > 1:
+                leaving = bool(self.world.agree([leaving])[0])
+            if leaving:
+                raise EvaluationAbandoned
+            yield batch
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        wrapped = _built(self._wrapped, "model")
+        if batch.document_ids is None:
+            result: torch.Tensor = wrapped(batch.input_ids, batch.labels)
+        else:
+            result = wrapped(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
+        return result
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int = 100,
+        temperature: float = 0.8,
+        top_k: int | None = 50,
+        seed: int = 0,
+    ) -> str:
+        # Lengths grow token by token: every one of them would be compiled anew.
+        with self.evaluating(), torch.compiler.set_stance("force_eager"):
+            return generate(
+                self.model,
+                self.tokenizer,
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                seed=seed,
+            )
+
+    def peak_memory(self) -> int:
+        return peak_bytes(self.device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        model = self.model
+        was_training = model.training
+        model.eval()
+        try:
+            with (
+                isolated_rng(stream(self.config.training.seed, self.step), self.device),
+                torch.no_grad(),
+                self.precision.autocast(),
+            ):
+                yield
+        finally:
+            model.train(was_training)
+
+
+def _built(part: T | None, name: str) -> T:
+    if part is None:
+        raise PluginError(f"run.{name} does not exist yet: it is there from on_model_built or on_run_start on")
+    return part

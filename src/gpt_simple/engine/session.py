@@ -1,0 +1,272 @@
+"""One launch from start to end: join, check, claim, build, train, and leave everything as it was found."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt_simple import __version__
+from gpt_simple.assembly import Assembly
+from gpt_simple.checkpoint.store import Store
+from gpt_simple.engine.compile import compile_flags, plan
+from gpt_simple.engine.parallel import World
+from gpt_simple.engine.precision import resolve
+from gpt_simple.engine.result import TrainResult
+from gpt_simple.engine.resume import ResumePlan, flat, look
+from gpt_simple.engine.run import EngineRun
+from gpt_simple.engine.setup import Setup, report
+from gpt_simple.engine.trainer import Trainer
+from gpt_simple.errors import CheckpointError, PluginError
+from gpt_simple.hooks.dispatch import Calls
+from gpt_simple.hooks.events import Close, RunEnd, RunError, RunStart, RunStatus
+from gpt_simple.hooks.loading import LoadedPlugin
+from gpt_simple.launch.signals import stop_on_signals
+from gpt_simple.run_dir.layout import RunDir, write_json
+from gpt_simple.run_dir.lineage import RunRecord
+from gpt_simple.run_dir.lock import RunLock
+from gpt_simple.run_dir.status import StatusFile
+
+
+@contextmanager
+def process_as_found() -> Iterator[None]:
+    """Random states, grad mode, default dtype and matmul precision are afterwards what they were before."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    grad, dtype, matmul = (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+    )
+    try:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(matmul)
+
+
+@contextmanager
+def closing_plugins(run: EngineRun, calls: Calls) -> Iterator[None]:
+    """``on_run_error`` if the run fails, and ``on_close`` however it ends."""
+    failures: list[PluginError] = []
+    ok = False
+    try:
+        yield
+        ok = True
+    except BaseException as error:
+        if calls.on_run_error is not None:
+            failures += calls.on_run_error(run, RunError(error, run.step))
+        raise
+    finally:
+        if calls.on_close is not None:
+            failures += calls.on_close(run, Close(ok))
+        for failure in failures:
+            # The sinks are closed: nobody else could say it.
+            print(f"warning: {failure}", file=sys.stderr)
+
+
+def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
+    """Train as configured. Errors leave as GptSimpleError; how a run ended is in the result's ``status``."""
+    started = time.monotonic()
+    config, training = assembly.config, assembly.config.training
+    with ExitStack() as stack:
+        stack.enter_context(process_as_found())
+        world = World.join()
+        stack.callback(world.leave)
+        precision = resolve(training.mixed_precision, world.device, assembly.origins.place("training.mixed_precision"))
+        compiling = plan(
+            training,
+            world.device,
+            world.size,
+            wished=not assembly.origins.is_default("training.compile"),
+            place=assembly.origins.place("training.compile"),
+        )
+        stack.enter_context(compile_flags(compiling))
+        run_dir = RunDir(Path(training.output_dir))
+        run = EngineRun(config, run_dir.root, world, precision)
+        stack.enter_context(stop_on_signals(run.control.stop))
+
+        def plugin_failed(plugin: LoadedPlugin, hook: str, error: BaseException) -> None:
+            run.log.warning(
+                f"plugin {plugin.label} is switched off: {hook} failed with {type(error).__name__}: {error}",
+                name="plugin_failed",
+                plugin=plugin.name,
+            )
+
+        calls = run.calls = assembly.host.calls(world.is_main, plugin_failed, world_size=world.size)
+        stack.enter_context(closing_plugins(run, calls))
+        for note in (*assembly.notes, *assembly.host.notes, *filter(None, [compiling.warning])):
+            run.log.warning(note)
+        if world.is_main:
+            report(assembly.host.check_config(config), run.log.warning)
+
+        setup = Setup(assembly, run, calls, compiling, run_dir)
+        resume = look(config, run_dir, force=force)
+        setup.read_data()
+        setup.check(resume)
+        if resume.kind == "finished":
+            return _finished(run, run_dir, resume)
+        world.main_only(lambda: _claim(stack, setup, resume, force=force))
+        status = StatusFile(run_dir)
+        try:
+            if world.is_main:
+                status.update(state="running", step=0, max_steps=training.max_steps, force=True)
+            limit, reserve = training.max_runtime_seconds, training.walltime_reserve_seconds
+            trainer = setup.build(resume, status, deadline=limit and started + limit - reserve)
+            stack.callback(trainer.loader.close)
+            world.main_only(lambda: _record(setup, resume))
+            return _train(trainer, setup, resume, calls, started)
+        except BaseException as error:
+            if world.is_main:
+                message = f"{type(error).__name__}: {error}"
+                status.update(state="failed", step=run.step, error=message, force=True)
+            raise
+
+
+def _train(trainer: Trainer, setup: Setup, resume: ResumePlan, calls: Calls, started: float) -> TrainResult:
+    run = trainer.run
+    if calls.on_run_start is not None:
+        source = resume.checkpoint.path if resume.checkpoint else None
+        calls.on_run_start(
+            run,
+            RunStart(run.step, run.config.training.max_steps, run.tokens, source, setup.promise, run.facts()),
+        )
+    status, reason = trainer.train()
+    summary = _summary(trainer, setup, status, reason, time.monotonic() - started)
+    if calls.on_run_end is not None:
+        calls.on_run_end(run, RunEnd(status, run.step, run.tokens, reason, summary))
+    if run.is_main:
+        write_json(setup.run_dir.summary_json, summary)
+        trainer.status.update(state=status, step=run.step, reason=reason, force=True)
+    return _result(summary, run.output_dir)
+
+
+def _claim(stack: ExitStack, setup: Setup, resume: ResumePlan, *, force: bool) -> None:
+    """Become the owner of the run directory, and only then change anything in it."""
+    run_dir = setup.run_dir
+    run_dir.create()
+    stack.enter_context(RunLock(run_dir))
+    store = Store(run_dir.checkpoints)
+    if force:
+        run_dir.remove_run_files()
+    elif resume.seen != [found.path for found in store.list()]:
+        raise CheckpointError(f"another run has written to {run_dir.root} just now: start again to go on from it")
+    for path, reason in resume.skipped:
+        moved = store.quarantine(path, reason)
+        setup.run.log.warning(f"{reason}; it is now {moved}, the one before it is used", name="checkpoint_skipped")
+    setup.dataset.tokenizer.save(run_dir.tokenizer)
+
+
+def _record(setup: Setup, resume: ResumePlan) -> None:
+    """Write down in run.json what runs, where, and from which checkpoint it goes on."""
+    run, origins = setup.run, setup.assembly.origins
+    facts = {
+        "version": __version__,
+        "config": flat(run.config),
+        "origins": {path: origin.where for path, origin in origins.by_path.items()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "plugins": {plugin.name: f"{plugin.distribution} {plugin.version}" for plugin in setup.assembly.host.plugins},
+        "run": run.facts(),
+        "data": setup.identity["data"],
+        "numerics": setup.identity["numerics"],
+        "promise": setup.promise,
+    }
+    source = resume.checkpoint.path if resume.checkpoint else None
+    RunRecord.load(setup.run_dir).launched(facts, step=run.step, resumed_from=source)
+
+
+def _finished(run: EngineRun, run_dir: RunDir, resume: ResumePlan) -> TrainResult:
+    """Nothing is left to do: say so, and hand back what the run had reached. Changes nothing."""
+    assert resume.checkpoint is not None
+    state = resume.state
+    reason = f"step {state['step']} of {run.config.training.max_steps} was reached before: raise training.max_steps"
+    run.log.info(f"{run_dir.root}: nothing to do, {reason}, or add --force to start anew", name="finished")
+    try:
+        summary = json.loads(run_dir.summary_json.read_text())
+    except (OSError, ValueError):
+        summary = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"], "floor": None}
+    summary |= {
+        "status": "completed",
+        "reason": reason,
+        "steps": state["step"],
+        "total_tokens": state["tokens"],
+        "total_target_tokens": state["target_tokens"],
+        "checkpoint": str(resume.checkpoint.path),
+    }
+    return _result(summary, run.output_dir)
+
+
+def _summary(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, seconds: float) -> dict[str, Any]:
+    run, newest = trainer.run, trainer.store.list()
+    command = f"gpt-simple run {run.known['config_path'] or 'CONFIG'}"
+    more = f"{command} --training.max_steps {2 * run.config.training.max_steps}  # go on from here"
+    host = setup.assembly.host
+    return {
+        "status": status,
+        "reason": reason,
+        "steps": run.step,
+        "total_tokens": run.tokens,
+        "total_target_tokens": run.target_tokens,
+        "final_loss": trainer.last_train.get("train/loss"),
+        "final_val_loss": trainer.last_eval.get("eval/loss"),
+        "best_val_loss": trainer.best_val_loss,
+        "bits_per_byte": trainer.last_eval.get("eval/bits_per_byte"),
+        "floor": setup.dataset.floor,
+        "tokens_per_second": statistics.median(trainer.rates) if trainer.rates else None,
+        "peak_memory_gib": trainer.peak_memory_gib,
+        "seconds": seconds,
+        "checkpoint": str(newest[-1].path) if newest else None,
+        "plugins": host.describe(),
+        "plugin_seconds": {plugin.name: round(plugin.seconds, 4) for plugin in host.plugins},
+        "next": more if status == "completed" else f"{command}  # the same command goes on",
+    }
+
+
+_SHARED = (
+    "status",
+    "reason",
+    "steps",
+    "total_tokens",
+    "total_target_tokens",
+    "final_loss",
+    "final_val_loss",
+    "best_val_loss",
+    "bits_per_byte",
+    "floor",
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_gib",
+)
+
+
+def _result(summary: dict[str, Any], output_dir: Path) -> TrainResult:
+    checkpoint = summary["checkpoint"]
+    return TrainResult(
+        **{name: summary[name] for name in _SHARED},
+        checkpoint_path=Path(checkpoint) if checkpoint else None,
+        output_dir=output_dir,
+        summary=summary,
+    )

@@ -1,0 +1,244 @@
+"""From a checked configuration to a Trainer: data, model, optimizer, devices, and the state to start from.
+
+Everything that can be refused is refused before the run directory is touched.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from attrs import define, field
+
+from gpt_simple import __version__
+from gpt_simple.assembly import Assembly
+from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
+from gpt_simple.checkpoint.store import Store
+from gpt_simple.data.loader import Loader
+from gpt_simple.data.prepare import Dataset, prepare
+from gpt_simple.engine.compile import CompilePlan, compile_model
+from gpt_simple.engine.memory import peak_flops
+from gpt_simple.engine.optimizer import skips_on_device
+from gpt_simple.engine.randomness import isolated_rng, stream
+from gpt_simple.engine.resume import ResumePlan, identity, promise
+from gpt_simple.engine.run import EngineCheckpoints, EngineRun
+from gpt_simple.engine.trainer import Trainer
+from gpt_simple.errors import ConfigError, GptSimpleError
+from gpt_simple.hooks.dispatch import Calls
+from gpt_simple.hooks.events import CheckpointLoaded, Finding, ModelBuilt
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.status import StatusFile
+
+_VOCABULARY_MULTIPLE = 128
+_MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which count samples from 0
+
+
+@define(slots=False)
+class Setup:
+    """The steps that lead to a Trainer, in the order in which a launch takes them."""
+
+    assembly: Assembly
+    run: EngineRun
+    calls: Calls
+    compiling: CompilePlan
+    run_dir: RunDir
+    dataset: Dataset = field(init=False)
+    identity: dict[str, Any] = field(init=False)
+    promise: str = field(init=False, default="from scratch")
+
+    def read_data(self) -> None:
+        """Prepare the data, or find them prepared; only the cache is written."""
+        config, run = self.run.config, self.run
+        self.dataset = run.world.main_first(
+            lambda: prepare(
+                config, self.assembly.registry, log=run.log.info, require_val=bool(config.training.eval_steps)
+            )
+        )
+        run._tokenizer = self.dataset.tokenizer
+        self.identity = identity(
+            config,
+            data={
+                "dataset": self.dataset.fingerprint,
+                "tokenizer": self.dataset.tokenizer.fingerprint,
+            },
+            numerics=_numerics(run, self.compiling),
+        )
+
+    def check(self, plan: ResumePlan) -> None:
+        """Refuse what cannot work, with the model known but nothing allocated."""
+        if plan.kind == "resume":
+            self.promise = f"resumed from step {plan.state['step']}: {promise(plan.state['run'], self.identity)}"
+        elif plan.kind == "finished":
+            promise(plan.state["run"], self.identity)
+        if self.calls.check_runtime is not None:
+            with torch.device("meta"):
+                self.run._model = self._new_model()
+            found = self.calls.check_runtime(self.run)
+            self.run._model = None
+            report([finding for _, findings in found for finding in findings], self.run.log.warning)
+
+    def build(self, plan: ResumePlan, status: StatusFile, *, deadline: float | None) -> Trainer:
+        """Allocate everything and restore the state of ``plan``."""
+        assembly, run, config = self.assembly, self.run, self.run.config
+        with isolated_rng(stream(config.training.seed, _MODEL_STREAM), torch.device("cpu")):
+            model = self._new_model()
+        run._model = model.to(run.device)
+        if self.calls.on_model_built is not None:
+            self.calls.on_model_built(run, ModelBuilt(model))
+        self._checkpoint_activations(model)
+        optimizer = assembly.registry.get("optimizer", config.optimizer.name).load()(
+            model, config.optimizer, run.device
+        )
+        store = Store(self.run_dir.checkpoints)
+        run.checkpoints = EngineCheckpoints(store)
+        self._restore(plan, store, model, optimizer)
+        run._wrapped = run.world.wrap(model)
+        compile_model(model, self.compiling)
+        run._loader = Loader(
+            self.dataset,
+            config,
+            world_size=run.world_size,
+            rank=run.rank,
+            device=run.device,
+            consumed=plan.state["samples"] if plan.checkpoint else 0,
+        )
+        self._gather_facts(model)
+        schedule = assembly.registry.get("schedule", config.optimizer.schedule).load()
+        return Trainer(
+            run=run,
+            calls=self.calls,
+            model=model,
+            wrapped=run._wrapped,
+            optimizer=optimizer,
+            schedule=schedule(config.optimizer, config.training.max_steps),
+            loader=run._loader,
+            store=store,
+            status=status,
+            state=partial(self._state, model, optimizer),
+            skips_on_device=skips_on_device(optimizer),
+            deadline=deadline,
+            best_val_loss=plan.state.get("best_val_loss"),
+        )
+
+    def _new_model(self) -> torch.nn.Module:
+        config, tokenizer = self.run.config, self.dataset.tokenizer
+        wanted = getattr(config.model, "vocab_size", None)
+        if wanted is not None and wanted < tokenizer.vocab_size:
+            raise ConfigError(
+                f"{self.assembly.origins.place('model.vocab_size')}: the tokenizer has {tokenizer.vocab_size} tokens,"
+                f" more than {wanted}; leave it out or raise it"
+            )
+        padded = -(-tokenizer.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+        factory = self.assembly.registry.get("model", config.model.name).load()
+        model: torch.nn.Module = factory(config.model, vocab_size=wanted or padded, max_length=config.data.max_length)
+        return model
+
+    def _checkpoint_activations(self, model: torch.nn.Module) -> None:
+        every = int(self.run.config.training.gradient_checkpointing)
+        apply = getattr(model, "set_activation_checkpointing", None)
+        if apply is not None:
+            apply(every)
+        elif every and not self.assembly.origins.is_default("training.gradient_checkpointing"):
+            raise ConfigError(
+                f"training.gradient_checkpointing: the model {self.run.config.model.name!r} has no"
+                " set_activation_checkpointing(every); set it to false"
+            )
+
+    def _restore(
+        self, plan: ResumePlan, store: Store, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if plan.checkpoint is None:
+            return
+        run, state = self.run, plan.state
+        load_model(model, store.load_tensors(plan.checkpoint, "model"))
+        restore_optimizer(optimizer, model, store.load_tensors(plan.checkpoint, "optimizer"), state["optimizer"])
+        if state["scaler"]:
+            run.precision.scaler.load_state_dict(state["scaler"])
+        self.assembly.host.load_state(
+            store.load_document(plan.checkpoint, "plugins"),
+            store.load_tensors(plan.checkpoint, "plugins"),
+            is_main=run.is_main,
+        )
+        run.step, run.tokens, run.target_tokens = state["step"], state["tokens"], state["target_tokens"]
+        if self.calls.on_checkpoint_loaded is not None:
+            self.calls.on_checkpoint_loaded(run, CheckpointLoaded(run.step, plan.checkpoint.path))
+
+    def _state(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, best_val_loss: float | None
+    ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """What a checkpoint holds: tensors and JSON documents by file stem."""
+        run = self.run
+        moments, optimizer_document = flatten_optimizer(optimizer, model)
+        plugin_records, plugin_tensors = self.assembly.host.state()
+        state = {
+            "version": __version__,
+            "step": run.step,
+            "tokens": run.tokens,
+            "target_tokens": run.target_tokens,
+            "samples": run.tokens // run.config.data.max_length,
+            "best_val_loss": best_val_loss,
+            "optimizer": optimizer_document,
+            "scaler": run.precision.scaler.state_dict(),
+            "run": self.identity,
+        }
+        tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
+        return tensors, {"state": state, "plugins": plugin_records}
+
+    def _gather_facts(self, model: torch.nn.Module) -> None:
+        run, training = self.run, self.run.config.training
+        flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
+        rows = training.per_device_batch_size * training.gradient_accumulation_steps * run.world_size
+        run.known |= {
+            "device": _device_name(run.device),
+            "precision": run.precision.name,
+            "precision_why": run.precision.why,
+            "compile": self.compiling.scope if self.compiling.enabled else "off",
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "flops_per_token": flops(run.config.data.max_length) if flops is not None else None,
+            "peak_flops": peak_flops(run.device, run.precision.name),
+            "tokens_per_step": rows * run.config.data.max_length,
+            "floor": self.dataset.floor,
+            "data": self.dataset.describe(),
+            "plugins": [plugin.name for plugin in self.assembly.host.plugins],
+            "config_path": str(self.assembly.source) if self.assembly.source else None,
+        }
+
+
+def report(findings: list[Finding], warn: Callable[..., None]) -> None:
+    """Warn of what is only worth a warning; raise all errors as one, with the exit code of the worst."""
+    errors = [finding for finding in findings if finding.severity == "error"]
+    for finding in findings:
+        if finding.severity == "warning":
+            warn(_line(finding), name=finding.code)
+    if errors:
+        error = GptSimpleError("\n".join(_line(finding) for finding in errors))
+        error.exit_code = max(errors, key=lambda finding: finding.exit_code).exit_code  # type: ignore[assignment]
+        raise error
+
+
+def _line(finding: Finding) -> str:
+    place = f"{finding.place}: " if finding.place else ""
+    return f"{place}{finding.message}" + (f"; {finding.hint}" if finding.hint else "")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def _numerics(run: EngineRun, compiling: CompilePlan) -> Mapping[str, Any]:
+    """What decides the last digits of a result."""
+    return {
+        "processes": run.world_size,
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+        "precision": run.precision.name,
+        "compile": f"{compiling.scope}/{compiling.backend}" if compiling.enabled else "off",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }

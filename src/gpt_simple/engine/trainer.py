@@ -1,0 +1,281 @@
+"""The step loop.
+
+Read ``train`` for the life of a run, ``_step`` for one optimizer step, ``_boundary`` for what may happen after it.
+Between logging points nothing here reads a device tensor on the host.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from attrs import define, field
+
+from gpt_simple.checkpoint.draft import Published
+from gpt_simple.checkpoint.store import Store
+from gpt_simple.data.loader import DataExhausted, Loader
+from gpt_simple.engine.control import Verdict
+from gpt_simple.engine.memory import peak_bytes
+from gpt_simple.engine.metrics import Clock, Interval, flatten
+from gpt_simple.engine.randomness import Reseeder
+from gpt_simple.engine.run import EngineRun, EvaluationAbandoned
+from gpt_simple.engine.schedule import Schedule
+from gpt_simple.errors import CheckpointError
+from gpt_simple.hooks.dispatch import Calls
+from gpt_simple.hooks.events import (
+    BatchReady,
+    CheckpointSaved,
+    CheckpointSaving,
+    EvalEnd,
+    Evaluate,
+    GradientsReady,
+    MetricsReady,
+    RunStatus,
+    StepEnd,
+    StepStart,
+)
+from gpt_simple.run_dir.status import StatusFile
+
+GIB = 1024**3
+
+
+@define(slots=False, eq=False)
+class Trainer:
+    """A prepared run. ``run`` makes its steps and returns how it ended."""
+
+    run: EngineRun
+    calls: Calls
+    model: torch.nn.Module
+    wrapped: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    loader: Loader
+    store: Store
+    status: StatusFile
+    state: Callable[[float | None], tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]]
+    skips_on_device: bool
+    deadline: float | None = None
+    best_val_loss: float | None = None
+    last_train: Mapping[str, float] = field(factory=dict)
+    last_eval: Mapping[str, float] = field(factory=dict)
+    saved: Published | None = None
+    rates: list[float] = field(factory=list)
+    _interval: Interval = field(factory=Interval)
+    _clock: Clock = field(factory=Clock)
+
+    def __attrs_post_init__(self) -> None:
+        config = self.run.config
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._reseed = Reseeder(config.training.seed, self.run.device)
+        self._max_norm = config.optimizer.max_grad_norm
+        self._first_step = True
+
+    def train(self) -> tuple[RunStatus, str]:
+        """Make steps until the run is over. Returns how and why it ended."""
+        run, max_steps = self.run, self.run.config.training.max_steps
+        self.model.train()
+        self._clock = Clock(waited_before=self.loader.wait_seconds)
+        if run.control.leaving:
+            return self._left(run.control.vote(run.world.agree if run.world.size > 1 else None))
+        while run.step < max_steps:
+            try:
+                self._step(is_last=run.step + 1 == max_steps)
+            except DataExhausted as exhausted:
+                return self._out_of_data(str(exhausted))
+            verdict = self._boundary(is_last=run.step == max_steps)
+            if verdict.leave:
+                return self._left(verdict)
+        return "completed", f"all {max_steps} steps are made"
+
+    def _step(self, is_last: bool) -> None:
+        """One optimizer step over all its micro-batches."""
+        run, calls, world, scaler = self.run, self.calls, self.run.world, self.run.precision.scaler
+        started, step = time.perf_counter(), run.step + 1
+        data = self.loader.next_step()
+        if calls.on_step_start is not None:
+            calls.on_step_start(run, StepStart(step))
+
+        # The summed loss over the step's target tokens of all processes; DDP will divide by the world size.
+        scale = world.size / max(1, data.targets)
+        last, loss = len(data.batches) - 1, None
+        for index, batch in enumerate(data.batches):
+            if calls.on_batch is not None:
+                calls.on_batch(run, BatchReady(step, index, batch))
+            self._reseed(batch.first_sample)
+            with world.accumulating(self.wrapped, index == last):
+                with run.precision.autocast():
+                    nats = run.loss(batch)
+                scaler.scale(nats * scale).backward()
+            loss = nats.detach() if loss is None else loss + nats.detach()
+        assert loss is not None
+
+        scaler.unscale_(self.optimizer)
+        if calls.on_gradients is not None:
+            calls.on_gradients(run, GradientsReady(step))
+        norm, skipped = self._clip()
+        self._update(step, skipped)
+
+        run.step, run.tokens, run.target_tokens = (
+            step,
+            run.tokens + data.tokens,
+            run.target_tokens + data.targets,
+        )
+        self._interval.add(loss, data.targets, norm, skipped)
+        self._clock.step(data.tokens, data.targets)
+        if self._first_step:
+            self._warmed_up(started, data.tokens)
+        if calls.on_step_end is not None:
+            calls.on_step_end(run, StepEnd(step, run.tokens, run.target_tokens, is_last))
+
+    def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients' norm before clipping, and 1.0 if this step must be skipped; both stay on the device."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
+        skipped = ~torch.isfinite(norm)
+        control = self.run.control
+        if control.skip is not None:
+            skipped, control.skip = self.run.world.sum((skipped | control.skip).float()) > 0, None
+        return norm, skipped.float()
+
+    def _update(self, step: int, skipped: torch.Tensor) -> None:
+        """Step the optimizer at the schedule's rate, unless ``skipped``."""
+        rate = self.schedule(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.skips_on_device:
+            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bool(skipped):
+            self.optimizer.step()
+        if self.run.precision.scaler.is_enabled():
+            self.run.precision.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _warmed_up(self, started: float, tokens: int) -> None:
+        """The first step compiles and warms caches up: its time is nobody's throughput."""
+        self._first_step = False
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+        self._clock.exclude_step(time.perf_counter() - started, tokens)
+
+    def _boundary(self, is_last: bool) -> Verdict:
+        """What may happen after a step, always in this order: metrics, one vote, checkpoint, evaluation, stop."""
+        run, world = self.run, self.run.world
+        every = run.config.training.logging_steps
+        if is_last or (every and run.step % every == 0):
+            self._log(tell=bool(every))
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            run.control.stop("the time budget is used up")
+        verdict = run.control.vote(world.agree if world.size > 1 else None)
+        if verdict.save or verdict.leave or is_last:
+            reason = "last step" if is_last else verdict.stop or verdict.halt or verdict.ended or verdict.save
+            self._save(reason, must_succeed=verdict.leave or is_last)
+        if verdict.evaluate and not verdict.leave:
+            self._evaluate()
+        return verdict
+
+    def _log(self, tell: bool) -> None:
+        """Read the interval's metrics, all at once, and hand them out."""
+        run, calls = self.run, self.calls
+        lap = self._clock.lap(run.step, self.loader.wait_seconds)
+        metrics = self._interval.metrics(self.schedule(run.step))
+        if tell and calls.collect_metrics is not None:
+            with run.comm.during("collect_metrics"):
+                metrics |= flatten(calls.collect_metrics(run, lap))
+        floats = run.world.reduce(metrics)
+        skipped = floats.pop("train/skipped_steps")
+        if skipped:
+            floats["train/skipped_steps"] = skipped
+            run.log.warning(
+                f"{int(skipped)} of the last {lap.steps} steps had a non-finite gradient and were skipped",
+                name="skipped_steps",
+                count=int(skipped),
+            )
+        self.last_train = floats
+        if lap.timed_steps and lap.train_seconds > 0:
+            self.rates.append(lap.timed_tokens / lap.train_seconds)
+        if run.is_main:
+            self._report_status()
+        if tell and calls.on_metrics is not None:
+            calls.on_metrics(run, MetricsReady(run.step, run.tokens, floats))
+        self._clock = Clock(waited_before=self.loader.wait_seconds)
+
+    def _evaluate(self) -> None:
+        """Ask the plugins for their evaluations; a stop that arrives meanwhile abandons them."""
+        run, calls, started = self.run, self.calls, time.perf_counter()
+        if calls.evaluate is None:
+            return
+        try:
+            with run.evaluating(), run.comm.during("evaluate"):
+                metrics = flatten(calls.evaluate(run, Evaluate(run.step)))
+        except EvaluationAbandoned:
+            run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
+            return
+        floats = run.world.reduce(metrics)
+        loss = floats.get("eval/loss")
+        if loss is not None and (self.best_val_loss is None or loss < self.best_val_loss):
+            self.best_val_loss = loss
+        self.last_eval = floats
+        seconds = time.perf_counter() - started
+        if calls.on_eval_end is not None:
+            calls.on_eval_end(run, EvalEnd(run.step, run.tokens, floats, seconds))
+        self._clock.exclude(time.perf_counter() - started)
+
+    def _save(self, reason: str, must_succeed: bool) -> None:
+        """Publish a checkpoint of this step; a periodic one that cannot be written is a warning, not the end."""
+        run, calls, started = self.run, self.calls, time.perf_counter()
+        if self.saved is not None and self.saved.step == run.step:
+            return
+        if calls.on_checkpoint_saving is not None:
+            calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
+        if run.is_main:
+            try:
+                tensors, documents = self.state(self.best_val_loss)
+                self.saved = self.store.publish(run.step, tensors=tensors, documents=documents)
+            except CheckpointError as error:
+                if must_succeed:
+                    raise
+                run.log.error(f"{error}; training goes on", name="checkpoint_failed")
+        run.world.barrier()
+        if calls.on_checkpoint_saved is not None and self.saved is not None and self.saved.step == run.step:
+            done = self.saved
+            calls.on_checkpoint_saved(run, CheckpointSaved(run.step, done.path, done.seconds, done.bytes, reason))
+        self._clock.exclude(time.perf_counter() - started)
+
+    def _left(self, verdict: Verdict) -> tuple[RunStatus, str]:
+        if verdict.halt:
+            return "halted", verdict.halt
+        if verdict.stop:
+            return "stopped", verdict.stop
+        return "completed", verdict.ended
+
+    def _out_of_data(self, reason: str) -> tuple[RunStatus, str]:
+        """The data ended before ``max_steps``: that is the end of the run as much as the last step would be."""
+        if self._interval:
+            self._log(tell=True)
+        self._save(reason, must_succeed=True)
+        self._evaluate()
+        return "completed", reason
+
+    def _report_status(self) -> None:
+        run = self.run
+        rate = statistics.median(self.rates) if self.rates else None
+        left = run.config.training.max_steps - run.step
+        per_step = run.known.get("tokens_per_step", 0)
+        self.status.update(
+            state="running",
+            step=run.step,
+            max_steps=run.config.training.max_steps,
+            loss=self.last_train.get("train/loss"),
+            tokens_per_second=rate,
+            eta_seconds=left * per_step / rate if rate else None,
+        )
+
+    @property
+    def peak_memory_gib(self) -> float:
+        return peak_bytes(self.run.device) / GIB

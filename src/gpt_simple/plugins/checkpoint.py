@@ -1,0 +1,52 @@
+"""When a checkpoint is written, and which ones stay.
+
+Asks for one every ``training.save_steps`` steps (the engine writes the last one of a run by itself). After each it
+keeps the newest ``keep_last_k``, multiples of ``keep_milestone_every``, and the one with the best validation loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from gpt_simple.hooks import Plugin, hookimpl
+from gpt_simple.hooks import events as ev
+
+if TYPE_CHECKING:
+    from gpt_simple.hooks import NoConfig, Run
+
+
+class Checkpoint(Plugin["NoConfig"]):
+    """Runs on the main process; the vote carries its wish to the others."""
+
+    on_error = "abort"
+
+    def __init__(self, config: NoConfig) -> None:
+        super().__init__(config)
+        self._losses: dict[int, float] = {}
+
+    @hookimpl
+    def on_step_end(self, run: Run, event: ev.StepEnd) -> None:
+        every = run.config.training.save_steps
+        if every and event.step % every == 0:
+            run.control.save(f"every {every} steps")
+
+    @hookimpl
+    def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
+        if (loss := event.metrics.get("eval/loss")) is not None:
+            self._losses[event.step] = loss
+
+    @hookimpl
+    def on_checkpoint_saved(self, run: Run, event: ev.CheckpointSaved) -> None:
+        training = run.config.training
+        if training.keep_last_k is None:
+            return
+        scored = [found.step for found in run.checkpoints.list() if found.step in self._losses]
+        best = [min(scored, key=self._losses.__getitem__)] if scored else []
+        run.checkpoints.prune(keep_last=training.keep_last_k, keep_every=training.keep_milestone_every, protect=best)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": {str(step): loss for step, loss in self._losses.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
+        self._losses = {int(step): loss for step, loss in state["losses"].items()}

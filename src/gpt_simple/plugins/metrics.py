@@ -1,0 +1,84 @@
+"""Writes ``metrics.jsonl``: one JSON object a line.
+
+Kinds are ``train`` (a logging boundary), ``eval`` (an evaluation) and ``event`` (something worth a line). After a
+resume from an older checkpoint steps appear again: readers keep the last row per kind and step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from io import FileIO
+from typing import TYPE_CHECKING, Any
+
+from gpt_simple.hooks import Plugin, hookimpl
+from gpt_simple.hooks import events as ev
+
+if TYPE_CHECKING:
+    from gpt_simple.hooks import NoConfig, Run
+
+
+class Metrics(Plugin["NoConfig"]):
+    """One unbuffered write a row: a kill loses nothing that was reported, and at most tears the last line."""
+
+    def __init__(self, config: NoConfig) -> None:
+        super().__init__(config)
+        self._file: FileIO | None = None
+
+    @hookimpl
+    def on_run_start(self, run: Run, event: ev.RunStart) -> None:
+        path = run.output_dir / "metrics.jsonl"
+        torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
+        self._file = FileIO(path, "a")
+        if torn:
+            self._file.write(b"\n")
+        self._write(run, "event", {"name": "run_start", "message": event.promise})
+
+    @hookimpl
+    def on_metrics(self, run: Run, event: ev.MetricsReady) -> None:
+        self._write(run, "train", event.metrics)
+
+    @hookimpl
+    def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
+        self._write(run, "eval", event.metrics)
+
+    @hookimpl
+    def on_log(self, run: Run, event: ev.LogRecord) -> None:
+        self._write(run, "event", {"name": event.name, "level": event.level, "message": event.message, **event.fields})
+
+    @hookimpl
+    def on_checkpoint_saved(self, run: Run, event: ev.CheckpointSaved) -> None:
+        self._write(run, "event", {"name": "checkpoint", "path": str(event.path), "seconds": event.seconds})
+
+    @hookimpl
+    def on_run_end(self, run: Run, event: ev.RunEnd) -> None:
+        self._write(run, "event", {"name": f"run_{event.status}", "message": event.reason})
+
+    @hookimpl
+    def on_close(self, run: Run, event: ev.Close) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, run: Run, kind: str, values: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        row: dict[str, Any] = {
+            "kind": kind,
+            "step": run.step,
+            "tokens": run.tokens,
+            "time": round(time.time(), 3),
+        }
+        nonfinite = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        row |= {key: None if key in nonfinite else value for key, value in values.items()}
+        if nonfinite:
+            row["nonfinite"] = nonfinite
+        self._file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
+
+
+def _ends_with_newline(path: Any) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"

@@ -1,0 +1,57 @@
+"""Lets the model write a little after each evaluation, so that one reads what the loss means.
+
+Sampling has random numbers of its own and runs in eval mode: training does not notice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Gt
+from attrs import frozen
+from typing_extensions import Doc
+
+from gpt_simple.hooks import Plugin, hookimpl
+from gpt_simple.hooks import events as ev
+
+if TYPE_CHECKING:
+    from gpt_simple.hooks import Run
+
+
+@frozen
+class SampleConfig:
+    """``[plugins.sample]``."""
+
+    prompts: Annotated[tuple[str, ...], Doc("texts to continue; an empty one starts a new document")] = ("",)
+    max_new_tokens: Annotated[int, Ge(1), Doc("tokens to write for each prompt")] = 80
+    temperature: Annotated[float, Gt(0), Doc("below 1 plays safe, above 1 dares")] = 0.8
+    top_k: Annotated[int, Ge(1), Doc("choose among this many likeliest tokens")] = 50
+    seed: Annotated[int, Ge(0), Doc("seed of the samples")] = 0
+
+
+class Sample(Plugin[SampleConfig]):
+    """Runs on the main process."""
+
+    Config = SampleConfig
+
+    def __init__(self, config: SampleConfig) -> None:
+        super().__init__(config)
+        self._texts: list[str] = []
+
+    @hookimpl
+    def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
+        config = self.config
+        self._texts = []
+        for index, prompt in enumerate(config.prompts):
+            text = run.generate(
+                prompt,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                seed=config.seed + index,
+            )
+            self._texts.append(text)
+            run.log.info(text, name="sample", prompt=prompt)
+
+    def describe(self) -> dict[str, Any]:
+        return {"sample": "\n".join(self._texts)} if self._texts else {}
