@@ -1,0 +1,125 @@
+"""What the engine costs per optimizer step, against a bare PyTorch loop in the same process.
+
+A tiny model (2 layers, 64 wide, rows of 64 tokens, batch 4), so that a step takes a few milliseconds and overhead shows.
+The engine runs with all default plugins on. A plugin takes turns with it: after every block of engine steps it runs a
+block of bare steps with a copy of the same model, the same rows, fused AdamW, clipping and schedule. The bare loop gets
+its rows as ready tensors, so the engine's loader counts as overhead.
+
+    python benchmarks/overhead.py [--blocks 12] [--block-steps 200] [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import tempfile
+import time
+from typing import Any
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--blocks", type=int, default=12)
+parser.add_argument("--block-steps", type=int, default=200)
+parser.add_argument("--threads", type=int, default=1)
+parser.add_argument("--logging-steps", type=int, default=10)
+arguments = parser.parse_args()
+os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+
+import torch
+
+import gpt_simple
+from gpt_simple import Plugin, hookimpl
+
+
+class Turns(Plugin[Any]):
+    """Times blocks of the engine's steps and runs a bare block after each."""
+
+    after = ("console", "metrics", "throughput", "evaluate", "checkpoint", "sample")
+    on_error = "abort"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.rows: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self.engine: list[float] = []
+        self.bare: list[float] = []
+
+    @hookimpl
+    def on_run_start(self, run: Any, event: Any) -> None:
+        self.model = copy.deepcopy(run.model)
+        parameters = list(self.model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+        self.parameters = parameters
+
+    @hookimpl
+    def on_batch(self, run: Any, event: Any) -> None:
+        if len(self.rows) < arguments.block_steps:
+            batch = event.batch
+            self.rows.append((batch.input_ids.clone(), batch.labels.clone(), batch.targets))
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        if event.step % arguments.block_steps:
+            return
+        now = time.perf_counter()
+        if event.step > arguments.block_steps:  # the first block warms up
+            self.engine.append((now - self.started) / arguments.block_steps)
+            self.bare.append(self._bare_block() / arguments.block_steps)
+        else:
+            self._bare_block()
+        self.started = time.perf_counter()
+
+    def _bare_block(self) -> float:
+        started = time.perf_counter()
+        for step, (inputs, labels, targets) in enumerate(self.rows):
+            loss = self.model(inputs, labels) / targets
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            rate = 3e-4 * (0.1 + 0.9 * 0.5 * (1 + step / 1e9))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    torch.set_num_threads(arguments.threads)
+    turns = Turns(None)
+    with tempfile.TemporaryDirectory() as directory:
+        result = gpt_simple.train(
+            model={"n_embd": 64, "n_layer": 2, "n_head": 2},
+            data={"source": "stories", "tokenizer": "bytes", "max_length": 64, "max_documents": 4000},
+            training={
+                "per_device_batch_size": 4,
+                "gradient_accumulation_steps": 1,
+                "max_steps": arguments.block_steps * (arguments.blocks + 1),
+                "compile": False,
+                "gradient_checkpointing": False,
+                "logging_steps": arguments.logging_steps,
+                "eval_steps": None,
+                "output_dir": directory,
+            },
+            overrides={"plugins.console.progress": "lines"},
+            plugins=[turns],
+        )
+    overhead = [engine - bare for engine, bare in zip(turns.engine, turns.bare, strict=True)]
+    report = {
+        "bare_step_us": round(1e6 * statistics.median(turns.bare), 1),
+        "engine_step_us": round(1e6 * statistics.median(turns.engine), 1),
+        "overhead_us_median": round(1e6 * statistics.median(overhead), 1),
+        "overhead_us_min_max": [round(1e6 * min(overhead), 1), round(1e6 * max(overhead), 1)],
+        "ratio_median": round(statistics.median(e / b for e, b in zip(turns.engine, turns.bare, strict=True)), 4),
+        "plugin_us_per_step": {
+            name: round(1e6 * seconds / result.steps, 2) for name, seconds in result.summary["plugin_seconds"].items()
+        },
+    }
+    print(json.dumps(report, indent=1))
+
+
+main()
