@@ -37,7 +37,13 @@ heads = st.sampled_from([(1, None), (4, None), (4, 2), (4, 1), (6, 3)])
 
 
 @settings(max_examples=60, deadline=None)
-@given(fields=fields, heads=heads, half_dim=st.integers(1, 8), vocab=st.integers(1, 200), length=st.integers(1, 16))
+@given(
+    fields=fields,
+    heads=heads,
+    half_dim=st.integers(1, 8),
+    vocab=st.integers(1, 200),
+    length=st.integers(1, 16),
+)
 def test_closed_forms_equal_the_model(
     fields: dict[str, Any], heads: tuple[int, int | None], half_dim: int, vocab: int, length: int
 ) -> None:

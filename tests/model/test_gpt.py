@@ -170,7 +170,10 @@ def test_unset_sizes_come_from_the_caller_and_set_ones_win() -> None:
         ({"n_head": 8, "n_kv_head": 3}, ["model.n_kv_head is 3", "model.n_head, 8", "2"]),
         ({"n_embd": 12, "n_head": 4}, ["pairs", "learned"]),
         ({"n_positions": 8}, ["model.n_positions is 8", "data.max_length, 24"]),
-        ({"n_head": 5, "n_kv_head": 3, "n_positions": 8}, ["n_head is 5", "n_kv_head is 3", "n_positions is 8"]),
+        (
+            {"n_head": 5, "n_kv_head": 3, "n_positions": 8},
+            ["n_head is 5", "n_kv_head is 3", "n_positions is 8"],
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(fields: dict[str, int], named: list[str]) -> None:
