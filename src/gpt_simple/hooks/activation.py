@@ -97,9 +97,7 @@ def decide(
     known = {*records, *given}
     if mistakes := list(_unknown_names(known, wishes, switches)):
         raise ConfigError("\n".join(mistakes))
-    decisions = {
-        name: _decide(name, records.get(name), wishes, is_set, switches, given) for name in sorted(known)
-    }
+    decisions = {name: _decide(name, records.get(name), wishes, is_set, switches, given) for name in sorted(known)}
     off = [decisions[name] for name in wishes.require if not decisions[name].active]
     if off:
         raise ConfigError(
@@ -126,9 +124,7 @@ def _decide(
         decision = Decision(name, True, "passed")
     elif builtin and name in ENABLED_BY:
         switched_on = is_set(ENABLED_BY[name])
-        decision = Decision(
-            name, switched_on, ENABLED_BY[name] if switched_on else f"{ENABLED_BY[name]} is unset"
-        )
+        decision = Decision(name, switched_on, ENABLED_BY[name] if switched_on else f"{ENABLED_BY[name]} is unset")
     elif name in wishes.tables:
         decision = Decision(name, True, f"[plugins.{name}]")
     elif builtin and name in DEFAULT_ON:

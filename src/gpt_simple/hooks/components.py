@@ -59,9 +59,7 @@ class Registry:
         """The same parts; what is added through the result belongs to ``owner``."""
         return evolve(self, owner=owner)
 
-    def add(
-        self, kind: Kind, name: str, target: str | Callable[..., Any], *, config: type | None = None
-    ) -> None:
+    def add(self, kind: Kind, name: str, target: str | Callable[..., Any], *, config: type | None = None) -> None:
         """Register a part. Two parts of one kind and name are an error that names both owners."""
         if kind not in KINDS:
             raise PluginError(
@@ -84,9 +82,7 @@ class Registry:
         names = self.names(kind)
         close = difflib.get_close_matches(name, names, 1)
         meant = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(
-            f"{CONFIG_KEY[kind]}: there is no {kind} {name!r}{meant}; expected one of {', '.join(names)}"
-        )
+        raise ConfigError(f"{CONFIG_KEY[kind]}: there is no {kind} {name!r}{meant}; expected one of {', '.join(names)}")
 
 
 def builtin_registry() -> Registry:

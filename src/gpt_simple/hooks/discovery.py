@@ -92,7 +92,7 @@ def summary(record: PluginRecord) -> str:
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return ""
     docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-    return docstring.partition("\n")[0]
+    return docstring.partition("\n")[0].replace("``", "")
 
 
 def name_problem(name: str) -> str:
@@ -118,9 +118,7 @@ def _judge(record: PluginRecord, namesakes: list[PluginRecord]) -> PluginRecord:
     """The record of another package with its problem, if it has one."""
     others = [other for other in namesakes if other is not record]
     if any(other.origin == "builtin" for other in others):
-        detail = (
-            f"{record.label} takes the name of a built-in plugin and is ignored: its author must rename it"
-        )
+        detail = f"{record.label} takes the name of a built-in plugin and is ignored: its author must rename it"
         return evolve(record, problem="shadowed", detail=detail)
     if others:
         packages = " and ".join(f"{other.distribution} {other.version}" for other in namesakes)

@@ -153,9 +153,7 @@ def _compile(info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls) -> 
     return _compile_question(info, cell, calls)
 
 
-def _compile_notification(
-    info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls
-) -> Callable[..., None]:
+def _compile_notification(info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls) -> Callable[..., None]:
     hook = info.name
 
     def notify(run: Run, event: object) -> None:

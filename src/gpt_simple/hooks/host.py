@@ -168,9 +168,7 @@ class PluginHost:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """What plugins say for the summary, by name, without those that say nothing or were switched off."""
-        facts = {
-            plugin.name: self._guarded(plugin, "describe", plugin.active.describe) for plugin in self.plugins
-        }
+        facts = {plugin.name: self._guarded(plugin, "describe", plugin.active.describe) for plugin in self.plugins}
         return {name: value for name, value in facts.items() if value}
 
     def state(self) -> tuple[dict[str, Record], dict[str, torch.Tensor]]:
@@ -187,9 +185,7 @@ class PluginHost:
         self._states.load(self.plugins, records, tensors, is_main)
 
     def _listeners(self, hook: str) -> list[Listener]:
-        found = {
-            impl.plugin_name: impl.function for impl in getattr(self._manager.hook, hook).get_hookimpls()
-        }
+        found = {impl.plugin_name: impl.function for impl in getattr(self._manager.hook, hook).get_hookimpls()}
         return [(found[plugin.name], plugin) for plugin in self.plugins if plugin.name in found]
 
     def _guarded(self, plugin: LoadedPlugin, method: str, call: Callable[[], Any]) -> Any:

@@ -43,9 +43,7 @@ def hooks_of(cls: type) -> list[str]:
 
 
 def _hook_mistakes(cls: type) -> Iterator[str]:
-    names = dict.fromkeys(
-        name for owner in cls.__mro__ if owner not in Plugin.__mro__ for name in vars(owner)
-    )
+    names = dict.fromkeys(name for owner in cls.__mro__ if owner not in Plugin.__mro__ for name in vars(owner))
     for name in names:
         member = inspect.getattr_static(cls, name)
         options = _options(member)

@@ -188,9 +188,7 @@ def ordered(plugins: Iterable[LoadedPlugin]) -> list[LoadedPlugin]:
                 if not others:
                     heapq.heappush(ready, name)
     if len(result) < len(by_name):
-        stuck = ", ".join(
-            by_name[name].label for name in sorted(name for name, others in waits_for.items() if others)
-        )
+        stuck = ", ".join(by_name[name].label for name in sorted(name for name, others in waits_for.items() if others))
         raise PluginError(f"the before and after of these plugins contradict each other: {stuck}")
     return result
 
@@ -206,9 +204,7 @@ def collecting(mistakes: list[str]) -> Iterator[None]:
 
 def install_line(distribution: str, version: str) -> str:
     """How to get this very plugin back."""
-    return (
-        f"pip install {distribution}=={version}" if distribution else "it was passed with -p or plugins=[...]"
-    )
+    return f"pip install {distribution}=={version}" if distribution else "it was passed with -p or plugins=[...]"
 
 
 def _cause(error: BaseException) -> str:

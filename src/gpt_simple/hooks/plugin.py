@@ -35,11 +35,11 @@ class Plugin(Generic[C], Hooks):
         from gpt_simple import Plugin, hookimpl
 
         @frozen
-        class Config:
+        class CsvLogConfig:
             path: str = "loss.csv"
 
-        class CsvLog(Plugin[Config]):
-            Config = Config
+        class CsvLog(Plugin[CsvLogConfig]):
+            Config = CsvLogConfig
 
             @hookimpl
             def on_metrics(self, run, event):

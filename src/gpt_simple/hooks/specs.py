@@ -77,8 +77,7 @@ class HookSpecs:
     @classmethod
     @_hook(None, arguments=("registry",), ranks="all")
     def register_components(cls, registry: Registry) -> None:
-        """Add named parts (models, optimizers, schedules, tokenizers, sources) that a configuration can
-        choose.
+        """Add named parts (a model, optimizer, schedule, tokenizer or source) that a configuration can choose.
 
         Called right after the plugin is imported, before its configuration exists: so it is a class method,
         and nothing heavy should be imported in it. Give the part as ``module:attribute`` and it is imported
@@ -131,35 +130,40 @@ class HookSpecs:
 
     @_hook(events.CheckpointLoaded)
     def on_checkpoint_loaded(self, run: Run, event: events.CheckpointLoaded) -> None:
-        """All state, this plugin's too, is restored from a checkpoint; only in runs that resume from one::
+        """All state, this plugin's too, is restored from a checkpoint; only in runs that resume from one.
 
-        @hookimpl
-        def on_checkpoint_loaded(self, run, event):
-            run.log.info(f"continuing from {event.path.name}")
+        Example::
+
+            @hookimpl
+            def on_checkpoint_loaded(self, run, event):
+                run.log.info(f"continuing from {event.path.name}")
         """
 
     @_hook(events.RunStart)
     def on_run_start(self, run: Run, event: events.RunStart) -> None:
-        """Everything is prepared and restored; the next thing is step ``event.step + 1``::
+        """Everything is prepared and restored; the next thing is step ``event.step + 1``.
 
-        @hookimpl
-        def on_run_start(self, run, event):
-            self.file = open(run.output_dir / self.config.path, "a")
+        Example::
+
+            @hookimpl
+            def on_run_start(self, run, event):
+                self.file = open(run.output_dir / self.config.path, "a")
         """
 
     @_hook(events.StepStart)
     def on_step_start(self, run: Run, event: events.StepStart) -> None:
-        """An optimizer step is about to be made::
+        """An optimizer step is about to be made.
 
-        @hookimpl
-        def on_step_start(self, run, event):
-            self.started = time.perf_counter()
+        Example::
+
+            @hookimpl
+            def on_step_start(self, run, event):
+                self.started = time.perf_counter()
         """
 
     @_hook(events.BatchReady)
     def on_batch(self, run: Run, event: events.BatchReady) -> None:
-        """A micro-batch is on the device, before its forward. Hot: called for every micro-batch of every
-        step.
+        """A micro-batch is on the device, before its forward. Hot: many calls a step.
 
         Never read a tensor here (``.item()`` waits for the device)::
 
@@ -182,12 +186,14 @@ class HookSpecs:
 
     @_hook(events.StepEnd)
     def on_step_end(self, run: Run, event: events.StepEnd) -> None:
-        """The step is made and its position in the data is committed. Wishes put here are voted on at once::
+        """The step is made and its position in the data is committed. Wishes put here are voted on at once.
 
-        @hookimpl
-        def on_step_end(self, run, event):
-            if event.tokens >= self.config.token_budget:
-                run.control.stop("the token budget is spent")
+        Example::
+
+            @hookimpl
+            def on_step_end(self, run, event):
+                if event.tokens >= self.config.token_budget:
+                    run.control.stop("the token budget is spent")
         """
 
     @_hook(events.CollectMetrics, ranks="all", returns="metrics")
@@ -205,37 +211,43 @@ class HookSpecs:
 
     @_hook(events.MetricsReady, ranks="main")
     def on_metrics(self, run: Run, event: events.MetricsReady) -> None:
-        """The metrics of a logging boundary as plain floats: what a logger writes::
+        """The metrics of a logging boundary as plain floats: what a logger writes.
 
-        @hookimpl
-        def on_metrics(self, run, event):
-            print(event.step, event.metrics["train/loss"])
+        Example::
+
+            @hookimpl
+            def on_metrics(self, run, event):
+                print(event.step, event.metrics["train/loss"])
         """
 
     @_hook(events.CheckpointSaving, ranks="all")
     def on_checkpoint_saving(self, run: Run, event: events.CheckpointSaving) -> None:
-        """A checkpoint of this step has been agreed on; ``state_dict`` is taken next::
+        """A checkpoint of this step has been agreed on; ``state_dict`` is taken next.
 
-        @hookimpl
-        def on_checkpoint_saving(self, run, event):
-            self.pending.flush()
+        Example::
+
+            @hookimpl
+            def on_checkpoint_saving(self, run, event):
+                self.pending.flush()
         """
 
     @_hook(events.CheckpointSaved)
     def on_checkpoint_saved(self, run: Run, event: events.CheckpointSaved) -> None:
-        """The checkpoint is durable: it survives a crash from here on::
+        """The checkpoint is durable: it survives a crash from here on.
 
-        @hookimpl
-        def on_checkpoint_saved(self, run, event):
-            self.uploads.put(event.path)
+        Example::
+
+            @hookimpl
+            def on_checkpoint_saved(self, run, event):
+                self.uploads.put(event.path)
         """
 
     @_hook(events.Evaluate, ranks="all", returns="metrics")
     def evaluate(self, run: Run, event: events.Evaluate) -> Mapping[str, Metric]:
-        """An evaluation is due or was asked for. Eval mode, no_grad and an RNG of its own are set by the
-        engine.
+        """An evaluation is due or was asked for: contribute to it.
 
-        Return the same names on every process; collectives are allowed (``run.comm``)::
+        Eval mode, no_grad and an RNG of its own are set by the engine. Return the same names on every process;
+        collectives are allowed (``run.comm``)::
 
             @hookimpl
             def evaluate(self, run, event):
@@ -248,45 +260,55 @@ class HookSpecs:
 
     @_hook(events.EvalEnd)
     def on_eval_end(self, run: Run, event: events.EvalEnd) -> None:
-        """The metrics of an evaluation, reduced to plain floats::
+        """The metrics of an evaluation, reduced to plain floats.
 
-        @hookimpl
-        def on_eval_end(self, run, event):
-            self.best = min(self.best, event.metrics["eval/loss"])
+        Example::
+
+            @hookimpl
+            def on_eval_end(self, run, event):
+                self.best = min(self.best, event.metrics["eval/loss"])
         """
 
     @_hook(events.LogRecord, ranks="main")
     def on_log(self, run: Run, event: events.LogRecord) -> None:
-        """Something worth a line happened: a warning, a resume, a plugin that was switched off::
+        """Something worth a line happened: a warning, a resume, a plugin that was switched off.
 
-        @hookimpl
-        def on_log(self, run, event):
-            self.file.write(f"{event.level} step {event.step}: {event.message}\\n")
+        Example::
+
+            @hookimpl
+            def on_log(self, run, event):
+                self.file.write(f"{event.level} step {event.step}: {event.message}\\n")
         """
 
     @_hook(events.RunEnd)
     def on_run_end(self, run: Run, event: events.RunEnd) -> None:
-        """The run has ended by itself: completed, stopped (resumable) or halted (needs a person)::
+        """The run has ended by itself: completed, stopped (resumable) or halted (needs a person).
 
-        @hookimpl
-        def on_run_end(self, run, event):
-            notify(f"{event.status} after {event.tokens:,} tokens")
+        Example::
+
+            @hookimpl
+            def on_run_end(self, run, event):
+                notify(f"{event.status} after {event.tokens:,} tokens")
         """
 
     @_hook(events.RunError, order="reverse")
     def on_run_error(self, run: Run, event: events.RunError) -> None:
-        """The run ends with an exception. No collectives: other processes may be gone::
+        """The run ends with an exception. No collectives: other processes may be gone.
 
-        @hookimpl
-        def on_run_error(self, run, event):
-            notify(f"failed at step {event.step}: {event.error}")
+        Example::
+
+            @hookimpl
+            def on_run_error(self, run, event):
+                notify(f"failed at step {event.step}: {event.error}")
         """
 
     @_hook(events.Close, order="reverse")
     def on_close(self, run: Run, event: events.Close) -> None:
-        """Release what the plugin holds. Always called, once, in reverse order. No collectives::
+        """Release what the plugin holds. Always called, once, in reverse order. No collectives.
 
-        @hookimpl
-        def on_close(self, run, event):
-            self.file.close()
+        Example::
+
+            @hookimpl
+            def on_close(self, run, event):
+                self.file.close()
         """

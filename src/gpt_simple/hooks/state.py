@@ -86,9 +86,7 @@ def pack(state: Any, path: str, tensors: Tensors) -> Any:
         return state if math.isfinite(state) else {FLOAT: str(state)}
     if isinstance(state, Mapping):
         if bad := [key for key in state if not isinstance(key, str) or key in (TENSOR, FLOAT)]:
-            raise PluginError(
-                f"the state's {path} has the key {bad[0]!r}; expected text that has no $ in front"
-            )
+            raise PluginError(f"the state's {path} has the key {bad[0]!r}; expected text that has no $ in front")
         return {key: pack(value, f"{path}/{key}", tensors) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return [pack(value, f"{path}/{index}", tensors) for index, value in enumerate(state)]

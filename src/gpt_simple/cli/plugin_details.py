@@ -1,0 +1,117 @@
+"""The text of ``gpt-simple plugins show NAME``: what a plugin does and what can be set, ready to paste."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from gpt_simple._names import PROGRAM
+from gpt_simple.config.types import fields_of
+from gpt_simple.errors import ConfigError
+from gpt_simple.hooks.activation import is_file
+from gpt_simple.hooks.components import CONFIG_KEY, Registry
+from gpt_simple.hooks.discovery import DEFAULT_ON, ENABLED_BY, PluginRecord, installed, summary, usable
+from gpt_simple.hooks.lint import hooks_of
+from gpt_simple.hooks.loading import LoadedPlugin, load_file, load_plugin
+from gpt_simple.hooks.specs import HOOKS
+
+
+def find(name: str) -> tuple[LoadedPlugin, PluginRecord | None]:
+    """The plugin of an entry point or of a file, imported and linted. ConfigError if there is no such
+    name."""
+    if is_file(name):
+        own_name, cls = load_file(name)
+        return load_plugin(own_name, cls, None, "-p"), None
+    records = usable(installed())
+    if (record := records.get(name)) is None:
+        close = difflib.get_close_matches(name, records, 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"no plugin {name!r} is installed{meant} (`{PROGRAM} plugins list` shows them all)")
+    return load_plugin(name, None, record, ""), record
+
+
+def details(name: str) -> str:
+    """All of it, as text."""
+    plugin, record = find(name)
+    return "\n".join([*_head(plugin, record), "", *_hooks(plugin), *_parts(plugin), "", *_configuration(plugin)])
+
+
+def toml_literal(value: Any) -> str:
+    """A value as it is written in TOML."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml_literal, value))}]"
+    if attrs.has(type(value)):
+        return toml_literal({k: v for k, v in attrs.asdict(value, recurse=False).items() if v is not None})
+    return repr(value)
+
+
+def _head(plugin: LoadedPlugin, record: PluginRecord | None) -> Iterator[str]:
+    yield f"{plugin.name}: {_summary(plugin, record)}"
+    if plugin.distribution:
+        yield f"  package   {plugin.distribution} {plugin.version}"
+    yield f"  file      {plugin.file}"
+    yield f"  runs on   {'the main process' if plugin.ranks == 'main' else 'every process'}"
+    policy = "ends the run" if plugin.on_error == "abort" else "switches the plugin off, with one warning"
+    yield f"  failure   {policy}"
+    for relation in ("before", "after"):
+        if names := getattr(plugin.cls, relation):
+            yield f"  {relation:<9} {', '.join(names)}"
+    if plugin.cls.state_required:
+        yield "  state     a checkpoint made with it needs it"
+    yield f"  active    {_activation(plugin.name, record)}"
+
+
+def _hooks(plugin: LoadedPlugin) -> Iterator[str]:
+    yield "hooks"
+    for hook in hooks_of(plugin.cls):
+        info = HOOKS[hook]
+        ranks = plugin.ranks if info.ranks == "plugin" else info.ranks
+        where = "main process" if ranks == "main" else "every process"
+        yield f"  {hook:<22} {where}{'' if info.returns == 'none' else f', returns {info.returns}'}"
+
+
+def _parts(plugin: LoadedPlugin) -> Iterator[str]:
+    registry = Registry(owner=plugin.name)
+    if "register_components" in hooks_of(plugin.cls):
+        plugin.cls.register_components(registry)
+        yield ""
+        yield "components"
+    for part in registry.parts.values():
+        yield f"  {part.kind:<10} {part.name:<20} chosen by {CONFIG_KEY[part.kind]} = {json.dumps(part.name)}"
+
+
+def _configuration(plugin: LoadedPlugin) -> Iterator[str]:
+    fields = fields_of(plugin.cls.Config)
+    yield f"[plugins.{plugin.name}]" + ("" if fields else "  # nothing to configure")
+    for field in fields:
+        if field.doc:
+            yield f"# {field.doc}"
+        # TOML has no null: a key that is unset by default is shown as a comment.
+        assignment = (
+            f"# {field.name} = ..." if field.default is None else f"{field.name} = {toml_literal(field.default)}"
+        )
+        yield f"{assignment}  # {field.expected}"
+
+
+def _summary(plugin: LoadedPlugin, record: PluginRecord | None) -> str:
+    own = (plugin.cls.__doc__ or "").strip().partition("\n")[0]
+    return (summary(record) if record else "") or own or "no description"
+
+
+def _activation(name: str, record: PluginRecord | None) -> str:
+    if record is not None and record.origin == "builtin":
+        if name in ENABLED_BY:
+            return f"when {ENABLED_BY[name]} is set"
+        if name in DEFAULT_ON:
+            return f"by default; off with -p no:{name} or in [plugins] disable"
+    return f"with a table [plugins.{name}] in the configuration, or with -p {name if record else './file.py'}"

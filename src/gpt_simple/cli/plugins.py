@@ -1,0 +1,96 @@
+"""List, inspect, check and make plugins.
+
+``list`` reads package metadata and imports no plugin, so what is broken shows up as broken. With ``--config``
+it says what that run would load, why and in which order, which takes importing them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from gpt_simple.hooks.activation import Switches
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=_SETTINGS)
+def plugins() -> None:
+    """List, inspect, check and make plugins."""
+
+
+@plugins.command("list")
+@click.option("-c", "--config", "config", metavar="FILE", help="What a run of FILE would load, and why.")
+@click.option("-p", "chosen", multiple=True, metavar="NAME", help="With --config: as for `run`.")
+@click.option("--no-plugins", is_flag=True, help="With --config: as for `run`.")
+@click.option("--external", is_flag=True, help="Only plugins of other packages.")
+@click.option("--hooks", is_flag=True, help="The hooks there are; with --config, who implements them.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def list_plugins(
+    config: str | None, chosen: tuple[str, ...], no_plugins: bool, external: bool, hooks: bool, as_json: bool
+) -> None:
+    """Show the installed plugins. Nothing of them is imported unless --config is given."""
+    from gpt_simple.cli import plugin_listing as listing
+
+    if (chosen or no_plugins) and config is None:
+        raise click.UsageError("-p and --no-plugins need --config: without one nothing is active")
+    if config is None:
+        rows = listing.survey()
+    else:
+        rows = listing.survey_run(config, Switches.parse(chosen, no_plugins=no_plugins))
+    if external:
+        rows = [row for row in rows if row.origin == "external"]
+    if hooks:
+        _print(listing.hook_rows(rows), as_json, "hooks", listing.hook_table)
+    else:
+        _print(rows, as_json, "plugins", listing.plugin_table)
+
+
+def _print(rows: Any, as_json: bool, key: str, table: Any) -> None:
+    from gpt_simple.cli import plugin_listing as listing
+
+    if as_json:
+        document = {"schema": listing.SCHEMA, key: [listing.as_json(row) for row in rows]}
+        click.echo(json.dumps(document, indent=2))
+    else:
+        click.echo(table(rows))
+
+
+@plugins.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Show the hooks and the configuration of plugin NAME (or of ./file.py), ready to paste."""
+    from gpt_simple.cli.plugin_details import details
+
+    click.echo(details(name))
+
+
+@plugins.command()
+@click.argument("name", required=False)
+@click.option("--lint-only", is_flag=True, help="Do not train three steps with the plugin.")
+def check(name: str | None, lint_only: bool) -> int:
+    """Check plugin NAME (or ./file.py; all of other packages if not given): lint, then a run of three
+    steps."""
+    from gpt_simple.cli.plugin_check import check_plugins
+
+    return check_plugins(name, smoke=not lint_only)
+
+
+@plugins.command()
+@click.argument("name")
+@click.option(
+    "--template",
+    type=click.Choice(["logger", "component"]),
+    default="logger",
+    show_default=True,
+    help="logger: writes metrics to a file; component: brings a learning-rate schedule.",
+)
+@click.option("--directory", metavar="DIR", default=".", help="Where the package's folder is made.")
+def new(name: str, template: str, directory: str) -> None:
+    """Make the installable package of a new plugin NAME."""
+    from gpt_simple.cli.scaffold import scaffold
+
+    for line in scaffold(name, template, directory):
+        click.echo(line)
