@@ -1,0 +1,200 @@
+"""A dataset as training sees it: two splits of numbered rows, and the tokenizer that made them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from gpt_simple.config.schema import DataConfig
+from gpt_simple.data.cache import Log, building, cache_root, locked
+from gpt_simple.data.manifest import Manifest, SplitRecord, verify_checksums
+from gpt_simple.data.mixture import Mixture, mixture
+from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
+from gpt_simple.data.shards import Shard, open_shard
+from gpt_simple.data.tokenizer import Tokenizer
+
+I64 = NDArray[np.int64]
+
+IGNORED = -100
+"""The label of a position that is no target."""
+
+
+@frozen(eq=False)
+class Split:
+    """Rows of ``max_length`` positions, numbered through all buckets.
+
+    ``targets`` counts the positions that are in the loss, ``bytes`` the text they stand for (UTF-8; None if
+    unknown).
+    """
+
+    max_length: int
+    record: SplitRecord
+    parts: tuple[Rows, ...]
+    buckets: Mapping[str, int]
+    """Rows of each bucket, in the order of their numbers."""
+
+    @cached_property
+    def _offsets(self) -> I64:
+        return np.cumsum([0, *(len(part) for part in self.parts)])
+
+    @property
+    def rows(self) -> int:
+        return int(self._offsets[-1])
+
+    @property
+    def targets(self) -> int:
+        return self.record.tokens
+
+    @property
+    def tokens(self) -> int:
+        """Positions: rows times ``max_length``."""
+        return self.rows * self.max_length
+
+    @property
+    def bytes(self) -> int | None:
+        return self.record.bytes
+
+    @property
+    def documents(self) -> int:
+        return self.record.documents
+
+    def targets_of(self, rows: I64) -> I64:
+        """Number of targets in each of these rows, shape [n]."""
+        targets = np.empty(len(rows), np.int64)
+        for part, where, local in self._by_part(rows):
+            targets[where] = part.targets(local)
+        return targets
+
+    def read(self, rows: I64, inputs: I64, labels: I64, starts: NDArray[np.bool_] | None) -> None:
+        """Fill arrays of shape [n, T] with rows: token ids, labels (-100: no target), and where documents
+        start.
+        """
+        for part, where, local in self._by_part(rows):
+            block = part.read(local, starts=starts is not None)
+            inputs[where] = block.inputs
+            if block.scored is None:
+                labels[where] = block.labels
+            else:
+                labels[where] = np.where(block.scored, block.labels.astype(np.int64), IGNORED)
+            if starts is not None:
+                starts[where] = block.starts
+
+    def _by_part(self, rows: I64) -> list[tuple[Rows, I64 | slice, I64]]:
+        """Each shard, which of the rows it has, and their numbers in it."""
+        if len(self.parts) == 1:
+            return [(self.parts[0], slice(None), rows)]
+        number = np.searchsorted(self._offsets, rows, side="right") - 1
+        places = [(i, np.flatnonzero(number == i)) for i in np.unique(number)]
+        return [(self.parts[i], where, rows[where] - self._offsets[i]) for i, where in places]
+
+
+@frozen(eq=False)
+class Dataset:
+    """Prepared data. ``fingerprint`` (sha256) changes whenever a token, the tokenizer or the format does."""
+
+    directory: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    train: Split
+    val: Split
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def floor(self) -> float | None:
+        """The source's own cross-entropy on the val split in nats per target; None where the source is
+        unknown.
+        """
+        nats = self.val.record.nats
+        return None if nats is None or not self.val.targets else nats / self.val.targets
+
+    def order(self, config: DataConfig, seed: int) -> Mixture:
+        """The order of the train split's rows."""
+        return mixture(
+            self.train.buckets, config.curriculum, config.on_exhaustion, max_length=config.max_length, seed=seed
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What there is, in numbers, for people."""
+        split = {
+            name: {"documents": part.documents, "rows": part.rows, "targets": part.targets, "bytes": part.bytes}
+            for name, part in (("train", self.train), ("val", self.val))
+        }
+        return {
+            "directory": str(self.directory),
+            "tokenizer": self.tokenizer.name,
+            "vocab_size": self.tokenizer.vocab_size,
+            "max_length": self.train.max_length,
+            "buckets": dict(self.train.buckets),
+            "floor": self.floor,
+            **split,
+        }
+
+
+def open_dataset(directory: Path, tokenizer: Tokenizer, manifest: Manifest, config: DataConfig, log: Log) -> Dataset:
+    """Map a dataset directory into memory, after its content was compared with its checksums once."""
+    index = directory / "index"
+    if not os.access(directory, os.W_OK):
+        index = cache_root() / "index" / manifest.fingerprint[:24]
+    _verify_once(directory, manifest, index, log)
+    empty = SplitRecord(0, 0, 0, None, {})
+    train, val = (
+        _open_split(directory, manifest, manifest.splits.get(name, empty), index, config, log)
+        for name in ("train", "val")
+    )
+    return Dataset(directory, manifest, tokenizer, train, val)
+
+
+def _open_split(
+    directory: Path, manifest: Manifest, record: SplitRecord, index: Path, config: DataConfig, log: Log
+) -> Split:
+    parts: list[Rows] = []
+    buckets = {}
+    for bucket in sorted(record.buckets):
+        shards = [open_shard(directory, shard, manifest) for shard in record.buckets[bucket]]
+        rows: list[Rows] = [
+            ConcatRows(shard, config.max_length)
+            if config.packing == "concat"
+            else _cached_best_fit(shard, index / manifest.fingerprint[:16], config, log)
+            for shard in shards
+        ]
+        buckets[bucket] = sum(map(len, rows))
+        parts += rows
+    return Split(config.max_length, record, tuple(parts), buckets)
+
+
+def _cached_best_fit(shard: Shard, index: Path, config: DataConfig, log: Log) -> BestFitRows:
+    """The packing of a shard, which is computed once and then mapped into memory."""
+    name = "-".join(shard.path.with_suffix("").parts[-3:])
+    target = index / f"best_fit-{config.max_length}-{config.overlap_size}-{name}"
+    fields = ("spans", "offsets", "row_targets")
+    if not target.exists():
+        with building(target, log) as temporary:
+            if temporary is not None:
+                packed = best_fit(shard, config.max_length, config.overlap_size)
+                for field in fields:
+                    np.save(temporary / f"{field}.npy", getattr(packed, field), allow_pickle=False)
+    arrays = {field: np.load(target / f"{field}.npy", mmap_mode="r", allow_pickle=False) for field in fields}
+    return BestFitRows(shard, config.max_length, **arrays)
+
+
+def _verify_once(directory: Path, manifest: Manifest, index: Path, log: Log) -> None:
+    """Read all files and compare their checksums, unless size and time say that this was done."""
+    stamp = index / f"verified-{manifest.fingerprint[:16]}.json"
+    with locked(index, "verified", log):
+        seen = json.loads(stamp.read_text()) if stamp.exists() else {}
+        now = verify_checksums(directory, manifest, seen)
+        if now != seen:
+            temporary = stamp.with_suffix(".tmp")
+            temporary.write_text(json.dumps(now))
+            temporary.replace(stamp)

@@ -1,0 +1,258 @@
+"""Batches on the device, from a dataset and one integer: the samples consumed.
+
+The row of micro-batch ``a``, rank ``r`` of ``W`` and position ``b`` of ``B`` is sample ``consumed + (a * W +
+r) * B + b`` of the order, so a run goes on with any number of processes where it stopped. The number of
+targets of a step is known on every rank without asking the others. Several steps are read at once, by threads
+that stay ahead: what a step costs the training thread is handing out views.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import repeat
+from typing import TypeVar
+
+import numpy as np
+import torch
+from attrs import frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpt_simple.config.schema import Config
+from gpt_simple.data.dataset import IGNORED, Dataset, Split
+from gpt_simple.data.order import key, permute
+from gpt_simple.data.prepare import order_seed
+
+CHUNK_TOKENS = 1 << 16
+CHUNK_STEPS = 64
+"""Steps that are read at once: as many as hold about ``CHUNK_TOKENS`` tokens, at most ``CHUNK_STEPS``."""
+
+EVALUATION_STREAM = 3
+"""Key of the choice of rows when not the whole val split is evaluated: the same for every run."""
+
+PADDING = -1
+"""A row that stands for none."""
+
+I64 = NDArray[np.int64]
+T = TypeVar("T")
+
+
+class DataExhausted(Exception):
+    """There is no further whole step: the data have been read as often as ``data.on_exhaustion`` allows."""
+
+
+@frozen(eq=False)
+class Batch:
+    """A micro-batch of one process, on the device. All tensors are int64 [B, T].
+
+    ``labels`` are the next tokens, -100 where there is no target. ``position_ids`` and ``document_ids`` come
+    with ``data.document_mask``: positions restart in every document, and positions with one document id see
+    each other. ``first_sample`` numbers the first row in the order (in an evaluation: in the rows evaluated).
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor | None
+    document_ids: Tensor | None
+    first_sample: int
+    targets: int
+
+
+@frozen(eq=False)
+class StepData:
+    """The micro-batches of a step on this process; the counts are over all processes and micro-batches."""
+
+    batches: tuple[Batch, ...]
+    first_sample: int
+    samples: int
+    tokens: int
+    targets: int
+
+
+@frozen(eq=False)
+class _Rows:
+    """Rows in memory, [n, T] each; ``positions`` and ``documents`` only with a document mask."""
+
+    inputs: Tensor
+    labels: Tensor
+    positions: Tensor | None
+    documents: Tensor | None
+
+    def to(self, device: torch.device) -> _Rows:
+        """On the device; the copy does not wait."""
+
+        def move(rows: Tensor) -> Tensor:
+            return rows.to(device, non_blocking=True)
+
+        positions = None if self.positions is None else move(self.positions)
+        documents = None if self.documents is None else move(self.documents)
+        return _Rows(move(self.inputs), move(self.labels), positions, documents)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+        """Views of ``size`` rows each."""
+        tensors = (self.inputs, self.labels, self.positions, self.documents)
+        count = len(self.inputs) // size
+        parts = (repeat(None, count) if each is None else each.view(count, size, -1).unbind() for each in tensors)
+        return zip(*parts, strict=True)
+
+
+@frozen(eq=False)
+class _Chunk:
+    """Some steps of this process, and the targets of each micro-batch [steps, A] and of each step [steps]."""
+
+    rows: _Rows
+    first_sample: int
+    targets: list[list[int]]
+    step_targets: list[int]
+
+
+class Loader:
+    """Steps from sample ``consumed`` on, and the batches of an evaluation, for one process of ``world_size``.
+
+    ``wait_seconds`` sums the time that the training thread waited for data. The position in the data belongs
+    to the caller: a loader only goes forward.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: Config,
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+        device: torch.device | str = "cpu",
+        consumed: int = 0,
+    ) -> None:
+        self.wait_seconds = 0.0
+        self._dataset, self._config = dataset, config
+        self._world_size, self._rank, self._device = world_size, rank, torch.device(device)
+        self._batch = config.training.per_device_batch_size
+        self._accumulation = config.training.gradient_accumulation_steps
+        self._samples = self._accumulation * world_size * self._batch
+        self._order = dataset.order(config.data, order_seed(config))
+        workers = config.data.num_workers
+        self._pool = ThreadPoolExecutor(workers, "data") if workers else None
+        self._ahead = workers + 1
+        self._steps = self._make_steps(consumed)
+
+    def samples_total(self) -> int | None:
+        """Number of samples in the order; None: endless. Only whole steps are made."""
+        return self._order.total
+
+    def next_step(self) -> StepData:
+        """The next step. Raises DataExhausted after the last one, and whatever went wrong in a thread."""
+        if (step := next(self._steps, None)) is not None:
+            return step
+        raise DataExhausted(
+            f"the data end after {self._order.total:,} samples (data.on_exhaustion = "
+            f'"{self._config.data.on_exhaustion}")'
+        )
+
+    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
+        """This process's share of the val split: every row once over all processes, equally many batches on
+        each.
+
+        What is missing to a whole batch is filled with rows that have no target. ``max_batches`` caps the
+        rows of the whole world at that number times the batch size: a fixed sample, whatever the number of
+        processes.
+        """
+        split, size = self._dataset.val, self._batch
+        chosen = np.arange(split.rows)
+        if max_batches is not None and max_batches * size < split.rows:
+            chosen = np.sort(permute(key(EVALUATION_STREAM), split.rows, np.arange(max_batches * size)))
+        rounds = -(-len(chosen) // (self._world_size * size))
+        padded = np.full(rounds * self._world_size * size, PADDING)
+        padded[: len(chosen)] = chosen
+        mine = padded.reshape(rounds, self._world_size * size)[:, self._rank * size :][:, :size]
+        per_chunk = max(1, CHUNK_TOKENS // (size * split.max_length))
+        jobs = (partial(self._read, split, mine[i : i + per_chunk].reshape(-1)) for i in range(0, rounds, per_chunk))
+        first = self._rank * size
+        for rows in self._prefetched(jobs):
+            targets = (rows.labels != IGNORED).view(-1, size * split.max_length).sum(1).tolist()
+            for tensors, count in zip(rows.to(self._device).batches(size), targets, strict=True):
+                yield Batch(*tensors, first, count)
+                first += self._world_size * size
+
+    def close(self) -> None:
+        """Stop the threads. Waits for what they are reading, not for what they were asked to read."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _make_steps(self, consumed: int) -> Iterator[StepData]:
+        tokens = self._samples * self._config.data.max_length
+        stride = self._world_size * self._batch
+        for chunk in self._prefetched(self._chunks(consumed)):
+            batches = chunk.rows.to(self._device).batches(self._batch)
+            first = chunk.first_sample
+            for targets, step_targets in zip(chunk.targets, chunk.step_targets, strict=True):
+                begin = first + self._rank * self._batch
+                step = tuple(
+                    Batch(*tensors, begin + a * stride, count)
+                    for a, (count, tensors) in enumerate(zip(targets, batches, strict=False))
+                )
+                yield StepData(step, first, self._samples, tokens, step_targets)
+                first += self._samples
+
+    def _chunks(self, first: int) -> Iterator[Callable[[], _Chunk]]:
+        total, row_tokens = self._order.total, self._config.data.max_length
+        per_chunk = CHUNK_TOKENS // (self._accumulation * self._batch * row_tokens)
+        while True:
+            steps = min(max(per_chunk, 1), CHUNK_STEPS)
+            if total is not None:
+                steps = min(steps, (total - first) // self._samples)
+            if steps <= 0:
+                return
+            yield partial(self._chunk, first, steps)
+            first += steps * self._samples
+
+    def _chunk(self, first: int, steps: int) -> _Chunk:
+        split = self._dataset.train
+        rows = self._order.locate(np.arange(first, first + steps * self._samples))
+        shape = (steps, self._accumulation, self._world_size, self._batch)
+        targets = split.targets_of(rows).reshape(shape).sum(3)
+        mine = self._read(split, rows.reshape(shape)[:, :, self._rank].reshape(-1))
+        return _Chunk(mine, first, targets[:, :, self._rank].tolist(), targets.sum((1, 2)).tolist())
+
+    def _read(self, split: Split, rows: I64) -> _Rows:
+        """Rows as tensors of their own; those that are ``PADDING`` have no target."""
+        shape, pinned = (len(rows), split.max_length), self._device.type == "cuda"
+        inputs, labels = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
+        if not self._config.data.document_mask:
+            split.read(np.maximum(rows, 0), inputs.numpy(), labels.numpy(), None)
+            labels.numpy()[rows == PADDING] = IGNORED
+            return _Rows(inputs, labels, None, None)
+        starts = np.empty(shape, bool)
+        split.read(np.maximum(rows, 0), inputs.numpy(), labels.numpy(), starts)
+        labels.numpy()[rows == PADDING] = IGNORED
+        positions, documents = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
+        columns = np.arange(split.max_length)
+        np.cumsum(starts, axis=1, out=documents.numpy())
+        documents.numpy()[:] -= 1
+        begin = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+        np.subtract(columns, begin, out=positions.numpy())
+        return _Rows(inputs, labels, positions, documents)
+
+    def _prefetched(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
+        """The results of jobs in their order, some of them ahead in the threads."""
+        if self._pool is None:
+            for job in jobs:
+                yield job()
+            return
+        pending: deque[Future[T]] = deque()
+        for job in jobs:
+            pending.append(self._pool.submit(job))
+            if len(pending) > self._ahead:
+                yield self._wait(pending.popleft())
+        while pending:
+            yield self._wait(pending.popleft())
+
+    def _wait(self, future: Future[T]) -> T:
+        begin = time.perf_counter()
+        try:
+            return future.result()
+        finally:
+            self.wait_seconds += time.perf_counter() - begin

@@ -1,0 +1,158 @@
+"""The manifest of a dataset directory: what is in it, and how it is known to be whole.
+
+::
+
+    DATA/dataset.json                        the manifest, written last
+    DATA/tokenizer/tokenizer.json            what the ids mean
+    DATA/{train,val}/BUCKET/shard-00000.bin  tokens (see shards.py)
+    DATA/{train,val}/BUCKET/shard-00000.idx  where documents start
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import attrs
+import cattrs
+import numpy as np
+from attrs import frozen
+
+from gpt_simple.errors import DataError
+
+FILE = "dataset.json"
+TOKENIZER = "tokenizer"
+FORMAT = "gpt-simple dataset"
+VERSION = 1
+ALL = "all"
+"""The bucket of data that have only one."""
+
+
+@frozen
+class FileRecord:
+    """A file's size in bytes and the sha256 (hex) of its content."""
+
+    size: int
+    sha256: str
+
+
+@frozen
+class ShardRecord:
+    """A shard: its path relative to the dataset, without suffix, and its two files."""
+
+    name: str
+    documents: int
+    tokens: int
+    bin: FileRecord
+    idx: FileRecord
+
+
+@frozen
+class SplitRecord:
+    """Totals of a split, and the shards of each bucket.
+
+    ``tokens`` counts targets: the tokens of all documents and one EOD each. ``bytes`` is the size of the text
+    in UTF-8, ``nats`` minus its log-probability under the source that told it; both are None where unknown.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int | None
+    nats: float | None
+    buckets: Mapping[str, tuple[ShardRecord, ...]]
+
+
+@frozen
+class Manifest:
+    """``dataset.json``. ``tokenizer`` and ``source`` are the fingerprints of what the tokens were made with
+    and from.
+    """
+
+    tokenizer: str
+    vocab_size: int
+    eod_id: int
+    source: str
+    splits: Mapping[str, SplitRecord]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """How a token is stored: the smaller of uint16 and uint32, little-endian, that holds every id."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    @cached_property
+    def text(self) -> str:
+        """The content of ``dataset.json``."""
+        head = {"format": FORMAT, "version": VERSION, "dtype": self.dtype.name}
+        return json.dumps(head | attrs.asdict(self), indent=1) + "\n"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the manifest, and through its checksums of all tokens."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def files(self) -> Iterator[tuple[str, FileRecord]]:
+        """Every file of the shards: path relative to the dataset, and what is known of it."""
+        for split in self.splits.values():
+            for shards in split.buckets.values():
+                for shard in shards:
+                    yield f"{shard.name}.bin", shard.bin
+                    yield f"{shard.name}.idx", shard.idx
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a dataset directory, after checking that every file is there with its size."""
+    file = directory / FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{directory}: not a dataset directory, {FILE} cannot be read ({error})") from error
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON ({error}); prepare the data again") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise DataError(f'{file}: expected "format": "{FORMAT}"; this is not a manifest of token shards')
+    if record.get("version") != VERSION:
+        raise DataError(
+            f"{file}: version {record.get('version')} of the format, this program reads {VERSION}; "
+            "prepare the data again"
+        )
+    try:
+        manifest = cattrs.structure(record, Manifest)
+    except Exception as error:  # cattrs raises groups of many types
+        raise DataError(f"{file}: damaged ({error}); prepare the data again") from error
+    if record.get("dtype") != manifest.dtype.name:
+        raise DataError(
+            f"{file}: dtype {record.get('dtype')}, but {manifest.vocab_size} ids are stored as {manifest.dtype.name}"
+        )
+    for name, expected in manifest.files():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected.size:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise DataError(f"{path}: {found}, {FILE} says {expected.size} bytes; copy or prepare the data again")
+    return manifest
+
+
+def verify_checksums(directory: Path, manifest: Manifest, seen: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Compare each file's content with the manifest; return (size, mtime in ns) of all for the next call.
+
+    Files that are as ``seen`` (what an earlier call returned) are not read again.
+    """
+    now: dict[str, list[int]] = {}
+    for name, expected in manifest.files():
+        path = directory / name
+        stat = path.stat()
+        now[name] = [stat.st_size, stat.st_mtime_ns]
+        if seen.get(name) == now[name]:
+            continue
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != expected.sha256:
+            raise DataError(
+                f"{path}: its content is not what was prepared (sha256 {found[:12]}..., {FILE} says "
+                f"{expected.sha256[:12]}...); copy or prepare the data again"
+            )
+    return now

@@ -1,0 +1,152 @@
+"""From what ``[data]`` names to a dataset that can be trained on.
+
+Raw text is tokenised once into the cache, under a name made of everything that it depends on: the content of
+the documents, the tokenizer, the split. Nothing is written before all documents were read and found good, and
+a dataset appears whole or not at all. This module needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from gpt_simple.config.schema import Config, DataConfig
+from gpt_simple.data.cache import Log, building, cache_root
+from gpt_simple.data.dataset import Dataset, open_dataset
+from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, Manifest, read_manifest
+from gpt_simple.data.sources import Source
+from gpt_simple.data.sources.shards import Shards
+from gpt_simple.data.tokenize import Train, survey, write
+from gpt_simple.data.tokenizer import FILE as TOKENIZER_FILE
+from gpt_simple.data.tokenizer import Tokenizer, load_tokenizer
+from gpt_simple.errors import ConfigError, DataError
+from gpt_simple.hooks.components import Registry
+
+
+def prepare(config: Config, registry: Registry, *, log: Log | None = None, require_val: bool = True) -> Dataset:
+    """The dataset of a configuration, prepared now or before.
+
+    ``require_val``: refuse a val split that is shorter than one row (an evaluation is wanted). Raises
+    ConfigError for settings that exclude each other and DataError for anything wrong with the data; then
+    nothing was written.
+    """
+    log = log or (lambda message: None)
+    source = check(config, registry)
+    data = config.data
+    if isinstance(source, Shards):
+        directory = source.directory
+    else:
+        directory = _prepared(source, data, registry, log, require_val)
+    manifest = read_manifest(directory)
+    tokenizer = _tokenizer_of(directory, manifest, data, registry, raw=not isinstance(source, Shards))
+    dataset = open_dataset(directory, tokenizer, manifest, data, log)
+    if not dataset.train.targets:
+        raise DataError(f"{directory}: the train split is empty; lower data.val_fraction or add text")
+    if require_val:
+        documents = dataset.val.documents + dataset.train.documents
+        _require_val(dataset.val.targets, dataset.val.documents, documents, data)
+    dataset.order(data, order_seed(config))
+    return dataset
+
+
+def check(config: Config, registry: Registry) -> Source | Shards:
+    """The source of the data, after everything that can be refused without reading the text was refused."""
+    data = config.data
+    if data.overlap_size and data.packing != "best_fit":
+        raise ConfigError(
+            'data.overlap_size: only windows of packing "best_fit" overlap; set data.packing = "best_fit" '
+            "or leave overlap_size out"
+        )
+    if data.overlap_size >= data.max_length:
+        raise ConfigError(
+            f"data.overlap_size: {data.overlap_size} leaves nothing new in a row of {data.max_length} tokens; "
+            "expected less than data.max_length"
+        )
+    source: Source | Shards = registry.get("source", _source_name(data)).load()(data, data.seed or 0)
+    _tokenizer_choice(data, registry)
+    return source
+
+
+def order_seed(config: Config) -> int:
+    """The seed of the order of samples."""
+    return config.training.seed if config.data.seed is None else config.data.seed
+
+
+def _source_name(data: DataConfig) -> str:
+    if data.source is not None:
+        return data.source
+    is_dataset = isinstance(data.path, str) and (Path(data.path) / FILE).is_file()
+    return "shards" if data.format == "pretokenized" or (data.format is None and is_dataset) else "files"
+
+
+def _tokenizer_choice(data: DataConfig, registry: Registry) -> tuple[str, Train]:
+    """What determines the tokenizer beside the data, and how to make it."""
+    name = data.tokenizer
+    if name in registry.names("tokenizer"):
+        settings = f"{name} {data.tokenizer_vocab_size}" if name != "bytes" else name
+        return settings, registry.get("tokenizer", name).load()
+    path = Path(name)
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        tokenizer = load_tokenizer(path)
+        return tokenizer.fingerprint, lambda config, texts: tokenizer
+    raise ConfigError(
+        f"data.tokenizer: {name!r} is neither a tokenizer ({', '.join(registry.names('tokenizer'))}) nor a file; "
+        "expected one of these or the path of a tokenizer.json"
+    )
+
+
+def _tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registry: Registry, *, raw: bool) -> Tokenizer:
+    """The tokenizer that a dataset was made with. A dataset brings its own, unless the configuration names a
+    file.
+    """
+    own = directory / TOKENIZER
+    trained = data.tokenizer in registry.names("tokenizer")
+    if (raw or trained) and (own / TOKENIZER_FILE).is_file():
+        tokenizer = load_tokenizer(own, data.tokenizer if raw else None)
+    else:
+        tokenizer = _tokenizer_choice(data, registry)[1](data, lambda: iter(()))
+    if tokenizer.fingerprint != manifest.tokenizer:
+        raise DataError(
+            f"{directory}: its tokens were made with the tokenizer {manifest.tokenizer[:12]}..., not with "
+            f"{tokenizer.name} ({tokenizer.fingerprint[:12]}...); use the dataset's own or prepare the data again"
+        )
+    return tokenizer
+
+
+def _prepared(source: Source, data: DataConfig, registry: Registry, log: Log, require_val: bool) -> Path:
+    """The cached dataset of raw documents."""
+    settings, train = _tokenizer_choice(data, registry)
+    fingerprint = source.fingerprint()
+    name = json.dumps([VERSION, fingerprint, settings, data.val_fraction, data.max_documents])
+    target = cache_root() / "datasets" / hashlib.sha256(name.encode()).hexdigest()[:24]
+    if target.exists():
+        log(f"reusing prepared data {target}")
+        return target
+    found = survey(source, data)
+    if found.empty:
+        log(f"skipped {found.empty:,} documents without text")
+    held_out = int(found.held_out.sum())
+    if require_val and found.documents > 1:
+        # A token stands for at least a byte: a split that is too short even so is refused before anything is written.
+        longest = int(found.sizes[found.held_out].sum()) + 2 * held_out
+        _require_val(longest, held_out, found.documents, data)
+    with building(target, log) as directory:
+        if directory is not None:
+            size = found.sizes.sum() / 1e6
+            log(f"preparing {found.documents:,} documents, {size:.1f} MB of text, tokenizer {data.tokenizer}")
+            manifest = write(directory, source, data, found, train, fingerprint)
+            val = manifest.splits["val"]
+            if require_val:
+                _require_val(val.tokens, val.documents, found.documents, data)
+            log(f"prepared {manifest.splits['train'].tokens + val.tokens:,} tokens in {target}")
+    return target
+
+
+def _require_val(tokens: int, documents: int, of_documents: int, data: DataConfig) -> None:
+    if tokens < data.max_length:
+        raise DataError(
+            f"the validation split is shorter than one sample: {tokens:,} tokens in {documents:,} of "
+            f"{of_documents:,} documents (data.val_fraction {data.val_fraction:g}), and a sample is data.max_length "
+            f"{data.max_length:,}; raise val_fraction, lower max_length, give more text, or set training.eval_steps = 0"
+        )

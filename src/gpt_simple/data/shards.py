@@ -1,0 +1,129 @@
+"""Tokens on disk: one shard is one stretch of documents that can be read at any position.
+
+``.bin`` holds ``EOD document EOD document EOD ... document EOD`` as uint16 or uint32, ``.idx`` int64
+positions, both little-endian. Document ``i`` owns the positions ``idx[i]`` to ``idx[i + 1]``: its tokens and
+the EOD that ends it. What comes before any of these positions is in the same file, so each of them is a
+target that has an input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import define, field, frozen
+from numpy.typing import NDArray
+
+from gpt_simple.data.manifest import FileRecord, Manifest, ShardRecord
+from gpt_simple.errors import DataError
+
+SHARD_TOKENS = 1 << 28
+"""A shard is closed with the document that passes this many tokens."""
+
+
+@frozen(eq=False)
+class Shard:
+    """A shard, mapped into memory: nothing is read until it is used."""
+
+    path: Path
+    tokens: NDArray[Any]
+    starts: NDArray[np.int64]
+    vocab_size: int
+    eod_id: int
+
+    @property
+    def targets(self) -> int:
+        """Positions that can be predicted: all but the first EOD."""
+        return len(self.tokens) - 1
+
+    def check(self, values: NDArray[Any], position: Callable[[int], int]) -> None:
+        """Refuse ids that the tokenizer does not have; ``position`` tells where in the file a flat index
+        comes from.
+        """
+        if values.size and int(values.max()) >= self.vocab_size:
+            flat = int(values.argmax())
+            raise DataError(
+                f"{self.path}: token {int(values.flat[flat])} at position {position(flat)} is beyond the vocabulary of "
+                f"{self.vocab_size}; the file is damaged or was made with another tokenizer"
+            )
+
+
+def open_shard(directory: Path, record: ShardRecord, manifest: Manifest) -> Shard:
+    """Map a shard whose files have been checked to exist with their sizes."""
+    path = directory / f"{record.name}.bin"
+    tokens = np.memmap(path, manifest.dtype, "r")
+    starts = np.memmap(path.with_suffix(".idx"), "<i8", "r")
+    if len(tokens) != record.tokens + 1 or len(starts) != record.documents + 1 or starts[-1] != len(tokens):
+        raise DataError(f"{path}: does not hold the {record.documents} documents that dataset.json says; prepare again")
+    return Shard(path, tokens, starts, manifest.vocab_size, manifest.eod_id)
+
+
+@define
+class _File:
+    """A file that is hashed while it is written."""
+
+    path: Path
+    size: int = 0
+    sha256: Any = field(factory=hashlib.sha256)
+    stream: Any = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.stream = self.path.open("wb")
+
+    def write(self, values: NDArray[Any]) -> None:
+        data = values.tobytes()
+        self.stream.write(data)
+        self.sha256.update(data)
+        self.size += len(data)
+
+    def close(self) -> FileRecord:
+        self.stream.close()
+        return FileRecord(self.size, self.sha256.hexdigest())
+
+
+@define
+class ShardWriter:
+    """Writes the documents of one bucket of one split, shard after shard, below ``root``."""
+
+    root: Path
+    prefix: str
+    """``train/all``: the bucket's directory, relative to ``root``."""
+    dtype: np.dtype[Any]
+    eod_id: int
+    vocab_size: int
+    shard_tokens: int = SHARD_TOKENS
+    records: list[ShardRecord] = field(factory=list, init=False)
+    _bin: _File | None = field(default=None, init=False)
+    _starts: list[int] = field(factory=list, init=False)
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Append a document of at least one token."""
+        document = np.array([*ids, self.eod_id], np.int64)
+        if document.min() < 0 or document.max() >= self.vocab_size:
+            raise DataError(f"the tokenizer gave an id outside its vocabulary of {self.vocab_size} ids")
+        if self._bin is None:
+            path = self.root / f"{self.prefix}/shard-{len(self.records):05d}.bin"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._bin, self._starts = _File(path), [1]
+            self._bin.write(np.array([self.eod_id], self.dtype))
+        self._bin.write(document.astype(self.dtype))
+        self._starts.append(self._starts[-1] + len(document))
+        if self._starts[-1] > self.shard_tokens:
+            self._finish(self._bin)
+
+    def close(self) -> tuple[ShardRecord, ...]:
+        """Finish the last shard."""
+        if self._bin is not None:
+            self._finish(self._bin)
+        return tuple(self.records)
+
+    def _finish(self, tokens: _File) -> None:
+        starts = _File(tokens.path.with_suffix(".idx"))
+        starts.write(np.array(self._starts, "<i8"))
+        name = f"{self.prefix}/{tokens.path.stem}"
+        documents = len(self._starts) - 1
+        self.records.append(ShardRecord(name, documents, self._starts[-1] - 1, tokens.close(), starts.close()))
+        self._bin = None

@@ -1,0 +1,31 @@
+"""Tokens that were prepared before: a dataset directory, used where it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attrs import frozen
+
+from gpt_simple.config.schema import DataConfig
+from gpt_simple.data.manifest import FILE
+from gpt_simple.errors import DataError
+
+
+@frozen
+class Shards:
+    """A dataset directory."""
+
+    directory: Path
+
+
+def build(config: DataConfig, seed: int) -> Shards:
+    """The dataset directory that ``data.path`` names."""
+    if not isinstance(config.path, str) or not config.path:
+        raise DataError("data.path: expected one directory of token shards (with a dataset.json)")
+    directory = Path(config.path)
+    if not (directory / FILE).is_file():
+        raise DataError(
+            f"data.path {directory}: there is no {FILE}; expected a directory of token shards, "
+            "or data.format = 'text' or 'jsonl'"
+        )
+    return Shards(directory)

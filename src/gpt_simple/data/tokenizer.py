@@ -1,0 +1,211 @@
+"""Text to token ids and back.
+
+A tokenizer is a byte-level BPE trained on the data, plain bytes (the same thing without merges), or a
+tokenizer.json. All are one class over the `tokenizers` library and one file on disk, so that what a run
+trained with can be loaded anywhere. Text never becomes a special token, whatever it contains: only the end of
+a document does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from attrs import field, frozen
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from gpt_simple.config.schema import DataConfig
+from gpt_simple.errors import DataError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
+"""What tokenizers of the field call the end of a document, in the order in which they are looked for."""
+
+FILE = "tokenizer.json"
+PIECE = 1 << 16
+"""Longer texts are encoded in pieces of about this many characters: in parallel, and in bounded memory."""
+
+_IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+_CUT = re.compile(r"[!-~](?=\n)")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What training needs of a tokenizer."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below it."""
+
+    @property
+    def eod_id(self) -> int:
+        """The id that ends a document. No text encodes to it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of everything that determines ids."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        """How many bytes of text each id stands for, shape [vocab_size]; 0 for special tokens."""
+
+    def save(self, directory: Path) -> None:
+        """Write it so that ``load_tokenizer(directory)`` gives an equal one."""
+
+
+@frozen(eq=False)
+class JsonTokenizer:
+    """A tokenizer of the `tokenizers` library: everything about it is in one JSON document."""
+
+    name: str
+    backend: Backend
+    eod_id: int
+    vocab_size: int = field(init=False)
+    fingerprint: str = field(init=False)
+    _spec: dict[str, Any] = field(init=False, repr=False)
+    _byte_ids: NDArray[np.int64] | None = field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        spec = json.loads(self.backend.to_str())
+        text = json.dumps({key: spec[key] for key in _IDS}, sort_keys=True)
+        object.__setattr__(self, "_spec", spec)
+        object.__setattr__(self, "vocab_size", max(self.backend.get_vocab().values()) + 1)
+        object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest())
+        plain = _is_plain_byte_level(spec) and not spec["model"].get("merges")
+        ids = np.array([self.backend.token_to_id(char) for char in _byte_alphabet()]) if plain else None
+        object.__setattr__(self, "_byte_ids", ids)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._byte_ids is not None:
+            return [self._byte_ids[np.frombuffer(text.encode(), np.uint8)].tolist() for text in texts]
+        if not _is_plain_byte_level(self._spec):
+            return [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        pieces = [list(_pieces(text)) for text in texts]
+        flat = [piece for group in pieces for piece in group]
+        encoded = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
+        return [[i for _ in group for i in next(encoded).ids] for group in pieces]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self.backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        special = {token["id"] for token in self._spec["added_tokens"] if token["special"]}
+        byte_level = "ByteLevel" in json.dumps([self._spec["pre_tokenizer"], self._spec["decoder"]])
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for token, index in self.backend.get_vocab().items():
+            if index in special:
+                continue
+            if byte_level:
+                sizes[index] = len(token)
+            elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+                sizes[index] = 1
+            else:
+                sizes[index] = len(token.replace("▁", " ").encode())
+        return sizes
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / FILE).write_text(self.backend.to_str(), encoding="utf-8")
+
+
+def bpe(config: DataConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
+    """Byte-level BPE with at most ``tokenizer_vocab_size`` ids, trained on ``texts()``; deterministic.
+
+    Fewer ids come out when the texts hold no further pair that repeats.
+    """
+    return JsonTokenizer("bpe", _train(config.tokenizer_vocab_size, texts()), 0)
+
+
+def bytes(config: DataConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
+    """One id per byte of UTF-8, and one for the end of a document: 257 ids."""
+    return JsonTokenizer("bytes", _train(257, ()), 0)
+
+
+def load_tokenizer(path: Path, name: str | None = None) -> Tokenizer:
+    """A tokenizer.json, or a directory that holds one. A name that does not exist is an error, never a
+    fallback.
+    """
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"tokenizer {path}: there is no {file}; expected a tokenizer.json or a directory with one")
+    try:
+        backend = Backend.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(
+            f"tokenizer {file}: not a tokenizer.json that the tokenizers library reads ({error})"
+        ) from error
+    ends = (backend.token_to_id(token) for token in KNOWN_ENDS)
+    eod = next((index for index in ends if index is not None), None)
+    if eod is None:
+        raise DataError(
+            f"tokenizer {file}: it has no token that ends a document; add one of {', '.join(KNOWN_ENDS)} to it"
+        )
+    return JsonTokenizer(name or str(path), backend, eod)
+
+
+def _train(vocab_size: int, texts: Iterable[str]) -> Backend:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    return backend
+
+
+def _is_plain_byte_level(spec: dict[str, Any]) -> bool:
+    """Whether text is split by the byte-level pattern alone, as in the tokenizers that are trained here."""
+    pattern = spec["pre_tokenizer"] or {}
+    return (
+        spec["normalizer"] is None
+        and pattern.get("type") == "ByteLevel"
+        and not pattern["add_prefix_space"]
+        and pattern["use_regex"]
+        and all(token["special"] for token in spec["added_tokens"])
+    )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut where the byte-level pattern cuts anyway, before a newline that follows a printable ASCII
+    character.
+    """
+    start = 0
+    while len(text) - start > PIECE and (cut := _CUT.search(text, start + PIECE)):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def _byte_alphabet() -> list[str]:
+    """The character by which byte-level vocabularies write each of the 256 bytes (bytes that print stand for
+    themselves).
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
