@@ -6,6 +6,7 @@ is told: ``bit-exact``, ``order-exact`` or ``changed: ...``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -113,9 +114,10 @@ def flat(config: Config) -> dict[str, Any]:
             for key, item in value.items():
                 walk(f"{path}.{key}" if path else str(key), item)
         else:
-            leaves[path] = list(value) if isinstance(value, tuple) else value
+            leaves[path] = value
 
-    walk("", attrs.asdict(config, retain_collection_types=False))
+    # As it will come back from a file: tuples become lists.
+    walk("", json.loads(json.dumps(attrs.asdict(config), default=str)))
     return leaves
 
 

@@ -168,7 +168,7 @@ def _claim(stack: ExitStack, setup: Setup, resume: ResumePlan, *, force: bool) -
     store = Store(run_dir.checkpoints)
     if force:
         run_dir.remove_run_files()
-    elif resume.seen != [found.path for found in store.list()]:
+    elif list(resume.seen) != [found.path for found in store.list()]:
         raise CheckpointError(f"another run has written to {run_dir.root} just now: start again to go on from it")
     for path, reason in resume.skipped:
         moved = store.quarantine(path, reason)

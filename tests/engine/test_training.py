@@ -1,0 +1,247 @@
+"""What the step loop promises about the weights it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt_simple import Plugin, hookimpl
+from gpt_simple.run_dir.lineage import read_metrics
+from tests.engine.conftest import TinyRun, state_bytes, weights
+
+
+class Everywhere(Plugin[Any]):
+    """A plugin of a test: whatever goes wrong in it ends the run."""
+
+    ranks = "all"
+    on_error = "abort"
+
+
+class StopAfter(Everywhere):
+    def __init__(self, step: int) -> None:
+        super().__init__(None)
+        self.step = step
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        if event.step == self.step:
+            run.control.stop("enough")
+
+
+class DrawsRandomNumbers(Everywhere):
+    @hookimpl
+    def on_batch(self, run: Any, event: Any) -> None:
+        torch.rand(3)
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        torch.manual_seed(event.step)
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tiny: TinyRun) -> None:
+    options: dict[str, Any] = {"model__dropout": 0.1, "training__eval_steps": 3, "data__num_workers": 2}
+    whole = tiny("whole", **options)
+    for stop in (2, 5):
+        part = tiny("parts", plugins=[StopAfter(stop)], **options)
+        assert (part.status, part.steps, part.exit_code) == ("stopped", stop, 75)
+    rest = tiny("parts", **options)
+    assert (rest.status, rest.steps, rest.exit_code) == ("completed", 6, 0)
+    assert state_bytes(rest) == state_bytes(whole)
+    assert rest.final_loss == whole.final_loss
+    assert rest.final_val_loss == whole.final_val_loss
+    assert rest.total_tokens == whole.total_tokens == 6 * 2 * 2 * 32
+
+
+def test_evaluating_sampling_and_random_numbers_do_not_change_training(tiny: TinyRun) -> None:
+    plain = tiny("plain", model__dropout=0.1)
+    busy = tiny("busy", model__dropout=0.1, training__eval_steps=1, plugins=[DrawsRandomNumbers(None)])
+    assert state_bytes(plain) == state_bytes(busy)
+
+
+def test_dropout_and_order_follow_the_seed(tiny: TinyRun) -> None:
+    one, other = tiny("one", model__dropout=0.1), tiny("other", model__dropout=0.1, training__seed=43)
+    assert state_bytes(one) != state_bytes(other)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny: TinyRun) -> None:
+    sizes = {"training__per_device_batch_size": 4, "training__gradient_accumulation_steps": 1}
+    halves, whole = tiny("halves"), tiny("whole", **sizes)
+    assert halves.final_loss == pytest.approx(whole.final_loss, rel=1e-5)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(halves)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_is_weighted_by_tokens_and_not_by_micro_batches(tiny: TinyRun) -> None:
+    """With best-fit packing rows end in padding, so micro-batches have unequal numbers of targets."""
+    sizes = {"training__per_device_batch_size": 4, "training__gradient_accumulation_steps": 1}
+    options: dict[str, Any] = {"data__packing": "best_fit", "data__max_length": 700, "model__n_layer": 1}
+
+    class Counts(Everywhere):
+        targets: list[int] = []
+
+        @hookimpl
+        def on_batch(self, run: Any, event: Any) -> None:
+            self.targets.append(event.batch.targets)
+
+    counts = Counts(None)
+    halves, whole = tiny("halves", plugins=[counts], **options), tiny("whole", **sizes, **options)
+    assert len(set(counts.targets)) > 1
+    assert halves.final_loss == pytest.approx(whole.final_loss, rel=1e-5)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(halves)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("every", [True, 2])
+def test_gradient_checkpointing_gives_the_same_weights(tiny: TinyRun, every: bool | int) -> None:
+    plain = tiny("plain", model__dropout=0.1)
+    checkpointed = tiny("checkpointed", model__dropout=0.1, training__gradient_checkpointing=every)
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(checkpointed)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["model", "blocks"])
+def test_compilation_gives_the_same_loss_and_clean_names(tiny: TinyRun, scope: str) -> None:
+    eager = tiny("eager", training__eval_steps=3)
+    compiled = tiny(
+        "compiled",
+        training__compile=True,
+        training__compile_scope=scope,
+        training__compile_backend="aot_eager",
+        training__gradient_checkpointing=True,
+        training__eval_steps=3,
+    )
+    assert compiled.final_val_loss == pytest.approx(eager.final_val_loss, rel=1e-4)
+    assert weights(compiled).keys() == weights(eager).keys()
+    assert "sample" in compiled.summary["plugins"]["sample"]
+
+
+def test_bf16_trains_on_a_cpu_with_fp32_weights(tiny: TinyRun) -> None:
+    result = tiny(training__mixed_precision="bf16")
+    assert {tensor.dtype for tensor in weights(result).values()} == {torch.float32}
+    assert result.final_loss == pytest.approx(tiny("fp32").final_loss, rel=0.05)
+
+
+class SpoilsGradient(Everywhere):
+    """One element of one gradient becomes NaN (or a flag asks for a skip) at one step."""
+
+    def __init__(self, step: int, by_flag: bool = False) -> None:
+        super().__init__(None)
+        self.step, self.by_flag = step, by_flag
+        self.before: dict[str, torch.Tensor] = {}
+        self.unchanged: bool | None = None
+
+    @hookimpl
+    def on_gradients(self, run: Any, event: Any) -> None:
+        if event.step != self.step:
+            return
+        self.before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        if self.by_flag:
+            run.control.skip_step(torch.tensor(True))
+        else:
+            next(run.model.parameters()).grad.view(-1)[0] = float("nan")
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        if event.step == self.step:
+            self.unchanged = all(torch.equal(p, self.before[name]) for name, p in run.model.named_parameters())
+
+
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_a_non_finite_step_is_skipped_and_counted(tiny: TinyRun, by_flag: bool) -> None:
+    plugin = SpoilsGradient(3, by_flag)
+    result = tiny(plugins=[plugin])
+    assert plugin.unchanged is True
+    assert result.steps == 6, "a skipped step still advances step, schedule and data"
+    assert all(torch.isfinite(tensor).all() for tensor in weights(result).values())
+    rows = read_metrics(result.output_dir / "metrics.jsonl")
+    assert [row.get("train/skipped_steps") for row in rows if row["kind"] == "train"] == [None, 1.0, None]
+
+
+class _NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a device tensor was read on the host between logging points")
+        return func(*args, **(kwargs or {}))
+
+
+class ForbidsHostReads(Everywhere):
+    """From the first step to the last but one; ``.tolist`` and ``.numpy`` pass the dispatcher and are patched."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, until: int) -> None:
+        super().__init__(None)
+        self.until, self.patch, self.mode, self.steps = until, monkeypatch, _NoHostReads(), 0
+
+    @hookimpl
+    def on_step_start(self, run: Any, event: Any) -> None:
+        if event.step == 2:
+            self.mode.__enter__()
+            for name in ("tolist", "numpy"):
+                self.patch.setattr(torch.Tensor, name, _forbidden)
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        self.steps += event.step >= 2
+        if event.step == self.until:
+            self.mode.__exit__(None, None, None)
+            self.patch.undo()
+
+
+def _forbidden(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("a device tensor was read on the host between logging points")
+
+
+def test_nothing_is_read_on_the_host_between_logging_points(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, data_cache: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        guard = ForbidsHostReads(patch, until=7)
+        tiny(plugins=[guard], training__logging_steps=100, training__max_steps=8, data__num_workers=0)
+    assert guard.steps == 7
+
+
+def test_the_guard_against_host_reads_catches_one(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reads(Everywhere):
+        @hookimpl
+        def on_batch(self, run: Any, event: Any) -> None:
+            if event.step == 3:
+                next(run.model.parameters()).sum().item()
+
+    with monkeypatch.context() as patch:
+        guard = ForbidsHostReads(patch, until=7)
+        try:
+            with pytest.raises(Exception, match="read on the host"):
+                tiny(plugins=[guard, Reads(None)], training__logging_steps=100, training__max_steps=8)
+        finally:
+            guard.mode.__exit__(None, None, None)
+
+
+def test_order_of_the_boundary(tiny: TinyRun) -> None:
+    """Metrics, then checkpoint, then evaluation; a stop writes the checkpoint and skips the evaluation."""
+
+    seen: list[str] = []
+
+    class Records(Everywhere):
+        @hookimpl
+        def on_metrics(self, run: Any, event: Any) -> None:
+            seen.append("metrics")
+
+        @hookimpl
+        def on_checkpoint_saved(self, run: Any, event: Any) -> None:
+            seen.append("checkpoint")
+
+        @hookimpl
+        def on_eval_end(self, run: Any, event: Any) -> None:
+            seen.append("evaluation")
+
+        @hookimpl
+        def on_step_end(self, run: Any, event: Any) -> None:
+            seen.append(f"step {event.step}")
+            if event.step == 4:
+                run.control.stop("enough")
+
+    tiny(plugins=[Records(None)], training__eval_steps=2, training__save_steps=2)
+    assert seen == ["step 1", "step 2", "metrics", "checkpoint", "evaluation", "step 3", "step 4", "metrics", "checkpoint"]
