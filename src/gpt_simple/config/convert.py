@@ -25,8 +25,7 @@ from cattrs.gen import make_dict_structure_fn, override
 
 from gpt_simple.config.mistakes import closest, show
 from gpt_simple.config.origin import join
-from gpt_simple.config.schema import PluginsConfig
-from gpt_simple.config.types import describe, members, unwrap, violates
+from gpt_simple.config.types import describe, fields_of, members, unwrap, violates
 
 Hook = Callable[[Any, Any], Any]
 
@@ -122,12 +121,9 @@ def _null(value: Any, _: Any) -> None:
 
 def _table_hook(cls: Any) -> Hook:
     strict = converter()
-    if cls is PluginsConfig:
-        structure = make_dict_structure_fn(
-            cls, strict, _cattrs_forbid_extra_keys=True, tables=override(omit=True)
-        )
-    else:
-        structure = make_dict_structure_fn(cls, strict, _cattrs_forbid_extra_keys=True)
+    keys = {spec.name for spec in fields_of(cls)}
+    omitted: Any = {a.name: override(omit=True) for a in attrs.fields(cls) if a.name not in keys}
+    structure = make_dict_structure_fn(cls, strict, _cattrs_forbid_extra_keys=True, **omitted)
 
     def table(value: Any, type_: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -192,7 +188,7 @@ def _literal_hook(type_: Any) -> Hook:
 def _union_hook(type_: Any) -> Hook:
     strict = converter()
     alternatives = [(t, strict.get_structure_hook(t)) for t in members(type_) if t is not NoneType]
-    nulls = _null_words(type_)
+    nulls = null_words(type_)
 
     def union(value: Any, _: Any) -> Any:
         if (value is None and nulls) or (isinstance(value, str) and value in nulls):
@@ -207,7 +203,7 @@ def _union_hook(type_: Any) -> Hook:
     return union
 
 
-def _null_words(type_: Any) -> tuple[str, ...]:
+def null_words(type_: Any) -> tuple[str, ...]:
     """Text that means null.
 
     In a choice of words "none" is left out, because somebody who writes a precision of "none" means "no".

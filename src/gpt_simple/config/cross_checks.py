@@ -47,8 +47,7 @@ def _heads(model: ModelConfig) -> Iterator[Conflict]:
     elif model.position == "rope" and (model.n_embd // model.n_head) % 2:
         yield Conflict(
             ("model.n_embd", "model.n_head", "model.position"),
-            f"the width of a head, n_embd / n_head = {model.n_embd // model.n_head}, must be even for "
-            'position "rope"',
+            f'the width of a head, n_embd / n_head = {model.n_embd // model.n_head}, must be even for position "rope"',
         )
     if model.n_kv_head is not None and model.n_head % model.n_kv_head:
         yield Conflict(

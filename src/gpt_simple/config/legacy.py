@@ -31,9 +31,7 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[Renamed]]:
     if "curriculum" in data and data["curriculum"] is None:
         data["curriculum"] = []
     sections = {"model": model, "data": data}
-    return values | {
-        name: section for name, section in sections.items() if section or _is_table(values, name)
-    }, renamed
+    return values | {name: section for name, section in sections.items() if section or _is_table(values, name)}, renamed
 
 
 def _is_table(values: dict[str, Any], name: str) -> bool:

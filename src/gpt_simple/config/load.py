@@ -26,6 +26,7 @@ from gpt_simple.config.schema import Config, PluginsConfig
 from gpt_simple.errors import ConfigError
 
 _OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
+_PYTHON = Origin("python", "train(...)")
 _NULL_WORDS = (None, "null", "none")
 
 
@@ -62,13 +63,14 @@ def read(
     overrides: Sequence[tuple[str, str]] = (),
     environ: Mapping[str, str] | None = None,
     sections: Mapping[str, object] | None = None,
+    values: Mapping[str, object] | None = None,
 ) -> RawConfig:
     """Merge a file, ``sections`` given in Python, ``GPT_SIMPLE__SECTION__KEY`` variables and overrides.
 
     ``overrides`` are (dotted key, text); the text is read as a TOML value, else it is taken as it is. A
     section given in Python (an instance of its class, or a mapping) replaces the file's whole section.
-    ``environ`` defaults to the process's environment. A file that is missing or that cannot be read to its
-    end is a ConfigError.
+    ``environ`` defaults to the process's environment. ``values`` maps dotted keys to Python values and is
+    strongest. A file that is missing or that cannot be read to its end is a ConfigError.
     """
     layers = _Layers()
     if path is not None:
@@ -81,9 +83,9 @@ def read(
             layers.add_text(key, text, Origin("env", f"${variable}"))
     for key, text in overrides:
         layers.add_text(key, text, Origin("cli", f"--{key}"))
-    return RawConfig(
-        layers.values, Origins(layers.origins), tuple(layers.notes), tuple(layers.mistakes), layers.texts
-    )
+    for key, value in (values or {}).items():
+        layers.add_value(key, _plain(value), _PYTHON)
+    return RawConfig(layers.values, Origins(layers.origins), tuple(layers.notes), tuple(layers.mistakes), layers.texts)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -105,9 +107,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], li
         key, text = found.groups()
         if text is None:
             if not remaining or remaining[0].startswith("--"):
-                raise ConfigError(
-                    printable(f"--{key}: a value is missing; write --{key} VALUE or --{key}=VALUE")
-                )
+                raise ConfigError(printable(f"--{key}: a value is missing; write --{key} VALUE or --{key}=VALUE"))
             text = remaining.pop(0)
         overrides.append((key, text))
     return overrides, rest
@@ -145,22 +145,24 @@ class _Layers:
         for old in [key for key in self.origins if key == name or key.startswith(f"{name}.")]:
             del self.origins[old]
         self.values[name] = {}
-        self._merge(self.values, self._translated(values), "", Origin("python", "train(...)"))
+        self._merge(self.values, self._translated(values), "", _PYTHON)
 
     def add_text(self, key: str, text: str, origin: Origin) -> None:
         value = _literal(text)
-        self.texts = {path: typed for path, typed in self.texts.items() if not _is_inside(path, key)}
+        self.add_value(key, value, origin)
         if not isinstance(value, dict):
             self.texts[key] = text
-        parts = key.split(".")
-        for part in reversed(parts):
+
+    def add_value(self, key: str, value: Any, origin: Origin) -> None:
+        self.texts = {path: typed for path, typed in self.texts.items() if not _is_inside(path, key)}
+        for part in reversed(key.split(".")):
             value = {part: value}
         self._merge(self.values, self._translated(value, origin), "", origin)
 
     def _translated(self, values: dict[str, Any], origin: Origin | None = None) -> dict[str, Any]:
         values, renamed = translate(values)
         for change in renamed:
-            source = origin or self.origins.get(change.old, Origin("python", "train(...)"))
+            source = origin or self.origins.get(change.old, _PYTHON)
             self.notes.append(f"{source.where}: {change.note}")
             self.origins |= {new: source for new in change.new if origin is None}
         return values

@@ -27,11 +27,7 @@ class Mistake:
     @property
     def line(self) -> str:
         """``config.toml:7: training.max_step: unknown key``."""
-        where = (
-            ""
-            if self.origin.kind == "default" or self.origin.where == f"--{self.path}"
-            else self.origin.where
-        )
+        where = "" if self.origin.kind == "default" or self.origin.where == f"--{self.path}" else self.origin.where
         key = f"--{self.path}" if self.origin.where == f"--{self.path}" else self.path
         return ": ".join(part for part in (where, key, self.message) if part)
 

@@ -49,7 +49,9 @@ class Origins:
     def place(self, path: str) -> str:
         """For messages: ``config.toml:12 (training.seed)``, or the bare path of a default."""
         origin = self.of(path)
-        return path if origin.kind == "default" or origin.where == f"--{path}" else f"{origin.where} ({path})"
+        if origin.where == f"--{path}":
+            return origin.where
+        return path if origin.kind == "default" else f"{origin.where} ({path})"
 
     def is_default(self, path: str) -> bool:
         """Nobody set this value."""

@@ -60,9 +60,7 @@ def parse_yaml(text: str) -> Parsed:
     values = walk.value(root, "")
     if not isinstance(values, dict):
         if values is not None:
-            walk.mistakes.append(
-                SyntaxMistake(1, 1, "expected sections such as `training:` with keys below them")
-            )
+            walk.mistakes.append(SyntaxMistake(1, 1, "expected sections such as `training:` with keys below them"))
         values = {}
     return Parsed(values, walk.lines, tuple(walk.mistakes))
 
@@ -119,9 +117,7 @@ class _Walk:
             key: str = key_node.value
             here = join(path, key)
             if key in result:
-                self._mistake(
-                    key_node, f"{here}: given twice, first on line {self.lines[here]}; keep one of the two"
-                )
+                self._mistake(key_node, f"{here}: given twice, first on line {self.lines[here]}; keep one of the two")
                 continue
             self.lines[here] = key_node.start_mark.line + 1
             result[key] = self.value(value_node, here)

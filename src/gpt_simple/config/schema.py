@@ -33,19 +33,13 @@ class ModelConfig:
     n_kv_head: Annotated[
         int | None, Ge(1), Doc("key/value heads; unset: n_head (MHA); 1 is MQA; must divide n_head")
     ] = None
-    n_positions: Annotated[
-        int | None, Ge(1), Doc("longest sequence the model is made for; unset: data.max_length")
-    ] = None
-    dropout: Annotated[float, Ge(0), Lt(1), Doc("dropout on embedding, attention and residual branches")] = (
-        0.0
-    )
-    use_bias: Annotated[bool, Doc("biases in all linear layers and LayerNorms")] = False
-    qkv_bias: Annotated[bool | None, Doc("bias of the query, key and value projections; unset: use_bias")] = (
+    n_positions: Annotated[int | None, Ge(1), Doc("longest sequence the model is made for; unset: data.max_length")] = (
         None
     )
-    attn_out_bias: Annotated[
-        bool | None, Doc("bias of the attention's output projection; unset: use_bias")
-    ] = None
+    dropout: Annotated[float, Ge(0), Lt(1), Doc("dropout on embedding, attention and residual branches")] = 0.0
+    use_bias: Annotated[bool, Doc("biases in all linear layers and LayerNorms")] = False
+    qkv_bias: Annotated[bool | None, Doc("bias of the query, key and value projections; unset: use_bias")] = None
+    attn_out_bias: Annotated[bool | None, Doc("bias of the attention's output projection; unset: use_bias")] = None
     mlp_bias: Annotated[bool | None, Doc("bias of the MLP's projections; unset: use_bias")] = None
     activation: Annotated[Literal["swish", "gelu", "relu"], Doc("activation of the MLP")] = "swish"
     mlp_type: Annotated[
@@ -56,9 +50,7 @@ class ModelConfig:
         Ge(1),
         Doc("width of the MLP; unset: 8/3 n_embd rounded up to a multiple of 64 if gated, else 4 n_embd"),
     ] = None
-    norm: Annotated[Literal["rmsnorm", "layernorm"], Doc("normalisation before attention, MLP and head")] = (
-        "rmsnorm"
-    )
+    norm: Annotated[Literal["rmsnorm", "layernorm"], Doc("normalisation before attention, MLP and head")] = "rmsnorm"
     norm_eps: Annotated[float, Gt(0), Doc("epsilon of the normalisation")] = 1e-5
     tie_word_embeddings: Annotated[bool, Doc("the head shares the embedding's matrix")] = True
     rope_base: Annotated[float, Gt(0), Doc("base of the rotary angles")] = 10000.0
@@ -82,12 +74,12 @@ class Phase:
 class DataConfig:
     """``[data]``: what is read, how it is cut into rows, and in which order rows come."""
 
-    path: Annotated[
-        str | tuple[str, ...] | None, Doc("a dataset directory, or files and directories of raw text")
-    ] = None
-    source: Annotated[
-        str | None, Doc("data source component; unset: shards for format pretokenized, else files")
-    ] = None
+    path: Annotated[str | tuple[str, ...] | None, Doc("a dataset directory, or files and directories of raw text")] = (
+        None
+    )
+    source: Annotated[str | None, Doc("data source component; unset: shards for format pretokenized, else files")] = (
+        None
+    )
     format: Annotated[
         Literal["pretokenized", "jsonl", "text"] | None,
         Doc("what data.path holds; unset: pretokenized if it has a dataset.json, else by each file's suffix"),
@@ -118,9 +110,7 @@ class DataConfig:
     val_fraction: Annotated[
         float, Ge(0), Lt(1), Doc("share of documents held out (by hash) when the data have no val split")
     ] = 0.05
-    num_workers: Annotated[
-        int, Ge(0), Doc("threads that prepare batches ahead; 0: in the training thread")
-    ] = 1
+    num_workers: Annotated[int, Ge(0), Doc("threads that prepare batches ahead; 0: in the training thread")] = 1
     seed: Annotated[int | None, Ge(0), Doc("seed of the order of samples; unset: training.seed")] = None
     curriculum: Annotated[
         tuple[Phase, ...], Doc("phases of {duration_tokens, mix}; empty: all buckets by their size")
@@ -141,9 +131,9 @@ class OptimizerConfig:
     beta2: Annotated[float, Ge(0), Lt(1), Doc("decay of the second moment")] = 0.95
     eps: Annotated[float, Gt(0), Doc("epsilon of AdamW")] = 1e-8
     max_grad_norm: Annotated[float | None, Gt(0), Doc("gradients are clipped to this norm; null: off")] = 1.0
-    schedule: Annotated[
-        str, Doc("schedule component: cosine, linear, wsd (warmup-stable-decay) or constant")
-    ] = "cosine"
+    schedule: Annotated[str, Doc("schedule component: cosine, linear, wsd (warmup-stable-decay) or constant")] = (
+        "cosine"
+    )
     warmup_steps: Annotated[int, Ge(0), Doc("steps of linear warm-up")] = 100
     decay_steps: Annotated[
         int | None,
@@ -171,17 +161,13 @@ class TrainingConfig:
     gradient_checkpointing: Annotated[
         bool | int, Ge(0), Doc("recompute activations in backward: true, false, or every k-th block")
     ] = True
-    seed: Annotated[
-        int, Ge(0), Doc("seed of weights, dropout and, unless data.seed is set, of the order")
-    ] = 42
+    seed: Annotated[int, Ge(0), Doc("seed of weights, dropout and, unless data.seed is set, of the order")] = 42
     logging_steps: Annotated[int | None, Ge(0), Doc("steps between logged metrics; null or 0: off")] = 10
     eval_steps: Annotated[int | None, Ge(0), Doc("steps between evaluations; null or 0: off")] = 500
     max_eval_batches: Annotated[
         int | None, Ge(1), Doc("evaluate at most this many batches of per_device_batch_size rows; null: all")
     ] = None
-    save_steps: Annotated[
-        int | None, Ge(0), Doc("steps between checkpoints; null or 0: only the last one")
-    ] = 1000
+    save_steps: Annotated[int | None, Ge(0), Doc("steps between checkpoints; null or 0: only the last one")] = 1000
     keep_last_k: Annotated[int | None, Ge(1), Doc("checkpoints that are kept; null: all")] = 3
     keep_milestone_every: Annotated[
         int | None, Ge(0), Doc("checkpoints at multiples of this step are kept for ever; null or 0: none")
@@ -191,15 +177,11 @@ class TrainingConfig:
         str,
         Doc('"auto" (the newest valid checkpoint, else from scratch), "scratch", or a checkpoint\'s path'),
     ] = "auto"
-    max_runtime_seconds: Annotated[
-        float | None, Gt(0), Doc("stop, resumable, before this much time has passed")
-    ] = None
+    max_runtime_seconds: Annotated[float | None, Gt(0), Doc("stop, resumable, before this much time has passed")] = None
     walltime_reserve_seconds: Annotated[
         float, Ge(0), Doc("time kept back from max_runtime_seconds for the last checkpoint")
     ] = 30.0
-    parallel: Annotated[Literal["auto", "ddp"], Doc("auto: ddp whenever there is more than one process")] = (
-        "auto"
-    )
+    parallel: Annotated[Literal["auto", "ddp"], Doc("auto: ddp whenever there is more than one process")] = "auto"
     ddp_optimizer: Annotated[
         Literal["auto", "off", "split", "python_reducer"],
         Doc("Dynamo's DDP graph splitter; auto: off for compile + DDP + checkpointing, else torch's own"),
@@ -218,10 +200,10 @@ class PluginsConfig:
 
     disable: Annotated[tuple[str, ...], Doc("plugins that are switched off")] = ()
     require: Annotated[tuple[str, ...], Doc("plugins without which the run does not start")] = ()
-    strict: Annotated[
-        bool, Doc("any plugin problem ends the run, also of plugins that would only be switched off")
-    ] = False
-    tables: Mapping[str, Any] = field(factory=dict)
+    strict: Annotated[bool, Doc("any plugin problem ends the run, also of plugins that would only be switched off")] = (
+        False
+    )
+    tables: Mapping[str, Any] = field(factory=dict, metadata={"is_key": False})
 
 
 @frozen

@@ -28,7 +28,7 @@ SECTIONS: Mapping[str, type] = {
     "optimizer": OptimizerConfig,
     "training": TrainingConfig,
 }
-SWITCHES = tuple(attribute.name for attribute in attrs.fields(PluginsConfig) if attribute.name != "tables")
+SWITCHES = tuple(spec.name for spec in fields_of(PluginsConfig))
 
 
 def structure(
@@ -47,9 +47,7 @@ def structure(
 
 
 class _Structuring:
-    def __init__(
-        self, raw: RawConfig, sections: Mapping[str, type], plugin_configs: Mapping[str, type]
-    ) -> None:
+    def __init__(self, raw: RawConfig, sections: Mapping[str, type], plugin_configs: Mapping[str, type]) -> None:
         self.raw = raw
         self.sections = sections
         self.plugin_configs = plugin_configs
@@ -101,9 +99,7 @@ class _Structuring:
             self._report("plugins", str(Mismatch(PluginsConfig, value)))
             return None
         value = value or {}
-        switches = self._section(
-            "plugins", {key: value[key] for key in SWITCHES if key in value}, PluginsConfig
-        )
+        switches = self._section("plugins", {key: value[key] for key in SWITCHES if key in value}, PluginsConfig)
         tables: dict[str, Any] = {}
         for name, table in value.items():
             if name in SWITCHES or name in self.plugin_configs:
@@ -118,20 +114,14 @@ class _Structuring:
     def _with_texts(self, path: str, value: Mapping[str, Any], cls: type) -> Mapping[str, Any]:
         """Take what was typed, where text is wanted and the words happen to be a number or a date."""
         typed = {}
-        for spec in fields_of(cls) if cls is not PluginsConfig else ():
+        for spec in fields_of(cls):
             text = self.raw.texts.get(f"{path}.{spec.name}")
-            if (
-                text is not None
-                and str in members(spec.type)
-                and not isinstance(value.get(spec.name), str | list)
-            ):
+            if text is not None and str in members(spec.type) and not isinstance(value.get(spec.name), str | list):
                 typed[spec.name] = text
         return {**value, **typed} if typed else value
 
     def _sentence(self, path: str, error: Exception, cls: type) -> str:
-        return (
-            self._unknown_key(path) if isinstance(error, UnknownKey) else str(error) or type(error).__name__
-        )
+        return self._unknown_key(path) if isinstance(error, UnknownKey) else str(error) or type(error).__name__
 
     def _unknown_section(self, name: str, value: Any) -> str:
         names = [*self.sections, "plugins"]
@@ -153,11 +143,7 @@ class _Structuring:
             return f"unknown key; did you mean {table}.{meant}?"
         if table == "plugins":
             return f"expected a table [{path}] or one of {', '.join(SWITCHES)}"
-        return (
-            f"unknown key; expected one of {', '.join(here)}"
-            if here
-            else "unknown key; nothing can be set here"
-        )
+        return f"unknown key; expected one of {', '.join(here)}" if here else "unknown key; nothing can be set here"
 
     def _specs(self, table: str) -> tuple[FieldSpec, ...]:
         return next((specs for name, specs in self._tables() if name == table), ())

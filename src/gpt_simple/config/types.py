@@ -21,13 +21,16 @@ from gpt_simple.errors import PluginError
 
 Bound = Ge | Gt | Le | Lt
 
-_WORDS: dict[Any, tuple[str, str]] = {
-    bool: ("a boolean (true or false)", "booleans"),
-    int: ("an integer", "integers"),
-    float: ("a number", "numbers"),
-    str: ("text", "text"),
-    NoneType: ("null", "nulls"),
+_WORDS: dict[Any, tuple[str, str, str]] = {
+    bool: ("a boolean (true or false)", "booleans", "boolean"),
+    int: ("an integer", "integers", "integer"),
+    float: ("a number", "numbers", "number"),
+    str: ("text", "text", "text"),
+    NoneType: ("null", "nulls", "null"),
 }
+_SUPPORTED = (
+    "use bool, int, float, str, Literal, tuple[T, ...], Mapping[str, T], an attrs class, or a union such as X | None"
+)
 
 
 @frozen
@@ -45,6 +48,11 @@ class FieldSpec:
         """What a value must be, in words: ``an integer >= 1 or null``."""
         return describe(self.type, self.bounds)
 
+    @property
+    def label(self) -> str:
+        """What a value must be, as a label: ``integer >= 1 | null``."""
+        return label(self.type, self.bounds)
+
 
 @cache
 def fields_of(cls: type) -> tuple[FieldSpec, ...]:
@@ -52,11 +60,13 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
     hints = get_type_hints(cls, include_extras=True)
     specs = []
     for attribute in attrs.fields(cls):
+        if not attribute.metadata.get("is_key", True):
+            continue
         bare, bounds, doc = unwrap(hints[attribute.name])
         if (unknown := _outside(bare)) is not None:
             raise PluginError(
-                f"{cls.__module__}.{cls.__qualname__}.{attribute.name}: a configuration cannot hold "
-                f"{unknown!r}; use bool, int, float, str, Literal, tuple[T, ...], Mapping[str, T], an attrs class, or X | None"
+                f"{cls.__module__}.{cls.__qualname__}.{attribute.name}: a configuration cannot hold {unknown!r}; "
+                + _SUPPORTED
             )
         default = attribute.default
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
@@ -101,6 +111,20 @@ def describe(type_: Any, bounds: tuple[Bound, ...] = ()) -> str:
         else:
             words.append(_WORDS[member][0])
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def label(type_: Any, bounds: tuple[Bound, ...] = ()) -> str:
+    """The type as a label: ``integer >= 1 | null``."""
+    limits = "".join(f" {_limit(bound)}" for bound in bounds)
+    parts = []
+    for member in members(type_):
+        if get_origin(member) is Literal:
+            parts += [f'"{choice}"' for choice in get_args(member)]
+        elif member in _WORDS:
+            parts.append(_WORDS[member][2] + (limits if member in (int, float) else ""))
+        else:
+            parts.append(describe(member).removeprefix("a "))
+    return " | ".join(parts)
 
 
 def violates(value: Any, bounds: tuple[Bound, ...]) -> bool:

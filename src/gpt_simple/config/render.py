@@ -1,0 +1,189 @@
+"""Writes a configuration as TOML, YAML or JSON that reads back to the same configuration.
+
+Comments come from the schema, so that a written file explains every field and cannot drift from the code.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from gpt_simple.config.origin import Origin, Origins, join
+from gpt_simple.config.schema import Config
+from gpt_simple.config.structure import SECTIONS, SWITCHES
+from gpt_simple.config.types import FieldSpec, fields_of
+
+_BARE_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_YAML_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
+
+
+def to_toml(config: Config, *, comments: bool = True, origins: Origins | None = None) -> str:
+    """TOML 1.0. With ``origins``, the end of each line says where its value came from."""
+    lines = []
+    for table in _tables(config):
+        lines += ["", *([f"# {table.doc}"] if comments and table.doc else []), f"[{_dotted(table.path)}]"]
+        pairs = []
+        for entry in table.entries:
+            # TOML has no null; unset fields are shown as comments to fill in.
+            unset = entry.value is None and entry.default is None
+            text = f"{'#' if unset else ''}{_key(entry.key)} = {_toml(entry.value)}"
+            pairs.append((entry, text))
+        width = max((len(text) for _, text in pairs if len(text) <= 60), default=0)
+        for entry, text in pairs:
+            if comments and entry.help:
+                lines.append(f"# {entry.help}")
+            if origins is not None:
+                text = f"{text:<{width}}  # {origin_text(origins, join(table.path, entry.key))}"
+            lines.append(text)
+    return "\n".join(lines[1:]) + "\n"
+
+
+def to_yaml(config: Config, *, comments: bool = True) -> str:
+    """YAML that means the same under the rules of YAML 1.1 and 1.2."""
+    lines = []
+    for table in _tables(config):
+        path = table.path.split(".", 1)
+        indent = "  " * len(path)
+        lines += ["", *([f"{indent[2:]}# {table.doc}"] if comments and table.doc else [])]
+        lines.append(f"{indent[2:]}{_key(path[-1])}:" + ("" if table.entries else " {}"))
+        for entry in table.entries:
+            if comments and entry.help:
+                lines.append(f"{indent}# {entry.help}")
+            lines.append(f"{indent}{_key(entry.key)}: {_flow(entry.value)}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def to_json(config: Config) -> str:
+    """JSON, without comments."""
+    return json.dumps(plain(config), indent=2, ensure_ascii=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """A configuration, or a part of one, as JSON values in the shape of a file."""
+    if isinstance(value, Config):
+        return {name: plain(getattr(value, name)) for name in SECTIONS} | {
+            "plugins": {name: plain(getattr(value.plugins, name)) for name in SWITCHES} | plain(value.plugins.tables)
+        }
+    if attrs.has(type(value)):
+        return {attribute.name: plain(getattr(value, attribute.name)) for attribute in attrs.fields(type(value))}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return value
+
+
+def origin_text(origins: Origins, path: str) -> str:
+    """``--training.seed, overrides config.toml:4``."""
+    origin: Origin | None = origins.of(path)
+    places = []
+    while origin is not None:
+        places.append(origin.where)
+        origin = origin.overrides
+    return ", overrides ".join(places)
+
+
+def summary(cls: type) -> str:
+    """The first line of a class's docstring, without markup."""
+    return (cls.__doc__ or "").strip().partition("\n")[0].replace("``", "")
+
+
+def field_help(spec: FieldSpec) -> str:
+    """The field's help, what it takes and its default, on one line."""
+    facts = spec.label
+    if spec.default is not attrs.NOTHING:
+        facts += f"; default {_flow(plain(spec.default))}"
+    return f"{spec.doc} [{facts}]" if spec.doc else facts
+
+
+@frozen
+class _Entry:
+    key: str
+    value: Any
+    default: Any
+    help: str
+
+
+@frozen
+class _Table:
+    path: str
+    doc: str
+    entries: tuple[_Entry, ...]
+
+
+def _tables(config: Config) -> Iterator[_Table]:
+    for name in SECTIONS:
+        yield _table(name, getattr(config, name))
+    yield _table("plugins", config.plugins)
+    for name, table in config.plugins.tables.items():
+        yield _table(f"plugins.{name}", table)
+
+
+def _table(path: str, table: Any) -> _Table:
+    if isinstance(table, Mapping):
+        return _Table(path, "", tuple(_Entry(key, value, ..., "") for key, value in plain(table).items()))
+    cls: type = type(table)
+    entries = (_Entry(s.name, plain(getattr(table, s.name)), s.default, field_help(s)) for s in fields_of(cls))
+    return _Table(path, summary(cls), tuple(entries))
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"null"'
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    return _nested(value, _toml)
+
+
+def _flow(value: Any) -> str:
+    """YAML flow style, which for everything but keys and floats is JSON."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(key)}: {_flow(item)}" for key, item in value.items()) + "}"
+    return _nested(value, _flow)
+
+
+def _nested(value: Any, write: Callable[[Any], str]) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(write(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return _float(value)
+    return str(value) if isinstance(value, int) else _quoted(str(value))
+
+
+def _float(value: float) -> str:
+    """The shortest digits that read back, in a form that YAML 1.1 takes for a number too: ``1.0e-5``."""
+    mantissa, _, exponent = repr(value).partition("e")
+    if not exponent:
+        return mantissa
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent[0]}{exponent[1:].lstrip('0')}"
+
+
+def _quoted(text: str) -> str:
+    escaped = json.dumps(text, ensure_ascii=False)
+    return re.sub(r"[^ -~]", lambda found: _printable(found[0]), escaped)
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    return f"\\u{ord(character):04X}" if ord(character) < 0x10000 else f"\\U{ord(character):08X}"
+
+
+def _key(key: str) -> str:
+    return key if _BARE_KEY.fullmatch(key) and key.lower() not in _YAML_WORDS else _quoted(key)
+
+
+def _dotted(path: str) -> str:
+    return ".".join(_key(part) for part in path.split(".", 1))

@@ -1,0 +1,55 @@
+"""Combinations that cannot work are reported with the places of all fields involved."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model.n_embd = 100\nmodel.n_head = 3",
+         "config.toml:1 (model.n_embd), config.toml:2 (model.n_head): n_embd 100 is not a multiple of n_head 3"),
+        ("model.n_head = 12\nmodel.n_kv_head = 5",
+         "config.toml:1 (model.n_head), config.toml:2 (model.n_kv_head): n_head 12 is not a multiple of n_kv_head 5"),
+        ("model.n_embd = 36",
+         "config.toml:1 (model.n_embd), model.n_head, model.position: the width of a head, n_embd / n_head = 3,"),
+        ("model.rope_scaling_factor = 2",
+         "model.rope_scaling_type, config.toml:1 (model.rope_scaling_factor): rope_scaling_factor 2 needs"),
+        ("model.position = 'learned'\nmodel.rope_scaling_type = 'ntk'",
+         "config.toml:2 (model.rope_scaling_type), config.toml:1 (model.position): rope_scaling_type"),
+        ("model.n_positions = 1024",
+         "config.toml:1 (model.n_positions), data.max_length: max_length 2048 is longer than"),
+        ("data.packing = 'best_fit'\ndata.overlap_size = 2048",
+         "config.toml:2 (data.overlap_size), data.max_length: overlap_size 2048 must be smaller than max_length 2048"),
+        ("data.overlap_size = 8",
+         "config.toml:1 (data.overlap_size), data.packing: overlap_size 8 needs packing"),
+        ("training.max_runtime_seconds = 20",
+         "config.toml:1 (training.max_runtime_seconds), training.walltime_reserve_seconds: "),
+        ("[[data.curriculum]]\nduration_tokens = 1\nmix = {a = 1, b = -1}",
+         "config.toml:3 (data.curriculum[0].mix): the weight of b is negative"),
+        ("[[data.curriculum]]\nduration_tokens = 1\nmix = {a = 0}",
+         "config.toml:3 (data.curriculum[0].mix): the mix needs at least one bucket with a positive weight"),
+        ("plugins.require = ['a', 'b']\nplugins.disable = ['b']",
+         'config.toml:1 (plugins.require), config.toml:2 (plugins.disable): plugin "b" is both required and disabled'),
+    ],
+)  # fmt: skip
+def test_a_conflict_names_every_place(bench, text, line):
+    (found,) = bench.mistakes(text)
+    assert found.startswith(line)
+
+
+def test_a_conflict_between_sources(bench):
+    assert bench.mistakes("model.n_embd = 64\nmodel.n_head = 4", overrides=[("model.n_head", "5")]) == [
+        "config.toml:1 (model.n_embd), --model.n_head: n_embd 64 is not a multiple of n_head 5"
+    ]
+
+
+def test_a_field_that_is_wrong_itself_is_not_blamed_twice(bench):
+    assert bench.mistakes("model.n_embd = 64\nmodel.n_head = 0\n") == [
+        "config.toml:2: model.n_head: expected an integer >= 1, got 0"
+    ]
+
+
+def test_odd_heads_are_fine_without_rotary_positions(bench):
+    assert bench.config("[model]\nn_embd = 36\nposition = 'learned'").model.n_embd == 36

@@ -1,0 +1,194 @@
+"""The text itself: syntax errors and hints, and the line of every key."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpt_simple.config.parse_toml import parse_toml
+from gpt_simple.config.parse_yaml import parse_json, parse_yaml
+from gpt_simple.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed = True", "config.toml:2:8: write true, not True"),
+        ("compile = no", "config.toml:2:11: write false, not no"),
+        ("seed = None", 'config.toml:2:8: TOML has no None: leave the key out or write "null"'),
+        ("seed = null # x", 'config.toml:2:8: TOML has no null: leave the key out or write "null"'),
+        ("seed = .5", "config.toml:2:8: write 0.5, not .5"),
+        ("seed = 5.", "config.toml:2:9: write 5.0, not 5."),
+        ("seed = 007", "config.toml:2:9: write 7, not 007"),
+        ("seed = -.5e-3", "write -0.5e-3, not -.5e-3"),
+        ("output_dir = my runs", 'config.toml:2:14: text needs quotes: "my runs"'),
+        ("seed =", "config.toml:2:7: a value is missing after the ="),
+        ("seed: 5", "config.toml:2:5: write seed = 5"),
+        ("seed = 1\nseed = 2", "config.toml:3:"),
+    ],
+)
+def test_habits_from_other_formats_get_a_hint(bench, text, line):
+    (found,) = bench.mistakes(f"[training]\n{text}\n")
+    assert line in found
+
+
+def test_a_duplicate_key_in_toml_is_named(bench):
+    (found,) = bench.mistakes("[training]\nseed = 1\nmax_steps = 2\nseed = 3\n[model]\n")
+    assert found == "config.toml:4:9: this key is given twice; keep one of the two"
+
+
+def test_slips_in_the_text_and_wrong_values_are_reported_together(bench):
+    text = "[training]\ncompile = True\nmax_steps = none\nlr = 1\n"
+    text += "[data]\ncurriculum = [{duration_tokens = .5, mix = {a = 1}}]\n"
+    assert bench.mistakes(text) == [
+        "config.toml:2:11: write true, not True",
+        'config.toml:3:13: TOML has no none: leave the key out or write "null"',
+        "config.toml:4: training.lr: unknown key; expected one of "
+        + bench.mistakes("[training]\nlr = 1")[0].partition("one of ")[2],
+        "config.toml:6:34: write 0.5, not .5",
+    ]
+
+
+def test_text_that_cannot_be_mended_ends_reading_with_all_slips_so_far(bench):
+    with pytest.raises(ConfigError) as caught:
+        bench.raw("a = True\nb = 'open\n")
+    first, second = str(caught.value).splitlines()
+    assert first == "config.toml:1:5: write true, not True"
+    assert second == 'config.toml:3:1: expected "\'"'
+
+
+def test_lines_of_toml_keys():
+    text = """\
+a.b = 1
+"c d" . 'e.f' = [ # comment ] {
+  1, "]", # "
+  { x = '''
+y = 1''', z = 2 },
+]
+[t]
+s = \"\"\"
+[not.a.table]
+k = 1 \\\"\"\"\"\"
+k = 2026-01-01 10:00:00
+"\\u0041" = { p = { q = 1 } }
+[[t.array]]
+v = 1
+[t.array.inner]
+w = 2
+[[t.array]]
+v = 3
+"""
+    parsed = parse_toml(text)
+    assert parsed.values is not None
+    assert parsed.lines == {
+        "a": 1, "a.b": 1, "c d": 2, "c d.e.f": 2, "c d.e.f[0]": 3, "c d.e.f[1]": 3, "c d.e.f[2]": 4,
+        "c d.e.f[2].x": 4, "c d.e.f[2].z": 5, "t": 7, "t.s": 8, "t.k": 11, "t.A": 12, "t.A.p": 12, "t.A.p.q": 12,
+        "t.array": 13, "t.array[0]": 13, "t.array[0].v": 14, "t.array[0].inner": 15, "t.array[0].inner.w": 16,
+        "t.array[1]": 17, "t.array[1].v": 18,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E5", 1e5), (".5", 0.5), ("5.", 5.0), ("-.inf", float("-inf")), ("1_000_000", 1_000_000),
+        ("0x10", 16), ("0o17", 15), ("017", 17), ("+3", 3), ("no", "no"), ("on", "on"), ("True", True),
+        ("FALSE", False), ("tRue", "tRue"), ("~", None), ("", None), ("Null", None), ("2024-01-01", "2024-01-01"),
+        ("1:30", "1:30"), ("1e", "1e"), ("_1", "_1"), ("<<", "<<"), ('"1"', "1"), ("nan", "nan"), ("0b1", "0b1"),
+    ],
+)  # fmt: skip
+def test_yaml_scalars_follow_the_core_schema(text, value):
+    found = parse_yaml(f"a:\n  b: {text}\n").values
+    assert found == {"a": {"b": value}}
+    assert type(found["a"]["b"]) is type(value)
+
+
+def test_yaml_keys_are_text_as_written():
+    assert parse_yaml("mix: {2024: 1, no: 2, 1e3: 3}").values == {"mix": {"2024": 1, "no": 2, "1e3": 3}}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3\n",
+         "config.yaml:4:3: training.seed: given twice, first on line 2"),
+        ("training:\n\tseed: 1\n", "config.yaml:2:1: "),
+        ("training: [1\n", "config.yaml:2:1: "),
+        ("training: {seed: !!python/object:os.system 1}\n", "config.yaml:1:18: the tag "),
+        ("training: &a {seed: *a}\n", "config.yaml:1:11: training.seed contains itself"),
+        ("training: \x01\n", "config.yaml:1: the character U+0001 is not allowed"),
+        ("- a\n- b\n", "config.yaml:1:1: expected sections such as `training:`"),
+        ('output: "\\UFFFFFFFF"\n', "config.yaml: "),
+        ("{1: 2, [a]: 3}", "config.yaml:1:8: a key must be plain text"),
+        ("a: 1\n---\nb: 2\n", "config.yaml:2:1: "),
+    ],
+)  # fmt: skip
+def test_mistakes_in_yaml_text(bench, text, line):
+    assert bench.mistakes(text, ".yaml")[0].startswith(line)
+
+
+def test_aliases_of_yaml_are_values():
+    parsed = parse_yaml("a: &x {p: 1}\nb: *x\n")
+    assert parsed.values == {"a": {"p": 1}, "b": {"p": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"training": {"seed": 1,}}', "config.json:1:"),
+        ('{\n"training": {\n"seed": 1, "seed": 2}}', "config.json:3:12: training.seed: given twice, first on line 3"),
+        ("[]", "config.json:1:1: expected an object of sections"),
+        ('{"training": {\n\t"seed": "1"}}', 'config.json:2: training.seed: expected an integer >= 0, got "1"; write 1'),
+    ],
+)  # fmt: skip
+def test_mistakes_in_json(bench, text, line):
+    assert bench.mistakes(text, ".json")[0].startswith(line)
+
+
+def test_json_text_is_read_as_json_reads_it():
+    assert parse_json('{"a": "\\ud83d\\ude00", "b": "no"}').values == {"a": "😀", "b": "no"}
+
+
+OLD = """\
+model:
+  attention_mode: flex
+data:
+  path: corpus
+  packing: true
+  curriculum: null
+  allow_bucket_exhaustion: true
+  allow_budget_mismatch: true
+  overlap_size: 256
+training:
+  mixed_precision: null
+"""
+
+
+def test_files_of_the_earlier_yaml_tool_load_with_one_note_a_key(bench):
+    raw = bench.raw(OLD, ".yaml")
+    data = bench.config(OLD, ".yaml").data
+    assert (data.document_mask, data.packing, data.on_exhaustion, data.curriculum, data.overlap_size) == (
+        True, "best_fit", "renormalise", (), 256,
+    )  # fmt: skip
+    assert [note.partition(" ")[::2] for note in raw.notes] == [
+        ("config.yaml:2:", "model.attention_mode flex is read as data.document_mask true; "
+         "the attention kernel is chosen by device"),
+        ("config.yaml:7:", "data.allow_bucket_exhaustion true is read as data.on_exhaustion renormalise"),
+        ("config.yaml:8:", "data.allow_budget_mismatch is ignored: a curriculum may be shorter or longer than the run"),
+        ("config.yaml:5:", "data.packing true is read as data.packing best_fit"),
+    ]  # fmt: skip
+    assert raw.origins.of("data.on_exhaustion").where == "config.yaml:7"
+
+
+def test_old_and_new_spelling_override_each_other(bench):
+    old = bench.config(OLD, ".yaml", overrides=[("data.allow_bucket_exhaustion", "false")])
+    assert old.data.on_exhaustion == "halt"
+    new = bench.config(OLD, ".yaml", overrides=[("data.document_mask", "false"), ("data.on_exhaustion", "repeat")])
+    assert (new.data.document_mask, new.data.on_exhaustion) == (False, "repeat")
+    unpacked = bench.config("data: {packing: false}", ".yaml").data
+    assert (unpacked.packing, unpacked.document_mask) == ("best_fit", True)
+
+
+def test_an_old_key_with_a_value_that_was_never_known_is_a_mistake(bench):
+    assert bench.mistakes("model: {attention_mode: paged}", ".yaml")[0].startswith(
+        "config.yaml:1: model.attention_mode: unknown key"
+    )

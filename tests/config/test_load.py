@@ -1,0 +1,203 @@
+"""Reading: formats, precedence, origins."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpt_simple import DataConfig, ModelConfig, TrainingConfig
+from gpt_simple.config.load import read, sections_of, split_overrides
+from gpt_simple.config.schema import Config, Phase, PluginsConfig
+from gpt_simple.config.structure import structure
+from gpt_simple.errors import ConfigError
+
+TOML = """
+[training]
+max_steps = 5000        # a comment
+compile = false
+[optimizer]
+learning_rate = 1e-4
+[[data.curriculum]]
+duration_tokens = 1_000
+mix = {web = 0.5, "a b" = 0.5}
+"""
+YAML = """
+training:
+  max_steps: 5000
+  compile: false
+optimizer:
+  learning_rate: 1e-4
+data:
+  curriculum:
+    - duration_tokens: 1_000
+      mix: {web: 0.5, a b: 0.5}
+"""
+JSON = """{
+\t"training": {"max_steps": 5000, "compile": false},
+\t"optimizer": {"learning_rate": 1e-4},
+\t"data": {"curriculum": [{"duration_tokens": 1000, "mix": {"web": 0.5, "a b": 0.5}}]}
+}"""
+
+
+@pytest.mark.parametrize(("suffix", "text"), [(".toml", TOML), (".yaml", YAML), (".yml", YAML), (".json", JSON)])
+def test_the_three_formats_say_the_same(bench, suffix, text):
+    config = bench.config(text, suffix)
+    assert config.training == TrainingConfig(max_steps=5000, compile=False)
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.data.curriculum == (Phase(1000, {"web": 0.5, "a b": 0.5}),)
+    assert config.model == ModelConfig()
+
+
+def test_no_file_and_an_empty_file_are_the_defaults(bench):
+    assert structure(read(None, environ={})) == Config()
+    for suffix in (".toml", ".yaml"):
+        assert bench.config("", suffix) == Config()
+
+
+def test_precedence_and_origins(bench):
+    raw = bench.raw(
+        "[training]\nseed = 1\nmax_steps = 2\nsave_steps = 3\n",
+        environ={"GPT_SIMPLE__TRAINING__SEED": "10", "GPT_SIMPLE__TRAINING__MAX_STEPS": "20", "HOME": "/"},
+        overrides=[("training.seed", "99"), ("training.seed", "100")],
+    )
+    config = structure(raw)
+    assert (config.training.seed, config.training.max_steps, config.training.save_steps) == (100, 20, 3)
+    seed = raw.origins.of("training.seed")
+    chain = []
+    while seed is not None:
+        chain.append((seed.kind, seed.where))
+        seed = seed.overrides
+    assert chain == [
+        ("cli", "--training.seed"),
+        ("cli", "--training.seed"),
+        ("env", "$GPT_SIMPLE__TRAINING__SEED"),
+        ("file", "config.toml:2"),
+    ]
+    assert raw.origins.place("training.save_steps") == "config.toml:4 (training.save_steps)"
+    assert raw.origins.place("training.compile") == "training.compile"
+    assert raw.origins.is_default("training.compile")
+    assert not raw.origins.is_default("training.seed")
+
+
+def test_plugin_keys_can_be_overridden(bench):
+    raw = bench.raw(
+        "[plugins.csv]\npath = 'a'\n",
+        environ={"GPT_SIMPLE__PLUGINS__CSV__EVERY": "3"},
+        overrides=[("plugins.csv.path", "b.csv"), ("plugins.disable", '["console"]')],
+    )
+    assert structure(raw).plugins == PluginsConfig(("console",), tables={"csv": {"path": "b.csv", "every": 3}})
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("optimizer.learning_rate", "1e-4", 1e-4),
+        ("training.max_steps", "1e3", 1000),
+        ("training.wandb_run_name", "123", "123"),
+        ("training.wandb_run_name", "2024-01-01", "2024-01-01"),
+        ("training.wandb_run_name", '"null"', None),
+        ("training.wandb_run_name", "null", None),
+        ("training.output_dir", "none", "none"),
+        ("training.output_dir", "a\nseed = 3", "a\nseed = 3"),
+        ("training.output_dir", "C:\\runs", "C:\\runs"),
+        ("training.keep_last_k", "null", None),
+        ("training.keep_last_k", "none", None),
+        ("training.mixed_precision", "no", "no"),
+        ("training.gradient_checkpointing", "false", False),
+        ("training.gradient_checkpointing", "2", 2),
+        ("data.path", '["a", "b"]', ("a", "b")),
+        ("data.path", "corpus", "corpus"),
+        ("data.curriculum", "[{duration_tokens = 5, mix = {a = 1}}]", (Phase(5, {"a": 1.0}),)),
+    ],
+)
+def test_text_becomes_what_the_field_wants(bench, key, text, value):
+    section, field = key.split(".")
+    for sources in ({"overrides": [(key, text)]}, {"environ": {f"GPT_SIMPLE__{section}__{field}".upper(): text}}):
+        found = getattr(getattr(bench.config(**sources), section), field)
+        assert (found, type(found)) == (value, type(value))
+
+
+def test_an_override_of_a_list_forgets_the_lines_of_its_items(bench):
+    lines = bench.mistakes(TOML, overrides=[("data.curriculum", "[{duration_tokens = 0, mix = {a = 1}}]")])
+    assert lines == ["--data.curriculum: data.curriculum[0].duration_tokens: expected an integer >= 1, got 0"]
+
+
+def test_sections_given_in_python_replace_the_files_sections(bench):
+    raw = bench.raw(
+        "[training]\nseed = 1\nmax_steps = 7\n[model]\nn_layer = 3\n",
+        sections={"training": TrainingConfig(max_steps=9, compile=True), "data": {"path": ("a", "b")}},
+        overrides=[("training.logging_steps", "1")],
+    )
+    config = structure(raw)
+    assert config.training == TrainingConfig(max_steps=9, logging_steps=1)
+    assert config.data == DataConfig(path=("a", "b"))
+    assert config.model.n_layer == 3
+    assert raw.origins.place("training.max_steps") == "train(...) (training.max_steps)"
+    assert raw.origins.is_default("training.seed")
+    assert raw.origins.is_default("training.compile"), "a default that was not chosen stays a default"
+
+
+def test_a_configuration_made_in_python_is_validated_and_comes_back_equal(bench):
+    made = Config(
+        training=TrainingConfig(keep_last_k=None),
+        data=DataConfig(curriculum=(Phase(10, {"a": 1}),)),
+        plugins=PluginsConfig(disable=("x",), tables={"csv": {"path": "p"}}),
+    )
+    assert structure(read(None, environ={}, sections=sections_of(made))) == made
+    wrong = Config(training=TrainingConfig(max_steps=0, compile="false"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as caught:
+        structure(read(None, environ={}, sections=sections_of(wrong)))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_values_given_in_python_are_strongest_and_taken_as_they_are(bench):
+    config = bench.config(
+        "[training]\nseed = 1\n",
+        overrides=[("training.seed", "2")],
+        values={"training.seed": 3, "training.wandb_project": "007"},
+    )
+    assert (config.training.seed, config.training.wandb_project) == (3, "007")
+
+
+def test_set_means_that_somebody_gave_a_value_that_is_not_null(bench):
+    raw = bench.raw("training: {wandb_project: lab, wandb_run_name: null, seed: 0}", ".yaml")
+    assert raw.is_set("training.wandb_project")
+    assert raw.is_set("training.seed")
+    assert not raw.is_set("training.wandb_run_name")
+    assert not raw.is_set("training.max_steps")
+    assert not bench.raw(overrides=[("training.wandb_project", "none")]).is_set("training.wandb_project")
+
+
+def test_overrides_are_taken_out_of_a_command_line():
+    arguments = ["run", "./a.toml", "--training.seed", "-5", "--config=./b.toml", "--optimizer.eps=1e-8", "-p", "x"]
+    assert split_overrides(arguments) == (
+        [("training.seed", "-5"), ("optimizer.eps", "1e-8")],
+        ["run", "./a.toml", "--config=./b.toml", "-p", "x"],
+    )
+    assert split_overrides(["--a.b=", "--", "--c.d", "1"]) == ([("a.b", "")], ["--", "--c.d", "1"])
+
+
+@pytest.mark.parametrize("arguments", [["--training.compile"], ["--training.compile", "--force"]])
+def test_an_override_without_a_value_is_named(arguments):
+    with pytest.raises(ConfigError, match=r"^--training\.compile: a value is missing"):
+        split_overrides(arguments)
+
+
+def test_files_that_cannot_be_read(bench, tmp_path):
+    (tmp_path / "latin.toml").write_bytes(b"a = '\xe9'")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "config.ini").touch()
+    for name, reason in {
+        "missing.toml": "No such file",
+        ".": "Is a directory|is a .toml",
+        "latin.toml": "byte 5 is not UTF-8",
+        "deep.json": "nested too deeply",
+        "config.ini": "is a .toml, .yaml, .yml or .json file",
+    }.items():
+        with pytest.raises(ConfigError, match=reason):
+            read(name)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_problem(bench, tmp_path):
+    (tmp_path / "w.toml").write_bytes("\ufeff[training]\r\nseed = 7\r\nmax_step = 1\r\n".encode())
+    with pytest.raises(ConfigError, match=r"^w\.toml:3: training\.max_step: "):
+        structure(read("w.toml", environ={}))
