@@ -1,0 +1,223 @@
+"""Short stories for children, told by a seeded grammar whose entropy is known exactly.
+
+A story is a row of sentences. Each sentence is one of a few templates; a slot of a template is filled by an even choice
+among the words of its kind that the story has not used yet, and keeps its word for the rest of the story. So names,
+animals and things come back, and attention has something to copy. Every choice, the number of sentences included,
+shows in the text in one way only: the probability of a text is the product of its choices, and minus its logarithm is
+a floor that no model's loss can go below except by chance.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+
+from attrs import define, field, frozen
+
+from gpt_simple.config.schema import DataConfig
+from gpt_simple.data.sources import Document
+
+VERSION = 1
+"""Part of the fingerprint: raised with every change of what is told."""
+
+DOCUMENTS = 20_000
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+GIRLS = _words("Anna Bella Clara Daisy Ella Fern Grace Hazel Iris June Kate Lily Mia Nora Olive Pam")
+BOYS = _words("Adam Ben Carl Dan Eric Finn George Hugo Ivan Jack Ken Leo Max Ned Oscar Paul")
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "name": GIRLS + BOYS,
+    "animal": _words("bear cat dog duck fox frog goat hen horse lamb lion mouse pig rabbit tiger wolf"),
+    "trait": _words("brave clever funny gentle happy kind lazy little lonely noisy proud quick quiet shy strong tiny"),
+    "color": _words("black blue brown gold green gray pink purple red silver white yellow"),
+    "toy": _words(
+        "ball bell boat book box cup drum flute hat kite lamp map puppet ring rope scarf sled spoon top wagon"
+    ),
+    "place": _words("barn beach bridge cave farm field forest garden hill lake market meadow mill park river tower"),
+    "spot": _words("basket bed bench bush chair cart door gate log rug shed stone table tree wall well"),
+    "food": _words("berries bread cake carrots cheese cherries cookies honey jam milk nuts pears pie plums rice soup"),
+    "number": _words("two three four five six seven eight nine ten twelve"),
+    "friends": _words("ants bees birds butterflies crabs deer fish geese kittens moths owls sheep snails swans"),
+    "weather": _words("cold cloudy foggy hot rainy snowy sunny warm windy"),
+    "verb": _words("cried danced hummed jumped laughed nodded sang shouted sighed smiled waved whispered"),
+}
+
+Templates = tuple[str, ...]
+
+OPENING: Templates = (
+    "Once there was a {trait1} {animal1} called {name1}.",
+    "{name1} was a {trait1} {animal1}.",
+    "Near the {place1} lived {name1}, a {trait1} {animal1}.",
+)
+BELONGING: Templates = (
+    "{He} had a {color1} {toy1}.",
+    "{name1} loved {his} {color1} {toy1}.",
+    "Every day {he} played with a {color1} {toy1}.",
+)
+LOSS: Templates = (
+    "One {weather1} day the {toy1} was gone.",
+    "On a {weather1} morning {name1} lost the {toy1}.",
+)
+MEETING: Templates = (
+    "{He} asked {name2} the {animal2} for help.",
+    "{name2} the {animal2} came by and {verb1}.",
+)
+SEARCH: Templates = (
+    "They looked under the {spot} and found only a {toy}.",
+    "They looked behind the {spot}, but saw only {friends}.",
+)
+FINDING: Templates = (
+    'Then {name2} {verb2}, "Your {toy1} is at the {place2}!" They ran to the {place2}.',
+    "At last the {color1} {toy1} was under the {spot}.",
+)
+JOURNEY: Templates = (
+    "One {weather1} day {name1} walked to the {place2} with the {toy1}.",
+    "{name1} took the {color1} {toy1} to the {place2}.",
+)
+COUNTING: Templates = (
+    "There {he} saw {number1} {friends1}.",
+    "{Number1} {friends1} were playing there.",
+)
+SHARING: Templates = (
+    "{He} gave them {food1}, and all {number1} {friends1} {verb1}.",
+    'The {friends1} {verb1}. "We want {food1}," they said, so {name1} gave them {food1}.',
+)
+GIFT: Templates = (
+    "{name2} the {animal2} had no {toy1}, so {name1} gave {name2} the {color1} one.",
+    '"What a nice {color1} {toy1}!" said {name2} the {animal2}. "You can have it," said {name1}.',
+)
+THANKS: Templates = (
+    "{name2} {verb1} and gave {name1} some {food1}. The {food1} made {name1} less {trait1}.",
+    '"Thank you, {name1}," said {name2}. They ate {food1} at the {place2}.',
+)
+ENDING: Templates = (
+    "{name1} was not {trait1} any more.",
+    "{name1} {verb} and went home with {food}.",
+    "That night the {trait1} {animal1} dreamed of {food}.",
+    "The end.",
+)
+
+MOST_SEARCHES = 3
+
+Pick = Callable[[Sequence[str]], str]
+Say = Callable[[str], None]
+
+
+def tell(pick: Pick, say: Say) -> None:
+    """Tell a story: every choice is one call of ``pick``, and every piece of text goes to ``say`` once it is chosen."""
+    story = _Story(pick, say)
+    story.one_of(OPENING)
+    story.one_of(BELONGING)
+    plot = pick(("loss", "journey", "gift"))
+    if plot == "loss":
+        story.one_of(LOSS)
+        story.one_of(MEETING)
+        for _ in range(MOST_SEARCHES):
+            if pick(("find", "search")) == "find":
+                break
+            story.one_of(SEARCH)
+        story.one_of(FINDING)
+    elif plot == "journey":
+        story.one_of(JOURNEY)
+        story.one_of(COUNTING)
+        story.one_of(SHARING)
+    else:
+        story.one_of(GIFT)
+        story.one_of(THANKS)
+    story.one_of(ENDING)
+
+
+@frozen
+class _Slot:
+    """A place for a word: ``{kind1}`` keeps its word, ``{kind}`` takes a new one, ``{Kind1}`` begins a sentence."""
+
+    before: str
+    name: str
+    kind: str
+    kept: bool
+    capital: bool
+
+
+@cache
+def _parse(template: str) -> tuple[tuple[_Slot, ...], str]:
+    """The slots of a template, each with the text before it, and the text after the last."""
+    *parts, after = re.split(r"\{(\w+)\}", template)
+    slots = []
+    for before, slot in zip(parts[::2], parts[1::2], strict=True):
+        name = slot.lower()
+        kind = name.rstrip("12")
+        slots.append(_Slot(before, name, kind, kind != name, slot != name))
+    return tuple(slots), after
+
+
+@define
+class _Story:
+    """The words of one story so far."""
+
+    pick: Pick
+    say: Say
+    kept: dict[str, str] = field(factory=dict)
+    used: dict[str, list[str]] = field(factory=dict)
+
+    def one_of(self, templates: Templates) -> None:
+        """Say one of these sentences."""
+        if self.kept:
+            self.say(" ")
+        slots, after = _parse(self.pick(templates))
+        for slot in slots:
+            self.say(slot.before)
+            word = self.kept.get(slot.name) or self._new_word(slot)
+            self.say(word.capitalize() if slot.capital else word)
+        self.say(after)
+
+    def _new_word(self, slot: _Slot) -> str:
+        words, used = WORDS[slot.kind], self.used.setdefault(slot.kind, [])
+        word = self.pick([word for word in words if word not in used] if used else words)
+        used.append(word)
+        if slot.kept:
+            self.kept[slot.name] = word
+            if slot.name == "name1":
+                self.kept |= {"he": "she", "his": "her"} if word in GIRLS else {"he": "he", "his": "his"}
+        return word
+
+
+@frozen
+class Stories:
+    """``count`` stories. Each is an independent draw, and its number, not its text, decides whether it is held out."""
+
+    seed: int
+    count: int
+
+    def fingerprint(self) -> str:
+        return f"stories {VERSION}, seed {self.seed}, {self.count} documents"
+
+    def documents(self) -> Iterator[Document]:
+        # Of the generator only random() is promised to give the same numbers in every version of Python.
+        draw = random.Random(self.seed).random
+        log = [0.0, *map(math.log, range(1, 100))]
+        nats = 0.0
+
+        def pick(options: Sequence[str]) -> str:
+            nonlocal nats
+            count = len(options)
+            nats += log[count]
+            return options[int(draw() * count)]
+
+        for number in range(self.count):
+            parts: list[str] = []
+            nats = 0.0
+            tell(pick, parts.append)
+            yield Document("".join(parts), key=f"story {number}", nats=nats)
+
+
+def build(config: DataConfig, seed: int) -> Stories:
+    """``data.max_documents`` stories; 20,000 if it is unset."""
+    return Stories(seed, config.max_documents or DOCUMENTS)
