@@ -26,15 +26,18 @@ FORBIDDEN_OPTIONS = ("wrapper", "hookwrapper", "tryfirst", "trylast", "specname"
 CLASS_HOOKS = frozenset({"register_components"})
 
 
-def lint(cls: object) -> list[str]:
-    """All mistakes, one sentence each; an empty list means that the class keeps the contract."""
+def lint(cls: object, *, made: bool = False) -> list[str]:
+    """All mistakes, one sentence each; an empty list means that the class keeps the contract.
+
+    ``made``: somebody has made the instance already, so its ``__init__`` may take what it likes.
+    """
     if not isinstance(cls, type):
         kind = type(cls).__name__
         hint = "name the class, not an instance of it" if isinstance(cls, Plugin) else f"found a {kind}"
         return [f"expected a subclass of gpt_simple.Plugin; {hint}"]
     if not issubclass(cls, Plugin):
         return [f"{cls.__name__} is not a subclass of gpt_simple.Plugin"]
-    return [*_hook_mistakes(cls), *_class_mistakes(cls), *_config_mistakes(cls)]
+    return [*_hook_mistakes(cls), *_class_mistakes(cls, made), *_config_mistakes(cls)]
 
 
 def hooks_of(cls: type) -> list[str]:
@@ -87,7 +90,7 @@ def _implementation_mistakes(name: str, member: object, options: Mapping[str, An
         )
 
 
-def _class_mistakes(cls: type[Plugin[Any]]) -> Iterator[str]:
+def _class_mistakes(cls: type[Plugin[Any]], made: bool) -> Iterator[str]:
     if cls.__eq__ is not object.__eq__ or cls.__hash__ is not object.__hash__:
         yield "the class has an __eq__ of its own (attrs.define makes one): use @attrs.define(eq=False)"
     if inspect.isabstract(cls):
@@ -95,7 +98,8 @@ def _class_mistakes(cls: type[Plugin[Any]]) -> Iterator[str]:
     try:
         inspect.signature(cls.__init__).bind(None, None)
     except TypeError:
-        yield "__init__ must take exactly (self, config)"
+        if not made:
+            yield "__init__ must take exactly (self, config)"
     if cls.ranks not in ("main", "all"):
         yield f'ranks is {cls.ranks!r}; expected "main" or "all"'
     if cls.on_error not in (None, "abort", "disable"):

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def load_plugin(name: str, passed: object | None, record: PluginRecord | None, w
     cls: Any = type(instance) if instance is not None else found
     own = record if record is not None and (passed is None or record.value == _path_of(cls)) else None
     distribution, version = (own.distribution, own.version) if own else ("", "")
-    mistakes = lint(cls)
+    mistakes = lint(cls, made=instance is not None)
     if own is None and (problem := name_problem(name)):
         mistakes.append(problem)
     if own is None and record is not None and record.origin == "builtin":
@@ -217,7 +217,7 @@ def _path_of(cls: type) -> str:
 
 def _source_file(obj: object) -> str:
     """The file that a class comes from; empty if it has none (typed into a prompt)."""
-    try:
-        return inspect.getsourcefile(obj) or ""  # type: ignore[arg-type]
-    except (TypeError, OSError):
-        return ""
+    for candidate in (obj, type(obj)):
+        with suppress(TypeError, OSError):
+            return inspect.getsourcefile(candidate) or ""  # type: ignore[arg-type]
+    return ""

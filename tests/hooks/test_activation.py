@@ -1,0 +1,96 @@
+"""Which plugins a run has: installed is not active, and later wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from gpt_simple.errors import ConfigError
+from gpt_simple.hooks.activation import Switches, Wishes, decide
+from gpt_simple.hooks.discovery import PluginRecord
+
+RECORDS = {
+    "console": PluginRecord("console", "m:C", "gpt-simple-trainer", "1", "builtin"),
+    "wandb": PluginRecord("wandb", "m:W", "gpt-simple-trainer", "1", "builtin"),
+    "memory": PluginRecord("memory", "m:M", "gpt-simple-trainer", "1", "builtin"),
+    "acme": PluginRecord("acme", "a:A", "acme-log", "1", "external"),
+}
+
+
+def active(
+    table: dict[str, object] | None = None,
+    *switches: str,
+    no_plugins: bool = False,
+    is_set: Callable[[str], bool] = lambda key: False,
+) -> dict[str, str]:
+    decisions = decide(RECORDS, Wishes.read(table or {}), is_set, Switches.parse(switches, no_plugins=no_plugins))
+    return {name: decision.why for name, decision in decisions.items() if decision.active}
+
+
+def test_installed_is_not_active() -> None:
+    assert active() == {"console": "default"}
+
+
+def test_a_table_switches_on_even_an_empty_one() -> None:
+    assert active({"acme": {}, "memory": None}) == {
+        "acme": "[plugins.acme]",
+        "console": "default",
+        "memory": "[plugins.memory]",
+    }
+
+
+def test_disable_beats_a_table_and_the_defaults() -> None:
+    assert active({"acme": {}, "disable": ["acme", "console"]}) == {}
+
+
+def test_no_plugins_leaves_the_built_in_ones() -> None:
+    assert active({"acme": {}, "memory": {}}, no_plugins=True).keys() == {"console", "memory"}
+
+
+def test_the_command_line_has_the_last_word() -> None:
+    assert active({"disable": ["acme", "console"]}, "acme", "console") == {"acme": "-p", "console": "-p"}
+    assert active({"acme": {}}, "acme", no_plugins=True) == {"acme": "-p", "console": "default"}
+    assert active({"acme": {}}, "no:acme", "no:console") == {}
+
+
+def test_of_two_words_on_one_name_the_later_counts() -> None:
+    assert active({}, "no:acme", "acme")["acme"] == "-p"
+    assert "acme" not in active({}, "acme", "no:acme")
+
+
+def test_a_field_can_switch_a_built_in_on_and_then_a_table_does_not() -> None:
+    assert "wandb" not in active({"wandb": {}})
+    by_field = active({}, is_set=lambda key: key == "training.wandb_project")
+    assert by_field["wandb"] == "training.wandb_project"
+    assert "wandb" in active({}, "wandb")
+
+
+def test_all_unknown_names_are_told_with_their_places() -> None:
+    wishes = Wishes.read(
+        {"consle": {}, "disable": ["acm"], "require": ["nothing_like_it"]}, lambda key: f"config.toml ({key})"
+    )
+    with pytest.raises(ConfigError) as caught:
+        decide(RECORDS, wishes, lambda key: False, Switches.parse(["acne", "no:memry"]))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("config.toml (plugins.consle): no plugin 'consle' is installed; did you mean 'console'?")
+    assert "did you mean 'acme'?" in lines[1]
+    assert "did you mean" not in lines[2]
+    assert lines[3].startswith("-p acne")
+    assert lines[4].startswith("-p no:memry")
+
+
+def test_a_required_plugin_that_is_off_stops_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"'acme' is required but not active \(--no-plugins\)"):
+        active({"acme": {}, "require": ["acme"]}, no_plugins=True)
+    assert active({"acme": {}, "require": ["acme"]})["acme"] == "[plugins.acme]"
+
+
+def test_wrong_types_are_left_to_the_structuring() -> None:
+    assert active({"disable": 3, "require": {"a": 1}, "strict": "yes"}) == {"console": "default"}
+
+
+def test_files_are_told_from_names() -> None:
+    switches = Switches.parse(["acme", "./mine.py", "no:console", "dir/other.py"])
+    assert switches.files == ("./mine.py", "dir/other.py")

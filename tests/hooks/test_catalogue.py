@@ -1,0 +1,77 @@
+"""The contract itself: every hook is documented with an example that keeps the rules, and no change goes unseen."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import attrs
+import pytest
+
+from gpt_simple import Plugin, hookimpl
+from gpt_simple.hooks import HOOKS, events
+from gpt_simple.hooks.dispatch import DISPATCHED, Calls
+from gpt_simple.hooks.lint import hooks_of, lint
+from gpt_simple.hooks.specs import HookSpecs
+
+GOLDEN = Path(__file__).with_name("catalogue.json")
+
+
+def catalogue() -> dict[str, object]:
+    """The contract as plain data: any change to it shows in the diff of the golden file."""
+    return {
+        "hooks": {
+            name: {
+                "arguments": list(info.arguments),
+                "event": info.event.__name__ if info.event else None,
+                "ranks": info.ranks,
+                "returns": info.returns,
+                "order": info.order,
+                "signature": str(inspect.signature(getattr(HookSpecs, name))),
+            }
+            for name, info in HOOKS.items()
+        },
+        "events": {
+            name: {field.name: str(field.type) for field in attrs.fields(value)}
+            for name, value in sorted(vars(events).items())
+            if isinstance(value, type) and attrs.has(value) and value.__module__ == events.__name__
+        },
+        "plugin": sorted(name for name in vars(Plugin) if not name.startswith("_")),
+    }
+
+
+def test_the_contract_is_the_one_that_was_published() -> None:
+    assert catalogue() == json.loads(GOLDEN.read_text()), f"write the new contract: python {Path(__file__).name}"
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_the_worked_example_of_a_hook_keeps_the_contract(hook: str) -> None:
+    document = inspect.getdoc(getattr(HookSpecs, hook)) or ""
+    assert "::\n" in document
+    example = textwrap.indent(textwrap.dedent(document.partition("::\n")[2]), "    ")
+    space = {"Plugin": Plugin, "hookimpl": hookimpl}
+    exec(f"class P(Plugin):\n{example}", space)
+    assert lint(space["P"]) == []
+    assert hooks_of(space["P"]) == [hook]
+
+
+def test_every_event_is_frozen_and_every_hook_can_be_called() -> None:
+    for info in HOOKS.values():
+        assert info.event is None or attrs.inspect(info.event).is_frozen
+    assert {field.name for field in attrs.fields(Calls)} == {*DISPATCHED, "policy", "_listeners"}
+
+
+def test_the_contract_is_light_and_free_of_torch() -> None:
+    code = (
+        "import sys, gpt_simple.hooks, gpt_simple.hooks.host\n"
+        "print(*(m for m in ('torch', 'accelerate', 'click', 'rich', 'cattrs') if m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(catalogue(), indent=2) + "\n")

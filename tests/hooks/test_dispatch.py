@@ -1,0 +1,308 @@
+"""Calling plugins: order, results, attribution, the failure policy, and the price."""
+
+from __future__ import annotations
+
+import gc
+import re
+import timeit
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gpt_simple import Config, Finding, Metric, Plugin, hookimpl
+from gpt_simple.errors import CheckpointError, PluginError
+from gpt_simple.hooks import Close, CollectMetrics, MetricsReady, RunError, StepEnd
+from gpt_simple.hooks.dispatch import DISPATCHED, Calls
+from gpt_simple.hooks.host import PluginHost
+from gpt_simple.hooks.specs import HOOKS
+
+Activate = Callable[..., PluginHost]
+
+RUN = SimpleNamespace()
+METRICS = MetricsReady(7, 700, {"train/loss": 1.0})
+COLLECT = CollectMetrics(7, 1, 1, 1, 1, 1, 1.0, 1.0, 0.0)
+
+
+def started(host: PluginHost, *, is_main: bool = True, world_size: int = 1, **options: Any) -> tuple[Calls, list[str]]:
+    """Calls of a host, and the names of plugins that were switched off."""
+    off: list[str] = []
+    host.instantiate(Config())
+    return host.calls(
+        is_main, lambda plugin, hook, error: off.append(plugin.name), world_size=world_size, **options
+    ), off
+
+
+def plugin(name: str, hook: str, action: Callable[[], Any], **declared: Any) -> type[Plugin]:
+    """A plugin with one hook that does ``action``."""
+    arguments = ", ".join(HOOKS[hook].arguments)
+    space: dict[str, Any] = {"action": action}
+    exec(f"def {hook}(self, {arguments}):\n    return action()", space)
+    return type(name, (Plugin,), {hook: hookimpl(space[hook]), **declared})
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+def call(calls: Calls, hook: str, event: object) -> Any:
+    function = getattr(calls, hook)
+    return function(RUN) if HOOKS[hook].arguments == ("run",) else function(RUN, event)
+
+
+def test_a_hook_without_listeners_is_none(activate: Activate) -> None:
+    calls, _ = started(activate())
+    assert [getattr(calls, hook) for hook in DISPATCHED] == [None] * len(DISPATCHED)
+
+
+def test_every_hook_reaches_its_plugin(activate: Activate) -> None:
+    answers: dict[str, Any] = {"none": None, "metrics": {"a": Metric(1.0)}, "findings": [Finding("info", "c", "m")]}
+    for hook in DISPATCHED:
+        seen: list[str] = []
+        answer = answers[HOOKS[hook].returns]
+
+        def act(seen: list[str] = seen, answer: Any = answer) -> Any:
+            seen.append("called")
+            return answer
+
+        calls, _ = started(activate(plugin("P", hook, act)))
+        result = call(calls, hook, METRICS)
+        assert seen == ["called"]
+        assert result == ([] if HOOKS[hook].order == "reverse" else None if answer is None else [("p", answer)])
+
+
+def test_order_is_before_and_after_and_then_by_name(activate: Activate) -> None:
+    seen: list[str] = []
+
+    def make(name: str, **declared: Any) -> type[Plugin]:
+        return plugin(name, "on_metrics", lambda: seen.append(name.lower()), **declared)
+
+    host = activate(
+        make("D"), make("C", after=("d",)), make("B"), make("A", after=("b", "not_here")), make("E", before=("b",))
+    )
+    calls, _ = started(host)
+    calls.on_metrics(RUN, METRICS)
+    assert seen == [p.name for p in host.plugins] == ["d", "c", "e", "b", "a"]
+
+
+def test_a_cycle_is_named(activate: Activate) -> None:
+    one = plugin("One", "on_metrics", lambda: None, after=("two",))
+    two = plugin("Two", "on_metrics", lambda: None, after=("one",))
+    with pytest.raises(PluginError, match=r"contradict each other: one .*two"):
+        activate(one, two)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_ranks_decide_who_is_called_where(activate: Activate, is_main: bool) -> None:
+    host = activate(
+        plugin("Onlymain", "on_step_end", lambda: None),
+        plugin("Everywhere", "on_step_end", lambda: None, ranks="all"),
+        plugin("Collects", "collect_metrics", dict),
+        plugin("Logs", "on_metrics", lambda: None, ranks="all"),
+    )
+    calls, _ = started(host, is_main=is_main)
+    calls.on_step_end(RUN, StepEnd(1, 1, 1, False))
+    assert [name for name, _ in calls.collect_metrics(RUN, COLLECT)] == ["collects"]
+    assert (calls.on_metrics is not None) == is_main
+    assert {p.name for p in host.plugins if p.calls} == {"everywhere", "collects"} | (
+        {"onlymain"} if is_main else set()
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), SystemExit(3), KeyError()])
+def test_a_sink_that_fails_is_switched_off_and_the_others_go_on(activate: Activate, error: BaseException) -> None:
+    seen: list[str] = []
+    host = activate(
+        plugin("Bad", "on_metrics", failing(error)),
+        plugin("Good", "on_metrics", lambda: seen.append("good")),
+    )
+    calls, off = started(host)
+    kept = calls.on_metrics
+    for _ in range(3):
+        kept(RUN, METRICS)
+    assert off == ["bad"]
+    assert seen == ["good"] * 3
+    assert [p.failed for p in host.plugins] == [True, False]
+
+
+def test_a_plugin_that_is_switched_off_is_closed_all_the_same(activate: Activate) -> None:
+    closed: list[str] = []
+
+    class Bad(Plugin):
+        @hookimpl
+        def on_metrics(self, run, event):
+            raise ValueError
+
+        @hookimpl
+        def on_close(self, run, event):
+            closed.append("bad")
+
+    calls, _ = started(activate(Bad))
+    calls.on_metrics(RUN, METRICS)
+    assert calls.on_metrics is None
+    calls.on_close(RUN, Close(True))
+    calls.on_close(RUN, Close(True))
+    assert closed == ["bad"]
+
+
+def test_abort_names_plugin_file_hook_and_step(activate: Activate) -> None:
+    cause = ValueError("boom")
+    calls, off = started(activate(plugin("Bad", "on_metrics", failing(cause), on_error="abort")))
+    with pytest.raises(PluginError, match=r"plugin bad .*failed in on_metrics at step 7: ValueError: boom") as caught:
+        calls.on_metrics(RUN, METRICS)
+    assert caught.value.__cause__ is cause
+    assert off == []
+
+
+def test_the_default_policy_follows_the_ranks(activate: Activate) -> None:
+    calls, _ = started(activate(plugin("Bad", "on_step_end", failing(ValueError()), ranks="all")))
+    with pytest.raises(PluginError):
+        calls.on_step_end(RUN, StepEnd(1, 1, 1, False))
+
+
+def test_strict_ends_the_run_for_any_failure(activate: Activate) -> None:
+    calls, _ = started(activate(plugin("Bad", "on_metrics", failing(ValueError())), strict=True))
+    with pytest.raises(PluginError):
+        calls.on_metrics(RUN, METRICS)
+
+
+def test_an_error_that_is_a_sentence_already_keeps_its_class(activate: Activate) -> None:
+    calls, _ = started(activate(plugin("Bad", "on_metrics", failing(CheckpointError("full disk")), on_error="abort")))
+    with pytest.raises(CheckpointError, match="full disk"):
+        calls.on_metrics(RUN, METRICS)
+
+
+def test_control_c_is_nobodys_failure(activate: Activate) -> None:
+    calls, off = started(activate(plugin("Any", "on_metrics", failing(KeyboardInterrupt()))))
+    with pytest.raises(KeyboardInterrupt):
+        calls.on_metrics(RUN, METRICS)
+    assert off == []
+
+
+@pytest.mark.parametrize(
+    ("hook", "garbage"),
+    [
+        ("on_metrics", 3),
+        ("collect_metrics", None),
+        ("collect_metrics", {"a": 1.0}),
+        ("collect_metrics", {1: Metric(1.0)}),
+        ("collect_metrics", [("a", Metric(1.0))]),
+        ("evaluate", "text"),
+        ("check_runtime", None),
+        ("check_runtime", ["text"]),
+        ("check_runtime", Finding("info", "c", "m")),
+    ],
+)
+def test_garbage_is_a_failure_of_the_plugin(activate: Activate, hook: str, garbage: object) -> None:
+    calls, _ = started(activate(plugin("Bad", hook, lambda: garbage, on_error="abort")))
+    with pytest.raises(PluginError, match=rf"plugin bad .*{hook} returned .*expected"):
+        call(calls, hook, COLLECT)
+
+
+def test_with_several_processes_nobody_drops_out_of_a_hook_of_all(activate: Activate) -> None:
+    calls, _ = started(activate(plugin("Bad", "collect_metrics", failing(ValueError()))), world_size=2)
+    with pytest.raises(PluginError):
+        calls.collect_metrics(RUN, COLLECT)
+
+
+def test_with_several_processes_a_failed_plugin_stays_in_hooks_of_all_until_the_vote(activate: Activate) -> None:
+    class Bad(Plugin):
+        @hookimpl
+        def on_metrics(self, run, event):
+            raise ValueError
+
+        @hookimpl
+        def on_step_end(self, run, event):
+            pass
+
+        @hookimpl
+        def collect_metrics(self, run, event):
+            return {"bad": Metric(1.0)}
+
+    calls, off = started(activate(Bad), world_size=2)
+    calls.on_metrics(RUN, METRICS)
+    assert off == ["bad"]
+    assert calls.on_metrics is calls.on_step_end is None
+    assert [name for name, _ in calls.collect_metrics(RUN, COLLECT)] == ["bad"]
+    calls.disable("bad")
+    assert calls.collect_metrics is None
+
+
+def test_the_end_reaches_everybody_in_reverse_and_collects_what_fails(activate: Activate) -> None:
+    for hook, event in (("on_run_error", RunError(ValueError("x"), 3)), ("on_close", Close(False))):
+        seen: list[str] = []
+        host = activate(
+            plugin("A", hook, lambda seen=seen: seen.append("a"), on_error="abort"),
+            plugin("B", hook, failing(ValueError("boom")), on_error="abort"),
+            plugin("C", hook, lambda seen=seen: seen.append("c")),
+        )
+        calls, _ = started(host)
+        failures = getattr(calls, hook)(RUN, event)
+        assert seen == ["c", "a"]
+        assert [type(failure) for failure in failures] == [PluginError]
+        assert re.search(rf"plugin b .*failed in {hook}", str(failures[0]))
+
+
+def test_a_failure_inside_another_hook_of_the_same_plugin_skips_nobody(activate: Activate) -> None:
+    seen: list[str] = []
+    holder: list[Calls] = []
+
+    class A(Plugin):
+        @hookimpl
+        def on_step_end(self, run, event):
+            holder[0].on_metrics(RUN, METRICS)
+
+        @hookimpl
+        def on_metrics(self, run, event):
+            raise ValueError
+
+    later = plugin("B", "on_step_end", lambda: seen.append("b"))
+    calls, off = started(activate(A, later))
+    holder.append(calls)
+    for _ in range(2):
+        calls.on_step_end(RUN, StepEnd(1, 1, 1, False))
+    assert seen == ["b", "b"]
+    assert off == ["a"]
+
+
+def test_time_is_charged_to_who_spends_it(activate: Activate) -> None:
+    import time
+
+    host = activate(plugin("Slow", "on_metrics", lambda: time.sleep(0.02)), plugin("Fast", "on_metrics", lambda: None))
+    calls, _ = started(host)
+    calls.on_metrics(RUN, METRICS)
+    seconds = {p.name: p.seconds for p in host.plugins}
+    assert seconds["slow"] >= 0.02
+    assert seconds["fast"] < 0.01
+    assert [p.calls for p in host.plugins] == [1, 1]
+
+
+def test_a_wrapper_goes_around_every_implementation(activate: Activate) -> None:
+    def wrap(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*arguments: Any) -> Any:
+            implementation(*arguments)
+            raise RuntimeError("left something behind")
+
+        return guarded
+
+    calls, off = started(activate(plugin("P", "on_metrics", lambda: None)), wrap=wrap)
+    calls.on_metrics(RUN, METRICS)
+    assert off == ["p"]
+
+
+@pytest.mark.parametrize("listeners", [1, 10])
+def test_a_call_costs_less_than_pluggys(activate: Activate, listeners: int) -> None:
+    host = activate(*(plugin(f"P{index}", "on_metrics", lambda: None) for index in range(listeners)))
+    calls, _ = started(host)
+    relay = host._manager.hook.on_metrics
+    gc.disable()
+    try:
+        ours = min(timeit.repeat(lambda: calls.on_metrics(RUN, METRICS), number=2000, repeat=7))
+        pluggys = min(timeit.repeat(lambda: relay(run=RUN, event=METRICS), number=2000, repeat=7))
+    finally:
+        gc.enable()
+    assert ours < pluggys

@@ -1,0 +1,259 @@
+"""All mistakes of a plugin at once, each in the author's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import attrs
+import pytest
+from attrs import define, frozen
+
+from gpt_simple import Plugin, hookimpl
+from gpt_simple.config.types import fields_of
+from gpt_simple.errors import PluginError
+from gpt_simple.hooks.lint import hooks_of, lint
+
+
+class Good(Plugin):
+    """Keeps every rule, also with an inherited hook, a helper and a hook of a newer version."""
+
+    @hookimpl
+    def on_metrics(self, run, event):
+        self.helper()
+
+    @classmethod
+    @hookimpl
+    def register_components(cls, registry):
+        pass
+
+    @hookimpl(optionalhook=True)
+    def on_something_of_the_future(self, run, event):
+        pass
+
+    def helper(self):
+        pass
+
+
+class Better(Good):
+    @hookimpl
+    def on_close(self, run, event):
+        pass
+
+
+def test_a_good_plugin_has_no_mistakes() -> None:
+    assert lint(Good) == lint(Better) == []
+    assert hooks_of(Better) == ["register_components", "on_metrics", "on_close"]
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    class Bad(Plugin):
+        ranks = "some"
+
+        @hookimpl
+        def on_metrcs(self, run, event):
+            pass
+
+        def on_log(self, run, event):
+            pass
+
+        @hookimpl
+        async def on_step_end(self, run, event=None):
+            pass
+
+    mistakes = "\n".join(lint(Bad))
+    for part in (
+        "no hook on_metrcs; did you mean on_metrics?",
+        "on_log is the name of a hook but is not marked",
+        "on_step_end is async",
+        "on_step_end must take exactly (self, run, event)",
+        "ranks is 'some'",
+    ):
+        assert part in mistakes
+
+
+def hook_with(signature: str) -> type[Plugin]:
+    space: dict[str, object] = {"Plugin": Plugin, "hookimpl": hookimpl}
+    source = f"class P(Plugin):\n    @hookimpl\n    def on_metrics({signature}):\n        pass\n"
+    exec(source, space)
+    return space["P"]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [
+        "self",
+        "self, event",
+        "self, event, run",
+        "self, run, event, extra",
+        "self, run, event=None",
+        "self, run, *, event",
+        "self, run, event, *rest",
+        "self, run, event, **rest",
+        "self, *arguments",
+        "self, run, event, /",
+    ],
+)
+def test_a_hook_takes_exactly_run_and_event(signature: str) -> None:
+    assert len(lint(hook_with(signature))) == 1
+
+
+@pytest.mark.parametrize("option", ["wrapper", "hookwrapper", "tryfirst", "trylast"])
+def test_order_is_no_matter_of_a_single_hook(option: str) -> None:
+    class P(Plugin):
+        @hookimpl(**{option: True})
+        def on_metrics(self, run, event):
+            pass
+
+    assert [option in mistake for mistake in lint(P)] == [True]
+
+
+def test_a_hook_under_another_name_is_refused() -> None:
+    class P(Plugin):
+        @hookimpl(specname="on_metrics")
+        def on_step_end(self, run, event):
+            pass
+
+    assert "specname" in lint(P)[0]
+
+
+def test_a_generator_would_never_run() -> None:
+    class P(Plugin):
+        @hookimpl
+        def on_metrics(self, run, event):
+            yield
+
+    assert "yield" in lint(P)[0]
+
+
+def test_components_are_registered_by_the_class() -> None:
+    class OnInstance(Plugin):
+        @hookimpl
+        def register_components(self, registry):
+            pass
+
+    class WrongWayRound(Plugin):
+        @hookimpl
+        @classmethod
+        def register_components(cls, registry):
+            pass
+
+    class OtherOnClass(Plugin):
+        @classmethod
+        @hookimpl
+        def on_metrics(cls, run, event):
+            pass
+
+    assert "write @classmethod above @hookimpl" in lint(OnInstance)[0]
+    assert "above @hookimpl, not below" in lint(WrongWayRound)[0]
+    assert "ordinary method" in lint(OtherOnClass)[0]
+
+
+def test_plain_methods_are_no_hooks() -> None:
+    class P(Plugin):
+        @hookimpl
+        def state_dict(self):
+            return {}
+
+    assert "remove @hookimpl" in lint(P)[0]
+
+
+@pytest.mark.parametrize(("thing", "part"), [(Good(None), "not an instance"), (print, "found a"), (dict, "subclass")])
+def test_an_entry_point_names_a_plugin_class(thing: object, part: str) -> None:
+    assert part in lint(thing)[0]
+
+
+def test_a_generated_eq_is_refused() -> None:
+    @define
+    class P(Plugin):
+        config: object
+
+    @define(eq=False)
+    class Q(Plugin):
+        config: object
+
+    assert "eq=False" in lint(P)[0]
+    assert lint(Q) == []
+
+
+def test_the_constructor_takes_the_configuration() -> None:
+    class P(Plugin):
+        def __init__(self) -> None:
+            pass
+
+    assert lint(P) == ["__init__ must take exactly (self, config)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("on_error", "ignore"),
+        ("before", "metrics"),
+        ("after", ["metrics"]),
+        ("aliases", (1,)),
+        ("state_version", 0),
+        ("state_version", "1"),
+    ],
+)
+def test_declarations_have_their_types(name: str, value: object) -> None:
+    mistakes = lint(type("P", (Plugin,), {name: value}))
+    assert len(mistakes) == 1
+    assert mistakes[0].startswith(name)
+
+
+def config_of(**fields: object) -> type[Plugin]:
+    return type("P", (Plugin,), {"Config": attrs.make_class("Config", fields, frozen=True)})
+
+
+def test_configuration_is_frozen_attrs_with_defaults() -> None:
+    class Bare:
+        path: str = "x"
+
+    @define
+    class Mutable:
+        path: str = "x"
+
+    @frozen
+    class NoDefault:
+        path: str
+        size: int
+
+    @frozen
+    class Forgotten:
+        path = "x"
+
+    parts = {
+        Bare: ["frozen attrs class"],
+        Mutable: ["can be changed"],
+        NoDefault: ["Config.path has no default", "Config.size has no default"],
+        Forgotten: ["Config.path has no type annotation"],
+    }
+    for config, expected in parts.items():
+        mistakes = lint(type("P", (Plugin,), {"Config": config}))
+        assert len(mistakes) == len(expected)
+        assert all(part in mistake for part, mistake in zip(expected, mistakes, strict=True))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [bool, int, float, str, str | None, tuple[int, ...], Mapping[str, float], Literal["a"], str | tuple[str, ...]],
+)
+def test_supported_types(kind: object) -> None:
+    plugin = config_of(value=attrs.field(default=None, type=kind))
+    assert lint(plugin) == []
+    assert fields_of(plugin.Config)
+
+
+@pytest.mark.parametrize(
+    "kind", [list[int], set[str], bytes, object, tuple[int, int], Mapping[int, str], list, complex, str | bytes]
+)
+def test_what_a_configuration_file_cannot_hold(kind: object) -> None:
+    plugin = config_of(value=attrs.field(default=None, type=kind), other=attrs.field(default=None, type=list))
+    assert ["Config.value" in mistake for mistake in lint(plugin)] == [True, False]
+    with pytest.raises(PluginError):
+        fields_of(plugin.Config)
+
+
+def test_an_annotation_that_does_not_exist() -> None:
+    plugin = config_of(value=attrs.field(default=None, type="Nonsense"))
+    assert "cannot be read" in lint(plugin)[0]

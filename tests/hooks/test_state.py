@@ -1,0 +1,152 @@
+"""State of plugins: what comes back is what was saved, and what has no owner is not lost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt_simple import Config, Plugin
+from gpt_simple.errors import CheckpointError, PluginError
+from gpt_simple.hooks.host import PluginHost
+from gpt_simple.hooks.state import pack, unpack
+
+Activate = Callable[..., PluginHost]
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text().filter(lambda key: "$" not in key), inner),
+    max_leaves=20,
+)
+
+
+@given(VALUES)
+def test_json_values_come_back_as_they_were(value: Any) -> None:
+    document = json.loads(json.dumps(pack(value, "p", {}), allow_nan=False))
+    assert unpack(document, {}) == value
+
+
+def test_tensors_and_odd_floats_come_back_at_any_depth() -> None:
+    state = {"a": [torch.arange(3), {"b": torch.zeros(2)}], "nan": math.nan, "low": -math.inf}
+    tensors: dict[str, torch.Tensor] = {}
+    document = json.loads(json.dumps(pack(state, "p", tensors), allow_nan=False))
+    assert sorted(tensors) == ["p/a/0", "p/a/1/b"]
+    back = unpack(document, tensors)
+    assert torch.equal(back["a"][0], torch.arange(3))
+    assert torch.equal(back["a"][1]["b"], torch.zeros(2))
+    assert math.isnan(back["nan"])
+    assert back["low"] == -math.inf
+
+
+@pytest.mark.parametrize("value", [{1: 2}, {"a": {1, 2}}, object(), {"$tensor": "x"}, b"bytes"])
+def test_what_cannot_be_kept_is_refused_by_its_path(value: object) -> None:
+    with pytest.raises(PluginError, match="the state's p"):
+        pack(value, "p", {})
+
+
+class Counter(Plugin):
+    """Counts and keeps a tensor; remembers what it was given."""
+
+    ranks = "all"
+    state_version = 2
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.state: dict[str, Any] = {"count": 3, "ema": torch.ones(2)}
+        self.loaded: tuple[Any, int] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: Any, version: int) -> None:
+        self.loaded = dict(state), version
+
+
+def ready(host: PluginHost) -> PluginHost:
+    host.instantiate(Config())
+    host.calls(True, lambda *failure: None)
+    return host
+
+
+def named(name: str, base: type[Plugin] = Counter, **declared: Any) -> type[Plugin]:
+    return type(name, (base,), declared)
+
+
+def test_state_finds_its_way_back_with_its_version(activate: Activate) -> None:
+    records, tensors = ready(activate(Counter)).state()
+    host = ready(activate(Counter))
+    host.load_state(json.loads(json.dumps(records)), tensors)
+    state, version = host.plugins[0].instance.loaded
+    assert (state["count"], version) == (3, 2)
+    assert torch.equal(state["ema"], torch.ones(2))
+
+
+def test_a_plugin_without_state_leaves_no_record(activate: Activate) -> None:
+    assert ready(activate(named("Empty", Plugin))).state() == ({}, {})
+
+
+def test_state_of_a_missing_plugin_is_carried_to_the_next_checkpoint(activate: Activate) -> None:
+    records, tensors = ready(activate(Counter)).state()
+    without = ready(activate())
+    without.load_state(records, tensors)
+    later_records, later_tensors = without.state()
+    assert later_records == records
+    assert later_tensors.keys() == tensors.keys()
+
+
+def test_state_that_is_required_is_not_dropped_in_silence(activate: Activate) -> None:
+    records, tensors = ready(activate(named("Vital", state_required=True))).state()
+    records["vital"] |= {"distribution": "acme-vital", "distribution_version": "1.2"}
+    with pytest.raises(CheckpointError, match=r"'vital'.*-p vital.*pip install acme-vital==1.2"):
+        ready(activate()).load_state(records, tensors)
+
+
+def test_a_renamed_plugin_finds_its_state(activate: Activate) -> None:
+    records, tensors = ready(activate(Counter)).state()
+    host = ready(activate(named("Renamed", aliases=("counter",))))
+    host.load_state(records, tensors)
+    assert host.plugins[0].instance.loaded[0]["count"] == 3
+    assert host.state()[0].keys() == {"renamed"}
+
+
+def test_on_other_processes_only_plugins_of_all_ranks_are_restored(activate: Activate) -> None:
+    host = ready(activate(Counter, named("Mine", ranks="main")))
+    records, tensors = host.state()
+    host.load_state(records, tensors, is_main=False)
+    assert {plugin.name: plugin.instance.loaded is not None for plugin in host.plugins} == {
+        "counter": True,
+        "mine": False,
+    }
+
+
+def test_a_checkpoint_is_not_lost_to_a_logger_that_cannot_save(activate: Activate) -> None:
+    class Bad(Plugin):
+        def state_dict(self) -> dict[str, Any]:
+            raise ValueError
+
+    class Odd(Plugin):
+        def state_dict(self) -> dict[str, Any]:
+            return {"a": object()}
+
+    host = ready(activate(Bad, Odd, Counter))
+    assert host.state()[0].keys() == {"counter"}
+    assert [plugin.failed for plugin in host.plugins] == [True, False, True]
+
+
+def test_state_that_cannot_be_taken_back_ends_the_run(activate: Activate) -> None:
+    class Bad(Plugin):
+        def state_dict(self) -> dict[str, Any]:
+            return {"a": 1}
+
+        def load_state_dict(self, state: Any, version: int) -> None:
+            raise KeyError("b")
+
+    host = ready(activate(Bad))
+    with pytest.raises(PluginError, match=r"plugin bad .*failed in load_state_dict: KeyError"):
+        host.load_state(*host.state())
