@@ -95,7 +95,7 @@ def test_mistakes_inside_a_curriculum_have_their_own_lines(bench):
     text = "[[data.curriculum]]\nmix = {a = 1}\n\n"
     text += "[[data.curriculum]]\nduration_tokens = 5\n[data.curriculum.mix]\nb = 'x'\n"
     assert bench.mistakes(text) == [
-        "config.toml:1: data.curriculum[0].duration_tokens: missing: this key has no default",
+        "config.toml:1: data.curriculum[0].duration_tokens: this key must be given; expected an integer >= 1",
         'config.toml:7: data.curriculum[1].mix.b: expected a number, got "x"',
     ]
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import attrs
 from cattrs import (
+    AttributeValidationNote,
     BaseValidationError,
     ClassValidationError,
     Converter,
@@ -21,7 +22,6 @@ from cattrs import (
     IterableValidationError,
     IterableValidationNote,
 )
-from cattrs.gen import make_dict_structure_fn, override
 
 from gpt_simple.config.mistakes import closest, show
 from gpt_simple.config.origin import join
@@ -33,11 +33,15 @@ _LARGEST = 2**63 - 1
 
 
 class Mismatch(ValueError):
-    """A value that is not what its field wants."""
+    """A value that is not what its field wants; ``value`` is that value."""
 
     def __init__(self, type_: Any, value: Any, expected: str | None = None) -> None:
-        self.type, self.value = type_, value
+        self.value = value
         super().__init__(f"expected {expected or describe(type_)}, got {show(value)}{_hint(type_, value)}")
+
+
+class MissingKey(ValueError):
+    """A key without a default that was not given."""
 
 
 class UnknownKey(ValueError):
@@ -47,7 +51,7 @@ class UnknownKey(ValueError):
 @cache
 def converter() -> Converter:
     """The converter of the closed set of types."""
-    strict = Converter(forbid_extra_keys=True)
+    strict = Converter()
     for type_, hook in ((bool, _bool), (int, _int), (float, _float), (str, _str), (NoneType, _null)):
         strict.register_structure_hook(type_, hook)
     strict.register_structure_hook_factory(attrs.has, _table_hook)
@@ -65,16 +69,15 @@ def _has_origin(origin: Any) -> Callable[[Any], bool]:
 
 def errors_of(error: BaseException, path: str) -> Iterator[tuple[str, Exception]]:
     """Every single error in what the converter raised, with the dotted path of the value that it is about."""
-    if isinstance(error, ClassValidationError | IterableValidationError):
-        with_notes, others = error.group_exceptions()
-        for inner, note in with_notes:
-            key = note.index if isinstance(note, IterableValidationNote) else note.name
-            if isinstance(inner, KeyError):
-                yield join(path, key), ValueError("missing: this key has no default")
-            else:
-                yield from errors_of(inner, join(path, key))
+    if isinstance(error, ClassValidationError):
+        with_names, others = error.group_exceptions()
+        for inner, attribute in with_names:
+            yield from errors_of(inner, join(path, attribute.name))
         for inner in others:
             yield from errors_of(inner, path)
+    elif isinstance(error, IterableValidationError):
+        for inner, item in error.group_exceptions()[0]:
+            yield from errors_of(inner, join(path, item.index))
     elif isinstance(error, ForbiddenExtraKeysError):
         for key in sorted(error.extra_fields):
             yield join(path, key), UnknownKey("unknown key")
@@ -120,15 +123,26 @@ def _null(value: Any, _: Any) -> None:
 
 
 def _table_hook(cls: Any) -> Hook:
-    strict = converter()
-    keys = {spec.name for spec in fields_of(cls)}
-    omitted: Any = {a.name: override(omit=True) for a in attrs.fields(cls) if a.name not in keys}
-    structure = make_dict_structure_fn(cls, strict, _cattrs_forbid_extra_keys=True, **omitted)
+    specs = {spec.name: (spec, converter().get_structure_hook(spec.annotation)) for spec in fields_of(cls)}
 
-    def table(value: Any, type_: Any) -> Any:
+    def table(value: Any, _: Any) -> Any:
         if not isinstance(value, Mapping):
             raise Mismatch(cls, value)
-        return structure(value, type_)
+        values: dict[str, Any] = {}
+        errors: list[Exception] = []
+        for name, (spec, structure) in specs.items():
+            try:
+                if name in value:
+                    values[name] = structure(value[name], spec.annotation)
+                elif spec.default is attrs.NOTHING:
+                    raise MissingKey(f"this key must be given; expected {spec.expected}")
+            except (Mismatch, MissingKey, BaseValidationError) as error:
+                errors.append(_at(error, AttributeValidationNote(f"at {name}", name, spec.type)))
+        if unknown := {str(key) for key in value if key not in specs}:
+            errors.append(ForbiddenExtraKeysError(None, cls, unknown))
+        if errors:
+            raise ClassValidationError(cls.__name__, errors, cls)
+        return cls(**values)
 
     return table
 
@@ -166,11 +180,16 @@ def _each(pairs: Any, item: Hook, item_type: Any, type_: Any) -> list[tuple[Any,
         try:
             results.append((key, item(value, item_type)))
         except (Mismatch, BaseValidationError) as error:
-            error.__notes__ = [IterableValidationNote(f"at {key}", key, item_type)]
-            errors.append(error)
+            errors.append(_at(error, IterableValidationNote(f"at {key}", key, item_type)))
     if errors:
         raise IterableValidationError("items", errors, type_)
     return results
+
+
+def _at(error: Exception, note: str) -> Exception:
+    """The error with the note by which cattrs tells where it happened."""
+    error.__notes__ = [note]
+    return error
 
 
 def _literal_hook(type_: Any) -> Hook:

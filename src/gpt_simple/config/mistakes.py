@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -61,7 +60,14 @@ def show(value: Any) -> str:
 
 
 def closest(word: str, words: Iterable[str]) -> str | None:
-    """The word that was probably meant."""
+    """The word that was probably meant: spelt alike, a part of it, or its initials (lr, batch_size)."""
+    import difflib
+
+    word = word.lower()
     by_lower = {candidate.lower(): candidate for candidate in words}
-    match = difflib.get_close_matches(word.lower(), by_lower, 1, cutoff=0.6)
-    return by_lower[match[0]] if match else None
+    if match := difflib.get_close_matches(word, by_lower, 1, cutoff=0.65):
+        return by_lower[match[0]]
+    for lower, candidate in by_lower.items():
+        if (len(word) > 3 and word in lower) or word == "".join(part[:1] for part in lower.split("_")):
+            return candidate
+    return None

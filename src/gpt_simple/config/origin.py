@@ -53,6 +53,15 @@ class Origins:
             return origin.where
         return path if origin.kind == "default" else f"{origin.where} ({path})"
 
+    def chain(self, path: str) -> list[str]:
+        """The places that set this value, the strongest first: ``["--training.seed", "config.toml:4"]``."""
+        origin: Origin | None = self.of(path)
+        places = []
+        while origin is not None:
+            places.append(origin.where)
+            origin = origin.overrides
+        return places
+
     def is_default(self, path: str) -> bool:
         """Nobody set this value."""
         return path not in self.by_path

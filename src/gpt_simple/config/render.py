@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from gpt_simple.config.origin import Origin, Origins, join
+from gpt_simple.config.origin import Origins, join
 from gpt_simple.config.schema import Config
 from gpt_simple.config.structure import SECTIONS, SWITCHES
 from gpt_simple.config.types import FieldSpec, fields_of
@@ -39,7 +39,7 @@ def to_toml(config: Config, *, comments: bool = True, origins: Origins | None = 
             if comments and entry.help:
                 lines.append(f"# {entry.help}")
             if origins is not None:
-                text = f"{text:<{width}}  # {origin_text(origins, join(table.path, entry.key))}"
+                text = f"{text:<{width}}  # {', overrides '.join(origins.chain(join(table.path, entry.key)))}"
             lines.append(text)
     return "\n".join(lines[1:]) + "\n"
 
@@ -79,16 +79,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     return value
-
-
-def origin_text(origins: Origins, path: str) -> str:
-    """``--training.seed, overrides config.toml:4``."""
-    origin: Origin | None = origins.of(path)
-    places = []
-    while origin is not None:
-        places.append(origin.where)
-        origin = origin.overrides
-    return ", overrides ".join(places)
 
 
 def summary(cls: type) -> str:

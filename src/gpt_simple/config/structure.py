@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from gpt_simple._names import PROGRAM
 from gpt_simple.config.convert import Mismatch, UnknownKey, converter, errors_of
 from gpt_simple.config.cross_checks import conflicts
 from gpt_simple.config.load import RawConfig
@@ -28,6 +29,7 @@ SECTIONS: Mapping[str, type] = {
     "optimizer": OptimizerConfig,
     "training": TrainingConfig,
 }
+_MANY_KEYS = 8
 SWITCHES = tuple(spec.name for spec in fields_of(PluginsConfig))
 
 
@@ -143,7 +145,11 @@ class _Structuring:
             return f"unknown key; did you mean {table}.{meant}?"
         if table == "plugins":
             return f"expected a table [{path}] or one of {', '.join(SWITCHES)}"
-        return f"unknown key; expected one of {', '.join(here)}" if here else "unknown key; nothing can be set here"
+        if not here:
+            return "unknown key; nothing can be set here"
+        if len(here) > _MANY_KEYS:
+            return f"unknown key; all keys are in `{PROGRAM} run --help`"
+        return f"unknown key; expected one of {', '.join(here)}"
 
     def _specs(self, table: str) -> tuple[FieldSpec, ...]:
         return next((specs for name, specs in self._tables() if name == table), ())

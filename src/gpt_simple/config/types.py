@@ -35,9 +35,13 @@ _SUPPORTED = (
 
 @frozen
 class FieldSpec:
-    """A field as its section declares it. ``default`` is ``attrs.NOTHING`` if the field must be given."""
+    """A field as its section declares it.
+
+    ``type`` is the ``annotation`` without help and bounds; ``default`` is ``attrs.NOTHING`` if the field must be given.
+    """
 
     name: str
+    annotation: Any
     type: Any
     bounds: tuple[Bound, ...]
     doc: str
@@ -60,7 +64,7 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
     hints = get_type_hints(cls, include_extras=True)
     specs = []
     for attribute in attrs.fields(cls):
-        if not attribute.metadata.get("is_key", True):
+        if not (attribute.init and attribute.metadata.get("is_key", True)):
             continue
         bare, bounds, doc = unwrap(hints[attribute.name])
         if (unknown := _outside(bare)) is not None:
@@ -71,7 +75,7 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
         default = attribute.default
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = default.factory()
-        specs.append(FieldSpec(attribute.name, bare, bounds, doc, default))
+        specs.append(FieldSpec(attribute.name, hints[attribute.name], bare, bounds, doc, default))
     return tuple(specs)
 
 

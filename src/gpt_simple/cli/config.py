@@ -1,0 +1,91 @@
+"""``gpt-simple config``: what a run would really use, where each value comes from, and a schema for editors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from gpt_simple.cli.fields import ConfiguredCommand
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=_SETTINGS)
+def config() -> None:
+    """Show the configuration, and a schema for editors."""
+
+
+@config.command("show", cls=ConfiguredCommand)
+@click.argument("path", metavar="[CONFIG]", required=False)
+@click.option("-c", "--config", "option", metavar="FILE", help="The same as CONFIG.")
+@click.option("--origin", is_flag=True, help="Say where each value comes from, and what it overrode.")
+@click.option("--json", "as_json", is_flag=True, help="JSON.")
+@click.option("--toml", "as_toml", is_flag=True, help="TOML; the default.")
+@click.pass_obj
+def show(
+    overrides: list[tuple[str, str]],
+    path: str | None,
+    option: str | None,
+    origin: bool,
+    as_json: bool,
+    as_toml: bool,
+) -> None:
+    """Print every value that a run of CONFIG would use."""
+    from gpt_simple.assembly import assemble
+    from gpt_simple.config.render import to_json, to_toml
+
+    if path and option and path != option:
+        raise click.UsageError(f"two configurations were given: {path} and --config {option}")
+    if as_json and as_toml:
+        raise click.UsageError("choose one of --json and --toml")
+    assembly = assemble(path or option, overrides=overrides)
+    for note in assembly.notes:
+        click.echo(f"note: {note}", err=True)
+    if not as_json:
+        click.echo(to_toml(assembly.config, comments=False, origins=assembly.origins if origin else None), nl=False)
+    elif not origin:
+        click.echo(to_json(assembly.config), nl=False)
+    else:
+        click.echo(json.dumps(_with_origins(assembly), indent=2, ensure_ascii=False))
+
+
+@config.command("schema")
+@click.option("-c", "--config", "path", metavar="FILE", help="Include the plugins and components of FILE.")
+def schema(path: str | None) -> None:
+    """Print a JSON Schema (draft-07) of the configuration.
+
+    Save it and name it in the first line of a configuration: `#:schema schema.json` in TOML,
+    `# yaml-language-server: $schema=schema.json` in YAML.
+    """
+    from gpt_simple.assembly import assemble
+    from gpt_simple.cli.fields import builtin_configs
+    from gpt_simple.config.json_schema import json_schema
+    from gpt_simple.config.structure import SECTIONS
+
+    plugins, sections = builtin_configs(), dict(SECTIONS)
+    if path is not None:
+        assembly = assemble(path)
+        plugins |= assembly.host.config_classes()
+        plugins |= {plugin.name: plugin.cls.Config for plugin in assembly.host.plugins}
+        sections = {name: type(getattr(assembly.config, name)) for name in SECTIONS}
+    click.echo(json.dumps(json_schema(plugins, sections=sections), indent=2, ensure_ascii=False))
+
+
+def _with_origins(assembly: Any) -> dict[str, Any]:
+    """Dotted key -> value and the places that set it, strongest first."""
+    from gpt_simple.config.render import plain
+    from gpt_simple.config.structure import SWITCHES
+
+    found: dict[str, Any] = {}
+    for section, values in plain(assembly.config).items():
+        for key, value in values.items():
+            if section == "plugins" and key not in SWITCHES:
+                found |= {f"plugins.{key}.{inner}": item for inner, item in value.items()}
+            else:
+                found[f"{section}.{key}"] = value
+    return {
+        path: {"value": value, "kind": assembly.origins.of(path).kind, "places": assembly.origins.chain(path)}
+        for path, value in found.items()
+    }
