@@ -55,9 +55,9 @@ class Manifest:
     files: Mapping[str, FileEntry]
 
     def to_json(self) -> str:
-        """The text of the file, with its own digest."""
+        """The text of the file, with its own digest and without a last newline, whose loss nobody could notice."""
         body = {"format": FORMAT, **asdict(self)}
-        return json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n"
+        return json.dumps({**body, "sha256": _digest(body)}, indent=1)
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -93,9 +93,7 @@ def check_file(path: Path, entry: FileEntry, *, full: bool) -> None:
         if size != entry.size:
             raise _damaged(path, f"it has {size:,} bytes and the manifest says {entry.size:,}")
         if full and sha256_of(path) != entry.sha256:
-            raise _damaged(
-                path, "its SHA-256 is not the manifest's (flipped bits, or a file of another checkpoint)"
-            )
+            raise _damaged(path, "its SHA-256 is not the manifest's (flipped bits, or a file of another checkpoint)")
     except FileNotFoundError:
         raise _damaged(path, "the file is missing") from None
     except OSError as error:

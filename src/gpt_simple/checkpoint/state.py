@@ -43,9 +43,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def flatten_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state by parameter name: tensors ``exp_avg.blocks.0.attn.wq.weight``, the rest as JSON.
 
     The options of the parameter groups are not state: they follow from the configuration and the step.
@@ -72,9 +70,7 @@ def restore_optimizer(
 ) -> None:
     """Give an optimizer the state that ``flatten_optimizer`` took. CheckpointError lists every difference."""
     if (kind := type(optimizer).__name__) != document["optimizer"]:
-        raise CheckpointError(
-            f"the checkpoint has the state of {document['optimizer']}, this run uses {kind}"
-        )
+        raise CheckpointError(f"the checkpoint has the state of {document['optimizer']}, this run uses {kind}")
     saved = document["parameters"]
     named = _named_parameters(optimizer, model)
     differences = _compare(

@@ -7,6 +7,7 @@ successor is there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -98,9 +99,7 @@ class Store:
 
     def list(self) -> list[Checkpoint]:
         """Published checkpoints in the order they were published, oldest first. Only manifests are read."""
-        found = [
-            _listed(step, path) for step, path in self._directories().items() if (path / MANIFEST).exists()
-        ]
+        found = [_listed(step, path) for step, path in self._directories().items() if os.path.exists(path / MANIFEST)]
         return sorted(found, key=lambda checkpoint: (checkpoint.sequence, checkpoint.step))
 
     def verify(self, checkpoint: Checkpoint, *, full: bool = True) -> None:
@@ -146,9 +145,7 @@ class Store:
         except CheckpointError:
             pass
         names = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-        target = next(
-            t for n in names if not (t := path.with_name(f"{path.name.lstrip('.')}.damaged{n}")).exists()
-        )
+        target = next(t for n in names if not (t := path.with_name(f"{path.name.lstrip('.')}.damaged{n}")).exists())
         self._verified.discard(path)
         try:
             path.rename(target)
@@ -190,7 +187,7 @@ class Store:
 
         Kept are the ``keep_last_k`` published last (None: all), steps that are a multiple of
         ``keep_milestone_every``, steps in ``protect``, and always the newest two that verify with checksums.
-        Damaged ones count as nothing and are left for a person.
+        What is visibly damaged counts as nothing and is left for a person.
         """
         self.sweep()
         if keep_last_k is None:
@@ -214,10 +211,9 @@ class Store:
             pid = passing["pid"]
             if pid is not None and int(pid) != os.getpid() and _is_alive(int(pid)):
                 continue
-            if (replaced := _REPLACED.fullmatch(path.name)) and not (
-                final := _final(path, replaced)
-            ).exists():
-                path.rename(final)
+            if (replaced := _REPLACED.fullmatch(path.name)) and not (final := _final(path, replaced)).exists():
+                with contextlib.suppress(OSError):
+                    path.rename(final)
             else:
                 remove_tree(path)
 
@@ -240,6 +236,8 @@ class Store:
             raise CheckpointError(f"{self.root} cannot be read: {error.strerror}") from error
 
     def _is_sound(self, checkpoint: Checkpoint) -> bool:
+        if checkpoint.sequence == UNKNOWN_SEQUENCE:
+            return False  # without its place in the order it must push no other out
         try:
             self.verify(checkpoint, full=False)
         except CheckpointError:
@@ -258,16 +256,14 @@ class Store:
         if checkpoint.path not in self._verified:
             self.verify(checkpoint)
         if name not in Manifest.read(checkpoint.path).files:
-            raise CheckpointError(
-                f"{checkpoint.path} has no {name}: something else wrote it, or an older version"
-            )
+            raise CheckpointError(f"{checkpoint.path} has no {name}: something else wrote it, or an older version")
         return checkpoint.path / name
 
     def _not_written(self, step: int, error: Exception, needed: int) -> CheckpointError:
         why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         message = f"the checkpoint of step {step} was not written to {self.root}: {why}"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(self.root).free
+            free = shutil.disk_usage(next(path for path in (self.root, *self.root.parents) if path.exists())).free
             message += f"; it needs {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free there"
         return CheckpointError(f"{message}; earlier checkpoints are untouched")
 
