@@ -1,0 +1,174 @@
+"""One owner: a second launch is refused and changes nothing, and the dead block nobody."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from attrs import asdict, evolve
+
+from gpt_simple.errors import CheckpointError
+from gpt_simple.run_dir import lock as lock_module
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.lock import Owner, RunLock, owner_of
+
+from .test_layout import snapshot
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+@pytest.fixture
+def holder(run_dir: RunDir) -> Iterator[int]:
+    """Another process that owns the directory."""
+    child = in_child(lambda: RunLock(run_dir).acquire())
+    yield child
+    kill(child)
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """A forked process that has done ``work`` and waits to be killed; its pid."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os.write(writer, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read(1) == b"x"
+    return child
+
+
+def kill(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def leave_behind(run_dir: RunDir, owner: Owner) -> None:
+    """The lock file of an owner that died."""
+    run_dir.lock.write_text(json.dumps(asdict(owner)))
+
+
+def test_a_second_launch_is_refused_by_name_and_changes_nothing(run_dir: RunDir, holder: int) -> None:
+    before = snapshot(run_dir.root)
+    with pytest.raises(CheckpointError, match=rf"in use by process {holder} on .*, since \d{{4}}-") as refused:
+        RunLock(run_dir).acquire()
+    assert refused.value.exit_code == 4
+    assert snapshot(run_dir.root) == before
+
+
+def test_a_second_lock_in_the_same_process_is_refused(run_dir: RunDir) -> None:
+    with RunLock(run_dir), pytest.raises(CheckpointError, match=f"process {os.getpid()}"):
+        RunLock(run_dir).acquire()
+
+
+def test_a_killed_owner_does_not_block(run_dir: RunDir) -> None:
+    kill(in_child(lambda: RunLock(run_dir).acquire()))
+    with RunLock(run_dir):
+        owner, liveness = owner_of(run_dir)
+        assert owner is not None
+        assert (owner.pid, liveness) == (os.getpid(), "holds")
+
+
+def test_release_frees_and_may_be_repeated(run_dir: RunDir) -> None:
+    lock = RunLock(run_dir)
+    lock.acquire()
+    lock.release()
+    lock.release()
+    assert owner_of(run_dir) == (None, "gone")
+    kill(in_child(lambda: RunLock(run_dir).acquire()))
+
+
+def test_the_lock_is_released_when_the_run_raises(run_dir: RunDir) -> None:
+    with pytest.raises(ZeroDivisionError), RunLock(run_dir):
+        raise ZeroDivisionError
+    assert owner_of(run_dir) == (None, "gone")
+
+
+ME = Owner.this_process()
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        pytest.param(evolve(ME, ticks=ME.ticks + 1), id="its number was given to another process"),
+        pytest.param(evolve(ME, boot="earlier"), id="the machine was started again"),
+        pytest.param(evolve(ME, pid=999_999_999), id="dead"),
+        pytest.param(evolve(ME, pid=1, host="pod-b", ticks=1), id="another container on this machine, dead"),
+        pytest.param(evolve(ME, boot="", ticks=0), id="a system without boot ids"),
+    ],
+)
+def test_stale_owners_are_recognised(run_dir: RunDir, owner: Owner) -> None:
+    leave_behind(run_dir, owner)
+    assert owner_of(run_dir) == (owner, "gone")
+    with RunLock(run_dir):
+        pass
+
+
+def test_an_owner_on_a_machine_that_cannot_be_seen_is_respected(run_dir: RunDir) -> None:
+    leave_behind(run_dir, evolve(ME, host="node17", boot="its own"))
+    before = snapshot(run_dir.root)
+    with pytest.raises(CheckpointError, match=rf"on node17.*if it has ended, delete {run_dir.lock}"):
+        RunLock(run_dir).acquire()
+    assert snapshot(run_dir.root) == before
+    assert owner_of(run_dir)[1] == "unknown"
+    run_dir.lock.unlink()
+    RunLock(run_dir).acquire()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}', "\0\0\0\0"])
+def test_a_torn_lock_file_is_nobodys(run_dir: RunDir, content: str) -> None:
+    run_dir.lock.write_text(content)
+    with RunLock(run_dir):
+        pass
+
+
+def test_without_flock_the_process_itself_is_looked_at(
+    run_dir: RunDir, holder: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(CheckpointError, match=f"process {holder}"):
+        RunLock(run_dir).acquire()
+    leave_behind(run_dir, evolve(ME, pid=999_999_999))
+    with RunLock(run_dir):
+        pass
+
+
+def test_asking_who_owns_it_never_makes_an_owner_fail(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks holds the lock for a moment; a launch waits for that."""
+    monkeypatch.setattr(lock_module, "_PATIENCE", 5.0)
+
+    def ask_forever() -> None:
+        if os.fork() == 0:
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline:
+                owner_of(run_dir)
+            os._exit(0)
+
+    run_dir.lock.touch()
+    asker = in_child(ask_forever)
+    for _ in range(30):
+        with RunLock(run_dir):
+            pass
+    kill(asker)
+
+
+def test_a_directory_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone/\.lock cannot be opened: No such file"):
+        RunLock(RunDir(tmp_path / "gone")).acquire()
