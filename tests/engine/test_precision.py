@@ -30,7 +30,13 @@ def test_a_cpu_has_no_mixed_precision_by_default(setting: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("capability", "hip", "name"),
-    [((8, 0), None, "bf16"), ((9, 0), None, "bf16"), ((7, 5), None, "fp16"), ((7, 0), None, "fp16"), ((7, 0), "6", "bf16")],
+    [
+        ((8, 0), None, "bf16"),
+        ((9, 0), None, "bf16"),
+        ((7, 5), None, "fp16"),
+        ((7, 0), None, "fp16"),
+        ((7, 0), "6", "bf16"),
+    ],
 )
 def test_auto_asks_for_the_capability_and_not_for_emulation(
     gpu: Callable[..., None], capability: tuple[int, int], hip: str | None, name: str

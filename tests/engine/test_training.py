@@ -44,6 +44,7 @@ class DrawsRandomNumbers(Everywhere):
 
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tiny: TinyRun) -> None:
     options: dict[str, Any] = {"model__dropout": 0.1, "training__eval_steps": 3, "data__num_workers": 2}
+    options["training__logging_steps"] = 1
     whole = tiny("whole", **options)
     for stop in (2, 5):
         part = tiny("parts", plugins=[StopAfter(stop)], **options)
@@ -244,4 +245,14 @@ def test_order_of_the_boundary(tiny: TinyRun) -> None:
                 run.control.stop("enough")
 
     tiny(plugins=[Records(None)], training__eval_steps=2, training__save_steps=2)
-    assert seen == ["step 1", "step 2", "metrics", "checkpoint", "evaluation", "step 3", "step 4", "metrics", "checkpoint"]
+    assert seen == [
+        "step 1",
+        "step 2",
+        "metrics",
+        "checkpoint",
+        "evaluation",
+        "step 3",
+        "step 4",
+        "metrics",
+        "checkpoint",
+    ]

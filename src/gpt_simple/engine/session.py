@@ -221,8 +221,9 @@ def _finished(run: EngineRun, run_dir: RunDir, resume: ResumePlan) -> TrainResul
 
 def _summary(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, seconds: float) -> dict[str, Any]:
     run, newest = trainer.run, trainer.store.list()
-    command = f"gpt-simple run {run.known['config_path'] or 'CONFIG'}"
-    more = f"{command} --training.max_steps {2 * run.config.training.max_steps}  # go on from here"
+    path, steps = run.known["config_path"], run.config.training.max_steps
+    command = f"gpt-simple run {path}" if path else "train(...)"
+    more = f"{command} --training.max_steps {2 * steps}" if path else f"train(...) with training.max_steps {2 * steps}"
     host = setup.assembly.host
     return {
         "status": status,
@@ -241,7 +242,7 @@ def _summary(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, sec
         "checkpoint": str(newest[-1].path) if newest else None,
         "plugins": host.describe(),
         "plugin_seconds": {plugin.name: round(plugin.seconds, 4) for plugin in host.plugins},
-        "next": more if status == "completed" else f"{command}  # the same command goes on",
+        "next": f"{more} goes on from here" if status == "completed" else f"{command} again goes on from here",
     }
 
 

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections import deque
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -160,7 +161,7 @@ def _banner(run: Run, event: ev.RunStart) -> list[str]:
         f"device     {facts['device']} x {run.world_size}, precision {facts['precision']} ({facts['precision_why']}),"
         f" compile {facts['compile']}",
         f"model      {run.config.model.name}: {facts['parameters']:,} parameters",
-        f"data       {facts['data']}",
+        f"data       {_data(facts['data'])}",
         f"step       {training.per_device_batch_size} rows x {training.gradient_accumulation_steps} micro-batches x"
         f" {run.world_size} processes x {facts['tokens_per_step'] // rows} tokens"
         f" = {facts['tokens_per_step']:,} tokens; {event.max_steps:,} steps",
@@ -173,6 +174,14 @@ def _banner(run: Run, event: ev.RunStart) -> list[str]:
         )
     lines.append(f"start      {event.promise}")
     return lines
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    sizes = [
+        f"{data[split]['targets']:,} {word} tokens" for split, word in (("train", "training"), ("val", "validation"))
+    ]
+    buckets = f", {len(data['buckets'])} buckets" if len(data["buckets"]) > 1 else ""
+    return f"{', '.join(sizes)}{buckets}, tokenizer {data['tokenizer']} ({data['vocab_size']:,} entries)"
 
 
 def _summary(run: Run, event: ev.RunEnd) -> list[str]:

@@ -1,0 +1,55 @@
+"""The pages are run: what they show must work as it stands.
+
+The fenced blocks of a page run in order in one empty directory. ``# file: NAME`` on the first line writes the block to a
+file; ``bash`` runs in a shell; ``python`` runs in one namespace per page; ``toml`` and ``yaml`` must be configurations.
+Blocks without a language are text.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt_simple.assembly import assemble
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    namespace: dict[str, object] = {"__name__": "page"}
+    for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        _run_block(page, language, text, namespace)
+
+
+def _run_block(page: Path, language: str, text: str, namespace: dict[str, object]) -> None:
+    first, _, rest = text.partition("\n")
+    if named := re.fullmatch(r"# file: (\S+)", first):
+        path = Path(named[1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(rest, encoding="utf-8")
+    elif language == "bash":
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{page.name}:\n{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    elif language == "python":
+        exec(compile(text, str(page), "exec"), namespace)
+    elif language in ("toml", "yaml"):
+        path = Path(f"block.{language}")
+        path.write_text(text, encoding="utf-8")
+        assemble(path)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]
+    assert broken == []
