@@ -25,13 +25,11 @@ METRICS = MetricsReady(7, 700, {"train/loss": 1.0})
 COLLECT = CollectMetrics(7, 1, 1, 1, 1, 1, 1.0, 1.0, 0.0)
 
 
-def started(host: PluginHost, *, is_main: bool = True, world_size: int = 1, **options: Any) -> tuple[Calls, list[str]]:
+def started(host: PluginHost, *, is_main: bool = True, world_size: int = 1) -> tuple[Calls, list[str]]:
     """Calls of a host, and the names of plugins that were switched off."""
     off: list[str] = []
     host.instantiate(Config())
-    return host.calls(
-        is_main, lambda plugin, hook, error: off.append(plugin.name), world_size=world_size, **options
-    ), off
+    return host.calls(is_main, lambda plugin, hook, error: off.append(plugin.name), world_size=world_size), off
 
 
 def plugin(name: str, hook: str, action: Callable[[], Any], **declared: Any) -> type[Plugin]:
@@ -289,7 +287,9 @@ def test_a_wrapper_goes_around_every_implementation(activate: Activate) -> None:
 
         return guarded
 
-    calls, off = started(activate(plugin("P", "on_metrics", lambda: None)), wrap=wrap)
+    host = activate(plugin("P", "on_metrics", lambda: None))
+    host.wrap = wrap
+    calls, off = started(host)
     calls.on_metrics(RUN, METRICS)
     assert off == ["p"]
 

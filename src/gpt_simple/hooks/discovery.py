@@ -59,14 +59,12 @@ class PluginRecord:
 
 def installed(group: str = PLUGIN_GROUP) -> list[PluginRecord]:
     """All entry points of a group, sorted by name, built-in ones first, then by distribution."""
-    records = sorted(map(_record, entry_points(group=group)), key=_rank)
+    packages: dict[int, tuple[str, str]] = {}
+    records = sorted((_record(entry, packages) for entry in entry_points(group=group)), key=_rank)
     by_name: dict[str, list[PluginRecord]] = {}
     for record in records:
         by_name.setdefault(record.name, []).append(record)
-    return [
-        _judge(record, by_name[record.name]) if record.origin == "external" else record
-        for record in records
-    ]  # fmt: skip
+    return [_judge(record, by_name[record.name]) if record.origin == "external" else record for record in records]
 
 
 def commands() -> list[PluginRecord]:
@@ -102,12 +100,15 @@ def name_problem(name: str) -> str:
     return f"the name {name!r} is reserved for a key of [plugins]" if name in RESERVED else ""
 
 
-def _record(entry: EntryPoint) -> PluginRecord:
-    name = entry.dist.name if entry.dist else "unknown"
-    origin: Origin = "builtin" if _normalised(name) == DISTRIBUTION else "external"
-    return PluginRecord(
-        entry.name, entry.value, name, entry.dist.version if entry.dist else "?", origin, entry_point=entry
-    )
+def _record(entry: EntryPoint, packages: dict[int, tuple[str, str]]) -> PluginRecord:
+    dist = entry.dist
+    assert dist is not None, "entry points of installed distributions know theirs"
+    if (package := packages.get(id(dist))) is None:
+        # Each access parses the whole metadata, with its README: once per distribution is enough.
+        metadata = dist.metadata
+        package = packages[id(dist)] = metadata["Name"], metadata["Version"]
+    origin: Origin = "builtin" if _normalised(package[0]) == DISTRIBUTION else "external"
+    return PluginRecord(entry.name, entry.value, *package, origin, entry_point=entry)
 
 
 def _rank(record: PluginRecord) -> tuple[str, bool, str, str]:

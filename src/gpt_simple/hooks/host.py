@@ -49,6 +49,8 @@ class PluginHost:
     notes: tuple[str, ...] = ()
     """Sentences worth a warning, for instance a disabled plugin that could not be imported."""
     strict: bool = False
+    wrap: Callable[[Implementation], Implementation] | None = None
+    """Put around every implementation by ``calls``: a guard, whose exceptions count as the plugin's failures."""
     _manager: PluginManager = field(init=False)
     _calls: Calls | None = None
     _states: PluginStates = field(factory=PluginStates)
@@ -141,23 +143,13 @@ class PluginHost:
             findings += [f if f.place else evolve(f, place=f"plugins.{plugin.name}") for f in found]
         return findings
 
-    def calls(
-        self,
-        is_main: bool,
-        on_failure: OnFailure,
-        *,
-        world_size: int = 1,
-        wrap: Callable[[Implementation], Implementation] | None = None,
-    ) -> Calls:
-        """Compile the hooks for this process.
-
-        ``on_failure(plugin, hook, error)`` is told of each plugin that is switched off. ``wrap`` may put a
-        guard around every implementation; what it raises counts as the plugin's failure.
-        """
+    def calls(self, is_main: bool, on_failure: OnFailure, *, world_size: int = 1) -> Calls:
+        """Compile the hooks for this process. ``on_failure`` is told of each plugin that is switched off."""
         calls = Calls(Policy(on_failure, alone=world_size == 1, strict=self.strict))
+        wrap = self.wrap or (lambda implementation: implementation)
         for hook in DISPATCHED:
             here = [pair for pair in self._listeners(hook) if is_main or _runs_everywhere(hook, pair[1])]
-            calls.listen(hook, [(wrap(call), plugin) for call, plugin in here] if wrap else here)
+            calls.listen(hook, [(wrap(implementation), plugin) for implementation, plugin in here])
         self._calls = calls
         return calls
 

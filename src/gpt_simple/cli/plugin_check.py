@@ -1,0 +1,44 @@
+"""``gpt-simple plugins check``: the lint, then the contract suite on a tiny run, for people without a test runner."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+
+import click
+
+from gpt_simple._names import PROGRAM
+from gpt_simple.cli.plugin_details import find
+from gpt_simple.errors import ExitCode, PluginError
+from gpt_simple.hooks.activation import is_file
+from gpt_simple.hooks.discovery import installed, usable
+
+
+def check_plugins(name: str | None, *, smoke: bool) -> int:
+    """Print one line for each plugin, and one for each mistake. Returns the exit code."""
+    names = [name] if name else [key for key, record in usable(installed()).items() if record.origin == "external"]
+    if not names:
+        click.echo(f"no plugin of another package is installed; `{PROGRAM} plugins check NAME` checks a built-in one")
+    failed = [each for each in names if not _check(each, smoke=smoke)]
+    return ExitCode.PLUGIN if failed else ExitCode.COMPLETED
+
+
+def _check(name: str, *, smoke: bool) -> bool:
+    try:
+        plugin, _ = find(name)
+        if smoke:
+            _try(name, plugin.cls)
+    except (PluginError, AssertionError) as error:
+        click.echo(f"{name}: broken\n{error}")
+        return False
+    click.echo(f"{name}: ok ({'lint and tiny runs' if smoke else 'lint'})")
+    return True
+
+
+def _try(name: str, cls: type) -> None:
+    # Only now: the lint alone needs no torch.
+    from gpt_simple.testing import check_contract
+
+    # A plugin may be meant to change training, and nobody can ask it here.
+    with redirect_stdout(io.StringIO()):
+        check_contract(cls, enable=() if is_file(name) else (name,), observes=False)

@@ -1,0 +1,162 @@
+"""The suite that every plugin should pass: what a run, its neighbours and its owner may expect of a plugin."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from gpt_simple import Plugin, Run, hookimpl
+from gpt_simple.errors import GptSimpleError, PluginError
+from gpt_simple.hooks import NoConfig, StepEnd
+from gpt_simple.hooks.lint import lint
+from gpt_simple.testing.faults import misbehaving
+from gpt_simple.testing.host_sync import HostSync, no_host_sync
+from gpt_simple.testing.tiny import Trained, train
+
+STEP_HOOKS = frozenset({"on_step_start", "on_batch", "on_gradients", "on_step_end"})
+"""Called in every step, where reading a tensor would make the device wait."""
+
+Overrides = Mapping[str, Any] | None
+
+
+def check_contract(
+    plugin: type[Plugin[Any]], *, overrides: Overrides = None, enable: tuple[str, ...] = (), observes: bool = True
+) -> None:
+    """Raise one AssertionError that lists everything that ``plugin`` breaks.
+
+    ``overrides`` are dotted keys of the configuration that it needs. ``enable`` names a plugin that is installed and
+    switched on by name, instead of being passed. ``observes=False`` is for a plugin that is meant to change training.
+    """
+    if mistakes := lint(plugin):
+        raise AssertionError("\n".join(mistakes))
+    subject = _Subject(plugin, overrides, enable)
+    checks = [_trains, _reads_no_tensor_in_a_step, _closes_what_it_opens, _resumes_exactly, _survives_a_failing_run]
+    broken = [text for check in (*checks, *([_changes_nothing] if observes else [])) for text in check(subject)]
+    if broken:
+        raise AssertionError(f"{plugin.__name__} breaks the contract:\n" + "\n".join(f"- {text}" for text in broken))
+
+
+class _StopsAfterTwo(Plugin[NoConfig]):
+    """Stops a run as a signal would, with the schedule of the whole run."""
+
+    @hookimpl
+    def on_step_end(self, run: Run, event: StepEnd) -> None:
+        if event.step == 2:
+            run.control.stop("the contract suite stops here")
+
+
+class _Subject:
+    """The plugin under test, and how to run it."""
+
+    def __init__(self, plugin: type[Plugin[Any]], overrides: Overrides, enable: tuple[str, ...]) -> None:
+        self.plugin = plugin
+        self.overrides = dict(overrides or {})
+        self.enable = enable
+
+    def train(self, *others: type[Plugin[Any]], **options: Any) -> Trained:
+        passed = others if self.enable else (self.plugin, *others)
+        return train(*passed, overrides=self.overrides, enable=self.enable, **options)
+
+
+def _trains(subject: _Subject) -> Iterator[str]:
+    """Three steps with metrics, an evaluation and checkpoints, and no failure in any hook."""
+    try:
+        trained = subject.train()
+    except GptSimpleError as error:
+        yield f"a run of three steps fails: {error}"
+        return
+    for event in trained.recorder.events("on_log"):
+        if event.name == "plugin_failed":
+            yield event.message
+
+
+def _reads_no_tensor_in_a_step(subject: _Subject) -> Iterator[str]:
+    found: list[str] = []
+
+    def wrap(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        name = implementation.__name__
+        if name not in STEP_HOOKS:
+            return implementation
+
+        @wraps(implementation)
+        def guarded(*arguments: Any) -> Any:
+            try:
+                with no_host_sync():
+                    return implementation(*arguments)
+            except HostSync as error:
+                found.append(f"{name} makes the device wait: {error}")
+
+        return guarded
+
+    with contextlib.suppress(GptSimpleError):
+        subject.train(wrap=wrap)
+    yield from dict.fromkeys(found)
+
+
+def _closes_what_it_opens(subject: _Subject) -> Iterator[str]:
+    with TemporaryDirectory() as directory:
+        threads = set(threading.enumerate())
+        with contextlib.suppress(GptSimpleError):
+            subject.train(output_dir=directory)
+        yield from (f"{Path(file).name} is still open after on_close" for file in _open_files(Path(directory)))
+        if left := [thread.name for thread in set(threading.enumerate()) - threads]:
+            yield f"threads are still running after on_close: {', '.join(left)}"
+
+
+def _resumes_exactly(subject: _Subject) -> Iterator[str]:
+    """Two steps, a stop, and two more give the weights of four, with the plugin's state on the way."""
+    with TemporaryDirectory() as directory, contextlib.suppress(GptSimpleError):
+        straight = subject.train(max_steps=4)
+        subject.train(_StopsAfterTwo, max_steps=4, output_dir=directory)
+        try:
+            resumed = subject.train(max_steps=4, output_dir=directory)
+        except PluginError as error:
+            yield f"a resumed run fails: {error}"
+            return
+        if not _equal(straight, resumed):
+            yield "a run that was stopped and resumed ends with other weights"
+
+
+def _survives_a_failing_run(subject: _Subject) -> Iterator[str]:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.suppress(GptSimpleError):
+        subject.train(misbehaving("on_step_end", "raises", on_error="abort"))
+    name = subject.enable[0] if subject.enable else subject.plugin.__name__.lower()
+    yield from (line for line in said.getvalue().splitlines() if f"plugin {name}" in line)
+
+
+def _changes_nothing(subject: _Subject) -> Iterator[str]:
+    with contextlib.suppress(GptSimpleError):
+        if not _equal(train(overrides=_without_tables(subject.overrides)), subject.train()):
+            yield "the trained weights differ from those of a run without it; is that meant? then observes=False"
+
+
+def _equal(one: Trained, other: Trained) -> bool:
+    return one.weights.keys() == other.weights.keys() and all(
+        torch.equal(value, other.weights[name]) for name, value in one.weights.items()
+    )
+
+
+def _without_tables(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in overrides.items() if not key.startswith("plugins.")}
+
+
+def _open_files(directory: Path) -> list[str]:
+    """Files under a directory that this process holds open, where the system can tell."""
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.is_dir():
+        return []
+    targets = []
+    for descriptor in descriptors.iterdir():
+        with contextlib.suppress(OSError):
+            targets.append(os.readlink(descriptor))
+    return [target for target in targets if target.startswith(str(directory.resolve()))]

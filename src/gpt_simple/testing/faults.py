@@ -1,0 +1,81 @@
+"""Plugins that misbehave in one hook, to see that everybody else is left alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from gpt_simple import Plugin, hookimpl
+from gpt_simple.hooks import HOOKS
+
+
+def _raise() -> None:
+    raise RuntimeError("this plugin fails on purpose")
+
+
+def _exit() -> None:
+    raise SystemExit(3)
+
+
+def _draw_random_numbers() -> None:
+    torch.manual_seed(0)
+    torch.randn(7)
+
+
+@frozen
+class Misbehaviour:
+    """What is done, and whether a well-guarded run takes it for a failure of the plugin."""
+
+    act: Callable[[], Any]
+    fails: bool = True
+
+
+MISBEHAVIOURS = MappingProxyType(
+    {
+        "raises": Misbehaviour(_raise),
+        "exits": Misbehaviour(_exit),
+        "returns garbage": Misbehaviour(lambda: "garbage"),
+        "leaves gradients off": Misbehaviour(lambda: torch.set_grad_enabled(False) and None),
+        "changes the default dtype": Misbehaviour(lambda: torch.set_default_dtype(torch.float64)),
+        "draws random numbers": Misbehaviour(_draw_random_numbers, fails=False),
+        "is slow": Misbehaviour(lambda: time.sleep(0.01), fails=False),
+    }
+)
+
+
+def misbehaving(hook: str, how: str, **declared: Any) -> type[Plugin[Any]]:
+    """A plugin class named ``misbehaving`` that does ``how`` (a key of MISBEHAVIOURS) in ``hook``.
+
+    ``declared`` are class attributes such as ``on_error="abort"``.
+    """
+    info, act = HOOKS[hook], MISBEHAVIOURS[how].act
+    answer: Any = {"none": None, "metrics": {}, "findings": []}[info.returns]
+
+    def misbehave() -> Any:
+        result = act()
+        return answer if result is None else result
+
+    def of_config(self: Any, config: Any) -> Any:
+        return misbehave()
+
+    def of_run(self: Any, run: Any) -> Any:
+        return misbehave()
+
+    def of_event(self: Any, run: Any, event: Any) -> Any:
+        return misbehave()
+
+    def of_registry(cls: Any, registry: Any) -> Any:
+        return misbehave()
+
+    implementations: dict[tuple[str, ...], Any] = {
+        ("registry",): classmethod(hookimpl(of_registry)),
+        ("config",): hookimpl(of_config),
+        ("run",): hookimpl(of_run),
+        ("run", "event"): hookimpl(of_event),
+    }
+    return type("Misbehaving", (Plugin,), {hook: implementations[info.arguments], **declared})

@@ -1,0 +1,148 @@
+"""Several processes on this machine, with a limit on the time: a barrier that only one of them reaches is found.
+
+The processes are forked, so plugins may be defined in a test; on the CPU, so no device is needed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import json
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from gpt_simple.hooks.loading import PassedPlugin
+
+
+class Hang(AssertionError):
+    """Processes were still waiting when the time was up. The message shows where each of them stands."""
+
+
+@frozen
+class RankOutcome:
+    """What became of one process: its error (empty: none), the hooks it called, and a hash of its weights."""
+
+    rank: int
+    error: str
+    hooks: tuple[str, ...]
+    weights: str
+
+
+def train_on_ranks(
+    *plugins: PassedPlugin,
+    ranks: int = 2,
+    timeout: float = 60.0,
+    output_dir: Path | str | None = None,
+    max_steps: int = 3,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[RankOutcome]:
+    """Train the tiny model on ``ranks`` processes; each may fail, which is in its outcome.
+
+    When one process has failed the others get a grace of five seconds, as under a launcher. Raises Hang if nobody
+    failed and ``timeout`` seconds were not enough.
+    """
+    with tempfile.TemporaryDirectory(prefix="gpt-simple-ranks-") as scratch:
+        folder = Path(scratch)
+        context = multiprocessing.get_context("fork")
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+        options = {"output_dir": output_dir or folder / "run", "max_steps": max_steps, "overrides": overrides}
+        processes = [
+            context.Process(target=_one_rank, args=(rank, environment, folder, timeout, plugins, options), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        hung = not _wait(processes, timeout)
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        outcomes = [_outcome(rank, folder) for rank in range(ranks)]
+        if hung and not any(outcome.error for outcome in outcomes if outcome.error != _KILLED):
+            stacks = "\n".join(f"rank {rank}:\n{_read(folder / f'{rank}.stack')}" for rank in range(ranks))
+            raise Hang(f"{ranks} processes did not finish in {timeout:g} s\n{stacks}")
+        return outcomes
+
+
+_KILLED = "was still running and was ended"
+
+
+def _wait(processes: Sequence[Any], timeout: float) -> bool:
+    """Whether all processes ended by themselves in time."""
+    deadline = time.monotonic() + timeout
+    grace = None
+    while any(process.is_alive() for process in processes):
+        now = time.monotonic()
+        if grace is None and any(process.exitcode for process in processes):
+            grace = now + 5.0
+        if now > deadline or (grace is not None and now > grace):
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _one_rank(
+    rank: int,
+    environment: Mapping[str, str],
+    folder: Path,
+    timeout: float,
+    plugins: Sequence[PassedPlugin],
+    options: Mapping[str, Any],
+) -> None:
+    """The life of one process; it never returns into the test that forked it."""
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    code = 1
+    with open(folder / f"{rank}.stack", "w") as stack:
+        faulthandler.dump_traceback_later(max(0.5, timeout - 1.0), file=stack)
+        try:
+            code = _train(rank, folder, plugins, options)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            os._exit(code)
+
+
+def _train(rank: int, folder: Path, plugins: Sequence[PassedPlugin], options: Mapping[str, Any]) -> int:
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from gpt_simple.testing.recorder import Recorder
+    from gpt_simple.testing.tiny import train
+
+    # Forked: the thread pool of the parent is not here, and its Accelerate had another world.
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
+    recorder, error = Recorder(), ""
+    try:
+        train(*plugins, recorder=recorder, **options)
+    except BaseException as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in recorder.weights.values()))
+    document = {"error": error, "hooks": recorder.hooks(), "weights": weights.hexdigest()}
+    (folder / f"{rank}.json").write_text(json.dumps(document))
+    return 1 if error else 0
+
+
+def _outcome(rank: int, folder: Path) -> RankOutcome:
+    document = json.loads(_read(folder / f"{rank}.json") or "{}")
+    return RankOutcome(
+        rank, document.get("error", _KILLED), tuple(document.get("hooks", ())), document.get("weights", "")
+    )
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,132 @@
+"""A real run that takes a fraction of a second: 16 wide, one block, rows of 16 bytes of generated stories."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from gpt_simple.assembly import assemble
+from gpt_simple.engine.guard import keeps_torch_state
+from gpt_simple.engine.result import TrainResult
+from gpt_simple.engine.session import train as train_assembly
+from gpt_simple.hooks.activation import Switches
+from gpt_simple.hooks.host import PluginHost
+from gpt_simple.hooks.loading import PassedPlugin
+from gpt_simple.testing.recorder import Recorder
+
+TINY: Mapping[str, Any] = MappingProxyType(
+    {
+        "model.n_embd": 16,
+        "model.n_layer": 1,
+        "model.n_head": 2,
+        "data.source": "stories",
+        "data.tokenizer": "bytes",
+        "data.max_length": 16,
+        "data.max_documents": 40,
+        "data.num_workers": 0,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.warmup_steps": 1,
+        "training.per_device_batch_size": 2,
+        "training.gradient_accumulation_steps": 2,
+        "training.compile": False,
+        "training.gradient_checkpointing": False,
+        "training.logging_steps": 1,
+        "training.eval_steps": 2,
+        "training.max_eval_batches": 1,
+        "training.save_steps": 2,
+    }
+)
+"""Its configuration; every hook of a run has its turn in three steps."""
+
+QUIET = ("console", "sample")
+"""Built-in plugins that a tiny run leaves out: they only talk."""
+
+
+@frozen
+class Trained:
+    """A finished tiny run. ``recorder`` saw every hook and has the weights that came out of it."""
+
+    result: TrainResult
+    output_dir: Path
+    recorder: Recorder
+    host: PluginHost
+    _directory: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The parameters at the end, under their raw names."""
+        return self.recorder.weights
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of plugins that were switched off because they failed."""
+        return [plugin.name for plugin in self.host.plugins if plugin.failed]
+
+
+def train(
+    *plugins: PassedPlugin,
+    output_dir: Path | str | None = None,
+    max_steps: int = 3,
+    overrides: Mapping[str, Any] | None = None,
+    enable: tuple[str, ...] = (),
+    recorder: Recorder | None = None,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = keeps_torch_state,
+) -> Trained:
+    """Train the tiny model with these plugins (classes or instances) beside the built-in ones.
+
+    ``overrides`` are dotted keys of the configuration, the plugins' own too: ``{"plugins.csvlog.path": "a.csv"}``.
+    ``enable`` names installed plugins, as ``-p`` does. A directory that holds a run is resumed; without one a temporary
+    directory lives as long as the result. ``recorder`` is one to look at when the run raises, which it may: errors
+    leave as they do from ``gpt_simple.train``. ``wrap`` is put around every implementation of a hook.
+    """
+    directory = None if output_dir else tempfile.TemporaryDirectory(prefix="gpt-simple-testing-")
+    root = Path(output_dir or directory.name)  # type: ignore[union-attr]
+    recorder = recorder or Recorder()
+    values = {**TINY, "training.output_dir": str(root), "training.max_steps": max_steps, **(overrides or {})}
+    off = tuple(name for name in QUIET if name not in enable)
+    with _shared_cache():
+        assembly = assemble(
+            None, sections=_nested(values), switches=Switches(enable, off), plugins=[*plugins, recorder]
+        )
+        assembly.host.wrap = wrap
+        result = train_assembly(assembly)
+    return Trained(result, root, recorder, assembly.host, directory)
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections from dotted keys."""
+    sections: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, last = key.split(".")
+        table = sections
+        for part in path:
+            table = table.setdefault(part, {})
+        table[last] = value
+    return sections
+
+
+@contextmanager
+def _shared_cache() -> Iterator[None]:
+    """The prepared stories of this process, kept out of the user's own cache."""
+    if "GPT_SIMPLE_CACHE" in os.environ:
+        yield
+        return
+    os.environ["GPT_SIMPLE_CACHE"] = _cache_directory().name
+    try:
+        yield
+    finally:
+        del os.environ["GPT_SIMPLE_CACHE"]
+
+
+@cache
+def _cache_directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="gpt-simple-testing-cache-")
