@@ -57,6 +57,7 @@ def assemble(
     registry = builtin_registry()
     host.register_components(registry)
     config = structure(raw, sections=_component_sections(raw, registry), plugin_configs=host.config_classes())
+    registry.get("schedule", config.optimizer.schedule)
     host.instantiate(config)
     return Assembly(config, raw.origins, host, registry, Path(path) if path is not None else None, raw.notes)
 

@@ -119,6 +119,7 @@ def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
         if world.is_main:
             report(assembly.host.check_config(config), run.log.warning)
 
+        run_dir.check()
         setup = Setup(assembly, run, calls, compiling, run_dir)
         resume = look(config, run_dir, force=force)
         setup.read_data()

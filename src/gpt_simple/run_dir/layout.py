@@ -62,6 +62,14 @@ class RunDir:
         """Directory of the checkpoints."""
         return self.root / "checkpoints"
 
+    def check(self) -> None:
+        """Raise ConfigError if the directory plainly cannot be made or written; changes nothing."""
+        nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise ConfigError(f"training.output_dir: {nearest} is a file, not a directory; choose another directory")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(f"training.output_dir: {nearest} cannot be written; choose another directory")
+
     def create(self) -> None:
         """Make the directory and see that it can be written; on ConfigError nothing is left behind."""
         missing: list[Path] = []

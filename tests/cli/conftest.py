@@ -1,0 +1,66 @@
+"""The command line in this process: arguments in, exit code and output back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from attrs import frozen
+
+from gpt_simple.cli.main import main
+
+CONFIG = """\
+[model]
+n_embd = 32
+n_layer = 1
+n_head = 2
+
+[data]
+source = "stories"
+tokenizer = "bytes"
+max_length = 32
+max_documents = 200
+
+[training]
+max_steps = 4
+per_device_batch_size = 2
+gradient_accumulation_steps = 1
+compile = false
+gradient_checkpointing = false
+logging_steps = 2
+eval_steps = 4
+save_steps = 2
+output_dir = "out"
+"""
+
+
+@frozen
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Shell = Callable[..., Ended]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a small ``config.toml`` in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.fixture
+def shell(here: Path, capfd: pytest.CaptureFixture[str]) -> Shell:
+    def run(*arguments: str) -> Ended:
+        with pytest.raises(SystemExit) as leaving:
+            main(list(arguments))
+        out, err = capfd.readouterr()
+        return Ended(int(leaving.value.code or 0), out, err)  # type: ignore[arg-type]
+
+    return run

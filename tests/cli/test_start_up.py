@@ -1,0 +1,42 @@
+"""What one types before training starts at once: torch, wandb and accelerate are not imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "quickstart.toml"
+PROBE = """
+import sys
+from gpt_simple.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as leaving:
+    code = leaving.code or 0
+print(sorted({"torch", "wandb", "accelerate", "numpy"} & set(sys.modules)), int(code), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["--help"], ["run", "--help"], ["plugins", "list"], ["config", "show", str(EXAMPLE)]],
+    ids=" ".join,
+)
+def test_no_heavy_import(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[] 0", done.stderr
+    assert done.stdout
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, gpt_simple; gpt_simple.Config(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_mistake_in_the_configuration_is_told_without_loading_torch() -> None:
+    arguments = ["run", str(EXAMPLE), "--training.max_step", "5"]
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[] 2"
