@@ -74,9 +74,7 @@ class Split:
         return targets
 
     def read(self, rows: I64, inputs: I64, labels: I64, starts: NDArray[np.bool_] | None) -> None:
-        """Fill arrays of shape [n, T] with rows: token ids, labels (-100: no target), and where documents
-        start.
-        """
+        """Fill arrays of shape [n, T] with rows: token ids, labels (-100: no target), and where documents start."""
         for part, where, local in self._by_part(rows):
             block = part.read(local, starts=starts is not None)
             inputs[where] = block.inputs
@@ -112,9 +110,7 @@ class Dataset:
 
     @property
     def floor(self) -> float | None:
-        """The source's own cross-entropy on the val split in nats per target; None where the source is
-        unknown.
-        """
+        """The source's own cross-entropy on the val split in nats per target; None where the source is unknown."""
         nats = self.val.record.nats
         return None if nats is None or not self.val.targets else nats / self.val.targets
 

@@ -153,12 +153,11 @@ class Loader:
         )
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
-        """This process's share of the val split: every row once over all processes, equally many batches on
-        each.
+        """This process's share of the val split: every row once over all processes.
 
-        What is missing to a whole batch is filled with rows that have no target. ``max_batches`` caps the
-        rows of the whole world at that number times the batch size: a fixed sample, whatever the number of
-        processes.
+        Every process gets as many batches; what is missing to the last ones are rows without a target.
+        ``max_batches`` caps the rows of the whole world at that number times the batch size: a fixed sample, whatever
+        the number of processes.
         """
         split, size = self._dataset.val, self._batch
         chosen = np.arange(split.rows)

@@ -68,9 +68,7 @@ class SplitRecord:
 
 @frozen
 class Manifest:
-    """``dataset.json``. ``tokenizer`` and ``source`` are the fingerprints of what the tokens were made with
-    and from.
-    """
+    """``dataset.json``; ``tokenizer`` and ``source`` are fingerprints of what the tokens were made with and from."""
 
     tokenizer: str
     vocab_size: int

@@ -33,9 +33,7 @@ I64 = NDArray[np.int64]
 
 @frozen
 class Segment:
-    """A stretch of samples with one set of weights: slots per bucket, and what each bucket gave before
-    ``begin``.
-    """
+    """A stretch of samples with one set of weights: slots per bucket, and what each bucket gave before ``begin``."""
 
     number: int
     begin: int
@@ -137,9 +135,7 @@ def _weights(buckets: Mapping[str, int], phase: Phase, where: str) -> NDArray[np
 
 
 def _slots(weights: NDArray[np.float64]) -> tuple[int, ...]:
-    """``SLOTS`` shared out by weight; what rounding down leaves goes to the largest remainders, the first of
-    equals.
-    """
+    """``SLOTS`` shared out by weight; what rounding down leaves goes to the largest remainders, the first of equals."""
     exact = weights / weights.sum() * SLOTS
     slots = np.floor(exact)
     rest = SLOTS - int(slots.sum())

@@ -97,9 +97,7 @@ def _tokenizer_choice(data: DataConfig, registry: Registry) -> tuple[str, Train]
 
 
 def _tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registry: Registry, *, raw: bool) -> Tokenizer:
-    """The tokenizer that a dataset was made with. A dataset brings its own, unless the configuration names a
-    file.
-    """
+    """The tokenizer that a dataset was made with. A dataset brings its own, unless the configuration names a file."""
     own = directory / TOKENIZER
     trained = data.tokenizer in registry.names("tokenizer")
     if (raw or trained) and (own / TOKENIZER_FILE).is_file():
@@ -126,15 +124,14 @@ def _prepared(source: Source, data: DataConfig, registry: Registry, log: Log, re
     found = survey(source, data)
     if found.empty:
         log(f"skipped {found.empty:,} documents without text")
-    held_out = int(found.held_out.sum())
-    if require_val and found.documents > 1:
+    if require_val:
         # A token stands for at least a byte: a split that is too short even so is refused before anything is written.
-        longest = int(found.sizes[found.held_out].sum()) + 2 * held_out
-        _require_val(longest, held_out, found.documents, data)
+        longest = found.val_bytes + 2 * found.val_documents
+        _require_val(longest, found.val_documents, found.documents, data, "at most ")
     with building(target, log) as directory:
         if directory is not None:
-            size = found.sizes.sum() / 1e6
-            log(f"preparing {found.documents:,} documents, {size:.1f} MB of text, tokenizer {data.tokenizer}")
+            size = f"{found.bytes / 1e6:.1f} MB of text"
+            log(f"preparing {found.documents:,} documents, {size}, tokenizer {data.tokenizer}")
             manifest = write(directory, source, data, found, train, fingerprint)
             val = manifest.splits["val"]
             if require_val:
@@ -143,10 +140,10 @@ def _prepared(source: Source, data: DataConfig, registry: Registry, log: Log, re
     return target
 
 
-def _require_val(tokens: int, documents: int, of_documents: int, data: DataConfig) -> None:
+def _require_val(tokens: int, documents: int, of_documents: int, data: DataConfig, bound: str = "") -> None:
     if tokens < data.max_length:
         raise DataError(
-            f"the validation split is shorter than one sample: {tokens:,} tokens in {documents:,} of "
+            f"the validation split is shorter than one sample: {bound}{tokens:,} tokens in {documents:,} of "
             f"{of_documents:,} documents (data.val_fraction {data.val_fraction:g}), and a sample is data.max_length "
             f"{data.max_length:,}; raise val_fraction, lower max_length, give more text, or set training.eval_steps = 0"
         )

@@ -40,9 +40,7 @@ class Shard:
         return len(self.tokens) - 1
 
     def check(self, values: NDArray[Any], position: Callable[[int], int]) -> None:
-        """Refuse ids that the tokenizer does not have; ``position`` tells where in the file a flat index
-        comes from.
-        """
+        """Refuse ids that the tokenizer does not have; ``position`` tells where in the file a flat index comes from."""
         if values.size and int(values.max()) >= self.vocab_size:
             flat = int(values.argmax())
             raise DataError(

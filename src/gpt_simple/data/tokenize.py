@@ -32,30 +32,31 @@ Train = Callable[[DataConfig, Callable[[], Iterator[str]]], Tokenizer]
 
 @frozen(eq=False)
 class Survey:
-    """What one reading of all documents tells: of each with text, whether it is held out and its size in
-    bytes.
-    """
+    """What one reading of all documents tells. Sizes are in bytes of UTF-8; documents without text do not count."""
 
     held_out: NDArray[np.bool_]
-    sizes: NDArray[np.int64]
+    """Of each document, whether it goes to the val split."""
+    bytes: int
+    val_bytes: int
+    val_documents: int
     empty: int
 
     @property
     def documents(self) -> int:
-        return len(self.sizes)
+        return len(self.held_out)
 
 
 def survey(source: Source, data: DataConfig) -> Survey:
-    """Read all documents, and so find a bad one before anything is written; split them by the hash of their
-    keys.
-    """
+    """Read all documents, and so find a bad one before anything is written; split them by the hash of their keys."""
     hashes, sizes, empty = [], [], 0
+    text = ""
     for document in itertools.islice(source.documents(), data.max_documents):
-        if document.text:
-            hashes.append(int.from_bytes(hashlib.blake2b(document.key.encode(), digest_size=8).digest()))
-            sizes.append(len(document.text.encode()))
-        else:
+        if not document.text:
             empty += 1
+            continue
+        text = document.text
+        hashes.append(int.from_bytes(hashlib.blake2b(document.key.encode(), digest_size=8).digest()))
+        sizes.append(len(text.encode()))
     if not hashes:
         raise DataError("data.path: no document has any text; there is nothing to learn")
     share = np.array(hashes, np.uint64) / 2.0**64
@@ -66,7 +67,11 @@ def survey(source: Source, data: DataConfig) -> Survey:
             held_out = share == share.min()
         if held_out.all():
             held_out = share != share.max()
-    return Survey(held_out, np.array(sizes, np.int64), empty)
+    if len(share) == 1 and data.val_fraction:
+        val = len(text[_cut(text, data.val_fraction) :].encode())
+        return Survey(np.array([False]), sizes[0], val, 1, empty)
+    val = int(np.array(sizes)[held_out].sum())
+    return Survey(held_out, sum(sizes), val, int(held_out.sum()), empty)
 
 
 def write(directory: Path, source: Source, data: DataConfig, found: Survey, train: Train, fingerprint: str) -> Manifest:
@@ -110,7 +115,7 @@ def _documents(source: Source, data: DataConfig, found: Survey) -> Iterator[tupl
     documents = (document for document in told if document.text)
     if found.documents == 1 and data.val_fraction:
         text = next(documents).text
-        cut = min(len(text) - 1, round(len(text) * (1 - data.val_fraction)))
+        cut = _cut(text, data.val_fraction)
         parts = (("train", text[:cut]), ("val", text[cut:]))
         yield from ((name, Document(part, key=name)) for name, part in parts if part)
         return
@@ -118,9 +123,14 @@ def _documents(source: Source, data: DataConfig, found: Survey) -> Iterator[tupl
         yield "val" if held_out else "train", document
 
 
+def _cut(text: str, val_fraction: float) -> int:
+    """Where the held-out end of a single document begins; it has a character at least."""
+    return min(len(text) - 1, round(len(text) * (1 - val_fraction)))
+
+
 def _training_texts(source: Source, data: DataConfig, found: Survey) -> Iterator[str]:
     """The train split, thinned evenly to ``TRAINING_BYTES``; the first document always."""
-    share, owed = min(1.0, TRAINING_BYTES / int(found.sizes.sum())), 1.0
+    share, owed = min(1.0, TRAINING_BYTES / found.bytes), 1.0
     for name, document in _documents(source, data, found):
         if name == "train":
             owed += share

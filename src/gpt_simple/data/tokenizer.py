@@ -144,9 +144,7 @@ def bytes(config: DataConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
 
 
 def load_tokenizer(path: Path, name: str | None = None) -> Tokenizer:
-    """A tokenizer.json, or a directory that holds one. A name that does not exist is an error, never a
-    fallback.
-    """
+    """A tokenizer.json, or a directory that holds one. A name that does not exist is an error, never a fallback."""
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"tokenizer {path}: there is no {file}; expected a tokenizer.json or a directory with one")
@@ -192,9 +190,7 @@ def _is_plain_byte_level(spec: dict[str, Any]) -> bool:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut where the byte-level pattern cuts anyway, before a newline that follows a printable ASCII
-    character.
-    """
+    """Cut where the byte-level pattern cuts anyway, before a newline that follows a printable ASCII character."""
     start = 0
     while len(text) - start > PIECE and (cut := _CUT.search(text, start + PIECE)):
         yield text[start : cut.end()]
@@ -203,9 +199,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _byte_alphabet() -> list[str]:
-    """The character by which byte-level vocabularies write each of the 256 bytes (bytes that print stand for
-    themselves).
-    """
+    """The characters by which byte-level vocabularies write the 256 bytes: those that print stand for themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

@@ -1,0 +1,120 @@
+"""Raw text: what is read, in which order, and how bad input is named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_simple.config.schema import DataConfig
+from gpt_simple.data.sources import files, python_stdlib, shards
+from gpt_simple.errors import DataError, ExitCode
+
+
+def texts(path: Path | tuple[str, ...], **data: Any) -> list[str]:
+    named = path if isinstance(path, tuple) else str(path)
+    return [document.text for document in files.build(DataConfig(path=named, **data), 0).documents()]
+
+
+def lines(*records: Any) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def test_a_directory_is_walked_in_sorted_order_by_suffix(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("b/a.txt", "a.md", "z.py", "c.bin", "b/b.rst"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "k.jsonl").write_bytes(lines({"text": "one"}, {"text": "two", "n": 1}))
+    (tmp_path / "m.jsonl.gz").write_bytes(gzip.compress(lines({"text": "three"}) + b"\n"))
+    assert texts(tmp_path) == ["a.md", "b/a.txt", "one", "two", "three", "z.py"]
+    assert texts(tmp_path, format="text") == ["a.md", "b/a.txt", "z.py"]
+    assert texts(tmp_path, format="jsonl") == ["one", "two", "three"]
+
+
+def test_a_list_of_paths_keeps_its_order(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert texts((str(tmp_path / "b.txt"), str(tmp_path / "a.txt"))) == ["b", "a"]
+
+
+def test_format_says_what_a_file_of_any_name_holds(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(lines({"body": "x"}))
+    assert texts(tmp_path / "data", format="jsonl", text_key="body") == ["x"]
+    assert texts(tmp_path / "data", format="text") == ['{"body": "x"}\n']
+    with pytest.raises(DataError, match=r"expected one of .*data\.format"):
+        texts(tmp_path / "data")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert texts(tmp_path) == ["hello"]
+
+
+def test_the_fingerprint_is_of_content(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    source = files.build(DataConfig(path=str(file)), 0)
+    first = source.fingerprint()
+    file.touch()
+    assert source.fingerprint() == first
+    file.write_text("two")
+    assert source.fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"abc\xffdef", r"a\.txt: byte 3 \(0xff\) is not UTF-8"),
+        ("a.jsonl", lines({"text": "x"}) + b'{"text": "\xff"}\n', r"a\.jsonl:2: byte 10 \(0xff\) is not UTF-8"),
+        ("a.jsonl", lines({"text": "x"}) + b"\n[1]\n", r"a\.jsonl:3: expected a JSON object, found a list"),
+        ("a.jsonl", b"{'text': 1}\n", r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", lines({"txt": "x"}), r"a\.jsonl:1: expected the text under 'text'.*found the keys txt"),
+        ("a.jsonl", lines({"text": 3}), r"a\.jsonl:1: .*found a number there"),
+        ("a.jsonl", b'{"text": "a\\ud800"}\n', r"a\.jsonl:1: character 1 .*surrogate"),
+        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(lines({"text": "x"}) * 99)[:-9], r"a\.jsonl\.gz: cannot be read"),
+    ],
+)
+def test_bad_content_is_named_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        texts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (None, r"data\.path is not set"),
+        ("missing.txt", r"data\.path missing\.txt: no such file"),
+        ("empty.txt", r"data\.path empty\.txt: all 1 files are empty"),
+        ("nothing", r"data\.path nothing: the directory holds none of \.txt"),
+        ("image.png", r"data\.path image\.png: expected one of \.txt"),
+    ],
+)
+def test_a_bad_path_is_named(path: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "image.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=message) as caught:
+        files.build(DataConfig(path=path), 0)
+    assert caught.value.exit_code == ExitCode.DATA == 3
+
+
+def test_the_standard_library_is_text_in_a_stable_order() -> None:
+    source = python_stdlib.build(DataConfig(), 0)
+    names = [file.name for file in source.files]
+    assert {"argparse.py", "dataclasses.py"} <= set(names)
+    assert not any({"test", "site-packages"} & set(file.parts[-3:]) for file in source.files)
+    assert source.files == python_stdlib.build(DataConfig(), 0).files
+    assert sum(file.stat().st_size for file in source.files) > 3e6
+
+
+def test_a_directory_without_a_manifest_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no dataset\.json"):
+        shards.build(DataConfig(path=str(tmp_path)), 0)
+    with pytest.raises(DataError, match=r"data\.path: expected one directory"):
+        shards.build(DataConfig(), 0)

@@ -1,0 +1,149 @@
+"""Text to ids and back, training, files."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attrs import evolve
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from gpt_simple.config.schema import DataConfig
+from gpt_simple.data import tokenizer as module
+from gpt_simple.data.tokenizer import Tokenizer, bpe, load_tokenizer
+from gpt_simple.data.tokenizer import bytes as byte_tokenizer
+from gpt_simple.errors import DataError
+
+TEXTS = [
+    "the cat sat on the mat, the cat sat.",
+    "naïve café 東京 🙂\n\n\tdef f(x):\n    return x",
+    "a\u0000b\r\n \x1f z",
+]
+
+
+def texts() -> Iterator[str]:
+    return iter(TEXTS * 3)
+
+
+def trained(size: int = 300) -> Tokenizer:
+    return bpe(evolve(DataConfig(), tokenizer_vocab_size=size), texts)
+
+
+def the_bytes() -> Tokenizer:
+    return byte_tokenizer(DataConfig(), texts)
+
+
+@pytest.mark.parametrize("make", [trained, the_bytes])
+@pytest.mark.parametrize("text", [*TEXTS, "", "<|endoftext|>", "x<|endoftext|>y"])
+def test_text_comes_back_and_never_is_the_end_of_a_document(make: type, text: str) -> None:
+    tokenizer: Tokenizer = make()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eod_id not in ids
+    assert all(0 <= index < tokenizer.vocab_size for index in ids)
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_bpe_is_shorter_than_bytes_and_its_size_is_a_limit() -> None:
+    assert len(trained().encode(TEXTS[0])) < len(TEXTS[0])
+    assert trained(300).vocab_size == 300
+    assert trained(5000).vocab_size < 5000
+
+
+def test_bytes_are_one_id_each() -> None:
+    tokenizer = the_bytes()
+    assert tokenizer.vocab_size == 257
+    assert [len(tokenizer.encode(text)) for text in TEXTS] == [len(text.encode()) for text in TEXTS]
+    assert tokenizer.token_bytes().tolist() == [0] + [1] * 256
+    # The quick way for bytes gives what the general one gives.
+    assert tokenizer.encode_batch(TEXTS) == [
+        tokenizer.backend.encode(text).ids
+        for text in TEXTS  # type: ignore[attr-defined]
+    ]
+
+
+@pytest.mark.parametrize("make", [trained, the_bytes])
+def test_a_saved_tokenizer_is_equal_to_the_one_that_was_saved(make: type, tmp_path: Path) -> None:
+    tokenizer: Tokenizer = make()
+    tokenizer.save(tmp_path / "t")
+    for path in (tmp_path / "t", tmp_path / "t" / "tokenizer.json"):
+        loaded = load_tokenizer(path)
+        assert loaded.fingerprint == tokenizer.fingerprint
+        assert loaded.eod_id == tokenizer.eod_id
+        assert loaded.encode_batch([*TEXTS, "<|endoftext|>"]) == tokenizer.encode_batch([*TEXTS, "<|endoftext|>"])
+        assert loaded.token_bytes().tolist() == tokenizer.token_bytes().tolist()
+
+
+def test_training_is_the_same_in_every_process() -> None:
+    program = (
+        "from gpt_simple.config.schema import DataConfig; from gpt_simple.data.tokenizer import bpe; import random;"
+        "r = random.Random(1); w = [''.join(r.choices('abcdefgh', k=4)) for _ in range(300)];"
+        "print(bpe(DataConfig(), lambda: iter([' '.join(r.choices(w, k=20)) for _ in range(200)])).fingerprint)"
+    )
+    found = {subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout for _ in range(3)}
+    assert len(found) == 1
+
+
+def test_the_fingerprint_follows_the_ids() -> None:
+    assert trained(300).fingerprint == trained(300).fingerprint
+    assert len({trained(300).fingerprint, trained(301).fingerprint, the_bytes().fingerprint}) == 3
+
+
+@pytest.mark.parametrize("piece", [1, 7, 50])
+def test_long_texts_encode_in_pieces_as_they_do_whole(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(piece)
+    alphabet = ["the", "cat", " ", "  ", "\n", "\n\n", "\t", ".", "!", "'s", "é", "東", "12", "\r\n", "\u00a0", "_"]
+    documents = ["".join(rng.choices(alphabet, k=200)) for _ in range(30)]
+    tokenizer = trained()
+    whole = tokenizer.encode_batch(documents)
+    monkeypatch.setattr(module, "PIECE", piece)
+    assert tokenizer.encode_batch(documents) == whole
+
+
+def test_a_missing_tokenizer_is_an_error_and_never_a_fallback(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(DataError, match=r"there is no .*\.json"):
+            load_tokenizer(path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1, 2]", "not json", '{"version": "1.0", "model": {"type": "Nope"}}'])
+def test_a_file_that_is_no_tokenizer_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_needs_an_end_of_document(tmp_path: Path) -> None:
+    backend = Backend(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="no token that ends a document"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_foreign_tokenizer_keeps_its_own_end_and_adds_nothing_to_texts(tmp_path: Path) -> None:
+    backend = Backend(models.BPE(vocab={"▁": 0, "a": 1, "▁a": 2, "<0x0A>": 3}, merges=[("▁", "a")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.enable_truncation(2)
+    spec = json.loads(backend.to_str())
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [4], "tokens": ["<s>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eod_id == 5
+    assert tokenizer.encode("a a a") == [2, 2, 2]
+    assert tokenizer.decode([2, 2, 5]) == "a a"
+    assert tokenizer.token_bytes().tolist() == [1, 1, 2, 1, 0, 0]
+    assert tokenizer.token_bytes().dtype == np.int32
