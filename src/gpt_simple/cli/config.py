@@ -1,4 +1,4 @@
-"""``gpt-simple config``: what a run would really use, where each value comes from, and a schema for editors."""
+"""Show what a run would really use and where each value comes from; a schema for editors."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from gpt_simple.config.load import split_overrides
-from gpt_simple.config.render import field_help, summary
+from gpt_simple.config.render import field_help
 from gpt_simple.config.schema import PluginsConfig
 from gpt_simple.config.structure import SECTIONS
 from gpt_simple.config.types import FieldSpec, fields_of
@@ -49,14 +49,14 @@ def builtin_configs() -> dict[str, type]:
 
     names = tuple(record.name for record in installed() if record.origin == "builtin")
     host = PluginHost.activate({}, set_keys=lambda key: False, switches=Switches(enable=names))
-    return {name: cls for name, cls in sorted(host.config_classes().items()) if fields_of(cls)}
+    return dict(sorted(host.config_classes().items()))
 
 
 def option_help(plugin_configs: Mapping[str, type]) -> str:
     """Every field with its type, default and help, grouped by section, as text."""
     formatter = click.HelpFormatter(width=_WIDTH)
-    for table, cls, specs in _groups(plugin_configs):
-        with formatter.section(f"[{table}]" + (f" {text}" if (text := _about(cls)) else "")):
+    for table, specs in _groups(plugin_configs):
+        with formatter.section(f"[{table}]"):
             formatter.write_dl([(f"--{table}.{spec.name}", field_help(spec)) for spec in specs], col_max=42)
     return formatter.getvalue()
 
@@ -67,19 +67,14 @@ def complete(incomplete: str, plugin_configs: Mapping[str, type]) -> list[Comple
         return []
     return [
         CompletionItem(option, help=spec.doc)
-        for table, _, specs in _groups(plugin_configs)
+        for table, specs in _groups(plugin_configs)
         for spec in specs
         if (option := f"--{table}.{spec.name}").startswith(incomplete)
     ]
 
 
-def _groups(plugin_configs: Mapping[str, type]) -> Iterator[tuple[str, type, tuple[FieldSpec, ...]]]:
+def _groups(plugin_configs: Mapping[str, type]) -> Iterator[tuple[str, tuple[FieldSpec, ...]]]:
     plugins = {f"plugins.{name}": cls for name, cls in plugin_configs.items()}
     for table, cls in {**SECTIONS, "plugins": PluginsConfig, **plugins}.items():
-        yield table, cls, fields_of(cls)
-
-
-def _about(cls: type) -> str:
-    """The class's summary without the section's name, which the heading has already."""
-    text = summary(cls)
-    return text.partition("] ")[2] or text.partition("]: ")[2] if text.startswith("[") else text
+        if specs := fields_of(cls):
+            yield table, specs

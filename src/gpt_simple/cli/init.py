@@ -1,7 +1,8 @@
-"""``gpt-simple init``: a configuration to start from, with every field explained."""
+"""Write a configuration to start from, with every field explained."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,31 @@ from typing import Any
 import click
 
 from gpt_simple._names import PROGRAM
+from gpt_simple.config import render
 from gpt_simple.config.load import read
-from gpt_simple.config.schema import Config
 from gpt_simple.config.structure import structure
+from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ConfigError
+
+
+def _gpt2_shape(
+    n_embd: int, n_layer: int, n_head: int, *, learning_rate: float, accumulation: int
+) -> dict[str, dict[str, Any]]:
+    """The keys that a person who trains on their own data looks at first."""
+    return {
+        "model": {"n_embd": n_embd, "n_layer": n_layer, "n_head": n_head},
+        "data": {"path": "data", "max_length": 2048},
+        "optimizer": {"learning_rate": learning_rate, "warmup_steps": 100},
+        "training": {
+            "per_device_batch_size": 4,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": 1000,
+            "eval_steps": 500,
+            "save_steps": 1000,
+            "output_dir": "outputs",
+        },
+    }
+
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "tiny": {
@@ -27,20 +49,12 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "gradient_checkpointing": False,
             "eval_steps": 200,
             "save_steps": 200,
+            "output_dir": "outputs",
         },
     },
-    "small": {"data": {"path": "data"}},
-    "medium": {
-        "model": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
-        "data": {"path": "data"},
-        "training": {"gradient_accumulation_steps": 8},
-    },
-    "large": {
-        "model": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
-        "data": {"path": "data"},
-        "optimizer": {"learning_rate": 2.5e-4},
-        "training": {"gradient_accumulation_steps": 16},
-    },
+    "small": _gpt2_shape(768, 12, 12, learning_rate=3e-4, accumulation=4),
+    "medium": _gpt2_shape(1024, 24, 16, learning_rate=3e-4, accumulation=8),
+    "large": _gpt2_shape(1280, 36, 20, learning_rate=2.5e-4, accumulation=16),
 }
 
 
@@ -73,26 +87,29 @@ def init(preset: str, output: str, force: bool) -> None:
     click.echo(f"{path} written; look it over, then: {PROGRAM} run {path}")
 
 
-def preset_config(preset: str) -> Config:
-    """A preset with the tables of the built-in plugins that are on by default."""
+def write(preset: str, path: Path) -> str:
+    """The text of a preset in the format of the path's suffix: its own keys, and all others as comments."""
+    raw = read(None, environ={}, sections=PRESETS[preset])
+    config = structure(raw, plugin_configs=_default_plugins())
+    match path.suffix.lower():
+        case ".toml":
+            body = render.to_toml(config, chosen=raw.origins)
+        case ".yaml" | ".yml":
+            body = render.to_yaml(config, chosen=raw.origins)
+        case ".json":
+            return json.dumps(PRESETS[preset], indent=2) + "\n"
+        case _:
+            raise ConfigError(f"{path}: a configuration is a .toml, .yaml, .yml or .json file")
+    return f"""\
+# The {preset} preset of `{PROGRAM} init`. What is commented out is the default.
+# Train: {PROGRAM} run {path.name}
+
+{body}"""
+
+
+def _default_plugins() -> dict[str, type]:
+    """Config classes of the plugins that every run has, if they have anything to configure."""
     from gpt_simple.hooks.host import PluginHost
 
     host = PluginHost.activate({}, set_keys=lambda key: False)
-    return structure(read(None, environ={}, sections=PRESETS[preset]), plugin_configs=host.config_classes())
-
-
-def write(preset: str, path: Path) -> str:
-    """The text of a preset in the format of the path's suffix."""
-    from gpt_simple.config import render
-
-    match path.suffix.lower():
-        case ".toml":
-            body = render.to_toml(preset_config(preset))
-        case ".yaml" | ".yml":
-            body = render.to_yaml(preset_config(preset))
-        case ".json":
-            return render.to_json(preset_config(preset))
-        case _:
-            raise ConfigError(f"{path}: a configuration is a .toml, .yaml, .yml or .json file")
-    header = f"# The {preset} preset of `{PROGRAM} init`, all fields with their values. Leave out what you do not need."
-    return f"{header}\n# Train: {PROGRAM} run {path.name}\n\n{body}"
+    return {name: cls for name, cls in sorted(host.config_classes().items()) if fields_of(cls)}

@@ -34,6 +34,9 @@ def parse_toml(text: str) -> Parsed:
             if repair is None:
                 break
             text = repair.text
+        except ValueError as error:  # a number with thousands of digits
+            mistakes.append(SyntaxMistake(0, 0, _first_lower(str(error))))
+            break
         else:
             return Parsed(values, _Scanner(text).scan(), tuple(mistakes))
     return Parsed(None, {}, tuple(mistakes))

@@ -16,6 +16,7 @@ import yaml
 from gpt_simple.config.origin import join
 from gpt_simple.config.parsed import Parsed, SyntaxMistake
 
+_HALF_CHARACTER = "half of a surrogate pair is not a character"
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -69,8 +70,11 @@ def parse_json(text: str) -> Parsed:
     """Values and lines of a JSON document; a repeated key is a mistake."""
     try:
         values = json.loads(text)
+        json.dumps(values, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         return _broken(error.lineno, error.colno, error.msg[:1].lower() + error.msg[1:])
+    except UnicodeEncodeError:
+        return _broken(0, 0, _HALF_CHARACTER)
     except ValueError as error:
         return _broken(0, 0, str(error))
     # JSON is YAML but for tabs between tokens; inside a JSON string there are none. Only the lines are taken
@@ -114,7 +118,7 @@ class _Walk:
                 self._mistake(key_node, "a key must be plain text")
                 continue
             # As written, and not as a number or boolean: a bucket may be called 2024 or no.
-            key: str = key_node.value
+            key = self._text(key_node)
             here = join(path, key)
             if key in result:
                 self._mistake(key_node, f"{here}: given twice, first on line {self.lines[here]}; keep one of the two")
@@ -135,7 +139,7 @@ class _Walk:
         try:
             match node.tag.removeprefix(_TAG):
                 case "str":
-                    return text
+                    return self._text(node)
                 case "null":
                     return None
                 case "bool":
@@ -150,6 +154,12 @@ class _Walk:
             return None
         self._mistake(node, f"the tag {node.tag} is not supported; write a plain value")
         return None
+
+    def _text(self, node: yaml.Node) -> str:
+        text: str = node.value
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            self._mistake(node, _HALF_CHARACTER)
+        return text
 
     def _mistake(self, node: yaml.Node, message: str) -> None:
         mark = node.start_mark

@@ -20,22 +20,29 @@ from gpt_simple.config.structure import SECTIONS, SWITCHES
 from gpt_simple.config.types import FieldSpec, fields_of
 
 _BARE_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_WIDEST_ALIGNED = 60
 _YAML_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
 
 
-def to_toml(config: Config, *, comments: bool = True, origins: Origins | None = None) -> str:
-    """TOML 1.0. With ``origins``, the end of each line says where its value came from."""
+def to_toml(
+    config: Config, *, comments: bool = True, origins: Origins | None = None, chosen: Origins | None = None
+) -> str:
+    """TOML 1.0.
+
+    With ``origins``, the end of each line says where its value came from. With ``chosen``, a value that nobody set
+    there is written as a comment, so that it stays a default.
+    """
     lines = []
     for table in _tables(config):
         lines += ["", *([f"# {table.doc}"] if comments and table.doc else []), f"[{_dotted(table.path)}]"]
-        pairs = []
-        for entry in table.entries:
-            # TOML has no null; unset fields are shown as comments to fill in.
-            unset = entry.value is None and entry.default is None
-            text = f"{'#' if unset else ''}{_key(entry.key)} = {_toml(entry.value)}"
-            pairs.append((entry, text))
-        width = max((len(text) for _, text in pairs if len(text) <= 60), default=0)
-        for entry, text in pairs:
+        # TOML has no null: what is unset by default is shown as a comment to fill in.
+        texts = [
+            ("#" if entry.value is entry.default is None or _is_left_out(table, entry, chosen) else "")
+            + f"{_key(entry.key)} = {_toml(entry.value)}"
+            for entry in table.entries
+        ]
+        width = max((len(text) for text in texts if len(text) <= _WIDEST_ALIGNED), default=0)
+        for entry, text in zip(table.entries, texts, strict=True):
             if comments and entry.help:
                 lines.append(f"# {entry.help}")
             if origins is not None:
@@ -44,18 +51,19 @@ def to_toml(config: Config, *, comments: bool = True, origins: Origins | None = 
     return "\n".join(lines[1:]) + "\n"
 
 
-def to_yaml(config: Config, *, comments: bool = True) -> str:
-    """YAML that means the same under the rules of YAML 1.1 and 1.2."""
+def to_yaml(config: Config, *, comments: bool = True, chosen: Origins | None = None) -> str:
+    """YAML that means the same under the rules of YAML 1.1 and 1.2; ``chosen`` as for TOML."""
     lines = []
     for table in _tables(config):
         path = table.path.split(".", 1)
-        indent = "  " * len(path)
-        lines += ["", *([f"{indent[2:]}# {table.doc}"] if comments and table.doc else [])]
-        lines.append(f"{indent[2:]}{_key(path[-1])}:" + ("" if table.entries else " {}"))
+        outer, inner = "  " * (len(path) - 1), "  " * len(path)
+        lines += ["", *([f"{outer}# {table.doc}"] if comments and table.doc else [])]
+        lines.append(f"{outer}{_key(path[-1])}:" + ("" if table.entries else " {}"))
         for entry in table.entries:
             if comments and entry.help:
-                lines.append(f"{indent}# {entry.help}")
-            lines.append(f"{indent}{_key(entry.key)}: {_flow(entry.value)}")
+                lines.append(f"{inner}# {entry.help}")
+            mark = "#" if _is_left_out(table, entry, chosen) else ""
+            lines.append(f"{inner}{mark}{_key(entry.key)}: {value_text(entry.value)}")
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -90,7 +98,7 @@ def field_help(spec: FieldSpec) -> str:
     """The field's help, what it takes and its default, on one line."""
     facts = spec.label
     if spec.default is not attrs.NOTHING:
-        facts += f"; default {_flow(plain(spec.default))}"
+        facts += f"; default {value_text(plain(spec.default))}"
     return f"{spec.doc} [{facts}]" if spec.doc else facts
 
 
@@ -117,12 +125,17 @@ def _tables(config: Config) -> Iterator[_Table]:
         yield _table(f"plugins.{name}", table)
 
 
+def _is_left_out(table: _Table, entry: _Entry, chosen: Origins | None) -> bool:
+    return chosen is not None and chosen.is_default(join(table.path, entry.key))
+
+
 def _table(path: str, table: Any) -> _Table:
     if isinstance(table, Mapping):
         return _Table(path, "", tuple(_Entry(key, value, ..., "") for key, value in plain(table).items()))
     cls: type = type(table)
     entries = (_Entry(s.name, plain(getattr(table, s.name)), s.default, field_help(s)) for s in fields_of(cls))
-    return _Table(path, summary(cls), tuple(entries))
+    doc = summary(cls)
+    return _Table(path, "" if doc.rstrip(".") == f"[{path}]" else doc, tuple(entries))
 
 
 def _toml(value: Any) -> str:
@@ -133,13 +146,13 @@ def _toml(value: Any) -> str:
     return _nested(value, _toml)
 
 
-def _flow(value: Any) -> str:
-    """YAML flow style, which for everything but keys and floats is JSON."""
+def value_text(value: Any) -> str:
+    """A value as a person would type it: YAML flow style, which is JSON but for keys and floats."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)}: {_flow(item)}" for key, item in value.items()) + "}"
-    return _nested(value, _flow)
+        return "{" + ", ".join(f"{_key(key)}: {value_text(item)}" for key, item in value.items()) + "}"
+    return _nested(value, value_text)
 
 
 def _nested(value: Any, write: Callable[[Any], str]) -> str:

@@ -119,7 +119,7 @@ def describe(type_: Any, bounds: tuple[Bound, ...] = ()) -> str:
 
 def label(type_: Any, bounds: tuple[Bound, ...] = ()) -> str:
     """The type as a label: ``integer >= 1 | null``."""
-    limits = "".join(f" {_limit(bound)}" for bound in bounds)
+    limits = " " * bool(bounds) + ", ".join(_limit(bound) for bound in bounds)
     parts = []
     for member in members(type_):
         if get_origin(member) is Literal:

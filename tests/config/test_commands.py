@@ -1,0 +1,148 @@
+"""`gpt-simple config` and `init`, and the fields of the configuration as options."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+
+from gpt_simple.cli.fields import ConfiguredCommand, builtin_configs, complete, option_help
+from gpt_simple.cli.init import PRESETS
+from gpt_simple.cli.main import main
+from gpt_simple.config.load import read
+from gpt_simple.config.structure import SECTIONS, structure
+from gpt_simple.config.types import fields_of
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, code: int = 0) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == code
+        return capsys.readouterr()
+
+    return run
+
+
+def test_show_says_where_every_value_comes_from(cli, monkeypatch):
+    Path("c.toml").write_text("[training]\nseed = 1\nmax_steps = 5\n[plugins.sample]\ntop_k = 3\n")
+    monkeypatch.setenv("GPT_SIMPLE__TRAINING__SEED", "2")
+    out, _ = cli("config", "show", "c.toml", "--origin", "--training.seed=3")
+    lines = {" ".join(line.split()) for line in out.splitlines()}
+    assert {
+        "seed = 3 # --training.seed, overrides $GPT_SIMPLE__TRAINING__SEED, overrides c.toml:2",
+        "max_steps = 5 # c.toml:3",
+        "top_k = 3 # c.toml:5",
+        "learning_rate = 0.0003 # default",
+    } <= lines
+
+
+def test_show_in_both_formats_is_the_configuration_itself(cli):
+    Path("c.yaml").write_text("training: {seed: 1, keep_last_k: null}\n")
+    written = json.loads(cli("config", "show", "--config", "c.yaml", "--json")[0])
+    assert written["training"]["seed"] == 1
+    assert written["training"]["keep_last_k"] is None
+    shown = tomli.loads(cli("config", "show", "c.yaml", "--toml")[0])
+    assert shown["training"]["keep_last_k"] == "null"
+    assert shown["plugins"]["sample"] == written["plugins"]["sample"]
+    places = json.loads(cli("config", "show", "c.yaml", "--json", "--origin", "--training.seed", "2")[0])
+    assert places["training.seed"] == {"value": 2, "kind": "cli", "places": ["--training.seed", "c.yaml:1"]}
+    assert places["training.max_steps"] == {"value": 1000, "kind": "default", "places": ["default"]}
+    assert "plugins.sample.top_k" in places
+
+
+def test_show_reports_mistakes_and_translated_keys(cli):
+    Path("c.yaml").write_text("model: {attention_mode: causal}\ntraining: {max_step: 1}\n")
+    _, err = cli("config", "show", "c.yaml", code=2)
+    assert err == "error: c.yaml:2: training.max_step: unknown key; did you mean training.max_steps?\n"
+    _, err = cli("config", "show", "missing.toml", code=2)
+    assert "missing.toml: the configuration cannot be read" in err
+    Path("c.yaml").write_text("model: {attention_mode: causal}\n")
+    _, err = cli("config", "show", "c.yaml")
+    assert err.startswith("note: c.yaml:1: model.attention_mode causal is read as data.document_mask false")
+
+
+def test_schema_covers_the_built_in_plugins(cli):
+    schema = json.loads(cli("config", "schema")[0])
+    assert set(schema["properties"]) == {"model", "data", "optimizer", "training", "plugins"}
+    assert set(builtin_configs()) <= set(schema["properties"]["plugins"]["properties"])
+    Path("c.toml").write_text("[plugins.sample]\nseed = 1\n")
+    assert json.loads(cli("config", "schema", "--config", "c.toml")[0]) == schema
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("suffix", [".toml", ".yaml", ".json"])
+def test_a_preset_reads_back_to_itself(cli, preset, suffix):
+    out, _ = cli("init", "--preset", preset, "-o", f"c{suffix}")
+    assert f"gpt-simple run c{suffix}" in out
+    wanted = structure(read(None, environ={}, sections=PRESETS[preset]))
+    raw = read(f"c{suffix}", environ={})
+    assert structure(raw, plugin_configs=builtin_configs()) == structure(
+        read(None, environ={}, sections=PRESETS[preset]), plugin_configs=builtin_configs()
+    )
+    assert structure(raw).training == wanted.training
+    for name, section in PRESETS[preset].items():
+        assert not any(raw.origins.is_default(f"{name}.{key}") for key in section)
+
+
+def test_a_written_preset_can_be_switched_on_key_by_key(cli):
+    text = cli("init", "-o", "-")[0]
+    everything = [line.lstrip("#") if line[:1] == "#" and line[1:2] != " " else line for line in text.splitlines()]
+    Path("all.toml").write_text("\n".join(everything))
+    raw = read("all.toml", environ={})
+    config = structure(raw, plugin_configs=builtin_configs())
+    assert config.training == structure(read(None, environ={}, sections=PRESETS["small"])).training
+    for name, cls in SECTIONS.items():
+        assert not any(raw.origins.is_default(f"{name}.{spec.name}") for spec in fields_of(cls))
+
+
+def test_init_never_overwrites_by_itself(cli):
+    Path("config.toml").write_text("precious")
+    _, err = cli("init", code=2)
+    assert "config.toml exists already" in err
+    assert Path("config.toml").read_text() == "precious"
+    cli("init", "--force")
+    assert Path("config.toml").read_text() != "precious"
+    _, err = cli("init", "-o", "config.ini", code=2)
+    assert "a configuration is a .toml" in err
+    _, err = cli("init", "-o", "no/such/folder.toml", code=2)
+    assert "the file cannot be written" in err
+
+
+def test_help_and_completion_know_every_field():
+    plugins = builtin_configs()
+    text = option_help(plugins)
+    keys = [f"--{name}.{spec.name}" for name, cls in SECTIONS.items() for spec in fields_of(cls)]
+    keys += [f"--plugins.{name}.{spec.name}" for name, cls in plugins.items() for spec in fields_of(cls)]
+    assert all(f"  {key}  " in text or f"  {key}\n" in text for key in keys)
+    assert set(keys) <= {item.value for item in complete("--", plugins)}
+    assert [item.value for item in complete("--training.max_s", plugins)] == ["--training.max_steps"]
+    assert complete("train", plugins) == []
+
+
+def test_completion_survives_an_option_without_its_value():
+    command = ConfiguredCommand("run", params=[])
+    context = command.make_context("run", ["--training.seed"], resilient_parsing=True)
+    assert "--training.seed" in [item.value for item in command.shell_complete(context, "--training.s")]
+
+
+def test_the_commands_do_not_import_torch(tmp_path):
+    code = """if True:
+        import sys
+        from gpt_simple.cli.main import main
+        for arguments in (["config", "show"], ["config", "schema"], ["init"]):
+            try:
+                main(arguments)
+            except SystemExit as leave:
+                assert leave.code == 0, arguments
+        heavy = {"torch", "accelerate", "numpy", "rich"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
