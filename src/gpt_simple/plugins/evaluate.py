@@ -55,3 +55,17 @@ class Evaluate(Plugin["NoConfig"]):
             "eval/loss": Metric(nats / max(1, targets), weight=targets),
             "eval/bits_per_byte": Metric(bits / size.clamp(min=1), weight=size),
         }
+
+    @hookimpl
+    def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
+        loss, floor = event.metrics["eval/loss"], run.facts()["floor"]
+        # A capped evaluation sees part of the split, whose own floor may lie a little lower.
+        whole = run.config.training.max_eval_batches is None
+        if whole and floor is not None and loss < floor:
+            run.log.error(
+                f"the validation loss {loss:.4f} is below the floor {floor:.4f}, which no honest model can reach:"
+                " look for attention to later tokens, for validation data in training, or for a wrong loss",
+                name="below_floor",
+                loss=loss,
+                floor=floor,
+            )
