@@ -29,7 +29,7 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("rows", [1, 10, 37, 1000])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_chunks_equal_one_piece(rows: int, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss_module.LOGITS_PER_CHUNK, "cpu", rows * 50)
+    monkeypatch.setitem(loss_module.ROWS_PER_CHUNK, "cpu", rows)
     hidden, weight, labels = problem()
     with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
         expected = plain(hidden, weight, labels)

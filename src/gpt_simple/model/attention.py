@@ -45,7 +45,7 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        self.grouped = shape.n_kv_head != shape.n_head
+        self.groups = shape.n_head // shape.n_kv_head
         self.dropout = shape.dropout
         width, kv_width = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
         self.query = nn.Linear(shape.n_embd, width, bias=shape.qkv_bias)
@@ -75,6 +75,10 @@ class Attention(nn.Module):
         query, key = query.type_as(value), key.type_as(value)
         if cache is not None:
             key, value = cache.extend(key, value)
+        grouped = self.groups > 1
+        if grouped and mask is not None:  # the memory-efficient CUDA kernel takes a mask or grouped heads, not both
+            key, value = key.repeat_interleave(self.groups, 1), value.repeat_interleave(self.groups, 1)
+            grouped = False
         attended = F.scaled_dot_product_attention(
             query,
             key,
@@ -82,7 +86,7 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None and length > 1,
-            enable_gqa=self.grouped,
+            enable_gqa=grouped,
         )
         merged: Tensor = self.output(attended.transpose(1, 2).reshape(rows, length, -1))
         return merged

@@ -59,7 +59,7 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding(shape.n_positions, shape.n_embd)
         else:
             for name in ("cos", "sin"):
-                table = torch.empty(shape.n_positions, shape.head_dim, dtype=torch.float32)
+                table = torch.empty(shape.n_positions, shape.head_dim // 2, dtype=torch.float32)
                 self.register_buffer(name, table, persistent=False)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
         self.norm = _norm(shape)
@@ -124,9 +124,7 @@ class GPT(nn.Module):
         """The residual stream ``[B, T, n_embd]`` at the first block, and the rotation of its positions."""
         length = input_ids.shape[1]
         if length > self.n_positions:
-            raise ValueError(
-                f"a row of {length} tokens is longer than the model's n_positions, {self.n_positions}"
-            )
+            raise ValueError(f"a row of {length} tokens is longer than the model's n_positions, {self.n_positions}")
         x: Tensor = self.token_embedding(input_ids)
         rotation = None
         if self.shape.position == "learned":

@@ -1,13 +1,13 @@
 """Summed cross-entropy over the vocabulary, the largest tensor of a training step.
 
-The logits of a micro-batch are tokens x vocabulary, often more memory than the whole rest of the model. Two
-ways around holding them several times in float32, each the better one in its place (``benchmarks/`` has the
-figures):
+The logits of a micro-batch are tokens x vocabulary, often more memory than all else together. Two ways around
+holding them several times in float32, each the better one in its place:
 
 * Compiled, the plain formula: Inductor fuses the cast, the log-softmax and its gradient, so that only the
   matmul's own output exists.
-* Eager, in chunks, with the gradient made while a chunk's logits are at hand: nothing of vocabulary size
-  outlives a chunk, nothing is computed twice, and the chunk stays in the cache.
+* Eager, in chunks, with the gradient made while a chunk's logits are at hand: nothing of the size of all logits
+  exists and nothing is computed twice. On a CPU it is also faster than the plain formula (by a quarter at a
+  vocabulary of 4,096 in float32, by a tenth at 32,768 in bfloat16).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 IGNORED = -100
 """A label that is not in the loss."""
 
-LOGITS_PER_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Elements of a chunk's logits: a CPU's cache, and enough rows to fill a GPU."""
+ROWS_PER_CHUNK = {"cpu": 512, "cuda": 4096}
+"""Tokens in a chunk. Each one adds to a gradient of vocabulary size, which fewer rows would not repay."""
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -33,9 +33,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     if torch.compiler.is_compiling():
-        return F.cross_entropy(
-            F.linear(hidden, weight).float(), labels, reduction="sum", ignore_index=IGNORED
-        )
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum", ignore_index=IGNORED)
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
     return loss
 
@@ -69,7 +67,7 @@ def _chunked(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: to
     grad_hidden = torch.empty_like(hidden) if wants_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    rows = max(1, LOGITS_PER_CHUNK.get(hidden.device.type, 1 << 26) // weight.shape[0])
+    rows = ROWS_PER_CHUNK.get(hidden.device.type, 4096)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         inputs, targets = hidden[part].to(dtype), labels[part]
@@ -79,10 +77,11 @@ def _chunked(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: to
             continue
         counted = (targets != IGNORED).unsqueeze(1)
         index = targets.clamp(min=0).unsqueeze(1)
-        grad = log_probs.exp_().scatter_add_(1, index, -counted.float()).mul_(counted).to(dtype)
+        # Softmax minus one-hot. Rows without a label are struck out of the narrow factors: cheaper than here.
+        grad = log_probs.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=torch.float32)).to(dtype)
         if grad_hidden is not None:
-            grad_hidden[part] = grad @ cast_weight
+            grad_hidden[part] = (grad @ cast_weight) * counted
         if grad_weight is not None:
-            grad_weight += grad.T @ inputs
+            grad_weight += grad.T @ (inputs * counted)
     ctx.save_for_backward(grad_hidden, grad_weight)
     return total

@@ -12,13 +12,11 @@ from torch import Tensor
 from gpt_simple.model.shape import Shape
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and signed sines of the angles, broadcastable to ``[B, heads, T, head_dim]``."""
+"""Cosines and sines of the angles, broadcastable to ``[B, heads, T, head_dim / 2]``."""
 
 
 def rotary_tables(shape: Shape) -> Rotation:
-    """Cosines and signed sines of every position: two float32 tensors ``[n_positions, head_dim]`` on the CPU.
-
-    The sines of the first half carry a minus, so that a rotation is ``x * cos + swapped_halves(x) * sin``.
+    """Cosines and sines of every position: two float32 tensors ``[n_positions, head_dim / 2]`` on the CPU.
 
     ``linear`` scaling divides positions by the factor (Chen et al., "Extending Context Window of Large
     Language Models via Positional Interpolation", 2023). ``ntk`` raises the base to ``base *
@@ -33,11 +31,11 @@ def rotary_tables(shape: Shape) -> Rotation:
         base *= shape.rope_scaling_factor ** (dim / (dim - 2))
     pairs = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
     angles = torch.outer(positions, base**-pairs)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1).float(), torch.cat((-sin, sin), -1).float()
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn ``x`` ``[B, heads, T, head_dim]``. The arithmetic and the result are float32."""
     cos, sin = rotation
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
