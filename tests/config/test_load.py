@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import timeit
+
 import pytest
 
 from gpt_simple import DataConfig, ModelConfig, TrainingConfig
 from gpt_simple.config.load import read, sections_of, split_overrides
+from gpt_simple.config.render import to_toml
 from gpt_simple.config.schema import Config, Phase, PluginsConfig
 from gpt_simple.config.structure import structure
 from gpt_simple.errors import ConfigError
@@ -201,3 +204,8 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_problem(bench, tmp_path)
     (tmp_path / "w.toml").write_bytes("\ufeff[training]\r\nseed = 7\r\nmax_step = 1\r\n".encode())
     with pytest.raises(ConfigError, match=r"^w\.toml:3: training\.max_step: "):
         structure(read("w.toml", environ={}))
+
+
+def test_a_full_configuration_is_checked_in_under_5_ms(bench):
+    raw = bench.raw(to_toml(Config()))
+    assert min(timeit.repeat(lambda: structure(raw), number=1, repeat=5)) < 0.005

@@ -100,6 +100,13 @@ def test_mistakes_inside_a_curriculum_have_their_own_lines(bench):
     ]
 
 
+def test_a_misspelt_key_inside_a_list_is_recognised(bench):
+    assert bench.mistakes("data.curriculum = [{duration_tokens = 1, mix = {a = 1}, durations_tokens = 2}]") == [
+        "config.toml:1: data.curriculum[0].durations_tokens: unknown key; "
+        "did you mean data.curriculum[0].duration_tokens?"
+    ]
+
+
 def test_a_key_of_no_section_is_sent_home(bench):
     assert bench.mistakes("max_steps = 5\n") == [
         "config.toml:1: max_steps: unknown key; did you mean training.max_steps?"
@@ -158,3 +165,8 @@ def test_a_field_that_no_configuration_can_hold_is_the_plugin_authors_mistake():
 
     with pytest.raises(PluginError, match=r"Unsupported\.where: a configuration cannot hold"):
         structure(read(None, environ={}), plugin_configs={"bad": Unsupported})
+
+
+def test_the_class_of_a_section_must_have_the_key_by_which_it_was_chosen():
+    with pytest.raises(PluginError, match=r"CsvConfig: the class of the section \[model\] needs a field `name: str`"):
+        structure(read(None, environ={}), sections={"model": CsvConfig})

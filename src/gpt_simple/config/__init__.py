@@ -1,0 +1,1 @@
+"""The configuration: schema, reading, checking, writing. Nothing in here imports torch."""

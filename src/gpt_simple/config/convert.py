@@ -45,7 +45,11 @@ class MissingKey(ValueError):
 
 
 class UnknownKey(ValueError):
-    """A key that its table does not have."""
+    """A key that its table, of the class ``table``, does not have."""
+
+    def __init__(self, table: type) -> None:
+        self.table = table
+        super().__init__("unknown key")
 
 
 @cache
@@ -80,7 +84,7 @@ def errors_of(error: BaseException, path: str) -> Iterator[tuple[str, Exception]
             yield from errors_of(inner, join(path, item.index))
     elif isinstance(error, ForbiddenExtraKeysError):
         for key in sorted(error.extra_fields):
-            yield join(path, key), UnknownKey("unknown key")
+            yield join(path, key), UnknownKey(error.cl)
     elif isinstance(error, Exception):
         yield path, error
 

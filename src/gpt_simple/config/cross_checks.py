@@ -18,7 +18,7 @@ class Conflict:
     message: str
 
 
-def conflicts(*, model: Any, data: Any, optimizer: Any, training: Any, plugins: Any) -> Iterator[Conflict]:
+def conflicts(model: Any, data: Any, training: Any, plugins: Any) -> Iterator[Conflict]:
     """Every conflict between fields. A section that is None or of a component's own class is left out."""
     if type(model) is ModelConfig:
         yield from _heads(model)

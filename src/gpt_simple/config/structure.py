@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -21,7 +21,8 @@ from gpt_simple.config.schema import (
     PluginsConfig,
     TrainingConfig,
 )
-from gpt_simple.config.types import FieldSpec, fields_of, members
+from gpt_simple.config.types import fields_of, members
+from gpt_simple.errors import PluginError
 
 SECTIONS: Mapping[str, type] = {
     "model": ModelConfig,
@@ -29,6 +30,7 @@ SECTIONS: Mapping[str, type] = {
     "optimizer": OptimizerConfig,
     "training": TrainingConfig,
 }
+_COMPONENT_KEYS = {"model": "name", "data": "source", "optimizer": "name"}
 _MANY_KEYS = 8
 SWITCHES = tuple(spec.name for spec in fields_of(PluginsConfig))
 
@@ -43,8 +45,11 @@ def structure(
 
     ``sections`` replaces the class of a section, for a component that brings its own. ``plugin_configs`` maps
     plugin name to config class: ``[plugins.NAME]`` becomes an instance of it, with its defaults if there is
-    no such table. Tables of other plugins stay as they are.
+    no such table. Tables of other plugins stay as they are. A class that cannot serve is a PluginError.
     """
+    for name, cls in (sections or {}).items():
+        if (key := _COMPONENT_KEYS.get(name)) and key not in {spec.name for spec in fields_of(cls)}:
+            raise PluginError(f"{cls.__qualname__}: the class of the section [{name}] needs a field `{key}: str`")
     return _Structuring(raw, {**SECTIONS, **(sections or {})}, plugin_configs or {}).run()
 
 
@@ -65,12 +70,11 @@ class _Structuring:
         }
         parts["plugins"] = self._plugins(values.get("plugins"))
         wrong = {found.path for found in self.mistakes}
-        for conflict in conflicts(**parts):
+        for conflict in conflicts(parts["model"], parts["data"], parts["training"], parts["plugins"]):
             if wrong.isdisjoint(conflict.paths):
                 self.mistakes.append(_conflict(self.raw.origins, conflict.paths, conflict.message))
         if self.raw.mistakes or self.mistakes:
-            # A slip in the text was mended to read on: what the mended value then broke is not the user's
-            # mistake.
+            # A slip in the text was mended to read on; what the mended value broke then is not a mistake of its own.
             slips = {found.origin.line for found in self.raw.mistakes}
             genuine = [m for m in self.mistakes if m.origin.kind != "file" or m.origin.line not in slips]
             raise config_error([*self.raw.mistakes, *genuine])
@@ -87,7 +91,10 @@ class _Structuring:
         except Exception as error:
             wrong = set()
             for place, single in errors_of(error, path):
-                self._report(place, self._sentence(place, single, cls))
+                if isinstance(single, UnknownKey):
+                    self._report(place, self._unknown_key(place, single.table))
+                else:
+                    self._report(place, str(single) or type(single).__name__)
                 wrong.add(_first_key(place.removeprefix(f"{path}.")))
         if not isinstance(value, Mapping):
             return None
@@ -107,7 +114,7 @@ class _Structuring:
             if name in SWITCHES or name in self.plugin_configs:
                 continue
             if table is not None and not isinstance(table, Mapping):
-                self._report(f"plugins.{name}", self._unknown_key(f"plugins.{name}"))
+                self._report(f"plugins.{name}", self._unknown_key(f"plugins.{name}", PluginsConfig))
             tables[name] = table or {}
         for name, cls in self.plugin_configs.items():
             tables[name] = self._section(f"plugins.{name}", value.get(name), cls)
@@ -122,9 +129,6 @@ class _Structuring:
                 typed[spec.name] = text
         return {**value, **typed} if typed else value
 
-    def _sentence(self, path: str, error: Exception, cls: type) -> str:
-        return self._unknown_key(path) if isinstance(error, UnknownKey) else str(error) or type(error).__name__
-
     def _unknown_section(self, name: str, value: Any) -> str:
         names = [*self.sections, "plugins"]
         if meant := closest(name, names):
@@ -133,38 +137,27 @@ class _Structuring:
             return f"unknown key; did you mean {home}?"
         return f"unknown section; expected one of {', '.join(names)}"
 
-    def _unknown_key(self, path: str) -> str:
-        """The key may be misspelt, or belong to another section."""
+    def _unknown_key(self, path: str, cls: type) -> str:
+        """The key may belong to another section, or be misspelt, or both."""
         table, _, key = path.rpartition(".")
-        here = [spec.name for spec in self._specs(table)]
-        if key not in self._all_keys() and (meant := closest(key, here)):
-            return f"unknown key; did you mean {table}.{meant}?"
-        if home := self._elsewhere(key):
-            return f"unknown key; did you mean {home}?"
-        if meant := closest(key, here):
-            return f"unknown key; did you mean {table}.{meant}?"
-        if table == "plugins":
-            return f"expected a table [{path}] or one of {', '.join(SWITCHES)}"
+        here = [spec.name for spec in fields_of(cls)]
+        near = closest(key, here)
+        if meant := self._all_keys().get(key) or (near and f"{table}.{near}") or self._elsewhere(key):
+            return f"unknown key; did you mean {meant}?"
+        if cls is PluginsConfig:
+            return f"expected a table [{path}] or one of {', '.join(here)}"
         if not here:
             return "unknown key; nothing can be set here"
         if len(here) > _MANY_KEYS:
             return f"unknown key; all keys are in `{PROGRAM} run --help`"
         return f"unknown key; expected one of {', '.join(here)}"
 
-    def _specs(self, table: str) -> tuple[FieldSpec, ...]:
-        return next((specs for name, specs in self._tables() if name == table), ())
-
-    def _tables(self) -> Iterator[tuple[str, tuple[FieldSpec, ...]]]:
-        for name, cls in self.sections.items():
-            yield name, fields_of(cls)
-        for name, cls in self.plugin_configs.items():
-            yield f"plugins.{name}", fields_of(cls)
-
     def _all_keys(self) -> dict[str, str]:
         """Key -> its full path, the first section that has it."""
         keys = {switch: f"plugins.{switch}" for switch in SWITCHES}
-        for table, specs in self._tables():
-            for spec in specs:
+        plugins = {f"plugins.{name}": cls for name, cls in self.plugin_configs.items()}
+        for table, cls in {**self.sections, **plugins}.items():
+            for spec in fields_of(cls):
                 keys.setdefault(spec.name, f"{table}.{spec.name}")
         return keys
 
