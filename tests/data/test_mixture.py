@@ -37,10 +37,10 @@ def test_without_a_curriculum_every_row_comes_once_an_epoch_in_a_new_order() -> 
 
 def test_the_order_is_pinned() -> None:
     two = {"a": 100, "b": 50}
-    assert order(buckets=two, seed=42).locate(np.arange(148, 156)).tolist() == [54, 92, 129, 133, 31, 2, 66, 72]
+    assert order(buckets=two, seed=42).locate(np.arange(148, 156)).tolist() == [137, 102, 73, 0, 149, 101, 14, 120]
     mixed = mixture(two, (Phase(800, {"a": 3, "b": 1}), Phase(1, {"b": 1})), "repeat", max_length=8, seed=42)
     located = mixed.locate(np.arange(92, 108)).tolist()
-    assert located == [13, 46, 63, 20, 64, 68, 75, 96, 130, 125, 112, 106, 131, 132, 129, 144]
+    assert located == [41, 142, 36, 139, 149, 134, 59, 56, 143, 120, 132, 104, 146, 118, 123, 141]
 
 
 def test_shares_are_exact_over_a_period() -> None:

@@ -27,7 +27,7 @@ from gpt_simple.data.dataset import IGNORED, Dataset, Split
 from gpt_simple.data.order import key, permute
 from gpt_simple.data.prepare import order_seed
 
-CHUNK_TOKENS = 1 << 16
+CHUNK_TOKENS = 1 << 17
 CHUNK_STEPS = 64
 """Steps that are read at once: as many as hold about ``CHUNK_TOKENS`` tokens, at most ``CHUNK_STEPS``."""
 
@@ -228,11 +228,12 @@ class Loader:
         split.read(np.maximum(rows, 0), inputs.numpy(), labels.numpy(), starts)
         labels.numpy()[rows == PADDING] = IGNORED
         positions, documents = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
-        columns = np.arange(split.max_length)
-        np.cumsum(starts, axis=1, out=documents.numpy())
-        documents.numpy()[:] -= 1
-        begin = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
-        np.subtract(columns, begin, out=positions.numpy())
+        begin = np.flatnonzero(starts)
+        length = np.diff(begin, append=starts.size)
+        first = np.searchsorted(begin, np.arange(len(rows)) * split.max_length)
+        number = np.arange(len(begin)) - np.repeat(first, np.diff(first, append=len(begin)))
+        documents.numpy().reshape(-1)[:] = np.repeat(number, length)
+        positions.numpy().reshape(-1)[:] = np.arange(starts.size) - np.repeat(begin, length)
         return _Rows(inputs, labels, positions, documents)
 
     def _prefetched(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:

@@ -20,7 +20,7 @@ from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import Phase
-from gpt_simple.data.order import key, permute
+from gpt_simple.data.order import key, permute, subkeys
 from gpt_simple.errors import ConfigError, DataError
 
 SLOTS = 1 << 16
@@ -76,7 +76,7 @@ class Mixture:
         epoch, index = np.divmod(number, n)
         if epoch[0] == epoch[-1]:
             epoch = epoch[:1]
-        return permute(key(ROWS_STREAM, self.seed, stream, epoch), n, index)
+        return permute(subkeys(key(ROWS_STREAM, self.seed, stream), epoch), n, index)
 
 
 def mixture(

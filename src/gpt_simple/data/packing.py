@@ -106,30 +106,33 @@ class BestFitRows:
         return self.row_targets[rows]
 
     def read(self, rows: I64, *, starts: bool) -> Block:
-        shape, tokens = (len(rows), self.max_length), self.shard.tokens
+        tokens, size = self.shard.tokens, len(rows) * self.max_length
         counts = self.offsets[rows + 1] - self.offsets[rows]
         spans = self.spans[np.repeat(self.offsets[rows], counts) + _ranges(counts)]
         row = np.repeat(np.arange(len(rows)), counts)
         begin, length, masked = spans.T
         before = np.cumsum(length) - length
-        first = np.cumsum(counts) - counts
-        place = row * self.max_length + before - np.repeat(before[first], counts)
+        place = row * self.max_length + before - np.repeat(before[np.cumsum(counts) - counts], counts)
+        filled = np.bincount(row, length, len(rows)).astype(np.int64)
+        padding = np.arange(self.max_length) >= filled[:, None]
 
-        within = _ranges(length)
-        source, target = np.repeat(begin, length) + within, np.repeat(place, length) + within
-        values = tokens[source]
-        self.shard.check(values, lambda flat: int(source[flat]))
-        inputs = np.full(shape, self.shard.eod_id, tokens.dtype)
-        labels = inputs.copy()
-        scored = np.zeros(shape, bool)
-        inputs.flat[target] = tokens[source - 1]
-        labels.flat[target] = values
-        scored.flat[target] = within >= np.repeat(masked, length)
+        # Along a row the source goes on by one, except where a span begins: so one running sum finds all of it.
+        jump = np.zeros(size, np.int64)
+        jump[place] = np.diff(begin - place, prepend=0)
+        source = np.minimum(np.cumsum(jump) + np.arange(size), len(tokens) - 1)
+        labels = tokens[source].reshape(padding.shape)
+        self.shard.check(labels, lambda flat: int(source[flat]))
+        labels[padding] = self.shard.eod_id
+        inputs = np.empty_like(labels)
+        inputs[:, 1:] = labels[:, :-1]
+        inputs.flat[place] = tokens[begin - 1]
+        scored = ~padding
+        shared = masked > 0
+        scored.flat[np.repeat(place[shared], masked[shared]) + _ranges(masked[shared])] = False
         if not starts:
             return Block(inputs, labels, scored)
-        begins = np.zeros(shape, bool)
+        begins = np.zeros(padding.shape, bool)
         begins.flat[place] = True
-        filled = np.bincount(row, length, len(rows)).astype(np.int64)
         padded = np.flatnonzero(filled < self.max_length)
         begins[padded, filled[padded]] = True
         return Block(inputs, labels, scored, begins)
