@@ -7,6 +7,7 @@ accumulation, which the engine does itself, and gets neither loader nor schedule
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -90,7 +91,10 @@ class World:
         """The module whose backward reduces gradients; the raw one if there is one process."""
         if self.size == 1:
             return model
-        wrapped: torch.nn.Module = self._accelerator.prepare_model(model)
+        with warnings.catch_warnings():
+            # Accelerate has no name yet for the option that replaces broadcast_buffers.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            wrapped: torch.nn.Module = self._accelerator.prepare_model(model)
         return wrapped
 
     def accumulating(self, wrapped: torch.nn.Module, is_last: bool) -> AbstractContextManager[Any]:

@@ -209,7 +209,9 @@ def _summary(run: Run, event: ev.RunEnd) -> list[str]:
 
 
 def _wrapped(text: str) -> str:
-    return "\n".join(textwrap.fill(line, 100) for line in text.splitlines())
+    """Lines of readable width; control characters, which a young model writes, must not reach the terminal."""
+    lines = (textwrap.fill(line, 100) for line in text.splitlines())
+    return "\n".join("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in line) for line in lines)
 
 
 def _number(value: float | None) -> str:
