@@ -52,8 +52,8 @@ class Shard:
 def open_shard(directory: Path, record: ShardRecord, manifest: Manifest) -> Shard:
     """Map a shard whose files have been checked to exist with their sizes."""
     path = directory / f"{record.name}.bin"
-    tokens = np.memmap(path, manifest.dtype, "r")
-    starts = np.memmap(path.with_suffix(".idx"), "<i8", "r")
+    tokens = np.asarray(np.memmap(path, manifest.dtype, "r"))
+    starts = np.asarray(np.memmap(path.with_suffix(".idx"), "<i8", "r"))
     if len(tokens) != record.tokens + 1 or len(starts) != record.documents + 1 or starts[-1] != len(tokens):
         raise DataError(f"{path}: does not hold the {record.documents} documents that dataset.json says; prepare again")
     return Shard(path, tokens, starts, manifest.vocab_size, manifest.eod_id)
