@@ -60,23 +60,21 @@ def train_on_ranks(
         ]
         for process in processes:
             process.start()
-        hung = not _wait(processes, timeout)
+        _wait(processes, timeout)
+        # Asked before anybody is killed, because that makes the others fail.
+        hung = any(process.is_alive() for process in processes) and not any(p.exitcode for p in processes)
         for process in processes:
-            if process.is_alive():
-                process.kill()
+            process.kill()
+        for process in processes:
             process.join()
-        outcomes = [_outcome(rank, folder) for rank in range(ranks)]
-        if hung and not any(outcome.error for outcome in outcomes if outcome.error != _KILLED):
+        if hung:
             stacks = "\n".join(f"rank {rank}:\n{_read(folder / f'{rank}.stack')}" for rank in range(ranks))
             raise Hang(f"{ranks} processes did not finish in {timeout:g} s\n{stacks}")
-        return outcomes
+        return [_outcome(rank, folder) for rank in range(ranks)]
 
 
-_KILLED = "was still running and was ended"
-
-
-def _wait(processes: Sequence[Any], timeout: float) -> bool:
-    """Whether all processes ended by themselves in time."""
+def _wait(processes: Sequence[Any], timeout: float) -> None:
+    """Until all processes have ended, the time is up, or the grace after a failure is over."""
     deadline = time.monotonic() + timeout
     grace = None
     while any(process.is_alive() for process in processes):
@@ -84,9 +82,8 @@ def _wait(processes: Sequence[Any], timeout: float) -> bool:
         if grace is None and any(process.exitcode for process in processes):
             grace = now + 5.0
         if now > deadline or (grace is not None and now > grace):
-            return False
+            return
         time.sleep(0.02)
-    return True
 
 
 def _one_rank(
@@ -133,7 +130,10 @@ def _train(rank: int, folder: Path, plugins: Sequence[PassedPlugin], options: Ma
 def _outcome(rank: int, folder: Path) -> RankOutcome:
     document = json.loads(_read(folder / f"{rank}.json") or "{}")
     return RankOutcome(
-        rank, document.get("error", _KILLED), tuple(document.get("hooks", ())), document.get("weights", "")
+        rank,
+        document.get("error", "was ended while it was waiting"),
+        tuple(document.get("hooks", ())),
+        document.get("weights", ""),
     )
 
 

@@ -1,0 +1,86 @@
+"""Each hook times each misbehaviour: the documented policy, the blame, everybody else called, and the same weights."""
+
+from __future__ import annotations
+
+import re
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_simple import Plugin
+from gpt_simple.errors import PluginError
+from gpt_simple.hooks import HOOKS
+from gpt_simple.testing import MISBEHAVIOURS, Recorder, Trained, misbehaving, train
+
+LAST_WORDS = ("on_run_error", "on_close")
+BEFORE_THE_RUN = ("register_components", "check_config")
+DURING = [hook for hook in HOOKS if hook not in (*LAST_WORDS, *BEFORE_THE_RUN, "on_checkpoint_loaded", "on_log")]
+
+
+# Gradients are off already where an evaluation is made.
+CASES = [(hook, how) for hook in DURING for how in MISBEHAVIOURS if (hook, how) != ("evaluate", "leaves gradients off")]
+
+
+def run(plugin: type[Plugin], **options: Any) -> Trained:
+    """Two steps, in which every hook has its turn."""
+    return train(plugin, max_steps=2, **options)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Trained:
+    """The same run with no plugin that misbehaves."""
+    return train(max_steps=2)
+
+
+def without_logs(recorder: Recorder) -> list[str]:
+    return [hook for hook in recorder.hooks() if hook != "on_log"]
+
+
+@pytest.mark.parametrize(("hook", "how"), CASES)
+def test_a_sink_that_misbehaves_changes_nothing_for_anybody(alone: Trained, hook: str, how: str) -> None:
+    trained = run(misbehaving(hook, how))
+    assert trained.failed == (["misbehaving"] if MISBEHAVIOURS[how].fails else [])
+    assert without_logs(trained.recorder) == without_logs(alone.recorder)
+    for name, value in alone.weights.items():
+        assert torch.equal(value, trained.weights[name])
+    warnings = [event.message for event in trained.recorder.events("on_log") if event.name == "plugin_failed"]
+    assert len(warnings) == MISBEHAVIOURS[how].fails
+    assert all(hook in warning and "misbehaving" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("hook", "how"),
+    [(hook, how) for hook, how in CASES if MISBEHAVIOURS[how].fails and (how == "raises" or hook == "on_step_end")],
+)
+def test_with_abort_the_run_ends_with_the_blame_and_everybody_is_closed_once(hook: str, how: str) -> None:
+    recorder = Recorder()
+    plugin = misbehaving(hook, how, on_error="abort")
+    with pytest.raises(PluginError, match=rf"plugin misbehaving .*{hook}"):
+        run(plugin, recorder=recorder)
+    assert recorder.hooks()[-2:] == ["on_run_error", "on_close"]
+    assert recorder.hooks().count("on_close") == 1
+
+
+@pytest.mark.parametrize("hook", BEFORE_THE_RUN)
+@pytest.mark.parametrize("how", ["raises", "exits"])
+def test_before_the_run_a_failure_always_ends_it(hook: str, how: str) -> None:
+    with pytest.raises(PluginError, match=rf"plugin misbehaving .*{hook}"):
+        run(misbehaving(hook, how))
+
+
+@pytest.mark.parametrize("how", [how for how, fault in MISBEHAVIOURS.items() if fault.fails])
+def test_a_failure_while_closing_is_a_warning(how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = run(misbehaving("on_close", how, on_error="abort"))
+    assert trained.result.status == "completed"
+    assert re.search(r"plugin misbehaving .*on_close", capsys.readouterr().err)
+
+
+def test_nothing_of_the_process_is_left_changed() -> None:
+    threads = threading.active_count()
+    run(misbehaving("on_step_start", "leaves gradients off"))
+    run(misbehaving("on_batch", "changes the default dtype"))
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() is torch.float32
+    assert threading.active_count() == threads

@@ -1,0 +1,168 @@
+"""The test kit finds what it is for, and every built-in plugin passes it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_simple import Metric, Plugin, Run, hookimpl
+from gpt_simple.hooks import HOOKS, NoConfig
+from gpt_simple.hooks.discovery import PluginRecord, installed
+from gpt_simple.hooks.loading import load_record
+from gpt_simple.testing import Hang, HostSync, check_contract, no_host_sync, train, train_on_ranks
+
+BUILT_IN = [record for record in installed() if record.origin == "builtin"]
+
+
+@pytest.mark.parametrize("record", BUILT_IN, ids=lambda record: record.name)
+def test_built_in_plugins_keep_the_contract(record: PluginRecord) -> None:
+    check_contract(load_record(record), enable=(record.name,), observes=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["console", "metrics", "throughput", "evaluate", "checkpoint", "sample"])
+def test_a_built_in_that_observes_leaves_the_weights_as_they_are(name: str) -> None:
+    with_it = train(enable=("console", "sample")).weights
+    without = train(overrides={"plugins.disable": [name]}).weights
+    assert all(torch.equal(value, without[key]) for key, value in with_it.items())
+
+
+def test_a_tiny_run_is_fast() -> None:
+    train()
+    start = time.process_time()
+    train()
+    assert time.process_time() - start < 1.0
+
+
+def test_the_contract_lists_everything_that_is_broken() -> None:
+    class Bad(Plugin[NoConfig]):
+        @hookimpl
+        def on_run_start(self, run: Run, event: Any) -> None:
+            self.file = open(run.output_dir / "left.txt", "w")  # noqa: SIM115
+
+        @hookimpl
+        def on_step_end(self, run: Run, event: Any) -> None:
+            next(run.model.parameters()).sum().item()
+
+        @hookimpl
+        def on_gradients(self, run: Run, event: Any) -> None:
+            for parameter in run.model.parameters():
+                assert parameter.grad is not None
+                if self.first:
+                    parameter.grad.zero_()
+            self.first = False
+
+        @hookimpl
+        def on_eval_end(self, run: Run, event: Any) -> None:
+            raise ValueError("boom")
+
+        @hookimpl
+        def on_close(self, run: Run, event: Any) -> None:
+            raise ValueError("too late")
+
+        first = True
+
+    with pytest.raises(AssertionError) as caught:
+        check_contract(Bad)
+    text = str(caught.value)
+    for part in (
+        "on_eval_end failed with ValueError: boom",
+        "on_step_end makes the device wait",
+        "left.txt is still open",
+        "stopped and resumed ends with other weights",
+        "failed in on_close: ValueError: too late",
+        "differ from those of a run without it",
+    ):
+        assert part in text
+
+
+def test_the_contract_begins_with_the_lint() -> None:
+    class Bad(Plugin[NoConfig]):
+        @hookimpl
+        def on_metrcs(self, run: Run, event: Any) -> None:
+            pass
+
+    with pytest.raises(AssertionError, match="did you mean on_metrics"):
+        check_contract(Bad)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda t: t.item(), float, int, bool, lambda t: t.tolist(), lambda t: t.numpy(), lambda t: 1 if t else 0]
+)
+def test_reading_a_tensor_is_found_however_it_is_done(read: Any) -> None:
+    tensor = torch.ones(())
+    with pytest.raises(HostSync), no_host_sync():
+        read(tensor)
+    with no_host_sync():
+        (tensor + 1).detach()
+    read(tensor)
+
+
+def test_two_processes_train_one_model() -> None:
+    class Sums(Plugin[NoConfig]):
+        ranks = "all"
+
+        @hookimpl
+        def collect_metrics(self, run: Run, event: Any) -> dict[str, Metric]:
+            return {"ranks": Metric(run.comm.sum(torch.ones(())), reduce="max")}
+
+    first, second = train_on_ranks(Sums)
+    assert first.error == second.error == ""
+    assert first.weights == second.weights
+    only_on_main = set(first.hooks) - set(second.hooks)
+    assert {"check_config", "on_log", "on_metrics"} <= only_on_main
+    assert not only_on_main & {hook for hook, info in HOOKS.items() if info.ranks == "all"}
+
+
+def test_a_barrier_on_one_rank_is_found_with_the_place() -> None:
+    class Waits(Plugin[NoConfig]):
+        ranks = "all"
+
+        @hookimpl
+        def on_step_end(self, run: Run, event: Any) -> None:
+            if run.is_main:
+                torch.distributed.barrier()
+
+    with pytest.raises(Hang, match="on_step_end"):
+        train_on_ranks(Waits, timeout=5.0)
+
+
+def test_the_engines_own_collectives_refuse_where_they_would_hang() -> None:
+    class Waits(Plugin[NoConfig]):
+        @hookimpl
+        def on_metrics(self, run: Run, event: Any) -> None:
+            run.comm.barrier()
+
+    assert train(Waits).failed == ["waits"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_that_fails_does_not_leave_the_other_waiting(rank: int) -> None:
+    class FailsThere(Plugin[NoConfig]):
+        ranks = "all"
+
+        @hookimpl
+        def on_gradients(self, run: Run, event: Any) -> None:
+            if run.rank == rank:
+                raise ValueError("boom")
+
+    start = time.monotonic()
+    outcomes = train_on_ranks(FailsThere, timeout=60)
+    assert time.monotonic() - start < 30
+    assert "failed in on_gradients at step 1: ValueError: boom" in outcomes[rank].error
+    assert outcomes[1 - rank].error
+
+
+def test_a_sink_that_fails_on_one_rank_does_not_stop_the_others() -> None:
+    class FailsOnMain(Plugin[NoConfig]):
+        @hookimpl
+        def on_metrics(self, run: Run, event: Any) -> None:
+            raise ValueError("boom")
+
+        @hookimpl
+        def collect_metrics(self, run: Run, event: Any) -> dict[str, Metric]:
+            return {"own": Metric(1.0)}
+
+    assert [outcome.error for outcome in train_on_ranks(FailsOnMain)] == ["", ""]
