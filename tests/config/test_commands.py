@@ -133,6 +133,13 @@ def test_completion_survives_an_option_without_its_value():
     assert "--training.seed" in [item.value for item in command.shell_complete(context, "--training.s")]
 
 
+def test_a_shell_gets_dotted_keys(cli, monkeypatch):
+    monkeypatch.setenv("_GPT_SIMPLE_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "gpt-simple config show c.toml --training.seed 3 --plugins.sample.t")
+    monkeypatch.setenv("COMP_CWORD", "6")
+    assert cli()[0].split() == ["plain,--plugins.sample.temperature", "plain,--plugins.sample.top_k"]
+
+
 def test_the_commands_do_not_import_torch(tmp_path):
     code = """if True:
         import sys

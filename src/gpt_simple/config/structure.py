@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import attrs
@@ -22,7 +22,7 @@ from gpt_simple.config.schema import (
     TrainingConfig,
 )
 from gpt_simple.config.types import fields_of, members
-from gpt_simple.errors import PluginError
+from gpt_simple.errors import ConfigError, PluginError
 
 SECTIONS: Mapping[str, type] = {
     "model": ModelConfig,
@@ -51,6 +51,19 @@ def structure(
         if (key := _COMPONENT_KEYS.get(name)) and key not in {spec.name for spec in fields_of(cls)}:
             raise PluginError(f"{cls.__qualname__}: the class of the section [{name}] needs a field `{key}: str`")
     return _Structuring(raw, {**SECTIONS, **(sections or {})}, plugin_configs or {}).run()
+
+
+def with_other_mistakes(error: ConfigError, raw: RawConfig, *, unchecked: Collection[str] = ()) -> ConfigError:
+    """An error that came before the structuring could begin, together with every mistake that it would hide.
+
+    ``unchecked`` are sections whose class is not known because of the error.
+    """
+    known = {name: section for name, section in raw.values.items() if name not in unchecked}
+    try:
+        structure(attrs.evolve(raw, values=known))
+    except ConfigError as others:
+        return ConfigError(f"{others}\n{error}")
+    return error
 
 
 class _Structuring:
