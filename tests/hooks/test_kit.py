@@ -126,7 +126,7 @@ def test_a_barrier_on_one_rank_is_found_with_the_place() -> None:
                 torch.distributed.barrier()
 
     with pytest.raises(Hang, match="on_step_end"):
-        train_on_ranks(Waits, timeout=5.0)
+        train_on_ranks(Waits, timeout=8.0)
 
 
 def test_the_engines_own_collectives_refuse_where_they_would_hang() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -49,6 +50,7 @@ def train_on_ranks(
     When one process has failed the others get a grace of five seconds, as under a launcher. Raises Hang if nobody
     failed and ``timeout`` seconds were not enough.
     """
+    _import_what_a_run_needs()
     with tempfile.TemporaryDirectory(prefix="gpt-simple-ranks-") as scratch:
         folder = Path(scratch)
         context = multiprocessing.get_context("fork")
@@ -71,6 +73,12 @@ def train_on_ranks(
             stacks = "\n".join(f"rank {rank}:\n{_read(folder / f'{rank}.stack')}" for rank in range(ranks))
             raise Hang(f"{ranks} processes did not finish in {timeout:g} s\n{stacks}")
         return [_outcome(rank, folder) for rank in range(ranks)]
+
+
+def _import_what_a_run_needs() -> None:
+    """Once, here, instead of in every process and within its limit of time."""
+    for module in ("accelerate", "torch._dynamo", "torch.nn.parallel.distributed", "gpt_simple.testing.tiny"):
+        importlib.import_module(module)
 
 
 def _wait(processes: Sequence[Any], timeout: float) -> None:
