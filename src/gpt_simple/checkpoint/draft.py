@@ -8,9 +8,9 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import safetensors.torch
 from attrs import Factory, define, frozen
@@ -34,21 +34,31 @@ class Published:
 
 @define
 class Draft:
-    """Files are added, durable and hashed when the call returns; ``publish`` makes them a checkpoint."""
+    """Files are added and made durable together; ``publish`` makes them a checkpoint, leaving the context undoes them.
+
+    The disk works in threads while the processor hashes and the next file is written.
+    """
 
     path: Path
-    entries: dict[str, FileEntry] = Factory(dict)
-    started: float = Factory(time.perf_counter)
+    _entries: dict[str, FileEntry] = Factory(dict)
+    _disk: ThreadPoolExecutor = Factory(lambda: ThreadPoolExecutor(4))
+    _pending: list[Future[None]] = Factory(list)
+    _started: float = Factory(time.perf_counter)
 
-    def __attrs_post_init__(self) -> None:
+    def __enter__(self) -> Self:
         remove_tree(self.path)
         self.path.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._disk.shutdown(cancel_futures=True)
+        remove_tree(self.path)
 
     def add_document(self, stem: str, value: Any) -> None:
         """Write ``stem.json``. NaN and infinities are written as Python does and come back."""
         path = self.path / f"{stem}.json"
         path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        self.entries[path.name] = _sealed(path)
+        self._seal(path)
 
     def add_tensors(self, stem: str, tensors: Mapping[str, Tensor]) -> None:
         """Write ``stem.safetensors``, whatever the tensors' devices and strides."""
@@ -63,7 +73,7 @@ class Draft:
             name: TensorLayout(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
             for name, tensor in tensors.items()
         }
-        self.entries[path.name] = _sealed(path, layouts)
+        self._seal(path, layouts)
 
     def publish(self, step: int, sequence: int, target: Path) -> Published:
         """Write the manifest and rename the directory to ``target``; one that is there is replaced.
@@ -72,9 +82,11 @@ class Draft:
         no moment without either.
         """
         path = self.path / MANIFEST
-        path.write_text(Manifest(step, sequence, self.entries).to_json(), encoding="utf-8")
-        size = sum(entry.size for entry in self.entries.values()) + path.stat().st_size
-        fsync(path)
+        path.write_text(Manifest(step, sequence, self._entries).to_json(), encoding="utf-8")
+        size = sum(entry.size for entry in self._entries.values()) + path.stat().st_size
+        self._pending.append(self._disk.submit(fsync, path))
+        for durable in self._pending:
+            durable.result()
         fsync(self.path)
         aside = hidden(target, "replaced")
         if target.exists():
@@ -88,7 +100,11 @@ class Draft:
             raise
         fsync(target.parent)
         remove_tree(aside)
-        return Published(step, target, size, time.perf_counter() - self.started)
+        return Published(step, target, size, time.perf_counter() - self._started)
+
+    def _seal(self, path: Path, layouts: Mapping[str, TensorLayout] | None = None) -> None:
+        self._pending.append(self._disk.submit(fsync, path))
+        self._entries[path.name] = FileEntry(path.stat().st_size, sha256_of(path), layouts)
 
 
 def hidden(path: Path, role: str) -> Path:
@@ -108,15 +124,6 @@ def fsync(path: Path) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a hidden directory as far as possible; what cannot be removed now is swept at a later time."""
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _sealed(path: Path, layouts: Mapping[str, TensorLayout] | None = None) -> FileEntry:
-    # The disk works while the processor hashes, and the bytes to hash are still in the page cache.
-    with ThreadPoolExecutor(1) as pool:
-        durable = pool.submit(fsync, path)
-        digest = sha256_of(path)
-        durable.result()
-    return FileEntry(path.stat().st_size, digest, layouts)
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

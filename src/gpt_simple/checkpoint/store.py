@@ -81,18 +81,17 @@ class Store:
         self._drafts.add(path)
         try:
             sequence = 1 + max((c.sequence for c in self.list() if c.sequence != UNKNOWN_SEQUENCE), default=0)
-            draft = Draft(path)
-            for stem, document in documents.items():
-                draft.add_document(stem, document)
-            for stem, group in tensors.items():
-                draft.add_tensors(stem, group)
-            self._verified.discard(target)
-            published = draft.publish(step, sequence, target)
+            with Draft(path) as draft:
+                for stem, group in tensors.items():
+                    draft.add_tensors(stem, group)
+                for stem, document in documents.items():
+                    draft.add_document(stem, document)
+                self._verified.discard(target)
+                published = draft.publish(step, sequence, target)
         except (OSError, TypeError, ValueError) as error:
             needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
             raise self._not_written(step, error, needed) from error
         finally:
-            remove_tree(path)
             self._drafts.discard(path)
         self._verified.add(target)
         return published
