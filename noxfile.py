@@ -1,4 +1,4 @@
-"""What is checked and how: ``nox -s tests`` is what a change must pass, the other sessions are parts and extras of it."""
+"""What is checked, and how: ``nox -s tests`` is what a change must pass; the other sessions are parts and extras."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What the engine costs per optimizer step, against a bare PyTorch loop in the same process.
 
-A tiny model (2 layers, 64 wide, rows of 64 tokens, batch 4), so that a step takes a few milliseconds and overhead shows.
-The engine runs with all default plugins on. A plugin takes turns with it: after every block of engine steps it runs a
-block of bare steps with a copy of the same model, the same rows, fused AdamW, clipping and schedule. The bare loop gets
-its rows as ready tensors, so the engine's loader counts as overhead.
+A tiny model (2 layers, 64 wide, rows of 64 tokens, batch 4), so that a step takes milliseconds and overhead shows. The
+engine runs with all default plugins on. A plugin takes turns with it: after every block of engine steps it runs a block
+of bare steps with a copy of the same model, the same rows, fused AdamW, clipping and schedule. The bare loop gets its
+rows as ready tensors, so the engine's loader counts as overhead.
 
     python benchmarks/overhead.py [--blocks 12] [--block-steps 200] [--threads 1]
 """
@@ -13,11 +13,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import statistics
 import tempfile
 import time
 from typing import Any
+
+import torch
+
+import gpt_simple
+from gpt_simple import Plugin, hookimpl
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--blocks", type=int, default=12)
@@ -25,12 +29,6 @@ parser.add_argument("--block-steps", type=int, default=200)
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--logging-steps", type=int, default=10)
 arguments = parser.parse_args()
-os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-
-import torch
-
-import gpt_simple
-from gpt_simple import Plugin, hookimpl
 
 
 class Turns(Plugin[Any]):

@@ -1,6 +1,6 @@
 """How long the commands take that one types without training: the whole process, torch never imported.
 
-    python benchmarks/startup.py [--runs 15]
+python benchmarks/startup.py [--runs 15]
 """
 
 from __future__ import annotations

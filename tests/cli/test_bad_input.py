@@ -65,7 +65,8 @@ def test_one_clear_error_and_nothing_changed(shell: Shell, here: Path, case: str
 
 def test_all_errors_of_a_file_come_at_once_with_their_lines(shell: Shell, here: Path) -> None:
     (here / "bad.yaml").write_text(
-        "training:\n  max_step: 5\n  compile: 'false'\n  max_steps: 1000.7\noptimizer:\n  learning_rate: 1e-4\n  beta1: two\n"
+        "training:\n  max_step: 5\n  compile: 'false'\n  max_steps: 1000.7\n"
+        "optimizer:\n  learning_rate: 1e-4\n  beta1: two\n"
     )
     ended = shell("run", "bad.yaml")
     assert ended.code == 2

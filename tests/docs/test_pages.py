@@ -1,8 +1,8 @@
 """The pages are run: what they show must work as it stands.
 
-The fenced blocks of a page run in order in one empty directory. ``# file: NAME`` on the first line writes the block to a
-file; ``bash`` runs in a shell; ``python`` runs in one namespace per page; ``toml`` and ``yaml`` must be configurations.
-Blocks without a language are text.
+The fenced blocks of a page run in order in one empty directory. ``# file: NAME`` on the first line writes the block to
+a file; ``bash`` runs in a shell; ``python`` runs in one namespace per page; ``toml`` and ``yaml`` must be valid
+configurations. Blocks without a language are text.
 """
 
 from __future__ import annotations

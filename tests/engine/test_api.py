@@ -27,7 +27,9 @@ def sections() -> dict[str, Any]:
 
 def test_sections_mappings_a_config_and_a_file_are_the_same_run(tmp_path: Path, tiny: TinyRun) -> None:
     expected = state_bytes(tiny("mappings"))
-    objects = gpt_simple.train(**sections(), training=TrainingConfig(**TINY["training"], output_dir=str(tmp_path / "a")))
+    objects = gpt_simple.train(
+        **sections(), training=TrainingConfig(**TINY["training"], output_dir=str(tmp_path / "a"))
+    )
     whole = Config(**sections(), training=TrainingConfig(**TINY["training"], output_dir=str(tmp_path / "b")))
     before = copy.deepcopy(whole)
     config = gpt_simple.train(whole)

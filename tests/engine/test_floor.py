@@ -1,4 +1,4 @@
-"""The stories' floor is exact: an honest model approaches it from above, one that sees the future is caught below it."""
+"""The stories' floor is exact: an honest model nears it from above, one that sees the future is caught below it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.engine.conftest import TinyRun
-
 
 OPTIONS: dict[str, Any] = {
     "data__tokenizer": "bpe",

@@ -130,7 +130,9 @@ def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
         status = StatusFile(run_dir)
         try:
             if world.is_main:
-                status.update(state="running", step=0, max_steps=training.max_steps, force=True)
+                status.update(
+                    state="running", step=resume.state.get("step", 0), max_steps=training.max_steps, force=True
+                )
             limit, reserve = training.max_runtime_seconds, training.walltime_reserve_seconds
             trainer = setup.build(resume, status, deadline=limit and started + limit - reserve)
             stack.callback(trainer.loader.close)

@@ -17,8 +17,9 @@ from gpt_simple import __version__
 from gpt_simple.assembly import Assembly
 from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
-from gpt_simple.data.prepare import Dataset, prepare
+from gpt_simple.data.prepare import prepare
 from gpt_simple.engine.compile import CompilePlan, compile_model
 from gpt_simple.engine.memory import peak_flops
 from gpt_simple.engine.optimizer import skips_on_device

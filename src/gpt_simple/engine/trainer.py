@@ -108,7 +108,7 @@ class Trainer:
             with world.accumulating(self.wrapped, index == last):
                 with run.precision.autocast():
                     nats = run.loss(batch)
-                scaler.scale(nats * scale).backward()
+                scaler.scale(nats * scale).backward()  # type: ignore[no-untyped-call]
             loss = nats.detach() if loss is None else loss + nats.detach()
         assert loss is not None
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gpt_simple.hooks import Plugin, hookimpl
+from gpt_simple.hooks import NoConfig, Plugin, hookimpl
 from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
-    from gpt_simple.hooks import NoConfig, Run
+    from gpt_simple.hooks import Run
 
 
-class Checkpoint(Plugin["NoConfig"]):
+class Checkpoint(Plugin[NoConfig]):
     """Runs on the main process; the vote carries its wish to the others."""
 
     on_error = "abort"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from gpt_simple.hooks import Metric, Plugin, hookimpl
+from gpt_simple.hooks import Metric, NoConfig, Plugin, hookimpl
 from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gpt_simple.hooks import Run
 
 
-class Evaluate(Plugin["NoConfig"]):
+class Evaluate(Plugin[NoConfig]):
     """Runs on every process, each on its share of the rows."""
 
     ranks = "all"

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from io import FileIO
 from typing import TYPE_CHECKING, Any
 
-from gpt_simple.hooks import Plugin, hookimpl
+from gpt_simple.hooks import NoConfig, Plugin, hookimpl
 from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
-    from gpt_simple.hooks import NoConfig, Run
+    from gpt_simple.hooks import Run
 
 
-class Metrics(Plugin["NoConfig"]):
+class Metrics(Plugin[NoConfig]):
     """One unbuffered write a row: a kill loses nothing that was reported, and at most tears the last line."""
 
     def __init__(self, config: NoConfig) -> None:

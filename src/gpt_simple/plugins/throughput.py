@@ -9,16 +9,16 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from gpt_simple.hooks import Metric, Plugin, hookimpl
+from gpt_simple.hooks import Metric, NoConfig, Plugin, hookimpl
 from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
-    from gpt_simple.hooks import NoConfig, Run
+    from gpt_simple.hooks import Run
 
 _GIB = 1024**3
 
 
-class Throughput(Plugin["NoConfig"]):
+class Throughput(Plugin[NoConfig]):
     """Runs on every process, because metrics are reduced over all of them."""
 
     ranks = "all"
