@@ -7,16 +7,8 @@ from typing import Any
 import click
 
 from gpt_simple.assembly import assemble
-from gpt_simple.config.load import split_overrides
+from gpt_simple.cli.fields import ConfiguredCommand
 from gpt_simple.hooks.activation import Switches
-
-
-class ConfiguredCommand(click.Command):
-    """A command that also takes every field of the configuration as ``--section.key value``."""
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        context.obj, rest = split_overrides(args)
-        return super().parse_args(context, rest)
 
 
 @click.pass_obj
