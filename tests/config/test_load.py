@@ -54,6 +54,7 @@ def test_no_file_and_an_empty_file_are_the_defaults(bench):
     assert structure(read(None, environ={})) == Config()
     for suffix in (".toml", ".yaml"):
         assert bench.config("", suffix) == Config()
+    assert bench.raw("plugins:\nmodel: ~\n", ".yaml").values == {"plugins": {}, "model": {}}
 
 
 def test_precedence_and_origins(bench):

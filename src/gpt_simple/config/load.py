@@ -138,7 +138,8 @@ class _Layers:
         for key, line in parsed.lines.items():
             self.origins[key] = Origin("file", f"{path}:{line}", line=line)
         for name, section in self._translated(parsed.values).items():
-            self.values[name] = section
+            # `plugins:` with nothing below it is an empty table.
+            self.values[name] = {} if section is None else section
 
     def add_section(self, name: str, section: object) -> None:
         values = {name: _plain(section)}
