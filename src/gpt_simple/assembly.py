@@ -15,11 +15,15 @@ from attrs import frozen
 from gpt_simple.config.load import RawConfig, read
 from gpt_simple.config.origin import Origins
 from gpt_simple.config.schema import Config
-from gpt_simple.config.structure import structure
+from gpt_simple.config.structure import structure, with_other_mistakes
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.activation import Switches
-from gpt_simple.hooks.components import Kind, Registry, builtin_registry
+from gpt_simple.hooks.components import CONFIG_KEY, Kind, Registry, builtin_registry
 from gpt_simple.hooks.host import PluginHost
+
+
+# Kinds whose name stands in the configuration itself; a tokenizer may also be a file, which the data look for.
+_SECTION_OF: dict[Kind, str] = {"model": "model", "optimizer": "optimizer", "schedule": "optimizer", "source": "data"}
 
 
 @frozen
@@ -48,16 +52,20 @@ def assemble(
     replace the file's sections; ``plugins`` are plugin classes or instances given in Python.
     """
     raw = read(path, overrides=overrides, sections=sections)
-    host = PluginHost.activate(
-        _plugins_table(raw),
-        set_keys=raw.is_set,
-        switches=switches or Switches(),
-        extra=plugins,
-    )
+    try:
+        host = PluginHost.activate(
+            _plugins_table(raw),
+            set_keys=raw.is_set,
+            switches=switches or Switches(),
+            extra=plugins,
+            place=raw.origins.place,
+        )
+    except ConfigError as error:
+        raise with_other_mistakes(error, raw) from None
     registry = builtin_registry()
     host.register_components(registry)
-    config = structure(raw, sections=_component_sections(raw, registry), plugin_configs=host.config_classes())
-    registry.get("schedule", config.optimizer.schedule)
+    classes = _section_classes(raw, registry)
+    config = structure(raw, sections=classes, plugin_configs=host.config_classes())
     host.instantiate(config)
     return Assembly(config, raw.origins, host, registry, Path(path) if path is not None else None, raw.notes)
 
@@ -69,16 +77,22 @@ def _plugins_table(raw: RawConfig) -> Mapping[str, Any]:
     return table
 
 
-def _component_sections(raw: RawConfig, registry: Registry) -> dict[str, type]:
-    """The class of a section whose component brings its own, so that its fields are validated by it."""
-    sections: dict[str, type] = {}
-    parts: tuple[Kind, ...] = ("model", "optimizer")
-    for section in parts:
-        values = raw.values.get(section)
-        name = values.get("name") if isinstance(values, Mapping) else getattr(values, "name", None)
+def _section_classes(raw: RawConfig, registry: Registry) -> dict[str, type]:
+    """The class of each section whose component brings its own, so that its fields are validated by it."""
+    classes: dict[str, type] = {}
+    unknown: dict[str, Kind] = {}
+    for kind, section in _SECTION_OF.items():
+        name = raw.get(CONFIG_KEY[kind])
         if not isinstance(name, str):
-            continue
-        part = registry.get(section, name)
-        if part.config is not None:
-            sections[section] = part.config
-    return sections
+            continue  # left at its default, or a mistake that the structuring will name
+        try:
+            part = registry.get(kind, name, raw.origins.place(CONFIG_KEY[kind]))
+        except ConfigError as error:
+            unknown[str(error)] = kind
+        else:
+            if part.config is not None:
+                classes[section] = part.config
+    if unknown:
+        unchecked = [_SECTION_OF[kind] for kind in unknown.values() if kind != "schedule"]
+        raise with_other_mistakes(ConfigError("\n".join(unknown)), raw, unchecked=unchecked)
+    return classes

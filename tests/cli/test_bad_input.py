@@ -75,6 +75,21 @@ def test_all_errors_of_a_file_come_at_once_with_their_lines(shell: Shell, here: 
     assert "bad.yaml:6" not in ended.err, "1e-4 is a number in YAML 1.2"
 
 
+def test_unknown_plugins_and_components_do_not_hide_other_errors(shell: Shell, here: Path) -> None:
+    (here / "bad.toml").write_text(
+        '[model]\nname = "gtp"\n[optimizer]\nschedule = "cosin"\n[training]\nmax_step = 5\n[plugins.consle]\n'
+    )
+    first = shell("run", "bad.toml")
+    assert first.code == 2
+    assert "bad.toml:6" in first.err
+    assert "consle" in first.err
+    second = shell("run", "bad.toml", "--plugins.sample.seed", "1", "-p", "no:sample")
+    assert "consle" in second.err
+    (here / "bad.toml").write_text((here / "bad.toml").read_text().replace("[plugins.consle]", ""))
+    third = shell("run", "bad.toml")
+    assert [word in third.err for word in ("bad.toml:2", "bad.toml:4", "bad.toml:6")] == [True] * 3
+
+
 def test_a_missing_configuration(shell: Shell) -> None:
     assert shell("run", "missing.toml").code == 2
     assert shell("run").code == 2

@@ -75,14 +75,14 @@ class Registry:
         """The names of a kind, sorted."""
         return sorted(name for part_kind, name in self.parts if part_kind == kind)
 
-    def get(self, kind: Kind, name: str) -> Component:
-        """The part, or a ConfigError with the names that exist."""
+    def get(self, kind: Kind, name: str, place: str = "") -> Component:
+        """The part, or a ConfigError with the names that exist; ``place`` is where the name was written."""
         if (part := self.parts.get((kind, name))) is not None:
             return part
         names = self.names(kind)
         close = difflib.get_close_matches(name, names, 1)
         meant = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"{CONFIG_KEY[kind]}: there is no {kind} {name!r}{meant}; expected one of {', '.join(names)}")
+        raise ConfigError(f"{place or CONFIG_KEY[kind]}: there is no {kind} {name!r}{meant}; expected one of {', '.join(names)}")
 
 
 def builtin_registry() -> Registry:
