@@ -177,6 +177,25 @@ def test_retention_never_counts_a_damaged_checkpoint_among_the_two_that_stay(sto
     assert 1 not in steps(store)
 
 
+def test_a_checkpoint_that_cannot_be_deleted_stays_and_ends_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3, 4):
+        publish(store, step)
+    rename = Path.rename
+
+    def stuck(path: Path, target: Path) -> Path:
+        if path.name == "step-00000001":
+            raise OSError(16, "Device or resource busy")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stuck)
+        assert [checkpoint.step for checkpoint in store.prune(2)] == [2]
+    assert steps(store) == [1, 3, 4]
+    assert [checkpoint.step for checkpoint in store.prune(2)] == [1]
+
+
 def test_sweeping_removes_leftovers_of_the_dead_and_nothing_of_the_living(store: Store) -> None:
     publish(store, 1)
     living = store.root / f".step-00000002.tmp-{os.getppid()}"

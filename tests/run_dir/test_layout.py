@@ -56,6 +56,15 @@ def test_a_file_in_the_way_is_a_configuration_error_and_nothing_is_made(tmp_path
     assert snapshot(tmp_path).keys() == {"file"}
 
 
+def test_checking_sees_a_file_in_the_way_and_makes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    RunDir(tmp_path / "a" / "b").check()
+    for root in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(ConfigError, match=r"training\.output_dir: .*file is a file"):
+            RunDir(root).check()
+    assert snapshot(tmp_path).keys() == {"file"}
+
+
 def test_a_directory_that_takes_no_files_is_refused_and_not_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

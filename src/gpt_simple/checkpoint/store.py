@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 UNKNOWN_SEQUENCE = sys.maxsize
 """Places a checkpoint whose manifest cannot be read last, so that it is looked at and named first."""
 
+_DRAFTS: set[Path] = set()
+"""What this process is writing now. A name with its pid that is not here is from a dead one with the same pid."""
+
 _NAME = re.compile(r"step-(\d{8,})")
 _REPLACED = re.compile(r"\.step-(\d{8,})\.replaced")
 _PASSING = re.compile(r"\.step-\d{8,}\.(?:deleted|replaced|tmp-(?P<pid>\d+))")
@@ -61,7 +64,6 @@ class Store:
     root: Path
     _verified: set[Path] = field(factory=set, init=False)
     """Checkpoints that this process wrote, or has hashed: no need to hash them again."""
-    _drafts: set[Path] = field(factory=set, init=False)
 
     def publish(
         self,
@@ -78,7 +80,7 @@ class Store:
         """
         target = self.root / f"step-{step:08d}"
         path = hidden(target, f"tmp-{os.getpid()}")
-        self._drafts.add(path)
+        _DRAFTS.add(path)
         try:
             sequence = 1 + max((c.sequence for c in self.list() if c.sequence != UNKNOWN_SEQUENCE), default=0)
             with Draft(path) as draft:
@@ -92,7 +94,7 @@ class Store:
             needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
             raise self._not_written(step, error, needed) from error
         finally:
-            self._drafts.discard(path)
+            _DRAFTS.discard(path)
         self._verified.add(target)
         return published
 
@@ -196,16 +198,19 @@ class Store:
         kept = {*newest, *protect, *(checkpoint.step for checkpoint in sound[:keep_last_k])}
         if keep_milestone_every:
             kept |= {c.step for c in sound if c.step % keep_milestone_every == 0}
-        deleted = [checkpoint for checkpoint in reversed(sound) if checkpoint.step not in kept]
-        for checkpoint in deleted:
-            self.delete(checkpoint)
+        deleted = []
+        for checkpoint in reversed(sound):
+            if checkpoint.step not in kept:
+                with contextlib.suppress(CheckpointError):  # it stays until the next time; no reason to end a run
+                    self.delete(checkpoint)
+                    deleted.append(checkpoint)
         return deleted
 
     def sweep(self) -> None:
         """Remove what dead processes left; a checkpoint whose replacement never came gets its name back."""
         for path in self._entries():
             passing = _PASSING.fullmatch(path.name)
-            if passing is None or path in self._drafts:
+            if passing is None or path in _DRAFTS:
                 continue
             pid = passing["pid"]
             if pid is not None and int(pid) != os.getpid() and _is_alive(int(pid)):
