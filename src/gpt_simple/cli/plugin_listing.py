@@ -1,4 +1,4 @@
-"""The rows of ``gpt-simple plugins list``."""
+"""The rows of ``gpt-simple plugins list``, and how they are shown. Needs metadata only."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from attrs import asdict, evolve, frozen
+from attrs import asdict, frozen
 
-from gpt_simple.config.load import RawConfig, read
-from gpt_simple.errors import ConfigError, PluginError
-from gpt_simple.hooks.activation import Decision, Switches, Wishes, decide
-from gpt_simple.hooks.discovery import DEFAULT_ON, PluginRecord, installed, summary, usable
-from gpt_simple.hooks.lint import hooks_of
-from gpt_simple.hooks.loading import LoadedPlugin, load_file, load_plugin, ordered
-from gpt_simple.hooks.specs import HOOKS, HookInfo, HookSpecs
+from gpt_simple.hooks.discovery import DEFAULT_ON, PluginRecord, installed, summary
 
 SCHEMA = 1
 """Version of the JSON output; raised when a key changes its meaning or goes away."""
@@ -56,39 +50,7 @@ class HookRow:
 
 def survey() -> list[PluginRow]:
     """All installed plugins, from metadata."""
-    return [_row(record) for record in installed()]
-
-
-def survey_run(config: str, switches: Switches) -> list[PluginRow]:
-    """All installed plugins as a run of ``config`` finds them; active ones first, in call order.
-
-    A plugin that does not load is a row of status ``broken`` here: a run would stop and say the same.
-    """
-    raw = read(config)
-    everything = installed()
-    records = usable(everything)
-    files = dict(load_file(path) for path in switches.files)
-    decisions = decide(records, _wishes(raw), raw.is_set, switches, tuple(files))
-    loaded: dict[str, LoadedPlugin] = {}
-    broken: dict[str, str] = {}
-    for name, decision in decisions.items():
-        if decision.active:
-            try:
-                loaded[name] = load_plugin(name, files.get(name), records.get(name), decision.why)
-            except PluginError as error:
-                broken[name] = str(error)
-    order = [plugin.name for plugin in ordered(loaded.values())]
-    rows = [_row(record) for record in everything if record.problem == "shadowed"]
-    for name, decision in decisions.items():
-        row = _row(records[name]) if name in records else _file_row(name)
-        rows.append(_decided(row, decision, loaded.get(name), broken.get(name, ""), order))
-    return sorted(rows, key=lambda row: (row.order is None, row.order or 0, row.name, row.origin))
-
-
-def hook_rows(plugins: Sequence[PluginRow]) -> list[HookRow]:
-    """The catalogue; with the implementers if the plugins were loaded."""
-    known = any(row.hooks is not None for row in plugins)
-    return [_hook_row(info, plugins if known else None) for info in HOOKS.values()]
+    return [row_of(record) for record in installed()]
 
 
 def as_json(row: PluginRow | HookRow) -> dict[str, Any]:
@@ -137,7 +99,8 @@ def _table(rows: Sequence[Any], columns: Mapping[str, Callable[[Any], str]]) -> 
     return "\n".join(lines)
 
 
-def _row(record: PluginRecord) -> PluginRow:
+def row_of(record: PluginRecord) -> PluginRow:
+    """What metadata say of a plugin."""
     on = record.origin == "builtin" and record.name in DEFAULT_ON
     status = _STATUS_OF_PROBLEM.get(record.problem, "broken") or ("default" if on else "available")
     return PluginRow(
@@ -150,35 +113,3 @@ def _row(record: PluginRecord) -> PluginRow:
         f"[plugins.{record.name}]",
         summary(record),
     )
-
-
-def _file_row(name: str) -> PluginRow:
-    return PluginRow(name, "", "", "file", "available", "", f"[plugins.{name}]", "")
-
-
-def _decided(
-    row: PluginRow, decision: Decision, loaded: LoadedPlugin | None, mistake: str, order: list[str]
-) -> PluginRow:
-    if mistake:
-        return evolve(row, status="incompatible" if row.status == "incompatible" else "broken", why=mistake)
-    if loaded is None:
-        switched_off = decision.why != "not asked for"
-        return evolve(row, status="disabled" if switched_off else "available", why=decision.why)
-    hooks = tuple(hooks_of(loaded.cls))
-    return evolve(row, status="active", why=decision.why, order=order.index(row.name) + 1, hooks=hooks)
-
-
-def _hook_row(info: HookInfo, plugins: Sequence[PluginRow] | None) -> HookRow:
-    summary_line = (getattr(HookSpecs, info.name).__doc__ or "").partition("\n")[0].rstrip(":. ").replace("``", "")
-    event = info.event.__name__ if info.event else ""
-    names = None if plugins is None else [row.name for row in plugins if row.hooks and info.name in row.hooks]
-    if names and info.order == "reverse":
-        names.reverse()
-    return HookRow(info.name, info.ranks, info.returns, event, summary_line, None if names is None else tuple(names))
-
-
-def _wishes(raw: RawConfig) -> Wishes:
-    table = raw.values.get("plugins") or {}
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{raw.origins.place('plugins')}: expected a table")
-    return Wishes.read(table, raw.origins.place)

@@ -11,8 +11,6 @@ from typing import Any
 
 import click
 
-from gpt_simple.hooks.activation import Switches
-
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -36,24 +34,29 @@ def list_plugins(
 
     if (chosen or no_plugins) and config is None:
         raise click.UsageError("-p and --no-plugins need --config: without one nothing is active")
-    if config is None:
-        rows = listing.survey()
-    else:
-        rows = listing.survey_run(config, Switches.parse(chosen, no_plugins=no_plugins))
+    rows = listing.survey() if config is None else _survey_run(config, chosen, no_plugins)
     if external:
         rows = [row for row in rows if row.origin == "external"]
     if hooks:
-        _print(listing.hook_rows(rows), as_json, "hooks", listing.hook_table)
+        from gpt_simple.cli.plugin_survey import hook_rows
+
+        _print(hook_rows(rows), "hooks", as_json, listing.hook_table)
     else:
-        _print(rows, as_json, "plugins", listing.plugin_table)
+        _print(rows, "plugins", as_json, listing.plugin_table)
 
 
-def _print(rows: Any, as_json: bool, key: str, table: Any) -> None:
+def _survey_run(config: str, chosen: tuple[str, ...], no_plugins: bool) -> Any:
+    from gpt_simple.cli.plugin_survey import survey_run
+    from gpt_simple.hooks.activation import Switches
+
+    return survey_run(config, Switches.parse(chosen, no_plugins=no_plugins))
+
+
+def _print(rows: Any, key: str, as_json: bool, table: Any) -> None:
     from gpt_simple.cli import plugin_listing as listing
 
     if as_json:
-        document = {"schema": listing.SCHEMA, key: [listing.as_json(row) for row in rows]}
-        click.echo(json.dumps(document, indent=2))
+        click.echo(json.dumps({"schema": listing.SCHEMA, key: [listing.as_json(row) for row in rows]}, indent=2))
     else:
         click.echo(table(rows))
 

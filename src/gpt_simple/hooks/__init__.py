@@ -1,32 +1,39 @@
-"""The contract between the engine and plugins: everything that a plugin author imports. Free of torch."""
+"""The contract between the engine and plugins: everything that a plugin author imports. Free of torch.
+
+Names load when they are used: looking at what is installed, which every command does, needs none of them.
+"""
 
 from __future__ import annotations
 
-from gpt_simple.hooks.components import Component, Registry
-from gpt_simple.hooks.events import (
-    BatchReady,
-    CheckpointLoaded,
-    CheckpointSaved,
-    CheckpointSaving,
-    Close,
-    CollectMetrics,
-    EvalEnd,
-    Evaluate,
-    Finding,
-    GradientsReady,
-    LogRecord,
-    Metric,
-    MetricsReady,
-    ModelBuilt,
-    RunEnd,
-    RunError,
-    RunStart,
-    StepEnd,
-    StepStart,
-)
-from gpt_simple.hooks.plugin import NoConfig, Plugin
-from gpt_simple.hooks.run import CheckpointInfo, Run
-from gpt_simple.hooks.specs import HOOKS, HookInfo, hookimpl
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt_simple.hooks.components import Component, Registry
+    from gpt_simple.hooks.events import (
+        BatchReady,
+        CheckpointLoaded,
+        CheckpointSaved,
+        CheckpointSaving,
+        Close,
+        CollectMetrics,
+        EvalEnd,
+        Evaluate,
+        Finding,
+        GradientsReady,
+        LogRecord,
+        Metric,
+        MetricsReady,
+        ModelBuilt,
+        RunEnd,
+        RunError,
+        RunStart,
+        StepEnd,
+        StepStart,
+    )
+    from gpt_simple.hooks.plugin import NoConfig, Plugin
+    from gpt_simple.hooks.run import CheckpointInfo, Run
+    from gpt_simple.hooks.specs import HOOKS, HookInfo, hookimpl
 
 __all__ = [
     "HOOKS",
@@ -58,3 +65,28 @@ __all__ = [
     "StepStart",
     "hookimpl",
 ]
+
+_HOMES = {
+    "Component": "components",
+    "Registry": "components",
+    "CheckpointInfo": "run",
+    "Run": "run",
+    "NoConfig": "plugin",
+    "Plugin": "plugin",
+    "HOOKS": "specs",
+    "HookInfo": "specs",
+    "hookimpl": "specs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # All others are events, or what goes with them.
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'events')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

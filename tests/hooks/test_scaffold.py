@@ -1,0 +1,82 @@
+"""From an empty directory to a plugin that a run uses, through a real wheel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+
+from gpt_simple.cli.scaffold import scaffold
+from gpt_simple.errors import ConfigError
+from gpt_simple.hooks.discovery import installed, usable
+from gpt_simple.hooks.loading import load_record
+from gpt_simple.testing import check_contract, train
+
+CSVLOG = Path(__file__).parents[2] / "plugins" / "gpt-simple-csvlog"
+
+
+def install(project: Path, target: Path) -> None:
+    """Build the wheel and install it, offline."""
+    pytest.importorskip("hatchling")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    subprocess.run([*pip, "install", *options, "--target", str(target), str(project)], check=True)
+
+
+@pytest.mark.parametrize("template", ["logger", "component"])
+def test_a_new_package_installs_runs_and_passes_its_own_tests(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"fresh_{template}"
+    said = scaffold(name, template, str(tmp_path))
+    project = tmp_path / f"gpt-simple-fresh-{template}"
+    assert f"next: pip install -e {project}" in said
+    target = tmp_path / "site"
+    install(project, target)
+    monkeypatch.syspath_prepend(str(target))
+    record = usable(installed())[name]
+    assert (record.distribution, record.origin, record.problem) == (project.name, "external", "")
+    assert train(enable=(name,)).failed == []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(project), str(project)]
+    environment = {"PYTHONPATH": str(target), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_templates_are_formatted_as_the_project_is(tmp_path: Path) -> None:
+    for template in ("logger", "component"):
+        scaffold("some_plugin", template, str(tmp_path / template))
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            text = path.read_text()
+            assert "$" not in text
+            assert all(len(line) <= 120 and line == line.rstrip() for line in text.splitlines())
+            assert path.suffix != ".toml" or tomli.loads(text)["project"]["name"] == "gpt-simple-some-plugin"
+
+
+@pytest.mark.parametrize("name", ["Csv", "csv-log", "strict", "console", ""])
+def test_a_name_that_cannot_be_used_makes_nothing(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        scaffold(name, "logger", str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "gpt-simple-mine").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        scaffold("mine", "logger", str(tmp_path))
+    assert list((tmp_path / "gpt-simple-mine").iterdir()) == []
+
+
+def test_csvlog_from_its_wheel_receives_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "site"
+    install(CSVLOG, target)
+    monkeypatch.syspath_prepend(str(target))
+    record = usable(installed())["csvlog"]
+    assert record.distribution == "gpt-simple-csvlog"
+    train(enable=("csvlog",), output_dir=tmp_path / "run", overrides={"plugins.csvlog.columns": ["train/loss"]})
+    assert (tmp_path / "run" / "train.csv").read_text().splitlines()[0] == "step,tokens,train/loss"
+    check_contract(load_record(record), enable=("csvlog",))  # type: ignore[arg-type]
