@@ -155,18 +155,25 @@ class World:
 
     def reduce(self, metrics: dict[str, Metric]) -> dict[str, float]:
         """All metrics as floats, over all processes, in one collective and one read of the device."""
-        if not metrics:
-            return {}
-        packed = torch.stack([_pack(metric, self.device) for metric in metrics.values()])
+        # Values and weights in turn; those that are on the host already need no tensor.
+        parts = [part for metric in metrics.values() for part in (metric.value, metric.weight)]
+        waiting = [index for index, part in enumerate(parts) if isinstance(part, torch.Tensor)]
+        born = [parts[index].detach().to(self.device, torch.float64) for index in waiting]  # type: ignore[union-attr]
         if self.size == 1:
-            rows = packed.unsqueeze(0)
+            for index, value in zip(waiting, torch.stack(born).tolist() if born else [], strict=True):
+                parts[index] = value
+            rows = [parts]
         else:
-            buckets = [torch.empty_like(packed) for _ in range(self.size)]
-            dist.all_gather(buckets, packed)
-            rows = torch.stack(buckets)
-        table = rows.tolist()
+            known = [0.0 if isinstance(part, torch.Tensor) else float(part) for part in parts]
+            packed = torch.tensor(known, dtype=torch.float64).to(self.device, non_blocking=True)
+            if born:
+                packed[waiting] = torch.stack(born)
+            gathered = packed.new_empty(self.size * len(parts))
+            dist.all_gather_into_tensor(gathered, packed)
+            rows = gathered.view(self.size, -1).tolist()
         return {
-            name: _combine(metric.reduce, [row[i] for row in table]) for i, (name, metric) in enumerate(metrics.items())
+            name: _combine(metric.reduce, [(float(row[2 * i]), float(row[2 * i + 1])) for row in rows])
+            for i, (name, metric) in enumerate(metrics.items())
         }
 
     def leave(self) -> None:
@@ -174,16 +181,7 @@ class World:
         torch.set_num_threads(self._threads)
 
 
-def _pack(metric: Metric, device: torch.device) -> torch.Tensor:
-    """(value, weight) as a float64 pair on the device; no read by the host."""
-    pair = [
-        part.detach().to(torch.float64) if isinstance(part, torch.Tensor) else torch.tensor(float(part)).double()
-        for part in (metric.value, metric.weight)
-    ]
-    return torch.stack([part.to(device, non_blocking=True) for part in pair])
-
-
-def _combine(how: str, pairs: list[list[float]]) -> float:
+def _combine(how: str, pairs: list[tuple[float, float]]) -> float:
     values = [value for value, _ in pairs]
     if how == "mean":
         total = sum(weight for _, weight in pairs)
