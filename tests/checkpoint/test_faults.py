@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_simple.checkpoint.store import Store
+from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.errors import CheckpointError
 
 from .conftest import assert_whole, hidden_names, publish, steps
@@ -180,6 +180,8 @@ def test_a_checkpoint_under_the_name_of_another_step_is_found(pair: Store) -> No
     assert newest is not None
     assert newest.step == 1
     assert "is of step 2, not 9" in skipped[0][1]
+    with pytest.raises(CheckpointError, match="belongs to another checkpoint"):
+        pair.verify(Checkpoint.open(pair.root / "step-00000009"))
 
 
 @pytest.mark.parametrize("name", FILES)

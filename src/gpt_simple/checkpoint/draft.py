@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import safetensors.torch
 from attrs import Factory, define, frozen
 from safetensors import SafetensorError
 
@@ -62,6 +61,8 @@ class Draft:
 
     def add_tensors(self, stem: str, tensors: Mapping[str, Tensor]) -> None:
         """Write ``stem.safetensors``, whatever the tensors' devices and strides."""
+        import safetensors.torch  # here, because it brings torch, which who only looks at checkpoints does without
+
         path = self.path / f"{stem}.safetensors"
         try:
             safetensors.torch.save_file(_storable(tensors), path)
@@ -92,12 +93,7 @@ class Draft:
         if target.exists():
             remove_tree(aside)
             target.rename(aside)
-        try:
-            self.path.rename(target)
-        except OSError:
-            if aside.exists():
-                aside.rename(target)
-            raise
+        self.path.rename(target)
         fsync(target.parent)
         remove_tree(aside)
         return Published(step, target, size, time.perf_counter() - self._started)

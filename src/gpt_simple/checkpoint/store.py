@@ -112,7 +112,7 @@ class Store:
         named = _step_of(checkpoint.path)
         if manifest.step != checkpoint.step or named not in (None, manifest.step):
             raise CheckpointError(
-                f"{checkpoint.path / MANIFEST} is of step {manifest.step}, not {checkpoint.step}: "
+                f"{checkpoint.path / MANIFEST} is of step {manifest.step}, not {named or checkpoint.step}: "
                 "it belongs to another checkpoint; choose another one"
             )
         for name, entry in manifest.files.items():
