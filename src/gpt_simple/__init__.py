@@ -12,6 +12,7 @@ from gpt_simple._names import __version__
 
 if TYPE_CHECKING:
     from gpt_simple.api import train
+    from gpt_simple.config.redact import redacted
     from gpt_simple.config.schema import (
         Config,
         DataConfig,
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
         PluginError,
     )
     from gpt_simple.hooks import Finding, Metric, Plugin, Run, hookimpl
+    from gpt_simple.validate.outlook import Outlook, outlook
+    from gpt_simple.run_dir.lineage import read_metrics
 
 _HOMES = {
     "train": "gpt_simple.api",
+    "redacted": "gpt_simple.config.redact",
+    "read_metrics": "gpt_simple.run_dir.lineage",
     "TrainResult": "gpt_simple.engine.result",
     **dict.fromkeys(
         ("Config", "DataConfig", "ModelConfig", "OptimizerConfig", "PluginsConfig", "TrainingConfig"),
@@ -43,6 +48,7 @@ _HOMES = {
         "gpt_simple.errors",
     ),
     **dict.fromkeys(("Finding", "Metric", "Plugin", "Run", "hookimpl"), "gpt_simple.hooks"),
+    **dict.fromkeys(("Outlook", "outlook"), "gpt_simple.validate.outlook"),
 }
 
 __all__ = [
@@ -57,6 +63,7 @@ __all__ = [
     "Metric",
     "ModelConfig",
     "OptimizerConfig",
+    "Outlook",
     "Plugin",
     "PluginError",
     "PluginsConfig",
@@ -65,6 +72,8 @@ __all__ = [
     "TrainingConfig",
     "__version__",
     "hookimpl",
+    "read_metrics",
+    "redacted",
     "train",
 ]
 

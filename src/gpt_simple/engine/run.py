@@ -116,6 +116,7 @@ class EngineRun:
     precision: Precision
     control: Control = field(factory=Control)
     calls: Calls | None = None
+    run_id: str = ""
     step: int = 0
     tokens: int = 0
     target_tokens: int = 0

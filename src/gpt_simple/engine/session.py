@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from gpt_simple import __version__
-from gpt_simple.assembly import Assembly
+from gpt_simple.assembly import Assembly, Questions
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.compile import compile_flags, plan
 from gpt_simple.engine.parallel import World
@@ -117,7 +117,8 @@ def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
         for note in (*assembly.notes, *assembly.host.notes, *filter(None, [compiling.warning])):
             run.log.warning(note)
         if world.is_main:
-            report(assembly.host.check_config(config), run.log.warning)
+            questions = Questions(launching=True, force=force, world_size=world.size)
+            report(assembly.check_config(questions), run.log.warning)
 
         run_dir.check()
         setup = Setup(assembly, run, calls, compiling, run_dir)
@@ -136,7 +137,7 @@ def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
             limit, reserve = training.max_runtime_seconds, training.walltime_reserve_seconds
             trainer = setup.build(resume, status, deadline=limit and started + limit - reserve)
             stack.callback(trainer.loader.close)
-            world.main_only(lambda: _record(setup, resume))
+            run.run_id = world.gather(world.main_only(lambda: _record(setup, resume)))[0]
             return _train(trainer, setup, resume, calls, started)
         except BaseException as error:
             if world.is_main:
@@ -179,8 +180,8 @@ def _claim(stack: ExitStack, setup: Setup, resume: ResumePlan, *, force: bool) -
     setup.dataset.tokenizer.save(run_dir.tokenizer)
 
 
-def _record(setup: Setup, resume: ResumePlan) -> None:
-    """Write down in run.json what runs, where, and from which checkpoint it goes on."""
+def _record(setup: Setup, resume: ResumePlan) -> str:
+    """Write down in run.json what runs, where, and from which checkpoint it goes on. Returns the run's id."""
     run, origins = setup.run, setup.assembly.origins
     facts = {
         "version": __version__,
@@ -198,7 +199,9 @@ def _record(setup: Setup, resume: ResumePlan) -> None:
         "promise": setup.promise,
     }
     source = resume.checkpoint.path if resume.checkpoint else None
-    RunRecord.load(setup.run_dir).launched(facts, step=run.step, resumed_from=source)
+    record = RunRecord.load(setup.run_dir)
+    record.launched(facts, step=run.step, resumed_from=source)
+    return record.run_id
 
 
 def _finished(run: EngineRun, run_dir: RunDir, resume: ResumePlan) -> TrainResult:

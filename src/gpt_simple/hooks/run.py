@@ -116,6 +116,10 @@ class Run(Protocol):
         """Positions consumed since step 0, over all processes."""
 
     @property
+    def run_id(self) -> str:
+        """8 lower-case letters and digits, made with the run directory and kept through every resume in it."""
+
+    @property
     def output_dir(self) -> Path: ...
 
     @property

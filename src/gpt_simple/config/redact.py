@@ -1,0 +1,44 @@
+"""A configuration as it may leave the machine: for a tracking service or a report that is passed around."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gpt_simple.config.render import plain
+from gpt_simple.config.schema import Config
+
+_HIDDEN = "(redacted)"
+_SECRET = re.compile(
+    r"(?:^|_)(?:token|secret|password|passwd|passphrase|credentials?|auth|authorization|webhook|"
+    r"(?:api|access|private|secret)_?key)(?:$|_)",
+    re.IGNORECASE,
+)
+_PASSWORD_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def redacted(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as JSON values in the shape of a file, without its secrets.
+
+    Hidden are texts under a key such as ``api_key``, ``token`` or ``webhook_url``, and user and password in a URL.
+    ``tokenizer`` and ``text_key`` are no secrets.
+    """
+    result: dict[str, Any] = _redact("", plain(config))
+    return result
+
+
+def _redact(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _redact(_under(key, name), item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_redact(key, item) for item in value]
+    if isinstance(value, str) and value:
+        return _HIDDEN if _SECRET.search(key) else _PASSWORD_IN_URL.sub(f"{_HIDDEN}@", value)
+    return value
+
+
+def _under(parent: str, name: str) -> str:
+    """The key to judge a value by: what stands in a table of secrets is one, whatever its own key."""
+    own = name.rpartition(".")[2]
+    return parent if _SECRET.search(parent) else own

@@ -1,0 +1,230 @@
+"""Sends metrics to Weights & Biases. Set ``training.wandb_project`` to switch it on.
+
+W&B watches and never decides: every call is guarded, and a service that cannot be reached or dies costs one warning.
+The run has one id, kept in the checkpoint and in the run directory, so that stops, crashes and resumes report as one
+run. Its x axis is a metric of ours, ``step``, because W&B drops what is logged below its own last step: after a resume
+from an older checkpoint the points of repeated steps would vanish.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from attrs import evolve, frozen
+from typing_extensions import Doc
+
+from gpt_simple import redacted
+from gpt_simple.hooks import Finding, Plugin, hookimpl
+from gpt_simple.hooks import events as ev
+
+if TYPE_CHECKING:
+    from gpt_simple import Config as RunConfig
+    from gpt_simple.hooks import Run
+
+Mode = Literal["online", "offline"]
+
+_INSTALL = 'pip install "wandb>=0.31"'
+_INIT_SECONDS, _FINISH_SECONDS = 30.0, 60.0
+_FACTS = ("device", "precision", "compile", "parameters", "flops_per_token", "tokens_per_step", "floor", "data")
+
+
+@frozen
+class WandbConfig:
+    """``[plugins.wandb]``. Switched on by ``training.wandb_project``, not by this table."""
+
+    entity: Annotated[str | None, Doc("user or team that owns the run; unset: W&B's default")] = None
+    name: Annotated[str | None, Doc("name of the run; unset: training.wandb_run_name, else W&B makes one up")] = None
+    group: Annotated[str | None, Doc("group that the run belongs to")] = None
+    tags: Annotated[tuple[str, ...], Doc("tags of the run")] = ()
+    notes: Annotated[str | None, Doc("a description of the run")] = None
+    mode: Annotated[Mode | None, Doc("online or offline; unset: $WANDB_MODE, else online if W&B knows an API key")] = (
+        None
+    )
+
+
+class Wandb(Plugin[WandbConfig]):
+    """Runs on the main process."""
+
+    Config = WandbConfig
+
+    def __init__(self, config: WandbConfig) -> None:
+        super().__init__(config)
+        self._wandb: Any = None
+        self._id = ""
+
+    @hookimpl
+    def check_config(self, config: RunConfig) -> Sequence[Finding]:
+        place = "training.wandb_project"
+        if not is_installed():
+            message = "Weights & Biases is asked for, but the package wandb is not installed"
+            return [Finding("error", "wandb-missing", message, place, f"install it: {_INSTALL}")]
+        if config.training.wandb_project is None:
+            return [Finding("error", "wandb-project", "expected the name of a W&B project, and it is unset", place)]
+        return []
+
+    @hookimpl
+    def on_run_start(self, run: Run, event: ev.RunStart) -> None:
+        # A branch, which starts from a checkpoint of another directory, is a run of its own.
+        is_branch = event.resumed_from is not None and not _is_inside(event.resumed_from, run.output_dir)
+        if is_branch or not self._id:
+            self._id = run.run_id
+        training = run.config.training
+        facts = {name: event.facts[name] for name in _FACTS}
+        try:
+            self._wandb = open_run(
+                evolve(self.config, name=self.config.name or training.wandb_run_name),
+                project=str(training.wandb_project),
+                run_id=self._id,
+                directory=run.output_dir,
+                values={**redacted(run.config), "facts": facts},
+            )
+        except Exception as error:
+            self._give_up(run, error)
+            return
+        run.log.info(_where(self._wandb, run.output_dir, asked=self.config.mode), name="wandb", run_id=self._id)
+
+    @hookimpl
+    def on_metrics(self, run: Run, event: ev.MetricsReady) -> None:
+        self._tell(run, lambda wandb: wandb.log({**event.metrics, "step": event.step, "tokens": event.tokens}))
+
+    @hookimpl
+    def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
+        self._tell(run, lambda wandb: wandb.log({**event.metrics, "step": event.step, "tokens": event.tokens}))
+
+    @hookimpl
+    def on_run_end(self, run: Run, event: ev.RunEnd) -> None:
+        self._tell(run, lambda wandb: wandb.summary.update(figures(event.summary)))
+
+    @hookimpl
+    def on_close(self, run: Run, event: ev.Close) -> None:
+        self._tell(run, lambda wandb: wandb.finish(exit_code=int(not event.ok)))
+        self._wandb = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run_id": self._id} if self._id else {}
+
+    def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
+        self._id = state["run_id"]
+
+    def _tell(self, run: Run, call: Callable[[Any], object]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:
+            self._give_up(run, error)
+
+    def _give_up(self, run: Run, error: Exception) -> None:
+        self._wandb = None
+        if isinstance(error, ConnectionError):
+            # W&B's process is dead; without this its handler at exit prints a traceback.
+            import wandb
+
+            with suppress(Exception):
+                wandb.teardown()
+        run.log.warning(
+            f"W&B does not work ({type(error).__name__}: {_first_line(error)}); training goes on without it, the"
+            f" metrics are in {run.output_dir / 'metrics.jsonl'}: later `gpt-simple wandb upload {run.output_dir}`"
+            " sends them",
+            name="wandb_failed",
+        )
+
+
+def is_installed() -> bool:
+    """Whether the package is there; a directory ``wandb`` with W&B's own files is not it."""
+    spec = find_spec("wandb")
+    return spec is not None and spec.origin is not None
+
+
+def open_run(
+    config: WandbConfig,
+    *,
+    project: str,
+    run_id: str,
+    directory: Path,
+    values: Mapping[str, Any],
+    resume: Literal["allow", "never"] = "allow",
+) -> Any:
+    """A W&B run that logs over our own steps. Its files are in ``directory / "wandb"``.
+
+    Nothing is asked at the terminal: without an API key it is offline. Git, code, command line and standard output are
+    not captured, for any of them may hold secrets. Raises whatever W&B raises.
+    """
+    import wandb
+
+    with _interpreter_hooks_kept():
+        run = wandb.init(
+            project=project,
+            entity=config.entity,
+            name=config.name,
+            group=config.group,
+            tags=config.tags or None,
+            notes=config.notes,
+            id=run_id,
+            resume=resume,
+            dir=directory,
+            mode=config.mode or _default_mode(),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                x_disable_meta=True,
+                x_save_requirements=False,
+                symlink=False,
+                # Another W&B run of this process, in a notebook say, goes on undisturbed.
+                reinit="create_new",
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
+            ),
+        )
+    run.config.update(dict(values), allow_val_change=True)  # type: ignore[no-untyped-call]
+    for axis in ("step", "tokens"):
+        run.define_metric(axis)
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's summary is worth a column in W&B's table of runs."""
+    return {name: value for name, value in summary.items() if name == "status" or isinstance(value, (int, float))}
+
+
+def _default_mode() -> Mode | None:
+    import wandb
+
+    if os.environ.get("WANDB_MODE") or wandb.login(prompt=False, verify=False):
+        return None
+    return "offline"
+
+
+@contextmanager
+def _interpreter_hooks_kept() -> Iterator[None]:
+    """W&B replaces ``sys.exit`` and ``sys.excepthook`` to learn the exit code, which we tell it anyway."""
+    leave, hook = sys.exit, sys.excepthook
+    try:
+        yield
+    finally:
+        sys.exit, sys.excepthook = leave, hook
+
+
+def _where(wandb: Any, output_dir: Path, *, asked: Mode | None) -> str:
+    if not wandb.offline:
+        return f"W&B: {wandb.url}"
+    why = "" if asked or os.environ.get("WANDB_MODE") else " because it knows no API key (`wandb login` stores one)"
+    return f"W&B is offline{why}: later `gpt-simple wandb upload {output_dir}` sends the run"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    return path.resolve().is_relative_to(directory.resolve())

@@ -1,0 +1,8 @@
+"""The tiny run of the engine's tests, and the command line."""
+
+from __future__ import annotations
+
+from tests.cli.conftest import here, shell
+from tests.engine.conftest import tiny
+
+__all__ = ["here", "shell", "tiny"]

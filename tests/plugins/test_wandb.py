@@ -1,0 +1,306 @@
+"""W&B: real offline runs, read back with W&B's own reader."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import frozen
+
+from gpt_simple import Config, ConfigError, Plugin, TrainingConfig, hookimpl, read_metrics, redacted
+from gpt_simple.config.schema import PluginsConfig
+from gpt_simple.hooks import LogRecord, StepEnd
+from gpt_simple.testing import check_contract
+from tests.cli.conftest import Shell
+from tests.engine.conftest import TinyRun
+
+wandb = pytest.importorskip("wandb")
+
+OFFLINE = {"training__wandb_project": "stories", "plugins__wandb__mode": "offline"}
+
+
+@pytest.fixture(autouse=True)
+def away_from_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key and no settings but those of the test."""
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+@frozen
+class Sent:
+    """What one launch gave to W&B."""
+
+    id: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    exit_code: int | None
+
+
+def sent(directory: Path) -> list[Sent]:
+    """The launches of a run in their order."""
+    return [_read(file) for file in _files(directory)]
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("wandb/*run-*/run-*.wandb"))
+
+
+def _read(file: Path) -> Sent:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records: dict[str, list[Any]] = {}
+    for record in map(json.loads, lines):
+        records.setdefault(record["type"], []).append(record.get(record["type"]))
+    config: dict[str, Any] = {}
+    for update in (*records["run"], *records.get("config", ())):
+        config |= update.get("config", update).get("update", {})
+    summary: dict[str, Any] = {}
+    for update in records.get("summary", ()):
+        summary |= update.get("update", {})
+    rows = [row["item"] for row in records.get("history", ())]
+    codes = [exit.get("exit_code", 0) for exit in records.get("exit", ())]
+    return Sent(records["run"][0]["run_id"], config, rows, summary, records["metric"], codes[0] if codes else None)
+
+
+class Says(Plugin[Any]):
+    """Keeps what the run said."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.records: list[LogRecord] = []
+
+    @hookimpl
+    def on_log(self, run: Any, event: LogRecord) -> None:
+        self.records.append(event)
+
+
+class StopsAt(Plugin[Any]):
+    def __init__(self, step: int) -> None:
+        super().__init__(None)
+        self.step = step
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: StepEnd) -> None:
+        if event.step == self.step:
+            run.control.stop("the test stops here")
+
+
+def test_a_run_reports_metrics_over_its_own_steps(tiny: TinyRun) -> None:
+    result = tiny(**OFFLINE, training__eval_steps=3)
+    (launch,) = sent(result.output_dir)
+    trained = [row for row in launch.rows if "train/loss" in row]
+    assert [row["step"] for row in trained] == [2, 4, 6]
+    assert trained[-1]["train/loss"] == pytest.approx(result.final_loss)
+    assert trained[-1]["tokens"] == result.total_tokens
+    assert [row["step"] for row in launch.rows if "eval/loss" in row] == [3, 6]
+    assert {"glob_name": "*", "options": {"defined": True, "step_sync": True}, "step_metric": "step"} in launch.metrics
+    assert launch.summary["best_val_loss"] == pytest.approx(result.best_val_loss)
+    assert launch.config["training"]["max_steps"] == 6
+    assert launch.config["facts"]["parameters"] > 0
+    assert launch.exit_code == 0
+
+
+def test_one_run_across_a_stop_a_crash_and_a_lost_run_json(tiny: TinyRun) -> None:
+    result = tiny(**OFFLINE, training__max_steps=2)
+    tiny(**OFFLINE, training__max_steps=8, training__save_steps=4, plugins=[StopsAt(4)])
+    crashed = "the test crashes"
+
+    class Crashes(Plugin[Any]):
+        on_error = "abort"
+
+        @hookimpl
+        def on_step_end(self, run: Any, event: StepEnd) -> None:
+            if event.step == 7:
+                raise ConfigError(crashed)
+
+    with pytest.raises(ConfigError, match=crashed):
+        tiny(**OFFLINE, training__max_steps=8, plugins=[Crashes])
+    run_json = result.output_dir / "run.json"
+    run_id = json.loads(run_json.read_text())["run_id"]
+    run_json.unlink()
+    tiny(**OFFLINE, training__max_steps=8)
+    launches = sent(result.output_dir)
+    assert {launch.id for launch in launches} == {run_id}
+    assert [launch.exit_code for launch in launches] == [0, 0, 1, 0]
+    assert [[row["step"] for row in launch.rows] for launch in launches] == [[2], [4], [6], [6, 8]]
+    merged = {row["step"]: row["train/loss"] for launch in launches for row in launch.rows}
+    kept = {
+        row["step"]: row["train/loss"]
+        for row in read_metrics(result.output_dir / "metrics.jsonl")
+        if "train/loss" in row
+    }
+    assert merged == pytest.approx(kept)
+
+
+def test_before_the_first_checkpoint_the_id_is_that_of_the_run_directory(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        tiny(**OFFLINE, plugins=[_fails_at_once()])
+    tiny(**OFFLINE)
+    first, second = sent(tmp_path / "run")
+    assert first.id == second.id == json.loads((tmp_path / "run/run.json").read_text())["run_id"]
+
+
+def _fails_at_once() -> type[Plugin[Any]]:
+    class Fails(Plugin[Any]):
+        on_error = "abort"
+
+        @hookimpl
+        def on_step_end(self, run: Any, event: StepEnd) -> None:
+            raise ConfigError("the test fails")
+
+    return Fails
+
+
+def test_force_and_a_branch_are_new_runs(tiny: TinyRun, tmp_path: Path) -> None:
+    first = tiny(**OFFLINE, training__max_steps=2)
+    tiny(**OFFLINE, training__max_steps=2, force=True)
+    checkpoint = tmp_path / "run/checkpoints/step-00000002"
+    tiny("branch", **OFFLINE, training__max_steps=4, training__resume=str(checkpoint))
+    tiny("branch", **OFFLINE, training__max_steps=6)
+    before, forced = (launch.id for launch in sent(first.output_dir))
+    branch, branch_again = (launch.id for launch in sent(tmp_path / "branch"))
+    assert len({before, forced, branch}) == 3
+    assert branch_again == branch
+
+
+def test_without_a_key_it_goes_offline_and_says_so_once(tiny: TinyRun) -> None:
+    says = Says()
+    result = tiny(training__wandb_project="stories", plugins=[says])
+    assert len(sent(result.output_dir)) == 1
+    (line,) = [record.message for record in says.records if record.name == "wandb"]
+    assert "no API key" in line
+    assert f"gpt-simple wandb upload {result.output_dir}" in line
+
+
+def test_without_a_network_training_goes_on_with_one_warning(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt_simple.plugins.wandb._INIT_SECONDS", 0.5)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    says = Says()
+    result = tiny(training__wandb_project="stories", plugins=[says])
+    assert (result.status, result.steps) == ("completed", 6)
+    (warning,) = [record for record in says.records if record.level == "warning"]
+    assert warning.message.startswith("W&B does not work")
+    assert "gpt-simple wandb upload" in warning.message
+    wandb.teardown()
+
+
+def test_a_killed_service_costs_one_warning_and_the_run_goes_on_under_its_id(here: Path, tmp_path: Path) -> None:
+    """In a process of its own, for the service is shared by all runs of a process."""
+    (here / "kills.py").write_text(
+        "import os, signal, subprocess\n"
+        "from gpt_simple import Plugin, hookimpl\n"
+        "class Kills(Plugin):\n"
+        "    @hookimpl\n"
+        "    def on_step_end(self, run, event):\n"
+        "        if event.step == 3:\n"
+        "            ps = ['ps', '--ppid', str(os.getpid()), '-o', 'pid=,args=']\n"
+        "            children = subprocess.run(ps, capture_output=True, text=True).stdout.splitlines()\n"
+        "            (core,) = [line for line in children if 'wandb-core' in line]\n"
+        "            os.kill(int(core.split()[0]), signal.SIGKILL)\n"
+    )
+    program = [sys.executable, "-m", "gpt_simple", "run", "config.toml", "--training.logging_steps", "1"]
+    wish = ["--training.wandb_project", "p", "--plugins.wandb.mode", "offline"]
+    started = time.monotonic()
+    done = subprocess.run([*program, *wish, "-p", "./kills.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("W&B does not work") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert json.loads((here / "out/summary.json").read_text())["steps"] == 4
+    again = subprocess.run([*program, *wish, "--training.max_steps", "6"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    killed, resumed = _files(here / "out")  # of the killed one perhaps nothing had reached the disk
+    assert killed.name == resumed.name
+    assert [row["step"] for row in _read(resumed).rows if "train/loss" in row] == [5, 6]
+    assert time.monotonic() - started < 60
+
+
+def test_upload_replays_the_run_once_and_in_order(tiny: TinyRun, shell: Shell) -> None:
+    result = tiny(training__max_steps=4, training__eval_steps=2)
+    metrics = result.output_dir / "metrics.jsonl"
+    again = {
+        "kind": "train",
+        "step": 4,
+        "tokens": 9,
+        "time": 1e9,
+        "train/loss": None,
+        "train/lr": 1.0,
+        "nonfinite": ["train/loss"],
+    }
+    metrics.write_text(metrics.read_text() + json.dumps(again) + "\n")
+    refused = shell("wandb", "upload", str(result.output_dir), "--offline")
+    assert (refused.code, "--project" in refused.err) == (2, True)
+    done = shell("wandb", "upload", str(result.output_dir), "--offline", "--project", "p", "--name", "n")
+    assert done.code == 0, done.err
+    (launch,) = sent(result.output_dir)
+    assert launch.id == json.loads((result.output_dir / "run.json").read_text())["run_id"]
+    trained = [row for row in launch.rows if "train/lr" in row]
+    assert [row["step"] for row in trained] == [2, 4]
+    assert (trained[-1]["train/loss"], trained[-1]["train/lr"], trained[-1]["_timestamp"]) == ("NaN", 1.0, 1e9)
+    assert [row["step"] for row in launch.rows if "eval/loss" in row] == [2, 4]
+    assert launch.config["training"]["max_steps"] == 4
+    assert launch.summary["status"] == "completed"
+
+
+def test_upload_of_no_run_exits_4(shell: Shell) -> None:
+    ended = shell("wandb", "upload", "nowhere")
+    assert ended.code == 4
+    assert "there is no run in nowhere" in ended.err
+
+
+def test_a_missing_package_is_one_line_with_the_command(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
+    (here / "wandb").mkdir()  # W&B's own files in the current directory are not the package
+    monkeypatch.setattr("gpt_simple.plugins.wandb.find_spec", lambda name: None)
+    ended = shell("run", "config.toml", "--training.wandb_project", "p")
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert "training.wandb_project" in ended.err
+    assert "pip install" in ended.err
+    assert not (here / "out").exists()
+
+
+def test_the_process_is_left_as_it_was_found(tiny: TinyRun) -> None:
+    before = sys.exit, sys.excepthook, wandb.run
+    tiny(**OFFLINE)
+    assert (sys.exit, sys.excepthook, wandb.run) == before
+
+
+def test_keeps_the_contract_of_plugins() -> None:
+    wandb.setup()  # its threads are the package's and outlive every run
+    overrides = {"training.wandb_project": "p", "plugins.wandb.mode": "offline"}
+    from gpt_simple.plugins.wandb import Wandb
+
+    check_contract(Wandb, overrides=overrides, enable=("wandb",))
+
+
+def test_secrets_stay_here() -> None:
+    tables = {
+        "notify": {"webhook_url": "https://x/T0/B0", "url": "https://me:pw@host/x", "max_new_tokens": 3},
+        "store": {"api_key": "k", "auth": {"user": "me"}, "tokenizer": "bpe", "keys": ["a"], "hf_token": ""},
+    }
+    shared = redacted(Config(training=TrainingConfig(wandb_project="p"), plugins=PluginsConfig(tables=tables)))
+    assert shared["plugins"]["notify"] == {
+        "webhook_url": "(redacted)",
+        "url": "https://(redacted)@host/x",
+        "max_new_tokens": 3,
+    }
+    assert shared["plugins"]["store"] == {
+        "api_key": "(redacted)",
+        "auth": {"user": "(redacted)"},
+        "tokenizer": "bpe",
+        "keys": ["a"],
+        "hf_token": "",
+    }
+    assert shared["training"]["wandb_project"] == "p"
+    assert shared["data"]["text_key"] == "text"
+    assert shared["data"]["tokenizer"] == "bpe"
