@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from gpt_simple.assembly import assemble
+from gpt_simple.assembly import Assembly, assemble
 from gpt_simple.cli.fields import ConfiguredCommand
 from gpt_simple.hooks.activation import Switches
+from gpt_simple.launch import member
+from gpt_simple.launch.torchrun import Launch
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.lineage import RunRecord
+
+_GIVEN = "gpt_simple.arguments"
 
 
-@click.pass_obj
+class LaunchedCommand(ConfiguredCommand):
+    """A command that other processes can be started with: its arguments are kept as they were given."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        context.meta[_GIVEN] = list(args)
+        return super().parse_args(context, args)
+
+
+@click.pass_context
 def _train(
-    overrides: list[tuple[str, str]],
+    context: click.Context,
     path: str | None,
     option: str | None,
     force: bool,
@@ -21,18 +38,54 @@ def _train(
     no_plugins: bool,
     progress: str | None,
     quiet: bool,
+    nproc_per_node: str | None,
+    nnodes: str | None,
+    rdzv_endpoint: str | None,
+    max_restarts: int | None,
 ) -> int:
+    overrides: list[tuple[str, str]] = context.obj
     if path and option and path != option:
         raise click.UsageError(f"two configurations were given: {path} and --config {option}")
     if not (path or option or overrides):
         raise click.UsageError("a configuration is missing: gpt-simple run config.toml")
     if quiet or progress:
         overrides = [*overrides, ("plugins.console.progress", progress if progress and not quiet else "off")]
-    assembly = assemble(path or option, overrides=overrides, switches=Switches.parse(plugins, no_plugins=no_plugins))
-    # Only now: a mistake in the configuration is told without the seconds that torch takes to load.
-    from gpt_simple.engine.session import train
+    launch = Launch.asked(nproc_per_node, nnodes, rdzv_endpoint, max_restarts)
 
-    return int(train(assembly, force=force).exit_code)
+    def check(*more: tuple[str, str]) -> Assembly:
+        switches = Switches.parse(plugins, no_plugins=no_plugins)
+        return assemble(path or option, overrides=[*overrides, *more], switches=switches)
+
+    def work() -> int:
+        assembly, fresh = check(), force
+        if member.is_restarted() and _has_begun(assembly):
+            # Whatever it began with, it goes on now from what it has reached.
+            assembly, fresh = check(("training.resume", "auto")), False
+        # Only now: a mistake in the configuration is told without the seconds that torch takes to load.
+        from gpt_simple.engine.session import train
+
+        return int(train(assembly, force=fresh).exit_code)
+
+    if member.is_member(os.environ):
+        if launch is not None:
+            launch.check_joins(os.environ)
+        return member.live(work)
+    if launch is not None:
+        check()
+        return launch.run([*_program(), context.info_name or "run", *context.meta[_GIVEN]])
+    return work()
+
+
+def _has_begun(assembly: Assembly) -> bool:
+    """Whether this launch came as far as to own its run directory, before torchrun restarted its processes."""
+    lineage = RunRecord.load(RunDir(Path(assembly.config.training.output_dir))).lineage
+    return bool(lineage) and lineage[-1]["time"] >= member.launched_at()
+
+
+def _program() -> list[str]:
+    """This program as a command. Like the script, and unlike ``-m``, it imports nothing from the current directory."""
+    safe = [] if Path(sys.argv[0]).name == "__main__.py" else ["-P"]
+    return [sys.executable, *safe, "-m", "gpt_simple"]
 
 
 _OPTIONS = (
@@ -53,6 +106,19 @@ _OPTIONS = (
         help="How progress is shown: --plugins.console.progress.",
     ),
     click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors: --progress off."),
+    click.option(
+        "--nproc_per_node",
+        metavar="N|auto",
+        help="Train on N processes of this machine (auto: one per GPU), started by torchrun.",
+    ),
+    click.option("--nnodes", metavar="N", help="Machines; start the same command on each of them."),
+    click.option("--rdzv_endpoint", metavar="HOST:PORT", help="Where the machines meet: one of them and a free port."),
+    click.option(
+        "--max_restarts",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="After a crash go on from the last checkpoint, at most N times.",
+    ),
 )
 _HELP = """Train as CONFIG (.toml, .yaml, .json) says. The same command goes on after a stop.
 
@@ -65,7 +131,7 @@ def _command(name: str) -> click.Command:
     for option in reversed(_OPTIONS):
         decorated = option(decorated)
     settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-    return click.command(name, cls=ConfiguredCommand, context_settings=settings, help=_HELP)(decorated)
+    return click.command(name, cls=LaunchedCommand, context_settings=settings, help=_HELP)(decorated)
 
 
 run = _command("run")

@@ -19,7 +19,7 @@ from gpt_simple.errors import ExitCode
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 # A terminal's Ctrl-C can reach a process twice, from the terminal and from a launcher: that is one press.
-_ONE_PRESS_SECONDS = 0.3
+ONE_PRESS_SECONDS = 0.3
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def stop_on_signals(stop: Callable[[str], None]) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()
-            if pressed and now - pressed[0] > _ONE_PRESS_SECONDS:
+            if pressed and now - pressed[0] > ONE_PRESS_SECONDS:
                 os.write(2, b"\nsecond Ctrl-C: leaving at once, without a checkpoint of the last steps\n")
                 os._exit(ExitCode.FORCED)
             pressed.append(now)

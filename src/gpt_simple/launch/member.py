@@ -1,0 +1,116 @@
+"""The life of one process among many: it joins what started it, never outlives it, and says how it ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, MutableMapping
+
+from attrs import evolve
+
+from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
+from gpt_simple.launch.record import STARTED, Record, Records
+
+GRACE_SECONDS = 30
+"""What is left to a process for its last checkpoint when its launcher was killed."""
+
+_ORDINARY = (ExitCode.COMPLETED, ExitCode.STOPPED, ExitCode.HALTED)
+"""Ends that all processes agreed on; a restart would not be what anybody wants."""
+
+
+def is_member(environment: MutableMapping[str, str]) -> bool:
+    """Whether torchrun, or srun with several tasks, started this process as one of many.
+
+    srun's variables are translated into those that torch reads.
+    """
+    if "WORLD_SIZE" in environment:
+        return int(environment["WORLD_SIZE"]) > 1 or "TORCHELASTIC_RUN_ID" in environment
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return False
+    environment.update(_from_slurm(environment))
+    return True
+
+
+def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """torch's variables from srun's: the first machine of the step hosts the meeting point."""
+    nodes = environment["SLURM_STEP_NODELIST"]
+    # "node[003-006,9],login" stands for node003 and others.
+    first = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    if first is None:
+        raise ConfigError(f"$SLURM_STEP_NODELIST is {nodes!r}, which names no machine: start with torchrun instead")
+    job = int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": re.split(r"\D", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", first[1] + (first[2] or "")),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + job % 20000)),
+    }
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started the processes again, after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launched_at() -> float:
+    """When our launcher began, in seconds since the epoch; 0 if another one started this process."""
+    return float(os.environ.get(STARTED, "0"))
+
+
+def live(work: Callable[[], int]) -> int:
+    """Do ``work`` as one of many processes and return what to exit with.
+
+    Under our launcher the message of an error goes to it, which tells it once; elsewhere the error is raised.
+    """
+    records = Records.of_this_launch(os.environ)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _never_outlive(os.getppid())
+    if records is None:
+        return work()
+    record = records.begin(int(os.environ["RANK"]))
+    if record is None:
+        return ExitCode.COMPLETED
+    try:
+        code = work()
+    except BaseException as error:
+        failed = _failed(record, error)
+        if failed.code != ExitCode.FAILURE and not failed.silent:
+            # A mistake that a person must mend would only be repeated by a restart.
+            records.no_more()
+        records.end(failed)
+        # A collective that will never end must not keep the process from leaving.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(failed.code or ExitCode.FAILURE)
+    records.end(evolve(record, code=code, time=time.time()))
+    # Not 0 means to torchrun that the processes must be ended or restarted.
+    return ExitCode.COMPLETED if code in _ORDINARY else code
+
+
+def _failed(record: Record, error: BaseException) -> Record:
+    now = time.time()
+    if isinstance(error, GptSimpleError):
+        return evolve(record, code=int(error.exit_code), message=str(error), silent=error.silent, time=now)
+    if isinstance(error, KeyboardInterrupt):
+        return evolve(record, code=int(ExitCode.FORCED), silent=True, time=now)
+    return evolve(record, code=int(ExitCode.FAILURE), message="".join(traceback.format_exception(error)), time=now)
+
+
+def _never_outlive(launcher: int) -> None:
+    """When the launcher is killed, stop as at a SIGTERM; and be gone after GRACE_SECONDS whatever happens."""
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

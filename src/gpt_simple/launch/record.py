@@ -1,0 +1,91 @@
+"""What the processes of a launch tell their launcher, in files: who they are, and how each of them ended.
+
+An exit status holds too little for that: torchrun turns every one of them into 0 or 1, and restarts processes whose
+status is not 0, also those that ended on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from attrs import asdict, evolve, frozen
+
+DIRECTORY = "GPT_SIMPLE_LAUNCH"
+"""Environment variable: the directory of the records, set by our own launcher for the processes that it starts."""
+
+STARTED = "GPT_SIMPLE_LAUNCHED_AT"
+"""Environment variable: when the launcher began, in seconds since the epoch."""
+
+_NO_MORE = "no-more"
+
+
+@frozen
+class Record:
+    """One process. ``code`` is None until it has ended by itself.
+
+    ``silent``: the error is the echo of another process's, which has the message.
+    """
+
+    rank: int
+    pid: int
+    code: int | None = None
+    message: str = ""
+    silent: bool = False
+    time: float = 0.0
+
+
+@frozen
+class Records:
+    """The records of the processes on this machine."""
+
+    directory: Path
+
+    @classmethod
+    def of_this_launch(cls, environment: Mapping[str, str]) -> Records | None:
+        """Where this process leaves its record; None if no launcher of ours started it."""
+        directory = environment.get(DIRECTORY)
+        return cls(Path(directory)) if directory else None
+
+    def begin(self, rank: int) -> Record | None:
+        """Sign in. None: nothing is to be started any more, and what was left here stays as it is."""
+        record = Record(rank, os.getpid())
+        # Signed in first and asked afterwards: so a launcher that is stopping meets either the process or its question.
+        earlier = self._read(self._path(rank))
+        self._write(record)
+        if (self.directory / _NO_MORE).exists():
+            self._write(evolve(earlier, pid=record.pid) if earlier else record)
+            return None
+        return record
+
+    def end(self, record: Record) -> None:
+        """Leave word of how the process ended. A launcher that is gone does not read it."""
+        if self.directory.exists():
+            self._write(record)
+
+    def no_more(self) -> None:
+        """From now on processes that start leave at once: the end is decided."""
+        if self.directory.exists():
+            (self.directory / _NO_MORE).touch()
+
+    def read(self) -> list[Record]:
+        """All records, by rank."""
+        found = [self._read(path) for path in self.directory.glob("rank-*.json")]
+        return sorted((record for record in found if record is not None), key=lambda record: record.rank)
+
+    def _path(self, rank: int) -> Path:
+        return self.directory / f"rank-{rank}.json"
+
+    def _write(self, record: Record) -> None:
+        path = self._path(record.rank)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        temporary.replace(path)
+
+    def _read(self, path: Path) -> Record | None:
+        try:
+            return Record(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,191 @@
+"""Starts torchrun's agent in this process: it starts the others, watches them, and restarts them if asked to.
+
+What is ours is only what torchrun lacks: signals reach the processes as they are and nobody is killed while it saves;
+one message; and the exit code that one process would have given.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from attrs import define, field, frozen
+
+from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
+from gpt_simple.launch.record import DIRECTORY, STARTED, Record, Records
+from gpt_simple.launch.signals import ONE_PRESS_SECONDS, STOPPING
+
+
+class _Leave(BaseException):
+    """A signal came before there was a process to send it on to."""
+
+
+@frozen
+class Launch:
+    """How many processes are started, where they meet, and how often they are started again."""
+
+    nproc_per_node: str
+    nnodes: str = "1"
+    rdzv_endpoint: str = ""
+    max_restarts: int = 0
+
+    @classmethod
+    def asked(
+        cls, nproc_per_node: str | None, nnodes: str | None, rdzv_endpoint: str | None, max_restarts: int | None
+    ) -> Launch | None:
+        """The launch that options ask for, None if they ask for none. Raises ConfigError if they contradict."""
+        if nproc_per_node is None and nnodes is None and rdzv_endpoint is None and max_restarts is None:
+            return None
+        if nproc_per_node not in (None, "auto") and not re.fullmatch(r"[1-9]\d*", str(nproc_per_node)):
+            raise ConfigError(f'--nproc_per_node {nproc_per_node}: expected a number of processes or "auto"')
+        if nnodes is not None and not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", nnodes):
+            raise ConfigError(f"--nnodes {nnodes}: expected a number of machines, or MIN:MAX")
+        if nnodes not in (None, "1") and not rdzv_endpoint:
+            raise ConfigError(f"--nnodes {nnodes} needs --rdzv_endpoint HOST:PORT, the same on every machine")
+        return cls(nproc_per_node or "1", nnodes or "1", rdzv_endpoint or "", max_restarts or 0)
+
+    def check_joins(self, environment: Mapping[str, str]) -> None:
+        """Raise ConfigError if what already started this process contradicts the options."""
+        here = environment.get("LOCAL_WORLD_SIZE")
+        ours = Records.of_this_launch(environment) is not None
+        if not ours and here is not None and self.nproc_per_node not in ("auto", here):
+            raise ConfigError(
+                f"--nproc_per_node {self.nproc_per_node}, but {here} process(es) were already started on this machine"
+                " (by torchrun or srun): leave the option out"
+            )
+
+    def run(self, command: Sequence[str]) -> int:
+        """Start ``command`` as all processes of this machine, wait for them, and return the exit code.
+
+        Raises the error of the process that has something to say.
+        """
+        with tempfile.TemporaryDirectory(prefix="gpt-simple-launch-", ignore_cleanup_errors=True) as directory:
+            records = Records(Path(directory))
+            with _forwarding(records) as signals:
+                try:
+                    failures = self._agent(command, directory)
+                except _Leave:
+                    failures = {}
+            return _outcome(records.read(), failures, signals)
+
+    def _agent(self, command: Sequence[str], directory: str) -> Mapping[int, Any]:
+        """Run torchrun's agent to its end. Returns what it knows of the processes that failed, by rank."""
+        import torch
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        # What it would say is said once, by us.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        count = max(1, torch.cuda.device_count()) if self.nproc_per_node == "auto" else int(self.nproc_per_node)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        os.environ |= {DIRECTORY: directory, STARTED: str(time.time())}
+        least, _, most = self.nnodes.partition(":")
+        config = LaunchConfig(
+            min_nodes=int(least),
+            max_nodes=int(most or least),
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex if self.nnodes == "1" else "gpt-simple",
+            rdzv_backend="c10d",
+            rdzv_endpoint=self.rdzv_endpoint or "localhost:0",
+            local_addr="localhost" if self.nnodes == "1" else None,
+            max_restarts=self.max_restarts,
+            # Ours stay: its own would end processes that are still saving.
+            signals_to_handle="",
+            logs_specs=DefaultLogsSpecs(log_dir=directory),
+        )
+        try:
+            elastic_launch(config, command[0])(*command[1:])
+        except ChildFailedError as error:
+            return error.failures
+        except (RuntimeError, OSError) as error:
+            where = self.rdzv_endpoint or "this machine"
+            raise GptSimpleError(f"the processes could not meet at {where}: {error}") from error
+        finally:
+            for name in (DIRECTORY, STARTED):
+                os.environ.pop(name, None)
+        return {}
+
+
+@define
+class _Signals:
+    """Signals that came, and the processes that they are sent on to."""
+
+    _records: Records
+    received: list[tuple[signal.Signals, float]] = field(factory=list)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received.append((signal.Signals(number), time.monotonic()))
+        self._records.no_more()
+        there = self._records.read()
+        for record in there:
+            with suppress(ProcessLookupError):
+                os.kill(record.pid, number)
+        if not there:
+            raise _Leave
+
+    @property
+    def forced(self) -> bool:
+        """Whether Ctrl-C was pressed twice."""
+        presses = [at for number, at in self.received if number == signal.SIGINT]
+        return bool(presses) and presses[-1] - presses[0] > ONE_PRESS_SECONDS
+
+
+@contextmanager
+def _forwarding(records: Records) -> Iterator[_Signals]:
+    """Send every signal that asks for a stop on to the processes: they end by themselves, and the agent waits."""
+    handler = _Signals(records)
+    before = {number: signal.signal(number, handler) for number in STOPPING}
+    try:
+        yield handler
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _outcome(records: Sequence[Record], failures: Mapping[int, Any], signals: _Signals) -> int:
+    """The exit code of the launch; raises what there is to tell."""
+    if signals.forced:
+        return ExitCode.FORCED
+    ended = [record for record in records if record.code is not None]
+    told = sorted((record for record in ended if record.message), key=lambda record: (record.silent, record.time))
+    if told and not told[0].silent:
+        raise _error(told[0], len(records))
+    if signals.received and len(ended) < max(1, len(records)):
+        # It came before the first step: there is nothing to save.
+        return ExitCode.STOPPED
+    if lost := [rank for rank in failures if rank not in {record.rank for record in ended}]:
+        raise GptSimpleError(_death(lost, failures, waited_for=[r.message for r in told]))
+    if told:
+        raise _error(told[0], len(records))
+    return max((record.code or 0 for record in ended), default=ExitCode.FAILURE)
+
+
+def _error(record: Record, processes: int) -> GptSimpleError:
+    text = record.message if processes == 1 or record.rank == 0 else f"process {record.rank}: {record.message}"
+    error = GptSimpleError(text.rstrip())
+    error.exit_code = ExitCode(record.code or ExitCode.FAILURE)
+    return error
+
+
+def _death(ranks: Sequence[int], failures: Mapping[int, Any], waited_for: Sequence[str]) -> str:
+    """What became of processes that left no word: the one that ended first, or those that had to be ended."""
+    again = "start again with the same command: the run goes on from its last checkpoint"
+    first = min(ranks, key=lambda rank: float(failures[rank].timestamp))
+    status = int(failures[first].exitcode)
+    if status in (-signal.SIGTERM, -signal.SIGKILL) and any("waited" in message for message in waited_for):
+        return f"process {first} did not answer and was ended ({waited_for[0]}); {again}"
+    if status == -signal.SIGKILL:
+        return f"process {first} was killed (SIGKILL: the system does that when memory runs out); {again}"
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"process {first} {how} and left no word; {again}"
