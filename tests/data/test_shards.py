@@ -150,6 +150,30 @@ def test_a_dataset_without_val_trains_when_no_evaluation_is_wanted(
         prepare(settings, builtin_registry())
 
 
+def test_a_packing_is_computed_once(
+    directory: Path, opened: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(dataset: Dataset) -> list[list[int]]:
+        inputs, labels = np.empty((2, dataset.train.rows, 8), np.int64)
+        dataset.train.read(np.arange(dataset.train.rows), inputs, labels, None)
+        return labels.tolist()
+
+    first = rows(opened(directory, packing="best_fit", overlap_size=2))
+    monkeypatch.setattr("gpt_simple.data.dataset.best_fit", None)
+    assert rows(opened(directory, packing="best_fit", overlap_size=2)) == first
+    with pytest.raises(TypeError):
+        opened(directory, packing="best_fit", overlap_size=3)
+
+
+def test_a_packing_of_other_tokens_is_not_used(
+    write_dataset: WriteDataset, opened: Callable[..., Dataset], directory: Path
+) -> None:
+    opened(directory, packing="best_fit")
+    write_dataset(train={"code": [[9] * 7, [8]]} | {"wiki": TRAIN["wiki"]}, val=VAL)
+    dataset = opened(directory, packing="best_fit")
+    assert sorted(dataset.train.targets_of(np.arange(2)).tolist()) == [2, 8]
+
+
 def test_a_dataset_that_cannot_be_written_keeps_its_index_in_the_cache(
     directory: Path, opened: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:

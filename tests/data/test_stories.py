@@ -90,7 +90,7 @@ def test_choices_are_even() -> None:
 def test_stories_repeat_their_words_and_read_like_stories() -> None:
     for story in Stories(seed=1, count=50).documents():
         words = Counter(story.text.replace(".", " ").replace(",", " ").split())
-        assert max(words[name] for name in WORDS["name"]) >= 2
+        assert max(words[name] for name in WORDS["name"]) >= 3
         assert "{" not in story.text
         assert "  " not in story.text
         assert not any(f" a {vowel}" in story.text for vowel in "aeiou")
@@ -104,4 +104,7 @@ def test_stories_are_the_same_in_every_version_of_python() -> None:
     assert Stories(seed=42, count=1).fingerprint() != Stories(seed=43, count=1).fingerprint()
 
 
-PINNED = "?"
+PINNED = (
+    "Anna was a happy duck. Every day Anna played with a red spoon. One cold day Anna lost the spoon. "
+    "She asked Adam the bear for help. At last Adam found the red spoon under the log. Anna was not happy any more."
+)

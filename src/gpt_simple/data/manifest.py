@@ -109,7 +109,7 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise DataError(f"{directory}: not a dataset directory, {FILE} cannot be read ({error})") from error
     except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error}); prepare the data again") from error
+        raise DataError(f"{file}: not JSON ({error}); delete {directory} and prepare the data again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(f'{file}: expected "format": "{FORMAT}"; this is not a manifest of token shards')
     if record.get("version") != VERSION:
@@ -120,7 +120,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         manifest = cattrs.structure(record, Manifest)
     except Exception as error:  # cattrs raises groups of many types
-        raise DataError(f"{file}: damaged ({error}); prepare the data again") from error
+        raise DataError(f"{file}: damaged ({error}); delete {directory} and prepare the data again") from error
     if record.get("dtype") != manifest.dtype.name:
         raise DataError(
             f"{file}: dtype {record.get('dtype')}, but {manifest.vocab_size} ids are stored as {manifest.dtype.name}"
@@ -130,7 +130,10 @@ def read_manifest(directory: Path) -> Manifest:
         size = path.stat().st_size if path.is_file() else None
         if size != expected.size:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise DataError(f"{path}: {found}, {FILE} says {expected.size} bytes; copy or prepare the data again")
+            raise DataError(
+                f"{path}: {found}, {FILE} says {expected.size}; copy it again, "
+                f"or delete {directory} and prepare the data again"
+            )
     return manifest
 
 
@@ -151,6 +154,6 @@ def verify_checksums(directory: Path, manifest: Manifest, seen: Mapping[str, lis
         if found != expected.sha256:
             raise DataError(
                 f"{path}: its content is not what was prepared (sha256 {found[:12]}..., {FILE} says "
-                f"{expected.sha256[:12]}...); copy or prepare the data again"
+                f"{expected.sha256[:12]}...); copy it again, or delete {directory} and prepare the data again"
             )
     return now

@@ -58,25 +58,25 @@ OPENING: Templates = (
     "Near the {place1} lived {name1}, a {trait1} {animal1}.",
 )
 BELONGING: Templates = (
-    "{He} had a {color1} {toy1}.",
+    "{name1} had a {color1} {toy1}.",
     "{name1} loved {his} {color1} {toy1}.",
-    "Every day {he} played with a {color1} {toy1}.",
+    "Every day {name1} played with a {color1} {toy1}.",
 )
 LOSS: Templates = (
-    "One {weather1} day the {toy1} was gone.",
-    "On a {weather1} morning {name1} lost the {toy1}.",
+    "One {weather1} day {name1} lost the {toy1}.",
+    "On a {weather1} morning the {toy1} was gone, and {name1} {verb}.",
 )
 MEETING: Templates = (
     "{He} asked {name2} the {animal2} for help.",
-    "{name2} the {animal2} came by and {verb1}.",
+    "{name2} the {animal2} came by to help {name1}.",
 )
 SEARCH: Templates = (
-    "They looked under the {spot} and found only a {toy}.",
-    "They looked behind the {spot}, but saw only {friends}.",
+    "{name1} looked under the {spot} and found only a {toy}.",
+    "{name2} looked behind the {spot} and saw only {friends}.",
 )
 FINDING: Templates = (
-    'Then {name2} {verb2}, "Your {toy1} is at the {place2}!" They ran to the {place2}.',
-    "At last the {color1} {toy1} was under the {spot}.",
+    'Then {name2} {verb}, "Your {toy1} is at the {place2}!" So {name1} and {name2} ran to the {place2}.',
+    "At last {name2} found the {color1} {toy1} under the {spot}.",
 )
 JOURNEY: Templates = (
     "One {weather1} day {name1} walked to the {place2} with the {toy1}.",
@@ -87,21 +87,21 @@ COUNTING: Templates = (
     "{Number1} {friends1} were playing there.",
 )
 SHARING: Templates = (
-    "{He} gave them {food1}, and all {number1} {friends1} {verb1}.",
-    'The {friends1} {verb1}. "We want {food1}," they said, so {name1} gave them {food1}.',
+    "{name1} gave them {food1}, and all {number1} {friends1} {verb}.",
+    'The {friends1} {verb}. "We want {food1}," they said, so {name1} gave them {food1}.',
 )
 GIFT: Templates = (
-    "{name2} the {animal2} had no {toy1}, so {name1} gave {name2} the {color1} one.",
+    "{name2} the {animal2} had no {toy1}, so {name1} gave {name2} the {color1} {toy1}.",
     '"What a nice {color1} {toy1}!" said {name2} the {animal2}. "You can have it," said {name1}.',
 )
 THANKS: Templates = (
-    "{name2} {verb1} and gave {name1} some {food1}. The {food1} made {name1} less {trait1}.",
-    '"Thank you, {name1}," said {name2}. They ate {food1} at the {place2}.',
+    "{name2} {verb} and gave {name1} some {food1}. The {food1} made {name1} less {trait1}.",
+    '"Thank you, {name1}," said {name2}. So {name1} and {name2} ate {food1} at the {place2}.',
 )
 ENDING: Templates = (
     "{name1} was not {trait1} any more.",
     "{name1} {verb} and went home with {food}.",
-    "That night the {trait1} {animal1} dreamed of {food}.",
+    "That night {name1} the {animal1} dreamed of {food}.",
     "The end.",
 )
 
