@@ -32,6 +32,9 @@ logging_steps = 2
 eval_steps = 4
 save_steps = 2
 output_dir = "out"
+
+[optimizer]
+warmup_steps = 1
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ _FOLD_AT = 1024
 class Interval:
     """Losses, gradient norms and skipped steps since the last logging point, as tensors on the device.
 
-    Per step this only appends references; the arithmetic is done when somebody looks.
+    Per step this only keeps references; the device is read, once, when somebody looks.
     """
 
     _losses: list[torch.Tensor] = field(factory=list)
@@ -32,45 +33,37 @@ class Interval:
         self._targets.append(targets)
         self._skipped.append(skipped)
         self._norm = norm
-        if len(self._losses) == _FOLD_AT:
+        if len(self._losses) == _FOLD_AT:  # one tensor instead of many, for runs that never look
             self._fold()
 
-    def _fold(self) -> None:
-        losses, skipped = torch.stack(self._losses).double(), torch.stack(self._skipped).double()
-        targets = torch.tensor(self._targets, dtype=torch.float64).to(losses.device, non_blocking=True)
-        kept = skipped == 0
-        zero = torch.zeros_like(losses)
-        sums = torch.stack([torch.where(kept, part, zero).sum() for part in (losses, targets)])
-        self._folded.append((sums, skipped))
-        self._losses, self._targets, self._skipped = [], [], []
-
     def metrics(self, learning_rate: float) -> dict[str, Metric]:
-        """The engine's own metrics; the interval starts anew.
+        """The engine's own metrics since the last call; there must have been a step.
 
         ``train/loss`` is the mean over all target tokens of all processes and of all steps that were not skipped.
         """
+        assert self._norm is not None
         if self._losses:
             self._fold()
-        sums = torch.stack([sums for sums, _ in self._folded]).sum(0)
-        skipped = torch.cat([flags for _, flags in self._folded])
-        assert self._norm is not None
-        metrics = {
-            "train/loss": Metric(sums[0] / sums[1], reduce="sum"),
+        losses, skipped = (torch.cat(parts) for parts in zip(*self._folded, strict=True))
+        *values, norm = torch.cat([losses, skipped, self._norm.float().reshape(1)]).tolist()
+        flags = values[len(values) // 2 :]
+        kept = [(loss, count) for loss, count, flag in zip(values, self._targets, flags, strict=False) if not flag]
+        nats, targets = sum(loss for loss, _ in kept), sum(count for _, count in kept)
+        self._folded, self._targets, self._norm = [], [], None
+        return {
+            # Every process has its share of the nats and knows everybody's targets.
+            "train/loss": Metric(nats / targets if targets else math.nan, reduce="sum"),
             "train/lr": Metric(learning_rate, reduce="last"),
-            "train/grad_norm": Metric(self._norm, reduce="last"),
-            "train/skipped_steps": Metric(skipped.sum(), reduce="max"),
-            "train/skipped_streak": Metric(_trailing_ones(skipped), reduce="max"),
+            "train/grad_norm": Metric(norm, reduce="last"),
+            "train/skipped_steps": Metric(sum(flags), reduce="max"),
         }
-        self._folded, self._norm = [], None
-        return metrics
+
+    def _fold(self) -> None:
+        self._folded.append((torch.stack(self._losses), torch.stack(self._skipped)))
+        self._losses, self._skipped = [], []
 
     def __bool__(self) -> bool:
-        return bool(self._losses or self._folded)
-
-
-def _trailing_ones(flags: torch.Tensor) -> torch.Tensor:
-    """How many of the last entries are 1, without a loop or a read."""
-    return torch.cumprod(flags.flip(0), 0).sum()
+        return self._norm is not None
 
 
 @define

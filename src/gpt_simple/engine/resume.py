@@ -55,9 +55,12 @@ class ResumePlan:
     """The checkpoints that were there, to notice when somebody else writes one before this launch owns the place."""
 
 
-def look(config: Config, run_dir: RunDir, *, force: bool) -> ResumePlan:
-    """Decide from what is on disk. Reads only; raises CheckpointError (exit code 4) for what must not go on."""
-    store, wish = Store(run_dir.checkpoints), config.training.resume
+def look(config: Config, run_dir: RunDir, *, force: bool, store: Store | None = None) -> ResumePlan:
+    """Decide from what is on disk. Reads only; raises CheckpointError (exit code 4) for what must not go on.
+
+    ``store`` may be one that verifies less than everything, for who only wants to know.
+    """
+    store, wish = store or Store(run_dir.checkpoints), config.training.resume
     if force:
         return ResumePlan("scratch")
     if wish == "scratch":

@@ -121,8 +121,10 @@ def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
             report(assembly.check_config(questions), run.log.warning)
 
         run_dir.check()
-        setup = Setup(assembly, run, calls, compiling, run_dir)
-        resume = look(config, run_dir, force=force)
+        # One store for the whole launch: what it has verified once it need not hash again.
+        store = Store(run_dir.checkpoints)
+        setup = Setup(assembly, run, calls, compiling, run_dir, store)
+        resume = look(config, run_dir, force=force, store=store)
         setup.read_data()
         setup.check(resume)
         if resume.kind == "finished":
@@ -169,7 +171,7 @@ def _claim(stack: ExitStack, setup: Setup, resume: ResumePlan, *, force: bool) -
     run_dir = setup.run_dir
     run_dir.create()
     stack.enter_context(RunLock(run_dir))
-    store = Store(run_dir.checkpoints)
+    store = setup.store
     if force:
         run_dir.remove_run_files()
     elif list(resume.seen) != [found.path for found in store.list()]:

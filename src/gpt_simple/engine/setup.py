@@ -30,10 +30,10 @@ from gpt_simple.engine.trainer import Trainer
 from gpt_simple.errors import ConfigError, GptSimpleError
 from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import CheckpointLoaded, Finding, ModelBuilt
+from gpt_simple.model.shape import padded
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.status import StatusFile
 
-_VOCABULARY_MULTIPLE = 128
 _MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which count samples from 0
 
 
@@ -46,6 +46,7 @@ class Setup:
     calls: Calls
     compiling: CompilePlan
     run_dir: RunDir
+    store: Store
     dataset: Dataset = field(init=False)
     identity: dict[str, Any] = field(init=False)
     promise: str = field(init=False, default="from scratch")
@@ -93,9 +94,8 @@ class Setup:
         optimizer = assembly.registry.get("optimizer", config.optimizer.name).load()(
             model, config.optimizer, run.device
         )
-        store = Store(self.run_dir.checkpoints)
-        run.checkpoints = EngineCheckpoints(store)
-        self._restore(plan, store, model, optimizer)
+        run.checkpoints = EngineCheckpoints(self.store)
+        self._restore(plan, model, optimizer)
         run._wrapped = run.world.wrap(model)
         compile_model(model, self.compiling)
         run._loader = Loader(
@@ -116,7 +116,7 @@ class Setup:
             optimizer=optimizer,
             schedule=schedule(config.optimizer, config.training.max_steps),
             loader=run._loader,
-            store=store,
+            store=self.store,
             status=status,
             state=partial(self._state, model, optimizer),
             skips_on_device=skips_on_device(optimizer),
@@ -132,9 +132,9 @@ class Setup:
                 f"{self.assembly.origins.place('model.vocab_size')}: the tokenizer has {tokenizer.vocab_size} tokens,"
                 f" more than {wanted}; leave it out or raise it"
             )
-        padded = -(-tokenizer.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+        rows = wanted or padded(tokenizer.vocab_size)
         factory = self.assembly.registry.get("model", config.model.name).load()
-        model: torch.nn.Module = factory(config.model, vocab_size=wanted or padded, max_length=config.data.max_length)
+        model: torch.nn.Module = factory(config.model, vocab_size=rows, max_length=config.data.max_length)
         return model
 
     def _checkpoint_activations(self, model: torch.nn.Module) -> None:
@@ -148,12 +148,10 @@ class Setup:
                 " set_activation_checkpointing(every); set it to false"
             )
 
-    def _restore(
-        self, plan: ResumePlan, store: Store, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def _restore(self, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if plan.checkpoint is None:
             return
-        run, state = self.run, plan.state
+        run, state, store = self.run, plan.state, self.store
         load_model(model, store.load_tensors(plan.checkpoint, "model"))
         restore_optimizer(optimizer, model, store.load_tensors(plan.checkpoint, "optimizer"), state["optimizer"])
         if state["scaler"]:

@@ -132,10 +132,10 @@ class Trainer:
 
     def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients' norm before clipping, and 1.0 if this step must be skipped; both stay on the device."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
         if self._max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         skipped = ~torch.isfinite(norm)
         control = self.run.control
         if control.skip is not None:
