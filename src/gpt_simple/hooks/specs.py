@@ -125,7 +125,7 @@ class HookSpecs:
 
             @hookimpl
             def on_model_built(self, run, event):
-                event.model.embedding.weight.requires_grad_(False)
+                event.model.token_embedding.weight.requires_grad_(False)
         """
 
     @_hook(events.CheckpointLoaded)
