@@ -15,6 +15,14 @@ from gpt_simple.config.schema import ModelConfig
 from gpt_simple.errors import ConfigError
 
 
+VOCABULARY_MULTIPLE = 128
+
+
+def padded(vocab_size: int) -> int:
+    """Rows of the embedding for a tokenizer of so many ids: whole tiles of a GPU's matrix units."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
 @frozen
 class Shape:
     """Every number and choice that determines the model. Fields are named as in ``ModelConfig``."""

@@ -205,6 +205,8 @@ def _summary(run: Run, event: ev.RunEnd) -> list[str]:
         if "sample" in facts:
             lines += ["  the model writes", textwrap.indent(_wrapped(facts["sample"]), "    ")]
     lines += ["", f"next: {summary['next']}"]
+    if summary["checkpoint"]:
+        lines.append(f'      gpt-simple sample {run.output_dir} --prompt "Once" lets the model write')
     return lines
 
 

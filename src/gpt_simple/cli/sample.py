@@ -1,0 +1,81 @@
+"""Let a trained model write: ``gpt-simple sample RUN --prompt TEXT``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="Text to continue; unset: a new document.")
+@click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="Tokens to write at most.")
+@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0: the likeliest token.")
+@click.option("--top-k", type=click.IntRange(1), help="Choose among this many likeliest tokens.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Choose among the fewest tokens that together hold this probability.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="The same seed, the same text.")
+@click.option("--count", default=1, show_default=True, type=click.IntRange(1), help="Texts, with seeds from --seed on.")
+@click.option("--step", type=click.IntRange(1), help="The checkpoint of this step; unset: the newest.")
+@click.option("--device", help="For example cpu or cuda:1; unset: a GPU if there is one.")
+def sample(
+    run: Path,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    count: int,
+    step: int | None,
+    device: str | None,
+) -> None:
+    """Print text from the model of the run in directory RUN, the prompt included."""
+    # Only now: a mistake in the options is told without the seconds that torch takes to load.
+    import torch
+
+    from gpt_simple.engine.precision import resolve
+    from gpt_simple.engine.restore import restore
+    from gpt_simple.model.generate import generate
+    from gpt_simple.run_dir.layout import RunDir
+
+    place = _device(device)
+    restored = restore(RunDir(run), place, step=step)
+    for index in range(count):
+        with torch.no_grad(), resolve(None, place).autocast():
+            text = generate(
+                restored.model,
+                restored.tokenizer,
+                prompt,
+                max_new_tokens=tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed + index,
+            )
+        click.echo(("\n" if index else "") + (_printable(text) if sys.stdout.isatty() else text))
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
+    return device
+
+
+def _printable(text: str) -> str:
+    """Control characters, which a young model writes, must not reach the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

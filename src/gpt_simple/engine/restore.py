@@ -1,0 +1,86 @@
+"""A trained model back from the directory of its run, for whatever comes after training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+
+from gpt_simple._names import DISTRIBUTION
+from gpt_simple.assembly import assemble
+from gpt_simple.checkpoint.state import load_model
+from gpt_simple.checkpoint.store import Checkpoint, Store
+from gpt_simple.data.tokenizer import load_tokenizer
+from gpt_simple.errors import CheckpointError
+from gpt_simple.hooks.activation import Switches
+from gpt_simple.hooks.discovery import installed, usable
+from gpt_simple.model.shape import padded
+from gpt_simple.run_dir.layout import RunDir
+
+if TYPE_CHECKING:
+    from gpt_simple.data.tokenizer import Tokenizer
+
+
+@frozen
+class Restored:
+    """A model in eval mode, fp32, with the tokenizer that it was trained with."""
+
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+
+
+def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None) -> Restored:
+    """The model of the checkpoint of ``step``, or of the newest one that is whole. Changes nothing on disk.
+
+    Raises CheckpointError if there is no such run or checkpoint.
+    """
+    checkpoint = _find(Store(run_dir.checkpoints), run_dir, step)
+    facts = _facts(run_dir)
+    values, tokenizer = facts["config"], load_tokenizer(run_dir.tokenizer)
+    sections = {"model": _section(values, "model"), "data": {"max_length": values["data.max_length"]}}
+    assembly = assemble(None, sections=sections, switches=Switches(enable=_brought_by(facts["plugins"])))
+    config = assembly.config
+    rows = getattr(config.model, "vocab_size", None) or padded(tokenizer.vocab_size)
+    factory = assembly.registry.get("model", config.model.name).load()
+    model: torch.nn.Module = factory(config.model, vocab_size=rows, max_length=config.data.max_length)
+    load_model(model, Store(run_dir.checkpoints).load_tensors(checkpoint, "model"))
+    return Restored(model.to(device).eval(), tokenizer, checkpoint)
+
+
+def _find(store: Store, run_dir: RunDir, step: int | None) -> Checkpoint:
+    if step is None:
+        newest, skipped = store.newest_valid()
+        if newest is None:
+            reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped)
+            raise CheckpointError(f"there is no checkpoint in {run_dir.checkpoints} to take the model from{reasons}")
+        return newest
+    steps = {checkpoint.step: checkpoint for checkpoint in store.list()}
+    if step not in steps:
+        kept = ", ".join(map(str, sorted(steps))) or "none"
+        raise CheckpointError(f"{run_dir.checkpoints} has no checkpoint of step {step}; expected one of: {kept}")
+    return steps[step]
+
+
+def _facts(run_dir: RunDir) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(run_dir.run_json.read_text(encoding="utf-8"))["facts"]
+        return facts
+    except FileNotFoundError:
+        raise CheckpointError(f"{run_dir.run_json} is missing: it says which model the checkpoint is of") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{run_dir.run_json} is damaged ({error}): it says which model this is") from error
+
+
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    start = f"{name}."
+    return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+
+
+def _brought_by(plugins: Mapping[str, str]) -> tuple[str, ...]:
+    """Plugins of other packages that the run had and that are here: one of them may have brought the model."""
+    here = usable(installed())
+    return tuple(name for name, origin in plugins.items() if name in here and not origin.startswith(DISTRIBUTION))

@@ -1,0 +1,82 @@
+"""``gpt-simple sample``: text from the model that a run left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import gpt_simple
+from tests.cli.conftest import Shell
+
+GREEDY = ("--temperature", "0", "--tokens", "12")
+
+
+@pytest.fixture
+def trained(shell: Shell, here: Path) -> Path:
+    assert shell("run", "config.toml").code == 0
+    return here / "out"
+
+
+def test_it_writes_what_the_model_in_training_would_have_written(here: Path, shell: Shell) -> None:
+    class AsksAtTheEnd(gpt_simple.Plugin):  # type: ignore[type-arg]
+        text = ""
+
+        @gpt_simple.hookimpl
+        def on_run_end(self, run, event):  # type: ignore[no-untyped-def]
+            AsksAtTheEnd.text = run.generate("Once", max_new_tokens=40, temperature=0.7, top_k=9, seed=5)
+
+    gpt_simple.train("config.toml", plugins=[AsksAtTheEnd])
+    options = ("--prompt", "Once", "--tokens", "40", "--temperature", "0.7", "--top-k", "9", "--seed", "5")
+    ended = shell("sample", "out", *options, "--device", "cpu")
+    assert ended.code == 0, ended.err
+    assert ended.out.endswith(AsksAtTheEnd.text + "\n")
+
+
+def test_a_seed_is_one_text_and_another_seed_another(trained: Path, shell: Shell) -> None:
+    first = shell("sample", "out", "--prompt", "A", "--seed", "3", "--temperature", "1.5", "--count", "2").out
+    assert shell("sample", "out", "--prompt", "A", "--seed", "3", "--temperature", "1.5", "--count", "2").out == first
+    one, two = first.split("\n\nA", 1)
+    assert one.startswith("A")
+    assert one.rstrip("\n") != "A" + two.rstrip("\n")
+
+
+def test_an_older_checkpoint_can_be_asked(trained: Path, shell: Shell) -> None:
+    older, newest = (shell("sample", "out", *GREEDY, "--step", str(step)) for step in (2, 4))
+    assert (older.code, newest.code) == (0, 0)
+    assert shell("sample", "out", *GREEDY).out == newest.out
+    missing = shell("sample", "out", "--step", "3")
+    assert missing.code == 4
+    assert "expected one of: 2, 4" in missing.err
+
+
+def test_what_cannot_be_sampled_is_one_sentence(trained: Path, shell: Shell) -> None:
+    nothing = shell("sample", "nowhere")
+    assert (nothing.code, nothing.err.count("\n")) == (4, 1)
+    assert shell("sample", "out", "--device", "nonsense").code == 2
+    assert shell("sample", "out", "--top-p", "0").code == 2
+    (trained / "run.json").unlink()
+    unknown = shell("sample", "out")
+    assert unknown.code == 4
+    assert "run.json is missing" in unknown.err
+
+
+def test_a_damaged_checkpoint_is_not_sampled_and_not_touched(trained: Path, shell: Shell) -> None:
+    weights = trained / "checkpoints/step-00000004/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    before = sorted(str(path) for path in trained.rglob("*"))
+    assert shell("sample", "out", *GREEDY).out == shell("sample", "out", *GREEDY, "--step", "2").out
+    assert shell("sample", "out", *GREEDY, "--step", "4").code == 4
+    assert sorted(str(path) for path in trained.rglob("*")) == before
+
+
+def test_the_summary_says_how(shell: Shell) -> None:
+    assert "gpt-simple sample out --prompt" in shell("run", "config.toml").out
+
+
+def test_the_record_of_the_run_is_enough(trained: Path, shell: Shell, here: Path) -> None:
+    """The configuration file may be gone or changed."""
+    (here / "config.toml").unlink()
+    assert json.loads((trained / "run.json").read_text())["facts"]["config"]["model.n_embd"] == 32
+    assert shell("sample", "out", *GREEDY).code == 0
