@@ -31,8 +31,8 @@ if TYPE_CHECKING:
         PluginError,
     )
     from gpt_simple.hooks import Finding, Metric, Plugin, Run, hookimpl
-    from gpt_simple.validate.outlook import Outlook, outlook
     from gpt_simple.run_dir.lineage import read_metrics
+    from gpt_simple.validate.outlook import Outlook, outlook
 
 _HOMES = {
     "train": "gpt_simple.api",
@@ -72,6 +72,7 @@ __all__ = [
     "TrainingConfig",
     "__version__",
     "hookimpl",
+    "outlook",
     "read_metrics",
     "redacted",
     "train",

@@ -7,10 +7,11 @@ structured against all of that, and all of its mistakes are reported at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from gpt_simple.config.load import RawConfig, read
 from gpt_simple.config.origin import Origins
@@ -19,11 +20,31 @@ from gpt_simple.config.structure import structure, with_other_mistakes
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.components import CONFIG_KEY, Kind, Registry, builtin_registry
+from gpt_simple.hooks.events import Finding
 from gpt_simple.hooks.host import PluginHost
-
 
 # Kinds whose name stands in the configuration itself; a tokenizer may also be a file, which the data look for.
 _SECTION_OF: dict[Kind, str] = {"model": "model", "optimizer": "optimizer", "schedule": "optimizer", "source": "data"}
+
+
+@frozen
+class Questions:
+    """What is asked of the checks.
+
+    ``launching``: a run is about to start and reads its data and checkpoints itself in a moment. ``force``: it would
+    discard what is in its output directory. ``world_size``: processes. ``memory`` asks for a prediction, for the memory
+    of ``device`` (a name or bytes), ``fit`` for the largest batch in it; ``probe`` for real steps; ``mfu`` is what an
+    estimate without steps assumes.
+    """
+
+    launching: bool = False
+    force: bool = False
+    world_size: int = 1
+    memory: bool = False
+    device: str | None = None
+    fit: bool = False
+    probe: bool = False
+    mfu: float = 0.4
 
 
 @frozen
@@ -36,6 +57,23 @@ class Assembly:
     registry: Registry
     source: Path | None
     notes: Sequence[str] = ()
+
+    def check_config(self, questions: Questions) -> list[Finding]:
+        """The findings of all plugins, with the places of keys as the user knows them."""
+        token = _UNDER_CHECK.set((self, questions))
+        try:
+            findings = self.host.check_config(self.config)
+        finally:
+            _UNDER_CHECK.reset(token)
+        return [evolve(finding, place=self.origins.place(finding.place)) for finding in findings]
+
+
+_UNDER_CHECK: ContextVar[tuple[Assembly, Questions] | None] = ContextVar("under_check", default=None)
+
+
+def under_check() -> tuple[Assembly, Questions] | None:
+    """What is being checked by plugins right now: behind ``gpt_simple.outlook``, since a check gets a Config alone."""
+    return _UNDER_CHECK.get()
 
 
 def assemble(

@@ -71,6 +71,14 @@ class Mixture:
                 located[low:high][mine] = first_row[b] + self._in_epochs(int(b) + 1, self.rows[b], number[mine])
         return located
 
+    def taken(self, samples: int) -> tuple[int, ...]:
+        """How many of the first ``samples`` each bucket gives; without a curriculum, in proportion to its rows."""
+        if not self.segments:
+            return tuple(samples * rows // max(1, sum(self.rows)) for rows in self.rows)
+        last = max((s for s in self.segments if s.begin <= samples), key=lambda s: s.begin)
+        dealt = _dealt(last, self.seed, samples - last.begin)
+        return tuple((np.array(last.given) + dealt).tolist())
+
     def _in_epochs(self, stream: int, n: int, number: I64) -> I64:
         """Sample ``number`` (ascending) of ``n`` rows that are read in permuted epochs."""
         epoch, index = np.divmod(number, n)

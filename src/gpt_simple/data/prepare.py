@@ -23,6 +23,8 @@ from gpt_simple.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_simple.errors import ConfigError, DataError
 from gpt_simple.hooks.components import Registry
 
+__all__ = ["Dataset", "check", "find", "order_seed", "prepare"]
+
 
 def prepare(config: Config, registry: Registry, *, log: Log | None = None, require_val: bool = True) -> Dataset:
     """The dataset of a configuration, prepared now or before.
@@ -66,6 +68,22 @@ def check(config: Config, registry: Registry) -> Source | Shards:
     source: Source | Shards = registry.get("source", _source_name(data)).load()(data, data.seed or 0)
     _tokenizer_choice(data, registry)
     return source
+
+
+def find(source: Source | Shards, config: Config, registry: Registry) -> tuple[Path, Manifest] | None:
+    """The dataset of a source if it is there already, after its sizes and its tokenizer were checked.
+
+    Reads what the source's fingerprint depends on, writes nothing.
+    """
+    if isinstance(source, Shards):
+        directory = source.directory
+    else:
+        directory = _cached(source.fingerprint(), config.data, registry)
+        if not directory.exists():
+            return None
+    manifest = read_manifest(directory)
+    _tokenizer_of(directory, manifest, config.data, registry, raw=not isinstance(source, Shards))
+    return directory, manifest
 
 
 def order_seed(config: Config) -> int:
@@ -112,12 +130,18 @@ def _tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registr
     return tokenizer
 
 
+def _cached(fingerprint: str, data: DataConfig, registry: Registry) -> Path:
+    """Where documents of this fingerprint are kept once they are prepared as ``data`` says."""
+    settings, _ = _tokenizer_choice(data, registry)
+    name = json.dumps([VERSION, fingerprint, settings, data.val_fraction, data.max_documents])
+    return cache_root() / "datasets" / hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
 def _prepared(source: Source, data: DataConfig, registry: Registry, log: Log, require_val: bool) -> Path:
     """The cached dataset of raw documents."""
-    settings, train = _tokenizer_choice(data, registry)
+    _, train = _tokenizer_choice(data, registry)
     fingerprint = source.fingerprint()
-    name = json.dumps([VERSION, fingerprint, settings, data.val_fraction, data.max_documents])
-    target = cache_root() / "datasets" / hashlib.sha256(name.encode()).hexdigest()[:24]
+    target = _cached(fingerprint, data, registry)
     if target.exists():
         log(f"reusing prepared data {target}")
         return target

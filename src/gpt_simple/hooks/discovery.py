@@ -19,7 +19,7 @@ from attrs import evolve, field, frozen
 
 from gpt_simple._names import COMMAND_GROUP, DISTRIBUTION, PLUGIN_GROUP, __version__
 
-DEFAULT_ON = frozenset({"checkpoint", "console", "evaluate", "metrics", "sample", "throughput"})
+DEFAULT_ON = frozenset({"checkpoint", "console", "evaluate", "metrics", "sample", "throughput", "validate"})
 """Built-in plugins that a run has without asking. A plugin of another package is never on by default."""
 
 ENABLED_BY = MappingProxyType({"wandb": "training.wandb_project"})

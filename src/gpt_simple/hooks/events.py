@@ -39,7 +39,11 @@ class Metric:
 
 @frozen
 class Finding:
-    """One remark of a check: what is wrong, where, and what to do about it."""
+    """One remark of a check: what is wrong, where, and what to do about it.
+
+    ``place`` is a dotted key of the configuration, shown with its file and line, or anything else that says where.
+    ``fields`` hold the facts of the message for machines, as JSON values.
+    """
 
     severity: Severity
     code: str
@@ -47,6 +51,7 @@ class Finding:
     place: str = ""
     hint: str = ""
     exit_code: int = 2
+    fields: Mapping[str, Any] = field(factory=dict)
 
 
 @frozen

@@ -25,6 +25,14 @@ def parameter_count(shape: Shape, *, non_embedding: bool = False) -> int:
     return count + matrix + (shape.n_positions * shape.n_embd if shape.position == "learned" else 0)
 
 
+def tensor_count(shape: Shape) -> int:
+    """Number of parameter tensors: what a checkpoint has entries for, and an optimizer states."""
+    norm, hidden = 1 + shape.norm_bias, 2 + shape.gated
+    biases = 3 * shape.qkv_bias + shape.attn_out_bias + hidden * shape.mlp_bias
+    block = 4 + hidden + biases + 2 * norm + 2 * shape.qk_norm
+    return shape.n_layer * block + norm + 1 + (shape.position == "learned") + (not shape.tied)
+
+
 def flops_per_token(shape: Shape, seq_len: int) -> float:
     """Floating-point operations of one token's forward and backward pass in rows of ``seq_len`` tokens.
 

@@ -1,0 +1,80 @@
+"""Tell whether a run would work, without starting it."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from gpt_simple.assembly import Questions, assemble
+from gpt_simple.cli.fields import ConfiguredCommand
+from gpt_simple.errors import GptSimpleError
+from gpt_simple.hooks.activation import Switches
+from gpt_simple.hooks.events import Finding
+from gpt_simple.validate.findings import exit_code, from_error, to_json, to_table
+
+
+@click.command(
+    cls=ConfiguredCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.argument("path", metavar="[CONFIG]", required=False)
+@click.option("-c", "--config", "option", metavar="FILE", help="The same as CONFIG.")
+@click.option("-p", "plugins", multiple=True, metavar="NAME", help="As for `run`.")
+@click.option("--no-plugins", is_flag=True, help="As for `run`.")
+@click.option("--force", is_flag=True, help="As if the run were started with --force.")
+@click.option("--world-size", type=click.IntRange(1), help="Processes of the run; by default $WORLD_SIZE, else 1.")
+@click.option("--memory", is_flag=True, help="Predict the peak of memory, without using it.")
+@click.option(
+    "--device", metavar="NAME|BYTES", help="Compare with a card: h100, a100-40, ..., 24GiB. Implies --memory."
+)
+@click.option("--fit", is_flag=True, help="Find the largest per_device_batch_size that fits. Implies --memory.")
+@click.option("--probe", is_flag=True, help="Make some real steps on this machine and tell how long the run takes.")
+@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), default=0.4, help="Assumed without --probe.")
+@click.option("--strict", is_flag=True, help="Warnings count as errors.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_obj
+def validate(
+    overrides: list[tuple[str, str]],
+    path: str | None,
+    option: str | None,
+    plugins: tuple[str, ...],
+    no_plugins: bool,
+    force: bool,
+    world_size: int | None,
+    memory: bool,
+    device: str | None,
+    fit: bool,
+    probe: bool,
+    mfu: float,
+    strict: bool,
+    as_json: bool,
+) -> int:
+    """Check CONFIG, its data, what it would resume, its output and this machine. Nothing is changed.
+
+    Exit code 0 without errors, else that of the worst: 2 configuration, 3 data, 4 checkpoint, 5 plugin.
+    """
+    if path and option and path != option:
+        raise click.UsageError(f"two configurations were given: {path} and --config {option}")
+    if not (path or option or overrides):
+        raise click.UsageError("a configuration is missing: gpt-simple validate config.toml")
+    memory = memory or fit or device is not None
+    questions = Questions(
+        force=force,
+        world_size=world_size or int(os.environ.get("WORLD_SIZE", "1")),
+        memory=memory,
+        device=device,
+        fit=fit,
+        probe=probe,
+        mfu=mfu,
+    )
+    switches = Switches.parse((*plugins, *(["memory"] if memory else [])), no_plugins=no_plugins)
+    findings: list[Finding] = []
+    try:
+        assembly = assemble(path or option, overrides=overrides, switches=switches)
+        findings += [Finding("warning", "note", note) for note in (*assembly.notes, *assembly.host.notes)]
+        findings += assembly.check_config(questions)
+    except GptSimpleError as error:
+        findings += from_error(error, error.exit_code.name.lower())
+    code = exit_code(findings, strict=strict)
+    click.echo(to_json(findings, code) if as_json else to_table(findings))
+    return code

@@ -1,0 +1,311 @@
+"""What would go wrong, or surprise, told before it does: configuration, data, resume, output, environment.
+
+``gpt-simple validate`` asks for all of it; at the start of a run the data and the checkpoints are left out, because the
+engine reads them itself a moment later. Errors keep the exit code of what the run would have ended with.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import gpt_simple
+from gpt_simple import Finding, GptSimpleError, OptimizerConfig
+from gpt_simple.hooks import NoConfig, Plugin, hookimpl
+
+if TYPE_CHECKING:
+    from gpt_simple import Config, Outlook
+    from gpt_simple.hooks import Run
+
+_GIB = 2**30
+_DATA, _CHECKPOINT, _PLUGIN = 3, 4, 5
+_EVALUATION_SHARE = 0.25
+"""More of the time than this in evaluation is worth a warning; a forward pass is a third of a training step."""
+
+
+Check = Callable[["Outlook"], Iterator[Finding]]
+
+
+class Validate(Plugin[NoConfig]):
+    """Runs on the main process; what it finds on devices is the same everywhere."""
+
+    on_error = "abort"
+
+    @hookimpl
+    def check_config(self, config: Config) -> list[Finding]:
+        outlook = gpt_simple.outlook(config)
+        findings = [*_steps(outlook), *_schedule(outlook), *_checkpoints(outlook)]
+        if not outlook.questions.launching:
+            findings += [*_summary(outlook), *_guarded("data", "data.path", _data, outlook)]
+            findings += [*_guarded("resume", "training.resume", _resume, outlook), *_environment(outlook)]
+            if outlook.questions.probe or outlook.questions.device:
+                findings += _guarded("runtime", "training", _runtime, outlook)
+        return [*findings, *_guarded("output", "training.output_dir", _output, outlook)]
+
+    @hookimpl
+    def check_runtime(self, run: Run) -> list[Finding]:
+        return [*_fits(run), *_precision(run)]
+
+
+def _guarded(subject: str, key: str, check: Check, outlook: Outlook) -> Iterator[Finding]:
+    """What a check yields; what the run would refuse is an error with the run's own words and exit code."""
+    try:
+        yield from check(outlook)
+    except GptSimpleError as error:
+        yield Finding("error", f"{subject}-refused", str(error), key, exit_code=int(error.exit_code))
+
+
+def _steps(outlook: Outlook) -> Iterator[Finding]:
+    training = outlook.config.training
+    for name, what in (
+        ("logging_steps", "nothing is logged before the end"),
+        ("eval_steps", "it is evaluated only at the end"),
+        ("save_steps", "a checkpoint is written only at the end"),
+    ):
+        every = getattr(training, name)
+        if every and every > training.max_steps and not outlook.is_default(f"training.{name}"):
+            message = f"{name} {every} is more than max_steps {training.max_steps}: {what}"
+            yield Finding("warning", "interval-beyond-run", message, f"training.{name}")
+    if training.max_runtime_seconds is not None and training.resume == "scratch":
+        message = 'the run stops after max_runtime_seconds, and resume "scratch" will not let it go on'
+        yield Finding("warning", "stops-for-good", message, "training.resume", 'use "auto"')
+
+
+def _schedule(outlook: Outlook) -> Iterator[Finding]:
+    optimizer, steps = outlook.config.optimizer, outlook.config.training.max_steps
+    if type(optimizer) is not OptimizerConfig:
+        return
+    warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
+    if warmup >= steps:
+        message = f"warmup_steps {warmup} is not less than max_steps {steps}: the rate only rises"
+        hint = f"{max(1, steps // 10)} is a tenth of the run"
+        yield Finding("warning", "warmup-beyond-run", message, "optimizer.warmup_steps", hint)
+    elif optimizer.schedule in ("cosine", "linear") and decay is not None and warmup + decay > steps:
+        message = f"the decay of {decay} steps after {warmup} of warm-up never ends within max_steps {steps}"
+        yield Finding(
+            "warning", "decay-beyond-run", message, "optimizer.decay_steps", "leave it out to end with the run"
+        )
+    elif optimizer.schedule == "wsd" and (decay or 0) >= steps - warmup:
+        message = f"decay_steps {decay} leaves no stable phase between warm-up and max_steps {steps}"
+        yield Finding("warning", "no-stable-phase", message, "optimizer.decay_steps")
+    if optimizer.name == "adamw" and optimizer.learning_rate > 0.02:
+        message = f"learning_rate {optimizer.learning_rate:g} is far above what AdamW is trained with (1e-4 to 1e-2)"
+        yield Finding("warning", "learning-rate-high", message, "optimizer.learning_rate")
+
+
+def _checkpoints(outlook: Outlook) -> Iterator[Finding]:
+    training = outlook.config.training
+    every, milestone = training.save_steps, training.keep_milestone_every
+    if every and milestone and milestone % every:
+        message = (
+            f"keep_milestone_every {milestone} is no multiple of save_steps {every}: most milestones are not saved"
+        )
+        yield Finding("warning", "milestones-missed", message, "training.keep_milestone_every")
+    if every and training.max_steps / every > 50 and training.keep_last_k is None:
+        message = f"keep_last_k null keeps all {training.max_steps // every} checkpoints"
+        yield Finding("warning", "keeps-everything", message, "training.keep_last_k")
+
+
+def _summary(outlook: Outlook) -> Iterator[Finding]:
+    config, rows = outlook.config, outlook.rows_per_step
+    tokens = rows * config.data.max_length
+    message = (
+        f"{config.training.max_steps:,} steps of {tokens:,} tokens ({rows} rows of {config.data.max_length}):"
+        f" {config.training.max_steps * tokens:,} tokens"
+    )
+    fields = {"steps": config.training.max_steps, "tokens_per_step": tokens}
+    yield Finding("info", "config", message, fields=fields)
+
+
+def _data(outlook: Outlook) -> Iterator[Finding]:
+    config, data = outlook.config, outlook.data
+    where = f" in {data.directory}" if data.directory else ""
+    about = "about " if data.estimated else ""
+    size = "of unknown size until they are prepared"
+    if data.train_tokens is not None:
+        size = f"{about}{data.train_tokens:,} tokens to train on, {about}{data.val_tokens:,} held out"
+    fields = {
+        "train_tokens": data.train_tokens,
+        "val_tokens": data.val_tokens,
+        "vocab_size": data.vocab_size,
+        "estimated": data.estimated,
+        "buckets": dict(data.buckets),
+        "fingerprints": dict(data.fingerprints or {}),
+    }
+    yield Finding("info", "data", f"{data.source}{where}: {size}", fields=fields)
+    wanted = getattr(config.model, "vocab_size", None)
+    if wanted is not None and data.vocab_size is not None and wanted < data.vocab_size and not data.estimated:
+        message = f"the tokenizer has {data.vocab_size} tokens, more than {wanted}"
+        yield Finding("error", "vocabulary-too-small", message, "model.vocab_size", "leave it out or raise it")
+    yield from _epochs(outlook)
+    yield from _validation(outlook)
+
+
+def _epochs(outlook: Outlook) -> Iterator[Finding]:
+    config, data = outlook.config, outlook.data
+    steps, rows, length = config.training.max_steps, outlook.rows_per_step, config.data.max_length
+    if data.train_tokens is None:
+        return
+    epochs = steps * rows * length / max(1, data.train_tokens)
+    message = f"the run reads the data {'about ' if data.estimated else ''}{epochs:.2f} times"
+    yield Finding("info", "epochs", message, fields={"epochs": epochs})
+    if data.order is None:
+        return
+    needed, total = steps * rows, data.order.total
+    if total is not None and total < needed:
+        message = (
+            f"the data end after step {total // rows:,} of {steps:,} (on_exhaustion {config.data.on_exhaustion!r})"
+        )
+        hint = 'lower training.max_steps, or set "repeat"'
+        yield Finding("warning", "data-end-early", message, "data.on_exhaustion", hint, _DATA)
+        needed = total
+    if not config.data.curriculum:
+        return
+    for name, sample in data.ends(needed).items():
+        message = f"bucket {name!r} ({data.buckets[name]:,} rows) has been read whole at step {sample // rows + 1:,}"
+        yield Finding("info", "bucket-ends", message, fields={"bucket": name, "step": sample // rows + 1})
+    before = sum(phase.duration_tokens for phase in config.data.curriculum[:-1])
+    if before >= steps * rows * length:
+        message = f"the run ends before its last phase begins, after {before:,} tokens"
+        yield Finding("warning", "phase-never-reached", message, "data.curriculum", "raise training.max_steps")
+
+
+def _validation(outlook: Outlook) -> Iterator[Finding]:
+    config, data = outlook.config, outlook.data
+    training, length = config.training, config.data.max_length
+    if not training.eval_steps or data.val_tokens is None:
+        return
+    if data.val_tokens < length and not data.estimated:
+        message = f"the validation split has {data.val_tokens:,} tokens, and a sample is data.max_length {length:,}"
+        hint = "raise val_fraction, lower max_length, give more text, or set training.eval_steps = 0"
+        yield Finding("error", "validation-too-short", message, "data.val_fraction", hint, _DATA)
+        return
+    rows = data.val_rows
+    if training.max_eval_batches is not None:
+        rows = min(rows, training.max_eval_batches * training.per_device_batch_size)
+    evaluating, stepping = rows / 3, min(training.eval_steps, training.max_steps) * outlook.rows_per_step
+    share = evaluating / (evaluating + stepping)
+    if share > _EVALUATION_SHARE:
+        message = f"evaluating {rows:,} rows every {training.eval_steps} steps takes about {share:.0%} of the time"
+        hint = "set training.max_eval_batches or raise training.eval_steps"
+        yield Finding("warning", "evaluation-heavy", message, "training.eval_steps", hint)
+
+
+def _resume(outlook: Outlook) -> Iterator[Finding]:
+    resume, steps = outlook.resume, outlook.config.training.max_steps
+    for path, reason in resume.skipped:
+        yield Finding("warning", "checkpoint-damaged", f"{reason}; the one before it is used", str(path))
+    fields = {"kind": resume.kind, "step": resume.step, "promise": resume.promise}
+    if resume.kind == "scratch":
+        message = "starts from scratch"
+    elif resume.kind == "finished":
+        message = f"{resume.path} has reached step {resume.step} of {steps}: there is nothing to do"
+    else:
+        message = f"goes on from {resume.path}, step {resume.step} of {steps}: {resume.promise}"
+    yield Finding("info", "resume", message, fields=fields)
+    if resume.promise.startswith("changed"):
+        message = f"the run that goes on was configured differently: {resume.promise.removeprefix('changed: ')}"
+        yield Finding("warning", "resume-changed", message, "training.resume", exit_code=_CHECKPOINT)
+
+
+def _output(outlook: Outlook) -> Iterator[Finding]:
+    output = outlook.output
+    if output.checkpoint_bytes is None or output.needed is None:
+        return
+    sizes = f"{output.needed / _GIB:.2f} GiB for up to {output.most} checkpoints of {output.checkpoint_bytes:,} bytes"
+    fields = {"checkpoint_bytes": output.checkpoint_bytes, "needed": output.needed, "free": output.free}
+    if output.needed > output.free:
+        message = f"the run writes {sizes}, and {output.free / _GIB:.2f} GiB are free"
+        hint = "lower keep_last_k, or choose another output_dir"
+        # No error: a run that prunes, or that is stopped in time, may do with less.
+        yield Finding("warning", "space-short", message, "training.output_dir", hint, _CHECKPOINT, fields)
+    elif not outlook.questions.launching:
+        message = f"{output.directory}: {sizes}; {output.free / _GIB:.1f} GiB are free"
+        yield Finding("info", "output", message, fields=fields)
+
+
+def _environment(outlook: Outlook) -> Iterator[Finding]:
+    here, training = outlook.environment, outlook.config.training
+    gpus = f"{len(here.gpus)} x {here.gpus[0]}, driver {here.driver}" if here.gpus else "no NVIDIA GPU"
+    torch = here.packages.get("torch", "missing")
+    fields = {"python": here.python, "packages": dict(here.packages), "gpus": list(here.gpus), "driver": here.driver}
+    yield Finding("info", "environment", f"Python {here.python}, torch {torch}, {gpus}", fields=fields)
+    if here.gpus and not here.torch_has_cuda:
+        message = f"this machine has a GPU and torch {torch} was built without CUDA: the run would use the CPU"
+        yield Finding("warning", "torch-without-cuda", message, hint="install a CUDA build of torch")
+    if training.compile and training.compile_backend == "inductor" and not here.compiler:
+        severity: Any = "warning" if outlook.is_default("training.compile") else "error"
+        message = "torch.compile needs a C++ compiler and none was found here"
+        yield Finding(severity, "compiler-missing", message, "training.compile", "install g++, or set it to false")
+    if training.mixed_precision == "fp16" and not here.gpus:
+        message = "fp16 does not train on a CPU, and no GPU is seen here"
+        yield Finding(
+            "warning", "precision-needs-gpu", message, "training.mixed_precision", 'use "bf16", "no" or "auto"'
+        )
+    if training.wandb_project is not None:
+        yield from _wandb(outlook)
+    for sentence in here.broken:
+        yield Finding("warning", "plugin-broken", sentence, exit_code=_PLUGIN)
+
+
+def _wandb(outlook: Outlook) -> Iterator[Finding]:
+    here = outlook.environment
+    if "wandb" not in here.packages:
+        message = "wandb is not installed"
+        yield Finding("error", "wandb-missing", message, "training.wandb_project", 'pip install "wandb"')
+    elif here.wandb_key or here.wandb_offline:
+        message = "W&B works offline" if here.wandb_offline else "a W&B key is at hand"
+        yield Finding("info", "wandb", message)
+    else:
+        message = "there is no W&B key here: the run would be logged offline"
+        yield Finding(
+            "warning", "wandb-offline", message, "training.wandb_project", "wandb login, or WANDB_MODE=offline"
+        )
+
+
+def _runtime(outlook: Outlook) -> Iterator[Finding]:
+    pace = outlook.pace
+    if pace is None:
+        message = "how long the run takes is unknown without --probe"
+        yield Finding("info", "runtime", message)
+        return
+    training, total = outlook.config.training, pace.total_seconds
+    message = (
+        f"{pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.4g} s a step,"
+        f" {_duration(total)} in all with {_duration(pace.evaluation_seconds)} of evaluation and"
+        f" {_duration(pace.saving_seconds)} of saving ({pace.basis})"
+    )
+    yield Finding("info", "runtime", message, fields=pace.fields())
+    budgets = {"max_runtime_seconds": training.max_runtime_seconds, "SLURM": outlook.environment.seconds_left}
+    for name, seconds in budgets.items():
+        if seconds is not None and total > seconds:
+            message = f"the run takes about {_duration(total)} and {name} grants {_duration(seconds)}"
+            hint = "it stops with a checkpoint if max_runtime_seconds says when; the same command goes on"
+            yield Finding("warning", "time-short", message, "training.max_runtime_seconds", hint)
+
+
+def _fits(run: Run) -> Iterator[Finding]:
+    """Weights, gradients and moments in fp32 against the device: what is too much already without activations."""
+    import torch
+
+    if run.device.type != "cuda":
+        return
+    state = sum(16 * parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    there = torch.cuda.get_device_properties(run.device).total_memory
+    if state > there:
+        message = (
+            f"weights, gradients and optimizer state alone take {state / _GIB:.1f} GiB, and {run.device} has"
+            f" {there / _GIB:.1f} GiB"
+        )
+        yield Finding("error", "memory-too-small", message, "model", "make the model smaller")
+
+
+def _precision(run: Run) -> Iterator[Finding]:
+    if run.device.type == "cuda" and run.config.training.mixed_precision == "no":
+        message = 'mixed_precision "no" leaves the matrix units of the GPU to TF32: bf16 is about twice as fast'
+        yield Finding("warning", "precision-slow", message, "training.mixed_precision", 'use "auto"')
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))

@@ -1,0 +1,55 @@
+"""Findings for people and for machines, and the exit code they amount to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from attrs import asdict
+
+from gpt_simple.errors import GptSimpleError
+from gpt_simple.hooks.events import Finding
+
+SCHEMA = 1
+"""Version of the JSON output; raised when a key changes its meaning or goes away."""
+
+_RANK = {"error": 0, "warning": 1, "info": 2}
+_MARK = {"error": "error", "warning": "warn", "info": "ok"}
+
+
+def from_error(error: GptSimpleError, code: str) -> list[Finding]:
+    """One finding for each line of an error's message."""
+    return [Finding("error", code, line.strip(), exit_code=int(error.exit_code)) for line in str(error).splitlines()]
+
+
+def exit_code(findings: Iterable[Finding], *, strict: bool = False) -> int:
+    """0 without errors (``strict``: without warnings), else the code of the worst class."""
+    counted = ("error", "warning") if strict else ("error",)
+    return max((finding.exit_code for finding in findings if finding.severity in counted), default=0)
+
+
+def to_json(findings: Sequence[Finding], code: int) -> str:
+    """One object: schema, exit_code and the findings with all their fields."""
+    document = {"schema": SCHEMA, "exit_code": code, "findings": [asdict(finding) for finding in findings]}
+    return json.dumps(document, indent=2, ensure_ascii=False, default=str)
+
+
+def to_table(findings: Sequence[Finding], *, width: int | None = None) -> str:
+    """A line or more for each finding: what is wrong first, what was found fine after it."""
+    width = width or max(60, shutil.get_terminal_size((110, 24)).columns)
+    column = max((len(finding.code) for finding in findings), default=0)
+    lines: list[str] = []
+    for finding in sorted(findings, key=lambda finding: _RANK[finding.severity]):
+        head = f"{_MARK[finding.severity]:<6} {finding.code:<{column}}  "
+        place = f"{finding.place}: " if finding.place and finding.severity != "info" else ""
+        text = f"{place}{finding.message}" + (f"; {finding.hint}" if finding.hint else "")
+        body = [part for line in text.splitlines() for part in textwrap.wrap(line, width - len(head)) or [""]]
+        lines += [(head if number == 0 else " " * len(head)) + part for number, part in enumerate(body)]
+    counts = {kind: sum(finding.severity == kind for finding in findings) for kind in _RANK}
+    return "\n".join([*lines, f"{_count(counts['error'], 'error')}, {_count(counts['warning'], 'warning')}"])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,111 @@
+"""``gpt_simple.outlook(config)``: the facts that a check needs beyond the configuration, without torch.
+
+A check that is called for a run or by ``gpt-simple validate`` sees that run's components and origins; called by hand it
+sees the built-in ones. Every part is looked at when it is asked for, and raises what the run would raise.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+
+from gpt_simple.assembly import Assembly, Questions, under_check
+from gpt_simple.config.schema import Config
+from gpt_simple.hooks.components import Registry, builtin_registry
+
+if TYPE_CHECKING:
+    from gpt_simple.model.shape import Shape
+    from gpt_simple.validate.data import DataOutlook
+    from gpt_simple.validate.environment import Environment
+    from gpt_simple.validate.memory import MemoryForecast
+    from gpt_simple.validate.output import OutputOutlook
+    from gpt_simple.validate.resume import ResumeOutlook
+    from gpt_simple.validate.runtime import Pace
+
+
+def outlook(config: Config) -> Outlook:
+    """What there is to know before a run of ``config``."""
+    asked = under_check()
+    assembly, questions = asked if asked is not None else (None, Questions())
+    return Outlook(config, questions, assembly)
+
+
+@frozen
+class Outlook:
+    """The facts about a run that has not started. Parts raise GptSimpleError for what the run would refuse."""
+
+    config: Config
+    questions: Questions
+    _assembly: Assembly | None = field(default=None, repr=False)
+
+    @property
+    def registry(self) -> Registry:
+        """The components that the configuration can choose from."""
+        return self._assembly.registry if self._assembly is not None else builtin_registry()
+
+    def is_default(self, key: str) -> bool:
+        """Whether nobody set this dotted key."""
+        return self._assembly is None or self._assembly.origins.is_default(key)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step over all micro-batches and processes."""
+        training = self.config.training
+        per_process = training.per_device_batch_size * training.gradient_accumulation_steps
+        return per_process * self.questions.world_size
+
+    @cached_property
+    def data(self) -> DataOutlook:
+        """The data as far as they can be known without reading them. Raises DataError or ConfigError."""
+        from gpt_simple.validate.data import look
+
+        return look(self.config, self.registry)
+
+    @cached_property
+    def shape(self) -> Shape | None:
+        """The model's numbers; None for a model of a plugin, or while the vocabulary is unknown."""
+        from gpt_simple.config.schema import ModelConfig
+        from gpt_simple.model.shape import padded, resolve
+
+        model = self.config.model
+        if type(model) is not ModelConfig or (model.vocab_size is None and self.data.vocab_size is None):
+            return None
+        rows = model.vocab_size or padded(self.data.vocab_size or 0)
+        return resolve(model, vocab_size=rows, max_length=self.config.data.max_length)
+
+    @cached_property
+    def resume(self) -> ResumeOutlook:
+        """What the run would start from. Raises CheckpointError."""
+        from gpt_simple.validate.resume import look
+
+        return look(self)
+
+    @cached_property
+    def output(self) -> OutputOutlook:
+        """Where the run would write and how much. Raises ConfigError or CheckpointError."""
+        from gpt_simple.validate.output import look
+
+        return look(self)
+
+    @cached_property
+    def environment(self) -> Environment:
+        """What package metadata, the environment's variables and the system tell of this machine."""
+        from gpt_simple.validate.environment import look
+
+        return look()
+
+    @cached_property
+    def memory(self) -> MemoryForecast:
+        """The predicted peak of one process; imports torch."""
+        from gpt_simple.validate.memory import forecast
+
+        return forecast(self)
+
+    @cached_property
+    def pace(self) -> Pace | None:
+        """How fast the run would be: measured with ``probe`` (imports torch), estimated for a known device, or None."""
+        from gpt_simple.validate.runtime import look
+
+        return look(self)
