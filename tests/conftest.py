@@ -1,12 +1,54 @@
-"""Shared by all tests: prepared data in one cache for the session, and no trace of the user's environment."""
+"""Shared by all tests: one cache of prepared data, no trace of the user's environment, and a command line."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from attrs import frozen
+
+from gpt_simple.cli.main import main
+
+CONFIG = """\
+[model]
+n_embd = 32
+n_layer = 1
+n_head = 2
+
+[data]
+source = "stories"
+tokenizer = "bytes"
+max_length = 32
+max_documents = 200
+
+[training]
+max_steps = 4
+per_device_batch_size = 2
+gradient_accumulation_steps = 1
+compile = false
+gradient_checkpointing = false
+logging_steps = 2
+eval_steps = 4
+save_steps = 2
+output_dir = "out"
+
+[optimizer]
+warmup_steps = 1
+"""
+
+
+@frozen
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Shell = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")
@@ -16,9 +58,27 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, data_cache: Path) -> Iterator[None]:
+def clean_environment(monkeypatch: pytest.MonkeyPatch, data_cache: Path) -> None:
     for name in list(os.environ):
         if name.startswith(("GPT_SIMPLE", "ACCELERATE_", "WANDB_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("GPT_SIMPLE_CACHE", str(data_cache))
-    yield
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a small ``config.toml`` in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.fixture
+def shell(here: Path, capfd: pytest.CaptureFixture[str]) -> Shell:
+    def run(*arguments: str) -> Ended:
+        with pytest.raises(SystemExit) as leaving:
+            main(list(arguments))
+        out, err = capfd.readouterr()
+        return Ended(int(leaving.value.code or 0), out, err)  # type: ignore[arg-type]
+
+    return run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import CONFIG, Shell
+from tests.conftest import CONFIG, Shell
 
 
 def snapshot(directory: Path) -> list[tuple[str, bytes]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Shell
+from tests.conftest import Shell
 
 PROGRAM = [sys.executable, "-c", "from gpt_simple.cli.main import main; main()"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import gpt_simple
-from tests.cli.conftest import Shell
+from tests.conftest import Shell
 
 GREEDY = ("--temperature", "0", "--tokens", "12")
 

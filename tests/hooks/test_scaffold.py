@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,32 +19,30 @@ from gpt_simple.testing import check_contract, train
 CSVLOG = Path(__file__).parents[2] / "plugins" / "gpt-simple-csvlog"
 
 
-def install(project: Path, target: Path) -> None:
-    """Build the wheel and install it, offline."""
+def install(projects: Sequence[Path], target: Path) -> None:
+    """Build wheels and install them, offline."""
     pytest.importorskip("hatchling")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    subprocess.run([*pip, "install", *options, "--target", str(target), str(project)], check=True)
+    subprocess.run([*pip, "install", *options, "--target", str(target), *map(str, projects)], check=True)
 
 
-@pytest.mark.parametrize("template", ["logger", "component"])
-def test_a_new_package_installs_runs_and_passes_its_own_tests(
-    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = f"fresh_{template}"
-    said = scaffold(name, template, str(tmp_path))
-    project = tmp_path / f"gpt-simple-fresh-{template}"
-    assert f"next: pip install -e {project}" in said
+def test_new_packages_install_run_and_pass_their_own_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "site"
-    install(project, target)
+    projects = [tmp_path / "gpt-simple-fresh-logger", tmp_path / "gpt-simple-fresh-component"]
+    assert f"next: pip install -e {projects[0]}" in scaffold("fresh_logger", "logger", str(tmp_path))
+    scaffold("fresh_component", "component", str(tmp_path))
+    install(projects, target)
     monkeypatch.syspath_prepend(str(target))
-    record = usable(installed())[name]
-    assert (record.distribution, record.origin, record.problem) == (project.name, "external", "")
-    assert train(enable=(name,)).failed == []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(project), str(project)]
+    for name in ("fresh_logger", "fresh_component"):
+        record = usable(installed())[name]
+        assert (record.origin, record.problem) == ("external", "")
+        assert train(enable=(name,)).failed == []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
     environment = {"PYTHONPATH": str(target), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([*command, *projects], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout
+    assert "5 passed" in done.stdout
 
 
 def test_the_templates_are_formatted_as_the_project_is(tmp_path: Path) -> None:
@@ -73,7 +72,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
 
 def test_csvlog_from_its_wheel_receives_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "site"
-    install(CSVLOG, target)
+    install([CSVLOG], target)
     monkeypatch.syspath_prepend(str(target))
     record = usable(installed())["csvlog"]
     assert record.distribution == "gpt-simple-csvlog"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tests.cli.conftest import here, shell
 from tests.engine.conftest import tiny
 
 __all__ = ["here", "shell", "tiny"]

@@ -16,7 +16,7 @@ from gpt_simple import Config, ConfigError, Plugin, TrainingConfig, hookimpl, re
 from gpt_simple.config.schema import PluginsConfig
 from gpt_simple.hooks import LogRecord, StepEnd
 from gpt_simple.testing import check_contract
-from tests.cli.conftest import Shell
+from tests.conftest import Shell
 from tests.engine.conftest import TinyRun
 
 wandb = pytest.importorskip("wandb")
