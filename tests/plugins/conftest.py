@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from tests.engine.conftest import tiny
 
-__all__ = ["here", "shell", "tiny"]
+__all__ = ["tiny"]
