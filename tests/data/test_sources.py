@@ -71,6 +71,7 @@ def test_the_fingerprint_is_of_content(tmp_path: Path) -> None:
         ("a.jsonl", lines({"text": "x"}) + b'{"text": "\xff"}\n', r"a\.jsonl:2: byte 10 \(0xff\) is not UTF-8"),
         ("a.jsonl", lines({"text": "x"}) + b"\n[1]\n", r"a\.jsonl:3: expected a JSON object, found a list"),
         ("a.jsonl", b"{'text': 1}\n", r"a\.jsonl:1: not JSON"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not JSON"),
         ("a.jsonl", lines({"txt": "x"}), r"a\.jsonl:1: expected the text under 'text'.*found the keys txt"),
         ("a.jsonl", lines({"text": 3}), r"a\.jsonl:1: .*found a number there"),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', r"a\.jsonl:1: character 1 .*surrogate"),

@@ -148,8 +148,7 @@ class Loader:
         if (step := next(self._steps, None)) is not None:
             return step
         raise DataExhausted(
-            f"the data end after {self._order.total:,} samples (data.on_exhaustion = "
-            f'"{self._config.data.on_exhaustion}")'
+            f'the data end after {self._order.total} samples (data.on_exhaustion = "{self._config.data.on_exhaustion}")'
         )
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:

@@ -53,7 +53,7 @@ class Files:
     def _text(self, line: bytes, place: str) -> str:
         try:
             record = json.loads(_decode(line, place))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: not JSON ({error}); expected one object per line") from error
         if not isinstance(record, dict):
             raise DataError(
