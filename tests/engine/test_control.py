@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gpt_simple.engine.control import Control
 
 
@@ -25,15 +27,25 @@ def test_a_stop_stays() -> None:
     assert [control.vote(None).stop, control.vote(None).stop] == ["SIGTERM", "SIGTERM"]
 
 
-def test_another_process_can_decide() -> None:
-    seen: list[list[int]] = []
+class Others:
+    """Voters of which another one wants to stop and has seen a plugin fail."""
 
-    def agree(flags: object) -> list[int]:
-        seen.append(list(flags))  # type: ignore[call-overload]
-        return [1, 0, 1, 0, 0]
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
 
-    control = Control()
+    def agree(self, flags: Any) -> list[int]:
+        self.seen.append([int(flag) for flag in flags])
+        return [1, 0, 1, 0, 0, 0, 1]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, ["", "", "SIGTERM", "", ""]]
+
+
+def test_another_process_can_decide_and_says_why() -> None:
+    others, control = Others(), Control(plugins=("console", "wandb"))
     control.save("mine")
-    verdict = control.vote(agree)
-    assert seen == [[1, 0, 0, 0, 0]]
-    assert (verdict.save, verdict.stop, verdict.leave) == ("mine", "another process", True)
+    control.switch_off("console")
+    verdict = control.vote(others)
+    assert others.seen == [[1, 0, 0, 0, 0, 1, 0]]
+    assert (verdict.save, verdict.stop, verdict.leave) == ("mine", "SIGTERM", True)
+    assert verdict.off == ("wandb",)

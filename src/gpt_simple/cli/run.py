@@ -62,9 +62,12 @@ def _train(
             # Whatever it began with, it goes on now from what it has reached.
             assembly, fresh = check(("training.resume", "auto")), False
         # Only now: a mistake in the configuration is told without the seconds that torch takes to load.
+        from gpt_simple.engine.parallel import disband
         from gpt_simple.engine.session import train
 
-        return int(train(assembly, force=fresh).exit_code)
+        code = int(train(assembly, force=fresh).exit_code)
+        disband()
+        return code
 
     if member.is_member(os.environ):
         if launch is not None:

@@ -181,6 +181,9 @@ class TrainingConfig:
     walltime_reserve_seconds: Annotated[
         float, Ge(0), Doc("time kept back from max_runtime_seconds for the last checkpoint")
     ] = 30.0
+    peer_timeout_seconds: Annotated[
+        float, Gt(0), Doc("several processes: how long one waits for the others in a step before the run fails")
+    ] = 600.0
     parallel: Annotated[Literal["auto", "ddp"], Doc("auto: ddp whenever there is more than one process")] = "auto"
     ddp_optimizer: Annotated[
         Literal["auto", "off", "split", "python_reducer"],

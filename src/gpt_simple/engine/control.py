@@ -6,12 +6,11 @@ processes agree, and only the agreed value is acted on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from attrs import define, field, frozen
-
-_FIELDS = ("save", "evaluate", "stop", "halt", "ended")
 
 
 @frozen
@@ -23,6 +22,8 @@ class Verdict:
     stop: str = ""
     halt: str = ""
     ended: str = ""
+    off: tuple[str, ...] = ()
+    """Plugins that failed somewhere and are switched off everywhere."""
 
     @property
     def leave(self) -> bool:
@@ -31,6 +32,16 @@ class Verdict:
 
 
 _NOTHING = Verdict()
+
+
+class Voters(Protocol):
+    """All processes, as ``engine.parallel.World`` has them."""
+
+    def agree(self, flags: Sequence[int]) -> list[int]:
+        """The element-wise maximum of everybody's flags, in one collective."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value."""
 
 
 @define(slots=True)
@@ -43,6 +54,9 @@ class Control:
     halt_reason: str = ""
     ended_reason: str = ""
     skip: torch.Tensor | None = None
+    plugins: tuple[str, ...] = ()
+    """Names of the active plugins, in one order everywhere."""
+    _failed: set[str] = field(factory=set)
     _any: bool = field(default=False, alias="any")
 
     def save(self, reason: str) -> None:
@@ -64,22 +78,33 @@ class Control:
     def skip_step(self, flag: torch.Tensor) -> None:
         self.skip = flag if self.skip is None else self.skip | flag
 
+    def switch_off(self, plugin: str) -> None:
+        """A plugin failed in this process: the others switch it off as well."""
+        self._failed.add(plugin)
+
     @property
     def leaving(self) -> bool:
         """Whether this process wants to leave the loop."""
         return bool(self.stop_reason or self.halt_reason)
 
-    def vote(self, agree: Callable[[Sequence[int]], list[int]] | None) -> Verdict:
-        """Agree with all processes (``agree`` takes the element-wise maximum) and clear what was acted on.
-
-        A wish to leave stays: it is final.
-        """
-        if agree is None and not self._any:
+    def vote(self, voters: Voters | None) -> Verdict:
+        """Agree with all processes (None: there is one) and clear what was acted on. A wish to leave is final."""
+        if voters is None and not self._any:
             return _NOTHING
         mine = [self.save_reason, self.evaluate_reason, self.stop_reason, self.halt_reason, self.ended_reason]
-        if agree is not None:
-            agreed = agree([bool(reason) for reason in mine])
-            mine = [(reason or "another process") if yes else "" for reason, yes in zip(mine, agreed, strict=True)]
+        off: tuple[str, ...] = ()
+        if voters is not None:
+            flags = [bool(reason) for reason in mine] + [name in self._failed for name in self.plugins]
+            agreed = voters.agree(flags)
+            # Words cost a second collective: only where the loop ends anyway.
+            words = voters.gather(mine) if any(agreed[2 : len(mine)]) else [mine]
+            mine = [
+                next((reason for reason in reasons if reason), "another process asked for it") if yes else ""
+                for yes, reasons in zip(agreed, zip(*words, strict=True), strict=False)
+            ]
+            off = tuple(name for name, yes in zip(self.plugins, agreed[len(mine) :], strict=True) if yes)
+            self._failed.clear()
         self.save_reason = self.evaluate_reason = ""
         self._any = self.leaving or bool(self.ended_reason)
-        return Verdict(**dict(zip(_FIELDS, mine, strict=True)))
+        save, evaluate, stop, halt, ended = mine
+        return Verdict(save, evaluate, stop, halt, ended, off)

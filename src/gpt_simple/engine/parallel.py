@@ -6,20 +6,31 @@ accumulation, which the engine does itself, and gets neither loader nor schedule
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from attrs import define, field
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+from gpt_simple.engine.peers import PeerFailed, Peers
 from gpt_simple.errors import ConfigError, GptSimpleError
 from gpt_simple.hooks.events import Metric
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)
+"""How long others wait while the main process prepares data or writes a checkpoint; if it dies they know at once."""
+
+_SHOWN = 20
+"""Differences between processes that a message lists."""
 
 # Variables that would make Accelerate contradict the configuration, and the values that do no harm.
 _CONTRADICTIONS = {
@@ -34,12 +45,6 @@ _CONTRADICTIONS = {
 }
 
 
-class PeerFailed(GptSimpleError):
-    """Another process has something to say; this one only leaves."""
-
-    silent = True
-
-
 @define(slots=False)
 class World:
     """All processes of the run, seen from one of them."""
@@ -49,11 +54,16 @@ class World:
     device: torch.device
     _accelerator: Any
     _host_group: Any = None
+    _patient_group: Any = None
+    _peers: Peers | None = None
     _threads: int = field(factory=torch.get_num_threads)
 
     @classmethod
-    def join(cls) -> World:
-        """Set up this process (and its group, under torchrun) through Accelerate."""
+    def join(cls, timeout: float) -> World:
+        """Set up this process (and its group, under torchrun) through Accelerate.
+
+        ``timeout``: seconds that a process waits for the others in a step before it gives up.
+        """
         for name, harmless in _CONTRADICTIONS.items():
             value = os.environ.get(name)
             if value is not None and value not in harmless:
@@ -63,15 +73,25 @@ class World:
                 )
         threads = torch.get_num_threads()
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision="no",
-            gradient_accumulation_steps=1,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-        )
+        size, limit = int(os.environ.get("WORLD_SIZE", "1")), timedelta(seconds=timeout)
+        try:
+            accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),
+                mixed_precision="no",
+                gradient_accumulation_steps=1,
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=limit),
+                ],
+            )
+        except dist.DistError as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise GptSimpleError(
+                f"process {os.environ.get('RANK')} could not meet the other {size - 1} at {place} within {timeout:g} s"
+                f" (training.peer_timeout_seconds): {error}"
+            ) from error
         if accelerator.num_processes != size:
             raise GptSimpleError(
                 f"$WORLD_SIZE is {size} but Accelerate set up {accelerator.num_processes} process(es);"
@@ -80,8 +100,13 @@ class World:
         device = accelerator.device
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        host_group = dist.new_group(backend="gloo") if size > 1 else None
-        return cls(accelerator.process_index, size, device, accelerator, host_group, threads)
+        world = cls(accelerator.process_index, size, device, accelerator, threads=threads)
+        if size > 1:
+            world._host_group = dist.new_group(backend="gloo", timeout=limit)
+            world._patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            store = PrefixStore("gpt_simple", _get_default_store())
+            world._peers = Peers(world.rank, size, timeout, store)
+        return world
 
     @property
     def is_main(self) -> bool:
@@ -115,7 +140,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._host_group)
+        dist.all_gather_object(values, value, group=self._patient_group)
         return values
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
@@ -130,28 +155,66 @@ class World:
         if self.size > 1:
             dist.barrier(group=self._host_group)
 
-    def main_only(self, work: Callable[[], T]) -> T | None:
-        """Run ``work`` on the main process while the others wait.
+    def together(self, work: Callable[[], T]) -> T:
+        """Run ``work``, which has no collective in it, on every process: all get their results, or all fail.
+
+        Where it failed first (by rank) its error is raised; the others leave with PeerFailed.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        codes = self.gather(None if error is None else int(getattr(error, "exit_code", 1)))
+        for rank, code in enumerate(codes):
+            if code is None:
+                continue
+            if error is not None and rank == self.rank:
+                raise error
+            raise PeerFailed(f"process {rank} failed: its message says why", exit_code=code)
+        return result  # type: ignore[return-value]
+
+    def main_only(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on the main process while the others wait; its result on every process.
 
         When it fails its error is raised there, and the others leave with PeerFailed.
         """
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except Exception as caught:
-                error = caught
-        failed = any(self.gather(error is not None))
-        if error is not None:
-            raise error
-        if failed:
-            raise PeerFailed("process 0 failed: its message says why")
-        return result
+        result = self.together(lambda: work() if self.is_main else None)
+        found: T = self.gather(result)[0]
+        return found
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the main process, then on the others, which find what it left on disk."""
-        result = self.main_only(work)
-        return result if result is not None else work()
+        first = self.together(lambda: work() if self.is_main else None)
+        return self.together(lambda: work() if first is None else first)
+
+    def compare(self, facts: Callable[[], Mapping[str, Any]], remedy: str) -> None:
+        """Raise ConfigError, once, with every difference if processes do not have the same ``facts``."""
+        mine = facts()
+        if len(set(self.gather(_digest(mine)))) == 1:
+            return
+        everybody = self.gather(dict(mine))
+        lines = [
+            f"process {rank}: {key} is {theirs.get(key)!r}, but {everybody[0].get(key)!r} in process 0"
+            for rank, theirs in enumerate(everybody)
+            for key in {**everybody[0], **theirs}
+            if theirs.get(key) != everybody[0].get(key)
+        ]
+        if not self.is_main:
+            raise PeerFailed("the processes differ: process 0 says how", exit_code=ConfigError.exit_code)
+        shown = "".join(f"\n  {line}" for line in lines[:_SHOWN])
+        more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise ConfigError(f"the processes of this run differ; {remedy}:{shown}{more}")
+
+    @contextmanager
+    def telling_peers(self, step: Callable[[], int]) -> Iterator[None]:
+        """Tell the others of an error that began here, and find out about theirs. ``step``: the last one made."""
+        try:
+            yield
+        except Exception as error:
+            if self._peers is None or (explained := self._peers.explain(error, step())) is error:
+                raise
+            raise explained from error
 
     def reduce(self, metrics: dict[str, Metric]) -> dict[str, float]:
         """All metrics as floats, over all processes, in one collective and one read of the device."""
@@ -169,7 +232,7 @@ class World:
             if born:
                 packed[waiting] = torch.stack(born)
             gathered = packed.new_empty(self.size * len(parts))
-            dist.all_gather_into_tensor(gathered, packed)
+            dist.all_gather_single(gathered, packed)
             rows = gathered.view(self.size, -1).tolist()
         return {
             name: _combine(metric.reduce, [(float(row[2 * i]), float(row[2 * i + 1])) for row in rows])
@@ -179,6 +242,16 @@ class World:
     def leave(self) -> None:
         """Undo what joining changed. The group stays: Accelerate keeps one per process for ever."""
         torch.set_num_threads(self._threads)
+
+
+def disband() -> None:
+    """Leave the group for good, at the end of the program; NCCL complains if nobody does."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _combine(how: str, pairs: list[tuple[float, float]]) -> float:

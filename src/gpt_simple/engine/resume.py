@@ -33,6 +33,7 @@ _NEUTRAL = (
     "training.resume",
     "training.max_runtime_seconds",
     "training.walltime_reserve_seconds",
+    "training.peer_timeout_seconds",
     "training.wandb_project",
     "training.wandb_run_name",
     "plugins.",

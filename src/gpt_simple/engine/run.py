@@ -58,7 +58,8 @@ class EngineLog:
     ) -> None:
         run = self._run
         if run.is_main and run.calls is not None and run.calls.on_log is not None:
-            run.calls.on_log(run, LogRecord(level, message, run.step, name, fields))
+            with run.comm.during(""):
+                run.calls.on_log(run, LogRecord(level, message, run.step, name, fields))
 
 
 @define
@@ -70,24 +71,25 @@ class EngineComm:
 
     @contextmanager
     def during(self, hook: str) -> Iterator[None]:
-        """Open for the time of a hook that every process runs."""
-        self._hook = hook
+        """Open for the time of a hook that every process runs; closed with an empty name."""
+        outer, self._hook = self._hook, hook
         try:
             yield
         finally:
-            self._hook = ""
+            self._hook = outer
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        self._check()
+        self.check("run.comm")
         return self._world.sum(value)
 
     def barrier(self) -> None:
-        self._check()
+        self.check("run.comm")
         self._world.barrier()
 
-    def _check(self) -> None:
+    def check(self, what: str) -> None:
+        """Raise PluginError where a collective would wait for processes that never come; with one process too."""
         if not self._hook:
-            raise PluginError("run.comm was used in a hook that not every process runs, where it would hang")
+            raise PluginError(f"{what} was used in a hook that not every process runs, where it would hang")
 
 
 @define
@@ -163,6 +165,7 @@ class EngineRun:
         return dict(self.known)
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
+        self.comm.check("run.val_batches")
         for batch in _built(self._loader, "loader").val_batches(max_batches):
             leaving = self.control.leaving
             if self.world.size > 1:

@@ -90,15 +90,21 @@ def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
     config, training = assembly.config, assembly.config.training
     with ExitStack() as stack:
         stack.enter_context(process_as_found())
-        world = World.join()
+        world = World.join(training.peer_timeout_seconds)
         stack.callback(world.leave)
-        precision = resolve(training.mixed_precision, world.device, assembly.origins.place("training.mixed_precision"))
-        compiling = plan(
-            training,
-            world.device,
-            world.size,
-            wished=not assembly.origins.is_default("training.compile"),
-            place=assembly.origins.place("training.compile"),
+        world.compare(lambda: _launched(assembly), "start the same command with the same packages everywhere")
+        places = assembly.origins
+        precision = world.together(
+            lambda: resolve(training.mixed_precision, world.device, places.place("training.mixed_precision"))
+        )
+        compiling = world.together(
+            lambda: plan(
+                training,
+                world.device,
+                world.size,
+                wished=not places.is_default("training.compile"),
+                place=places.place("training.compile"),
+            )
         )
         stack.enter_context(compile_flags(compiling))
         run_dir = RunDir(Path(training.output_dir))
@@ -111,22 +117,24 @@ def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
                 name="plugin_failed",
                 plugin=plugin.name,
             )
+            run.control.switch_off(plugin.name)
 
+        run.control.plugins = tuple(plugin.name for plugin in assembly.host.plugins)
         calls = run.calls = assembly.host.calls(world.is_main, plugin_failed, world_size=world.size)
         stack.enter_context(closing_plugins(run, calls))
         for note in (*assembly.notes, *assembly.host.notes, *filter(None, [compiling.warning])):
             run.log.warning(note)
-        if world.is_main:
-            questions = Questions(launching=True, force=force, world_size=world.size)
-            report(assembly.check_config(questions), run.log.warning)
+        questions = Questions(launching=True, force=force, world_size=world.size)
+        world.main_only(lambda: report(assembly.check_config(questions), run.log.warning))
 
-        run_dir.check()
         # One store for the whole launch: what it has verified once it need not hash again.
         store = Store(run_dir.checkpoints)
         setup = Setup(assembly, run, calls, compiling, run_dir, store)
-        resume = look(config, run_dir, force=force, store=store)
+        world.together(run_dir.check)
+        resume = world.together(lambda: look(config, run_dir, force=force, store=store))
         setup.read_data()
-        setup.check(resume)
+        world.compare(lambda: _found(setup, resume), "all of them must reach the same files")
+        world.together(lambda: setup.check(resume))
         if resume.kind == "finished":
             return _finished(run, run_dir, resume)
         world.main_only(lambda: _claim(stack, setup, resume, force=force))
@@ -137,15 +145,28 @@ def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
                     state="running", step=resume.state.get("step", 0), max_steps=training.max_steps, force=True
                 )
             limit, reserve = training.max_runtime_seconds, training.walltime_reserve_seconds
-            trainer = setup.build(resume, status, deadline=limit and started + limit - reserve)
-            stack.callback(trainer.loader.close)
-            run.run_id = world.gather(world.main_only(lambda: _record(setup, resume)))[0]
-            return _train(trainer, setup, resume, calls, started)
+            with world.telling_peers(lambda: run.step):
+                trainer = setup.build(resume, status, deadline=limit and started + limit - reserve)
+                stack.callback(trainer.loader.close)
+                run.run_id = world.main_only(lambda: _record(setup, resume))
+                return _train(trainer, setup, resume, calls, started)
         except BaseException as error:
             if world.is_main:
                 message = f"{type(error).__name__}: {error}"
                 status.update(state="failed", step=run.step, error=message, force=True)
             raise
+
+
+def _launched(assembly: Assembly) -> dict[str, Any]:
+    """What must be the same in every process before any of them looks at a file."""
+    plugins = [f"{plugin.name} {plugin.version}" for plugin in assembly.host.plugins]
+    versions = {"gpt-simple": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {**flat(assembly.config), "plugins": plugins, "their code": assembly.host.order_hash(), **versions}
+
+
+def _found(setup: Setup, resume: ResumePlan) -> dict[str, Any]:
+    """What every process must find on disk."""
+    return {**setup.identity["data"], "checkpoint": resume.checkpoint.path.name if resume.checkpoint else None}
 
 
 def _train(trainer: Trainer, setup: Setup, resume: ResumePlan, calls: Calls, started: float) -> TrainResult:

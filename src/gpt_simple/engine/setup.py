@@ -89,7 +89,8 @@ class Setup:
             model = self._new_model()
         run._model = model.to(run.device)
         if self.calls.on_model_built is not None:
-            self.calls.on_model_built(run, ModelBuilt(model))
+            with run.comm.during("on_model_built"):
+                self.calls.on_model_built(run, ModelBuilt(model))
         self._checkpoint_activations(model)
         optimizer = assembly.registry.get("optimizer", config.optimizer.name).load()(
             model, config.optimizer, run.device

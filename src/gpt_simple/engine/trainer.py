@@ -16,7 +16,7 @@ from attrs import define, field
 
 from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
-from gpt_simple.data.loader import DataExhausted, Loader
+from gpt_simple.data.loader import Batch, DataExhausted, Loader
 from gpt_simple.engine.control import Verdict
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.metrics import Clock, Interval, flatten
@@ -77,9 +77,11 @@ class Trainer:
         """Make steps until the run is over. Returns how and why it ended."""
         run, max_steps = self.run, self.run.config.training.max_steps
         self.model.train()
+        if (verdict := self._vote()).leave:
+            return self._left(verdict)
+        if run.world.size > 1:
+            self._settle()
         self._clock = Clock(waited_before=self.loader.wait_seconds)
-        if run.control.leaving:
-            return self._left(run.control.vote(run.world.agree if run.world.size > 1 else None))
         while run.step < max_steps:
             try:
                 self._step(is_last=run.step + 1 == max_steps)
@@ -89,6 +91,22 @@ class Trainer:
             if verdict.leave:
                 return self._left(verdict)
         return "completed", f"all {max_steps} steps are made"
+
+    def _settle(self) -> None:
+        """One forward and backward whose result is discarded.
+
+        DDP arranges its buckets anew after its first backward, in the order in which gradients came. From the third
+        process on the arrangement decides in which order numbers are added, so a run that was resumed would differ in
+        its last digits from one that was not, if both did not begin with this.
+        """
+        run, training, data = self.run, self.run.config.training, self.run.config.data
+        shape = (training.per_device_batch_size, data.max_length)
+        zeros = torch.zeros(shape, dtype=torch.int64, device=run.device)
+        extra = zeros if data.document_mask else None
+        with run.precision.autocast():
+            nats = run.loss(Batch(zeros, zeros, extra, extra, first_sample=0, targets=zeros.numel()))
+        nats.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _step(self, is_last: bool) -> None:
         """One optimizer step over all its micro-batches."""
@@ -114,7 +132,8 @@ class Trainer:
 
         scaler.unscale_(self.optimizer)
         if calls.on_gradients is not None:
-            calls.on_gradients(run, GradientsReady(step))
+            with run.comm.during("on_gradients"):
+                calls.on_gradients(run, GradientsReady(step))
         norm, skipped = self._clip()
         self._update(step, skipped)
 
@@ -138,8 +157,10 @@ class Trainer:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         skipped = ~torch.isfinite(norm)
         control = self.run.control
-        if control.skip is not None:
-            skipped, control.skip = self.run.world.sum((skipped | control.skip).float()) > 0, None
+        if self.calls.on_gradients is not None:
+            # All processes or none: a wish that only one of them has must not leave it waiting.
+            wish, control.skip = control.skip, None
+            skipped = self.run.world.sum((skipped if wish is None else skipped | wish).float()) > 0
         return norm, skipped.float()
 
     def _update(self, step: int, skipped: torch.Tensor) -> None:
@@ -165,18 +186,25 @@ class Trainer:
 
     def _boundary(self, is_last: bool) -> Verdict:
         """What may happen after a step, always in this order: metrics, one vote, checkpoint, evaluation, stop."""
-        run, world = self.run, self.run.world
+        run = self.run
         every = run.config.training.logging_steps
         if is_last or (every and run.step % every == 0):
             self._log(tell=bool(every))
         if self.deadline is not None and time.monotonic() >= self.deadline:
             run.control.stop("the time budget is used up")
-        verdict = run.control.vote(world.agree if world.size > 1 else None)
+        verdict = self._vote()
         if verdict.save or verdict.leave or is_last:
             reason = "last step" if is_last else verdict.stop or verdict.halt or verdict.ended or verdict.save
             self._save(reason, must_succeed=verdict.leave or is_last)
         if verdict.evaluate and not verdict.leave:
             self._evaluate()
+        return verdict
+
+    def _vote(self) -> Verdict:
+        world = self.run.world
+        verdict = self.run.control.vote(world if world.size > 1 else None)
+        for name in verdict.off:
+            self.calls.disable(name)
         return verdict
 
     def _log(self, tell: bool) -> None:
@@ -232,20 +260,24 @@ class Trainer:
         if self.saved is not None and self.saved.step == run.step:
             return
         if calls.on_checkpoint_saving is not None:
-            calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
-        if run.is_main:
-            try:
-                tensors, documents = self.state(self.best_val_loss)
-                self.saved = self.store.publish(run.step, tensors=tensors, documents=documents)
-            except CheckpointError as error:
-                if must_succeed:
-                    raise
-                run.log.error(f"{error}; training goes on", name="checkpoint_failed")
-        run.world.barrier()
-        if calls.on_checkpoint_saved is not None and self.saved is not None and self.saved.step == run.step:
-            done = self.saved
+            with run.comm.during("on_checkpoint_saving"):
+                calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
+        done = run.world.main_only(lambda: self._publish(must_succeed))
+        self.saved = done or self.saved
+        if calls.on_checkpoint_saved is not None and done is not None:
             calls.on_checkpoint_saved(run, CheckpointSaved(run.step, done.path, done.seconds, done.bytes, reason))
         self._clock.exclude(time.perf_counter() - started)
+
+    def _publish(self, must_succeed: bool) -> Published | None:
+        run = self.run
+        try:
+            tensors, documents = self.state(self.best_val_loss)
+            return self.store.publish(run.step, tensors=tensors, documents=documents)
+        except CheckpointError as error:
+            if must_succeed:
+                raise
+            run.log.error(f"{error}; training goes on", name="checkpoint_failed")
+            return None
 
     def _left(self, verdict: Verdict) -> tuple[RunStatus, str]:
         if verdict.halt:

@@ -1,0 +1,89 @@
+"""When a process is lost: who it was, told once, by whoever is left.
+
+A process that fails writes down why before it leaves; the others, whose collectives fail in turn, find that and leave
+silently. One that was killed cannot write anything, and one that hangs does not come to the roll call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import torch.distributed as dist
+from attrs import frozen
+from torch.distributed.distributed_c10d import PrefixStore
+
+from gpt_simple.errors import ExitCode, GptSimpleError
+
+_CONTACT = re.compile(r"gloo|NCCL|c10d|TCPStore|connection|socket", re.IGNORECASE)
+_ROLL_CALL_SECONDS = 3.0
+_AGAIN = "start again with the same command: the run goes on from its last checkpoint"
+
+
+class PeerFailed(GptSimpleError):
+    """Another process failed. ``silent`` where that process, or a third one, tells it."""
+
+    def __init__(self, message: str, *, exit_code: int = ExitCode.FAILURE, silent: bool = True) -> None:
+        super().__init__(message)
+        self.exit_code = ExitCode(exit_code)
+        self.silent = silent
+
+
+@frozen
+class Peers:
+    """The other processes, seen through the store that they met at, which needs no collective."""
+
+    rank: int
+    size: int
+    timeout: float
+    _store: PrefixStore
+
+    def explain(self, error: Exception, step: int) -> Exception:
+        """The error to leave with: ``error`` itself if it began here, else PeerFailed with what is known."""
+        if isinstance(error, PeerFailed):
+            return error
+        try:
+            if not _is_lost_contact(error):
+                self._tell(error)
+                return error
+            return self._who(error, step)
+        except (RuntimeError, ValueError):  # the store has gone with its process
+            return PeerFailed(f"lost the other processes in step {step + 1}: {error}; {_AGAIN}", silent=False)
+
+    def _tell(self, error: Exception) -> None:
+        code = int(getattr(error, "exit_code", ExitCode.FAILURE))
+        text = str(error) if isinstance(error, GptSimpleError) else f"{type(error).__name__}: {error}"
+        # The first one is the cause.
+        self._store.compare_set("failed", "", json.dumps([self.rank, code, text]))
+
+    def _who(self, error: Exception, step: int) -> Exception:
+        if self._store.check(["failed"]):
+            rank, code, text = json.loads(self._store.get("failed"))
+            return PeerFailed(f"process {rank} failed: {text}", exit_code=code)
+        if "timed out" not in str(error).lower():
+            first = self._store.add("mourners", 1) == 1
+            return PeerFailed(f"a process died in step {step + 1}; {_AGAIN}", silent=not first)
+        missing = self._roll_call()
+        if not missing:
+            return error
+        names = f"process {missing[0]}" if len(missing) == 1 else f"processes {', '.join(map(str, missing))}"
+        there = min(rank for rank in range(self.size) if rank not in missing)
+        message = f"{names} did not come to the end of step {step + 1}: waited {self.timeout:g} s; {_AGAIN}"
+        return PeerFailed(message, silent=self.rank != there)
+
+    def _roll_call(self) -> list[int]:
+        """The processes that do not wait for others, as all that do have timed out at about the same time."""
+        self._store.set(f"here/{self.rank}", "")
+        deadline = time.monotonic() + _ROLL_CALL_SECONDS
+        while True:
+            missing = [rank for rank in range(self.size) if not self._store.check([f"here/{rank}"])]
+            if not missing or time.monotonic() > deadline:
+                return missing
+            time.sleep(0.1)
+
+
+def _is_lost_contact(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and _CONTACT.search(str(error)) is not None
+    )
