@@ -100,14 +100,3 @@ def test_an_older_copy_further_down_the_path_is_not_a_second_package(
 def test_commands_of_other_packages_are_found(fake_package: FakePackage) -> None:
     fake_package("acme-log", commands={"acme": "acme:main"})
     assert "acme" in usable(commands())
-
-
-def test_four_hundred_packages_do_not_slow_it_down(fake_package: FakePackage) -> None:
-    import time
-
-    for index in range(400):
-        fake_package(f"other-{index}", plugins={f"p{index}": "m:X"} if index % 20 == 0 else None)
-    start = time.process_time()
-    found = installed()
-    assert time.process_time() - start < 0.5
-    assert sum(record.origin == "external" for record in found) == 20

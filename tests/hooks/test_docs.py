@@ -53,6 +53,7 @@ def test_the_recipes_keep_the_contract(name: str) -> None:
     check_contract(RECIPES[name], **OPTIONS.get(name, {}))
 
 
+@pytest.mark.slow
 def test_the_tutorial_works_as_it_is_written(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     site = tmp_path / "site"

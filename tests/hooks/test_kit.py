@@ -30,13 +30,6 @@ def test_a_built_in_that_observes_leaves_the_weights_as_they_are(name: str) -> N
     assert all(torch.equal(value, without[key]) for key, value in with_it.items())
 
 
-def test_a_tiny_run_is_fast() -> None:
-    train()
-    start = time.process_time()
-    train()
-    assert time.process_time() - start < 1.0
-
-
 def test_the_contract_lists_everything_that_is_broken() -> None:
     class Bad(Plugin[NoConfig]):
         @hookimpl

@@ -82,7 +82,8 @@ class Registry:
         names = self.names(kind)
         close = difflib.get_close_matches(name, names, 1)
         meant = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"{place or CONFIG_KEY[kind]}: there is no {kind} {name!r}{meant}; expected one of {', '.join(names)}")
+        where = place or CONFIG_KEY[kind]
+        raise ConfigError(f"{where}: there is no {kind} {name!r}{meant}; expected one of {', '.join(names)}")
 
 
 def builtin_registry() -> Registry:
