@@ -1,0 +1,146 @@
+"""The plain command: what it finds, how it says so, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt_simple import Finding, Plugin, hookimpl
+from gpt_simple.validate.findings import exit_code
+from tests.cli.test_bad_input import snapshot
+from tests.conftest import CONFIG, Shell
+from tests.validate.conftest import Check
+
+PLUGIN = """
+from gpt_simple import Finding, Plugin, hookimpl
+
+class Picky(Plugin):
+    @hookimpl
+    def check_config(self, config):
+        return [Finding("{severity}", "odd-steps", "max_steps is even", "training.max_steps", exit_code=3)]
+"""
+
+
+def test_a_good_configuration_has_no_errors_and_nothing_is_changed(shell: Shell, here: Path) -> None:
+    before = snapshot(here)
+    ended = shell("validate", "config.toml")
+    assert ended.code == 0
+    assert "0 errors, 0 warnings" in ended.out
+    assert "starts from scratch" in ended.out
+    assert snapshot(here) == before
+
+
+def test_it_imports_no_torch(here: Path) -> None:
+    code = (
+        "import sys\nfrom gpt_simple.cli.main import main\ntry: main(['validate', 'config.toml'])\n"
+        "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "key"),
+    [
+        (["--optimizer.warmup_steps", "4"], "warmup-beyond-run", "optimizer.warmup_steps"),
+        (["--optimizer.decay_steps=9", "--optimizer.warmup_steps=1"], "decay-beyond-run", "optimizer.decay_steps"),
+        (["--training.eval_steps", "5"], "interval-beyond-run", "training.eval_steps"),
+        (["--training.keep_milestone_every", "3"], "milestones-missed", "training.keep_milestone_every"),
+        (["--optimizer.learning_rate", "1.5"], "learning-rate-high", "optimizer.learning_rate"),
+        (["--training.resume=scratch", "--training.max_runtime_seconds=99"], "stops-for-good", "training.resume"),
+    ],
+)
+def test_what_runs_but_surprises_is_a_warning_with_its_place(
+    check: Check, arguments: list[str], code: str, key: str
+) -> None:
+    finding = check(*arguments)[code]
+    assert finding["severity"] == "warning"
+    assert key in finding["place"]
+    assert check(*arguments, "--strict", code=2)[code]["severity"] == "warning"
+
+
+def test_a_place_is_a_line_of_the_file(check: Check, here: Path) -> None:
+    (here / "config.toml").write_text(CONFIG.replace("warmup_steps = 1", "warmup_steps = 100"))
+    line = 1 + CONFIG.splitlines().index("warmup_steps = 1")
+    assert check()["warmup-beyond-run"]["place"] == f"config.toml:{line} (optimizer.warmup_steps)"
+
+
+def test_a_default_interval_beyond_a_short_run_is_no_surprise(check: Check, here: Path) -> None:
+    (here / "config.toml").write_text(CONFIG.replace("eval_steps = 4\nsave_steps = 2\n", ""))
+    assert "interval-beyond-run" not in check()
+
+
+def test_all_mistakes_of_a_configuration_are_findings(check: Check, shell: Shell, here: Path) -> None:
+    (here / "config.toml").write_text(CONFIG.replace("max_steps", "max_step").replace("n_layer", "n_layers"))
+    ended = shell("validate", "config.toml")
+    assert ended.code == 2
+    assert "config.toml:3" in ended.out
+    assert "config.toml:13" in ended.out
+    assert "2 errors" in ended.out
+    assert check(code=2)["config"]["severity"] == "error"
+
+
+def test_a_check_of_a_plugin_counts_like_any_other(check: Check, here: Path) -> None:
+    (here / "picky.py").write_text(PLUGIN.format(severity="error"))
+    assert check("-p", "./picky.py", code=3)["odd-steps"]["place"] == "config.toml:13 (training.max_steps)"
+    (here / "picky.py").write_text(PLUGIN.format(severity="warning"))
+    assert check("-p", "./picky.py")["odd-steps"]["severity"] == "warning"
+    check("-p", "./picky.py", "--strict", code=3)
+
+
+def test_the_exit_code_is_that_of_the_worst_class() -> None:
+    findings = [
+        Finding("error", "a", ""),
+        Finding("error", "b", "", exit_code=4),
+        Finding("warning", "c", "", exit_code=5),
+    ]
+    assert exit_code(findings) == 4
+    assert exit_code(findings, strict=True) == 5
+    assert exit_code([]) == 0
+
+
+def test_a_secret_is_never_printed(shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-k3y")
+    ended = shell("validate", "config.toml", "--training.wandb_project=stories", "--json")
+    assert "s3cr3t-k3y" not in ended.out + ended.err
+    assert "wandb" in ended.out
+
+
+def test_the_environment_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert check()["environment"]["fields"]["packages"]["torch"]
+    written = check("--training.compile=true", code=2)["compiler-missing"]
+    assert written["severity"] == "error"
+
+
+def test_without_a_compiler_a_defaulted_compile_is_only_a_warning(
+    check: Check, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    (here / "config.toml").write_text(CONFIG.replace("compile = false\n", ""))
+    assert check()["compiler-missing"]["severity"] == "warning"
+
+
+class Curious(Plugin):  # type: ignore[type-arg]
+    """Sees what a check is given."""
+
+    @hookimpl
+    def check_config(self, config: object) -> list[Finding]:
+        import gpt_simple
+
+        outlook = gpt_simple.outlook(config)  # type: ignore[arg-type]
+        assert outlook.questions.launching
+        return [Finding("error", "seen", f"registry {outlook.registry.names('model')}", "model.n_embd", exit_code=3)]
+
+
+def test_an_error_at_start_ends_the_run_with_its_code_before_anything_exists(tmp_path: Path) -> None:
+    import gpt_simple
+
+    with pytest.raises(gpt_simple.GptSimpleError, match=r"model\.n_embd.*registry \['gpt'\]") as caught:
+        gpt_simple.train(training={"output_dir": str(tmp_path / "out")}, plugins=[Curious])
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out").exists()

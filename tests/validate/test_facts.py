@@ -1,0 +1,125 @@
+"""Data, resume and output: that the command tells what the run then does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import gpt_simple
+from gpt_simple.config.schema import TrainingConfig
+from gpt_simple.validate.output import most_checkpoints
+from tests.cli.test_bad_input import snapshot
+from tests.conftest import CONFIG, Shell
+from tests.validate.conftest import Check
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--data.source=files", "--data.path=nowhere"], 3, "nowhere"),
+        (["--data.format=pretokenized", "--data.source=shards", "--data.path=."], 3, "dataset.json"),
+        (["--data.tokenizer", "gpt2"], 2, "gpt2"),
+    ],
+)
+def test_missing_data_are_an_error_of_their_class(check: Check, arguments: list[str], code: int, words: str) -> None:
+    finding = check(*arguments, code=code)["data-refused"]
+    assert words in finding["message"]
+
+
+def test_data_that_are_not_prepared_yet_are_guessed(check: Check, shell: Shell, here: Path) -> None:
+    lines = [json.dumps({"text": f"Story {number} of a very quick brown fox."}) for number in range(500)]
+    (here / "corpus.jsonl").write_text("\n".join(lines))
+    arguments = ["--data.source=files", "--data.path=corpus.jsonl", "--data.max_documents=500"]
+    guessed = check(*arguments)["data"]["fields"]
+    assert guessed["estimated"]
+    assert shell("run", "config.toml", "-q", *arguments).code == 0
+    known = check(*arguments)["data"]["fields"]
+    assert not known["estimated"]
+    assert guessed["train_tokens"] == pytest.approx(known["train_tokens"], rel=0.5)
+
+
+def test_after_a_run_the_data_are_known_exactly(check: Check, shell: Shell) -> None:
+    assert shell("run", "config.toml", "-q").code == 0
+    found = check()
+    fields = found["data"]["fields"]
+    dataset = gpt_simple.outlook(gpt_simple.Config()).registry  # the built-in ones, when no run is checked
+    assert dataset.names("source")
+    assert not fields["estimated"]
+    assert fields["vocab_size"] == 257
+    assert fields["train_tokens"] > fields["val_tokens"] > 0
+    samples = 4 * 2
+    assert found["epochs"]["fields"]["epochs"] == pytest.approx(samples * 32 / fields["train_tokens"])
+
+
+def test_the_data_that_end_early_are_told_with_the_step(check: Check, shell: Shell) -> None:
+    assert shell("run", "config.toml", "-q").code == 0
+    rows = sum(check()["data"]["fields"]["buckets"].values())
+    finding = check("--training.max_steps=9999999", "--data.on_exhaustion=halt")
+    assert f"step {rows // 2:,} of" in finding["data-end-early"]["message"]
+
+
+def test_a_model_with_fewer_ids_than_the_tokenizer_is_refused(check: Check, shell: Shell) -> None:
+    assert shell("run", "config.toml", "-q").code == 0
+    assert "257" in check("--model.vocab_size=200", "--force", code=2)["vocabulary-too-small"]["message"]
+
+
+def test_a_resume_is_told_and_a_changed_one_is_a_warning(check: Check, shell: Shell, here: Path) -> None:
+    assert shell("run", "config.toml", "-q").code == 0
+    assert check()["resume"]["fields"]["kind"] == "finished"
+    before = snapshot(here)
+    more = check("--training.max_steps=6", "--optimizer.learning_rate=0.01")
+    assert more["resume"]["fields"]["kind"] == "resume"
+    assert more["resume"]["fields"]["step"] == 4
+    assert "learning_rate" in more["resume-changed"]["message"]
+    assert snapshot(here) == before
+    assert check("--training.max_steps=6", "--force")["resume"]["fields"]["kind"] == "scratch"
+
+
+def test_another_model_is_refused_as_the_run_would(check: Check, shell: Shell) -> None:
+    assert "nowhere" in check("--training.resume=nowhere", code=4)["resume-refused"]["message"]
+    assert shell("run", "config.toml", "-q").code == 0
+    assert "n_layer" in check("--model.n_layer=2", code=4)["resume-refused"]["message"]
+    assert "force" in check("--training.resume=scratch", code=4)["resume-refused"]["message"]
+
+
+def test_a_truncated_checkpoint_is_passed_over_and_named(check: Check, shell: Shell, here: Path) -> None:
+    assert shell("run", "config.toml", "-q").code == 0
+    newest = here / "out/checkpoints/step-00000004/model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    found = check()
+    assert "model.safetensors" in found["checkpoint-damaged"]["message"]
+    assert found["resume"]["fields"]["step"] == 2
+
+
+def test_the_size_of_a_checkpoint_is_known_beforehand(check: Check, shell: Shell, here: Path) -> None:
+    predicted = check()["output"]["fields"]["checkpoint_bytes"]
+    assert shell("run", "config.toml", "-q").code == 0
+    written = sum(file.stat().st_size for file in (here / "out/checkpoints/step-00000004").iterdir())
+    assert written <= predicted <= written * 1.05
+
+
+def test_too_little_room_is_a_warning(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1))
+    assert check()["space-short"]["fields"]["free"] == 1
+
+
+def test_an_output_that_cannot_be_written(check: Check) -> None:
+    assert "config.toml" in check("--training.output_dir=config.toml", code=2)["output-refused"]["message"]
+
+
+def test_how_many_checkpoints_there_are_at_once() -> None:
+    assert most_checkpoints(TrainingConfig(max_steps=10, save_steps=1, keep_last_k=None)) == 10
+    assert most_checkpoints(TrainingConfig(max_steps=100, save_steps=1, keep_last_k=3, eval_steps=None)) == 4
+    assert most_checkpoints(TrainingConfig(max_steps=100, save_steps=1, keep_last_k=1, eval_steps=5)) == 4
+    assert most_checkpoints(TrainingConfig(max_steps=100, save_steps=10, keep_last_k=3, keep_milestone_every=50)) == 7
+    assert most_checkpoints(TrainingConfig(max_steps=100, save_steps=None, keep_last_k=3)) == 1
+
+
+def test_a_validation_split_that_is_too_short_is_an_error(check: Check, shell: Shell, here: Path) -> None:
+    (here / "config.toml").write_text(CONFIG.replace("max_length = 32", "max_length = 31"))
+    assert shell("run", "config.toml", "-q", "--training.eval_steps=0").code == 0
+    finding = check("--data.max_length=99999", "--force", code=3)["validation-too-short"]
+    assert "99,999" in finding["message"]
