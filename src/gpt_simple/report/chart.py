@@ -1,0 +1,147 @@
+"""Line charts as inline SVG. Colours are CSS variables, so that one drawing serves light, dark and paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Literal
+
+from attrs import field, frozen
+
+Style = Literal["line", "dots", "level"]
+Format = Callable[[float], str]
+
+WIDTH, HEIGHT = 640, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
+_COLOURS = 8
+
+
+@frozen
+class Line:
+    """One curve. ``colour`` is the number of its run; ``level`` draws a horizontal line at the only ``y``."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int
+    style: Style = "line"
+
+
+@frozen
+class Mark:
+    """Something that happened at ``x``: a vertical line (``resume``) or a tick on the axis (``skipped``)."""
+
+    x: float
+    kind: Literal["resume", "skipped"]
+    text: str
+    colour: int
+
+
+@frozen
+class Range:
+    """Numbers from ``low`` to ``high`` on ``start .. end`` of the drawing."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(max(value, 1e-30))
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Round numbers inside: powers of ten on a long logarithmic range, else steps of 1, 2 or 5."""
+        if self.log and self.high / self.low > 100:
+            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
+            return [10.0**power for power in range(first, last + 1)]
+        rough = (self.high - self.low) / 5
+        size = 10.0 ** math.floor(math.log10(rough))
+        step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
+        count = math.floor(self.high / step + 1e-9) - math.ceil(self.low / step - 1e-9) + 1
+        return [(math.ceil(self.low / step - 1e-9) + index) * step for index in range(count)]
+
+
+@frozen
+class Drawing:
+    """What one chart shows. ``settles``: the first twentieth may run off the top, so that the rest can be read."""
+
+    title: str
+    lines: Sequence[Line]
+    marks: Sequence[Mark] = ()
+    x_format: Format = str
+    y_format: Format = str
+    log: bool = False
+    settles: bool = False
+    _id: str = field(kw_only=True)
+
+    def svg(self) -> str:
+        """The chart as an ``svg`` element that scales with its place."""
+        x, y = self._ranges()
+        parts = [
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">',
+            f'<clipPath id="{self._id}"><rect x="{_LEFT}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT}" '
+            f'height="{HEIGHT - _TOP - _BOTTOM}"/></clipPath>',
+            *_grid(x, y, self.x_format, self.y_format),
+            *(_mark(mark, x) for mark in self.marks),
+            f'<g clip-path="url(#{self._id})">',
+            *(_line(line, x, y) for line in self.lines),
+            "</g></svg>",
+        ]
+        return "\n".join(parts)
+
+    def _ranges(self) -> tuple[Range, Range]:
+        xs = [value for line in self.lines for value in line.x]
+        ys = [value for line in self.lines for value in self._settled(line)]
+        if log := self.log and min(ys) > 0:
+            low, high = min(ys) / 1.15, max(ys) * 1.15
+        else:
+            margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
+            low, high = min(ys) - margin, max(ys) + margin
+            low = max(low, 0.0) if min(ys) >= 0 else low
+        left, right = min(xs), max(xs)
+        across = Range(left, right if right > left else left + 1, _LEFT, WIDTH - _RIGHT)
+        return across, Range(low, high, HEIGHT - _BOTTOM, _TOP, log)
+
+    def _settled(self, line: Line) -> Sequence[float]:
+        return line.y[len(line.y) // 20 :] if self.settles and line.style == "line" else line.y
+
+
+def _grid(x: Range, y: Range, x_format: Format, y_format: Format) -> list[str]:
+    bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
+    parts = ['<g class="grid">']
+    for value in y.ticks():
+        parts.append(f'<path d="M{_LEFT} {y(value):.1f}H{right}"/>')
+        parts.append(f'<text x="{_LEFT - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{escape(y_format(value))}</text>')
+    for value in x.ticks():
+        parts.append(f'<path d="M{x(value):.1f} {bottom}v5"/>')
+        # The outermost labels must not leave the drawing.
+        anchor = "end" if x(value) > right - 20 else "middle"
+        place = f'x="{x(value):.1f}" y="{bottom + 20}"'
+        parts.append(f'<text {place} text-anchor="{anchor}">{escape(x_format(value))}</text>')
+    return [*parts, f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/></g>']
+
+
+def _mark(mark: Mark, x: Range) -> str:
+    bottom = HEIGHT - _BOTTOM
+    reach = f"V{_TOP}" if mark.kind == "resume" else "v-9"
+    colour = f"c{mark.colour % _COLOURS}"
+    return (
+        f'<path class="{mark.kind} {colour}" d="M{x(mark.x):.1f} {bottom}{reach}">'
+        f"<title>{escape(mark.text)}</title></path>"
+    )
+
+
+def _line(line: Line, x: Range, y: Range) -> str:
+    title, colour = f"<title>{escape(line.label)}</title>", f"c{line.colour % _COLOURS}"
+    if line.style == "level":
+        return f'<path class="level {colour}" d="M{_LEFT} {y(line.y[0]):.1f}H{WIDTH - _RIGHT}">{title}</path>'
+    places = [f"{x(a):.1f} {y(b):.1f}" for a, b in zip(line.x, line.y, strict=True)]
+    parts = [f'<path class="{line.style} {colour}" d="M{"L".join(places)}">{title}</path>']
+    if line.style == "dots" or len(places) == 1:
+        parts.append(f'<path class="points {colour}" d="{"".join(f"M{place}h0" for place in places)}">{title}</path>')
+    return "".join(parts)

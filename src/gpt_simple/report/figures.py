@@ -1,0 +1,131 @@
+"""Which charts a report has: every metric once, over each of the three axes, with all runs in one drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+from attrs import frozen
+
+from gpt_simple.report.chart import Drawing, Format, Line, Mark
+from gpt_simple.report.history import AXES, Axis, History, Points
+
+AXIS_NAMES: Mapping[Axis, str] = {"step": "steps", "tokens": "tokens", "time": "time"}
+_POINTS = 1500
+
+
+def si(value: float) -> str:
+    """A number with a letter for its size: ``1.5M``."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that people would use."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4g}"
+
+
+@frozen
+class _Chart:
+    """One figure: which metrics, and how their numbers are written."""
+
+    title: str
+    unit: str
+    train: str = ""
+    evaluation: str = ""
+    write: Format = _plain
+    log: bool = False
+    settles: bool = False
+    floor: bool = False
+
+
+@frozen
+class _Curve:
+    """A metric of one run."""
+
+    label: str
+    points: Points
+    colour: int
+    style: Literal["line", "dots"]
+
+
+@frozen
+class _Happening:
+    """A resume or skipped steps, on every axis."""
+
+    x: Mapping[Axis, float]
+    kind: Literal["resume", "skipped"]
+    text: str
+    colour: int
+
+
+_X_FORMATS: Mapping[Axis, Format] = {"step": si, "tokens": si, "time": duration}
+_CHARTS = (
+    _Chart("Loss", "nats per token", "train/loss", "eval/loss", settles=True, floor=True),
+    _Chart("Bits per byte", "validation", "", "eval/bits_per_byte"),
+    _Chart("Learning rate", "", "train/lr"),
+    _Chart("Gradient norm", "before clipping", "train/grad_norm", log=True),
+    _Chart("Throughput", "tokens/s of training time", "perf/tokens_per_second", write=si),
+    _Chart("MFU", "share of the device's peak", "perf/mfu"),
+    _Chart("Peak memory", "GiB", "memory/peak_gib"),
+)
+
+
+def figures(histories: Sequence[History]) -> Iterator[str]:
+    """A ``figure`` element for every chart that some run has numbers for."""
+    happenings = [found for colour, history in enumerate(histories) for found in _happenings(history, colour)]
+    floors = {history.facts.get("floor"): colour for colour, history in enumerate(histories)}
+    levels = [Line("floor", (), (floor,), colour, "level") for floor, colour in floors.items() if floor is not None]
+    most = max(200, _POINTS // len(histories))
+    for number, chart in enumerate(_CHARTS):
+        if not (curves := list(_curves(chart, histories, most))):
+            continue
+        drawn = ""
+        for axis in AXES:
+            lines = [
+                Line(curve.label, curve.points.x[axis], curve.points.y, curve.colour, curve.style) for curve in curves
+            ]
+            ends = [value for line in lines for value in line.x]
+            inside = [found for found in happenings if min(ends) <= found.x[axis] <= max(ends)]
+            drawing = Drawing(
+                f"{chart.title} over {AXIS_NAMES[axis]}",
+                [*lines, *(levels if chart.floor else ())],
+                [Mark(found.x[axis], found.kind, found.text, found.colour) for found in inside],
+                _X_FORMATS[axis],
+                chart.write,
+                chart.log,
+                chart.settles,
+                id=f"clip-{number}-{axis}",
+            )
+            drawn += f'<div class="over-{axis}">{drawing.svg()}</div>'
+        unit = f" <small>{chart.unit}</small>" if chart.unit else ""
+        yield f"<figure><figcaption>{chart.title}{unit}</figcaption>{drawn}</figure>\n"
+
+
+def _curves(chart: _Chart, histories: Sequence[History], most: int) -> Iterator[_Curve]:
+    for colour, history in enumerate(histories):
+        if chart.train and (points := history.points(chart.train, most)):
+            yield _Curve(f"{history.label}: training", points, colour, "line")
+        if chart.evaluation and (points := history.points(chart.evaluation, most)):
+            yield _Curve(f"{history.label}: validation", points, colour, "dots")
+
+
+def _happenings(history: History, colour: int) -> Iterator[_Happening]:
+    rows = history.rows["train"]
+    for launch in history.launches[1:]:
+        before = [row for row in rows if row["step"] <= launch.step]
+        if before:
+            text = f"{history.label}: resumed from step {launch.step} on {launch.host}"
+            yield _Happening({**history.place(before[-1]), "step": launch.step}, "resume", text, colour)
+    for row in rows:
+        if count := row.get("train/skipped_steps"):
+            text = f"{history.label}: {count:.0f} skipped up to step {row['step']}"
+            yield _Happening(history.place(row), "skipped", text, colour)
