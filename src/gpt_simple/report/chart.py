@@ -77,14 +77,16 @@ class Drawing:
     y_format: Format = str
     log: bool = False
     settles: bool = False
+    from_zero: bool = False
     _id: str = field(kw_only=True)
 
     def svg(self) -> str:
         """The chart as an ``svg`` element that scales with its place."""
         x, y = self._ranges()
+        # Points at the ends of the axis are wider than it.
         parts = [
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">',
-            f'<clipPath id="{self._id}"><rect x="{_LEFT}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT}" '
+            f'<clipPath id="{self._id}"><rect x="{_LEFT - 4}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT + 8}" '
             f'height="{HEIGHT - _TOP - _BOTTOM}"/></clipPath>',
             *_grid(x, y, self.x_format, self.y_format),
             *(_mark(mark, x) for mark in self.marks),
@@ -102,7 +104,7 @@ class Drawing:
         else:
             margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
             low, high = min(ys) - margin, max(ys) + margin
-            low = max(low, 0.0) if min(ys) >= 0 else low
+            low = 0.0 if self.from_zero else max(low, 0.0) if min(ys) >= 0 else low
         left, right = min(xs), max(xs)
         across = Range(left, right if right > left else left + 1, _LEFT, WIDTH - _RIGHT)
         return across, Range(low, high, HEIGHT - _BOTTOM, _TOP, log)

@@ -44,6 +44,7 @@ class _Chart:
     write: Format = _plain
     log: bool = False
     settles: bool = False
+    from_zero: bool = False
     floor: bool = False
 
 
@@ -73,9 +74,9 @@ _CHARTS = (
     _Chart("Bits per byte", "validation", "", "eval/bits_per_byte"),
     _Chart("Learning rate", "", "train/lr"),
     _Chart("Gradient norm", "before clipping", "train/grad_norm", log=True),
-    _Chart("Throughput", "tokens/s of training time", "perf/tokens_per_second", write=si),
-    _Chart("MFU", "share of the device's peak", "perf/mfu"),
-    _Chart("Peak memory", "GiB", "memory/peak_gib"),
+    _Chart("Throughput", "tokens/s of training time", "perf/tokens_per_second", write=si, from_zero=True),
+    _Chart("MFU", "share of the device's peak", "perf/mfu", from_zero=True),
+    _Chart("Peak memory", "GiB", "memory/peak_gib", from_zero=True),
 )
 
 
@@ -103,6 +104,7 @@ def figures(histories: Sequence[History]) -> Iterator[str]:
                 chart.write,
                 chart.log,
                 chart.settles,
+                chart.from_zero,
                 id=f"clip-{number}-{axis}",
             )
             drawn += f'<div class="over-{axis}">{drawing.svg()}</div>'
