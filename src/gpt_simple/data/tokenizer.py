@@ -2,7 +2,7 @@
 
 A tokenizer is a byte-level BPE trained on the data, plain bytes (the same thing without merges), or a
 tokenizer.json. All are one class over the `tokenizers` library and one file on disk, so that what a run
-trained with can be loaded anywhere. Text never becomes a special token, whatever it contains: only the end of
+trained with can be loaded anywhere; where it gives the same ids, text goes through tiktoken. Text never becomes a special token, whatever it contains: only the end of
 a document does.
 """
 
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_simple.config.schema import DataConfig
+from gpt_simple.data.merges import MergeEncoder, byte_alphabet, merge_encoder
 from gpt_simple.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -79,6 +80,7 @@ class JsonTokenizer:
     fingerprint: str = field(init=False)
     _spec: dict[str, Any] = field(init=False, repr=False)
     _byte_ids: NDArray[np.int64] | None = field(init=False, repr=False)
+    _merges: MergeEncoder | None = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.backend.encode_special_tokens = True
@@ -89,9 +91,11 @@ class JsonTokenizer:
         object.__setattr__(self, "_spec", spec)
         object.__setattr__(self, "vocab_size", max(self.backend.get_vocab().values()) + 1)
         object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest())
-        plain = _is_plain_byte_level(spec) and not spec["model"].get("merges")
-        ids = np.array([self.backend.token_to_id(char) for char in _byte_alphabet()]) if plain else None
+        plain = _is_plain_byte_level(spec)
+        bytes_only = plain and not spec["model"].get("merges")
+        ids = np.array([self.backend.token_to_id(char) for char in byte_alphabet()]) if bytes_only else None
         object.__setattr__(self, "_byte_ids", ids)
+        object.__setattr__(self, "_merges", merge_encoder(spec) if plain else None)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -103,8 +107,11 @@ class JsonTokenizer:
             return [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         pieces = [list(_pieces(text)) for text in texts]
         flat = [piece for group in pieces for piece in group]
-        encoded = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
-        return [[i for _ in group for i in next(encoded).ids] for group in pieces]
+        if self._merges is not None:
+            parts = iter(self._merges.encode_batch(flat))
+        else:
+            parts = (one.ids for one in self.backend.encode_batch_fast(flat, add_special_tokens=False))
+        return [next(parts) if len(group) == 1 else [i for _ in group for i in next(parts)] for group in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
@@ -196,10 +203,3 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]
-
-
-def _byte_alphabet() -> list[str]:
-    """The characters by which byte-level vocabularies write the 256 bytes: those that print stand for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
