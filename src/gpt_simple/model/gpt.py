@@ -21,8 +21,6 @@ from gpt_simple.model.loss import summed_cross_entropy
 from gpt_simple.model.rope import Rotation, rotary_tables
 from gpt_simple.model.shape import Shape, resolve
 
-INIT_STD = 0.02
-
 
 def build(config: ModelConfig, *, vocab_size: int, max_length: int) -> GPT:
     """The model of a configuration, initialised from torch's global generator.
@@ -150,15 +148,18 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Give every parameter and table its starting value.
 
-        Matrices are normal with deviation 0.02; the two that write into the residual stream of each block
-        have 1 / sqrt(2 n_layer) of it, so that the stream's variance does not grow with depth (Radford et al.
-        2019, "Language Models are Unsupervised Multitask Learners"). Biases are 0, norms 1. Rows that pad the
+        Matrices are normal with deviation sqrt(2 / (5 n_embd)) (Nguyen & Salazar 2019, "Transformers without
+        Tears"): 0.023 at a width of 768, and enough for narrow models to learn to copy. The two that write
+        into the residual stream of each block have 1 / sqrt(2 n_layer) of it, so that the stream's variance
+        does not grow with depth (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+        Biases are 0, norms 1. Rows that pad the
         vocabulary are drawn like the others: training pushes their logits down, and nothing looks them up.
         """
-        residual_std = INIT_STD / math.sqrt(2 * self.shape.n_layer)
+        plain_std = math.sqrt(2 / (5 * self.shape.n_embd))
+        residual_std = plain_std / math.sqrt(2 * self.shape.n_layer)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                std = residual_std if name.endswith((".output", ".down")) else INIT_STD
+                std = residual_std if name.endswith((".output", ".down")) else plain_std
                 module.weight.normal_(0.0, std, generator=generator)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
