@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from gpt_simple.hooks import Finding, Metric, Plugin, Run, hookimpl
     from gpt_simple.run_dir.lineage import read_metrics
+    from gpt_simple.validate.memory import MemoryPrediction, predict_memory
     from gpt_simple.validate.outlook import Outlook, outlook
 
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
         "gpt_simple.errors",
     ),
     **dict.fromkeys(("Finding", "Metric", "Plugin", "Run", "hookimpl"), "gpt_simple.hooks"),
+    **dict.fromkeys(("MemoryPrediction", "predict_memory"), "gpt_simple.validate.memory"),
     **dict.fromkeys(("Outlook", "outlook"), "gpt_simple.validate.outlook"),
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "ExitCode",
     "Finding",
     "GptSimpleError",
+    "MemoryPrediction",
     "Metric",
     "ModelConfig",
     "OptimizerConfig",
@@ -73,6 +76,7 @@ __all__ = [
     "__version__",
     "hookimpl",
     "outlook",
+    "predict_memory",
     "read_metrics",
     "redacted",
     "train",

@@ -271,10 +271,10 @@ def _runtime(outlook: Outlook) -> Iterator[Finding]:
         yield Finding("info", "runtime", message)
         return
     training, total = outlook.config.training, pace.total_seconds
+    evaluating = "unknown" if pace.evaluation_seconds is None else _duration(pace.evaluation_seconds)
     message = (
-        f"{pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.4g} s a step,"
-        f" {_duration(total)} in all with {_duration(pace.evaluation_seconds)} of evaluation and"
-        f" {_duration(pace.saving_seconds)} of saving ({pace.basis})"
+        f"{_duration(total)} in all (evaluation {evaluating}, saving {_duration(pace.saving_seconds)}),"
+        f" {pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.4g} s a step: {pace.basis}"
     )
     yield Finding("info", "runtime", message, fields=pace.fields())
     budgets = {"max_runtime_seconds": training.max_runtime_seconds, "SLURM": outlook.environment.seconds_left}

@@ -45,7 +45,7 @@ class DataOutlook:
     order: Mixture | None
 
     def ends(self, samples: int) -> dict[str, int]:
-        """The buckets without an unread row after ``samples`` samples, each with the first sample at which it had none."""
+        """Buckets without an unread row after ``samples`` samples, each with the first sample at which it had none."""
         assert self.order is not None
         taken = self.order.taken(samples)
         return {

@@ -1,0 +1,238 @@
+"""How much memory a run needs, without using it: the engine's own step on fake tensors.
+
+Eager runs are predicted as they are; of compiled ones the same formulas without fusion are a bound from above.
+With several processes the buckets of DistributedDataParallel hold the gradients all the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import evolve, frozen
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gpt_simple.config.schema import Config
+from gpt_simple.data.loader import CHUNK_STEPS, CHUNK_TOKENS
+from gpt_simple.engine.precision import Precision
+from gpt_simple.engine.session import process_as_found
+from gpt_simple.errors import ConfigError
+from gpt_simple.hooks.components import Registry, builtin_registry
+from gpt_simple.model import loss
+from gpt_simple.validate.devices import Card, find_card
+from gpt_simple.validate.rehearsal import Rehearsal, shorter
+from gpt_simple.validate.tracking import CATEGORIES, MemoryTracker
+
+if TYPE_CHECKING:
+    from gpt_simple.validate.outlook import Outlook
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
+_CUDA_BLOCK = 512
+_LARGEST_BATCH = 4096
+
+
+@frozen
+class MemoryPrediction:
+    """The most bytes of tensors that one process has at a time.
+
+    ``by_category`` divides ``peak`` into parameters, gradients, optimizer, activations, temporaries and data at that
+    moment, which is in ``phase`` (forward, backward, clipping, optimizer, evaluation) at ``place``; ``by_phase`` is the
+    most in each phase. ``is_bound``: the truth is at most this (compiled), else it is this (eager).
+    """
+
+    peak: int
+    by_category: Mapping[str, int]
+    phase: str
+    place: str
+    by_phase: Mapping[str, int]
+    is_bound: bool
+
+    @property
+    def training_peak(self) -> int:
+        """The most in an optimizer step, without evaluation."""
+        return max(size for phase, size in self.by_phase.items() if phase != "evaluation")
+
+
+def predict_memory(
+    config: Config,
+    *,
+    vocab_size: int,
+    precision: str = "no",
+    compiled: bool = False,
+    world_size: int = 1,
+    cuda: bool = False,
+    registry: Registry | None = None,
+) -> MemoryPrediction:
+    """Predict for ``vocab_size`` tokens of the tokenizer and precision ``bf16``, ``fp16`` or ``no``.
+
+    ``cuda``: as on a GPU, with its allocator's blocks and its rows in a chunk of the loss. Takes seconds, and memory
+    for the names of things only. What plugins allocate is left out.
+    """
+    # Fake tensors of a device that this torch was not built for cannot be differentiated: the CPU stands in for it.
+    device = torch.device("cpu")
+    dtype = _DTYPES[precision]
+    setting = Precision(precision, "", device, dtype, torch.amp.GradScaler("cpu", enabled=False))
+    tracker = MemoryTracker(_CUDA_BLOCK if cuda else 1)
+    rows_per_chunk = loss.ROWS_PER_CHUNK | ({"cpu": loss.ROWS_PER_CHUNK["cuda"]} if cuda else {})
+    before = loss.ROWS_PER_CHUNK
+    loss.ROWS_PER_CHUNK = rows_per_chunk
+    try:
+        with process_as_found(), FakeTensorMode(), tracker:
+            rehearsal = Rehearsal.prepare(
+                shorter(config, 2),
+                registry or builtin_registry(),
+                setting,
+                vocab_size=vocab_size,
+                as_compiled=compiled,
+                fake_tensors=True,
+            )
+            _watch(rehearsal, tracker, config, world_size, cuda)
+    finally:
+        loss.ROWS_PER_CHUNK = before
+    by_category = {name: tracker.peak_by.get(name, 0) for name in CATEGORIES}
+    by_phase = {phase: size for phase, size in tracker.peaks.items() if phase != "data"}
+    return MemoryPrediction(tracker.peak, by_category, tracker.peak_phase, tracker.peak_place, by_phase, compiled)
+
+
+def _watch(rehearsal: Rehearsal, tracker: MemoryTracker, config: Config, world_size: int, cuda: bool) -> None:
+    """Two steps, the second with all optimizer state there from its start, and an evaluation."""
+    model, optimizer = rehearsal.model, rehearsal.optimizer
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tracker.name([rehearsal.rows.batch.input_ids, rehearsal.rows.batch.labels], "data")
+    _follow(rehearsal, tracker)
+    tracker.phase = "data"
+    held: list[torch.Tensor] = _chunks(config) if cuda else []
+    buckets = [torch.zeros_like(parameter) for parameter in parameters] if world_size > 1 else []
+    tracker.name(buckets, "gradients")
+    for _ in range(2):
+        for parameter, bucket in zip(parameters, buckets, strict=bool(buckets)):
+            parameter.grad = bucket
+        rehearsal.step()
+        states = (value for state in optimizer.state.values() for value in state.values())
+        tracker.name([value for value in states if isinstance(value, torch.Tensor)], "optimizer")
+    if config.training.eval_steps:
+        tracker.phase, tracker.place = "evaluation", ""
+        rehearsal.evaluate()
+    del held
+
+
+def _follow(rehearsal: Rehearsal, tracker: MemoryTracker) -> None:
+    """Keep the tracker's phase and place up to date through the hooks of torch and the engine."""
+    model, optimizer, calls = rehearsal.model, rehearsal.optimizer, rehearsal.calls
+
+    def enter(phase: str) -> Any:
+        def set_phase(*_: Any) -> None:
+            tracker.phase, tracker.place = phase, ""
+
+        return set_phase
+
+    def at(name: str) -> Any:
+        def set_place(*_: Any) -> None:
+            tracker.place = name
+
+        return set_place
+
+    def has_gradient(name: str) -> Any:
+        def set_category(parameter: torch.Tensor) -> None:
+            tracker.place = name
+            if parameter.grad is not None:
+                tracker.name([parameter.grad], "gradients")
+
+        return set_category
+
+    calls.on_batch = enter("forward")
+    calls.on_gradients = enter("clipping")
+    model.register_forward_hook(lambda module, inputs, output: enter("backward")() if module.training else None)
+    optimizer.register_step_pre_hook(enter("optimizer"))
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_pre_hook(at(name))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(has_gradient(name))  # type: ignore[no-untyped-call]
+
+
+def _chunks(config: Config) -> list[torch.Tensor]:
+    """The rows that the loader keeps on a GPU: two chunks while it goes from one to the next."""
+    training, length = config.training, config.data.max_length
+    step_rows = training.gradient_accumulation_steps * training.per_device_batch_size
+    steps = min(max(CHUNK_TOKENS // (step_rows * length), 1), CHUNK_STEPS)
+    tensors = 4 if config.data.document_mask else 2
+    return [torch.empty(steps * step_rows, length, dtype=torch.int64) for _ in range(2 * tensors)]
+
+
+@frozen
+class MemoryForecast:
+    """A prediction, the card that it is compared with, and the batches that would fit if that was asked for."""
+
+    prediction: MemoryPrediction
+    precision: str
+    compiled: bool
+    card: Card | None
+    batch: int | None = None
+    batch_without_checkpointing: int | None = None
+
+
+def forecast(outlook: Outlook) -> MemoryForecast:
+    """Answer the questions about memory that were asked. Raises ConfigError for an unknown device."""
+    config, questions = outlook.config, outlook.questions
+    card = find_card(questions.device) if questions.device else _card_here()
+    precision: str = config.training.mixed_precision or "auto"
+    if precision == "auto":
+        precision = card.precision if card is not None else "no"
+    vocab_size = outlook.data.vocab_size
+    if vocab_size is None:
+        raise ConfigError("the vocabulary is not known before the data are prepared: set model.vocab_size")
+
+    def predict(wished: Config) -> MemoryPrediction:
+        return predict_memory(
+            wished,
+            vocab_size=vocab_size,
+            precision=precision,
+            compiled=config.training.compile,
+            world_size=questions.world_size,
+            cuda=card is not None,
+            registry=outlook.registry,
+        )
+
+    result = MemoryForecast(predict(config), precision, config.training.compile, card)
+    if not questions.fit:
+        return result
+    if card is None:
+        raise ConfigError("--fit needs to know what to fit into: name a card with --device")
+    batch = largest_batch(config, card.usable, predict)
+    bare = evolve(config, training=evolve(config.training, gradient_checkpointing=False))
+    without = largest_batch(bare, card.usable, predict) if config.training.gradient_checkpointing else batch
+    return evolve(result, batch=batch, batch_without_checkpointing=without)
+
+
+def largest_batch(config: Config, room: int, predict: Any) -> int:
+    """The largest per_device_batch_size, up to 4,096, whose peak is at most ``room`` bytes; 0 if not even one row fits.
+
+    The peak grows by about as much for each row, so two points give a guess that a few more correct.
+    """
+
+    def peak(rows: int) -> int:
+        wished = evolve(config, training=evolve(config.training, per_device_batch_size=rows))
+        size: int = predict(wished).peak
+        return size
+
+    known = {rows: peak(rows) for rows in (1, 2)}
+    fits = max((rows for rows, size in known.items() if size <= room), default=0)
+    over = min((rows for rows, size in known.items() if size > room), default=_LARGEST_BATCH + 1)
+    while over - fits > 1:
+        low, high = (fits, over) if over in known else sorted(known)[-2:]
+        slope = max(1.0, (known[high] - known[low]) / (high - low))
+        guess = min(max(int(low + (room - known[low]) / slope), fits + 1), over - 1)
+        known[guess] = peak(guess)
+        fits, over = (guess, over) if known[guess] <= room else (fits, guess)
+    return fits
+
+
+def _card_here() -> Card | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    modern = torch.cuda.get_device_capability(0) >= (8, 0)
+    return Card(properties.name, properties.total_memory, "bf16" if modern else "fp16")

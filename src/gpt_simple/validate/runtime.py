@@ -1,0 +1,145 @@
+"""How long a run takes: measured by a few real steps, or estimated from its arithmetic for a named card."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from gpt_simple.errors import ConfigError
+from gpt_simple.model.flops import flops_per_token
+from gpt_simple.validate.devices import find_card
+
+if TYPE_CHECKING:
+    from gpt_simple.validate.outlook import Outlook
+
+_PROBE_SECONDS, _PROBE_STEPS = 5.0, (3, 20)
+_WRITING = 0.5e9
+"""Bytes a second of a checkpoint, with its checksums: a disk of the middle sort."""
+
+
+@frozen
+class Pace:
+    """Seconds of the whole run by what they go to. ``basis`` says where the numbers come from.
+
+    ``evaluation_seconds`` is None while the data are not prepared, since their validation split is not known then.
+    """
+
+    measured: bool
+    basis: str
+    tokens_per_second: float
+    step_seconds: float
+    first_step_seconds: float
+    training_seconds: float
+    evaluation_seconds: float | None
+    saving_seconds: float
+
+    @property
+    def total_seconds(self) -> float:
+        """From the first step to the last checkpoint."""
+        stepping = self.first_step_seconds + self.training_seconds
+        return stepping + (self.evaluation_seconds or 0.0) + self.saving_seconds
+
+    def fields(self) -> dict[str, Any]:
+        """The same for machines."""
+        names = ("measured", "basis", "tokens_per_second", "step_seconds", "first_step_seconds", "total_seconds")
+        return {name: getattr(self, name) for name in names}
+
+
+def look(outlook: Outlook) -> Pace | None:
+    """Measure if a probe was asked for, else estimate for the named card; None if neither can be done."""
+    if outlook.questions.probe:
+        return _measured(outlook)
+    return _estimated(outlook) if outlook.questions.device else None
+
+
+def _measured(outlook: Outlook) -> Pace:
+    """Make steps on this machine, as configured, on rows that are made up; nothing is written."""
+    import torch
+
+    from gpt_simple.engine.compile import compile_flags, plan
+    from gpt_simple.engine.precision import resolve
+    from gpt_simple.engine.session import process_as_found
+    from gpt_simple.validate.rehearsal import Rehearsal
+
+    config, training = outlook.config, outlook.config.training
+    vocab_size = outlook.data.vocab_size
+    if vocab_size is None:
+        raise ConfigError("the vocabulary is not known before the data are prepared: prepare them, then probe")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wished = not outlook.is_default("training.compile")
+    with process_as_found():
+        precision = resolve(training.mixed_precision, device)
+        compiling = plan(training, device, 1, wished=wished, place="training.compile")
+        with compile_flags(compiling):
+            rehearsal = Rehearsal.prepare(
+                config, outlook.registry, precision, vocab_size=vocab_size, compiling=compiling
+            )
+            first = _seconds(rehearsal.step, device)
+            steps = _repeat(rehearsal.step, device)
+            batch = 0.0
+            if training.eval_steps:
+                _seconds(rehearsal.evaluate, device)
+                batch = _seconds(rehearsal.evaluate, device)
+    step = statistics.median(steps)
+    name = "fp32" if precision.name == "no" else precision.name
+    compiled = ", compiled" if compiling.enabled else ""
+    basis = f"measured: {len(steps)} steps here, {name}{compiled}; the first took {first:.1f} s"
+    if outlook.questions.world_size > 1:
+        basis += f"; {outlook.questions.world_size} processes without the time to talk to each other"
+    return _pace(outlook, True, basis, step, batch, first)
+
+
+def _estimated(outlook: Outlook) -> Pace | None:
+    card = find_card(outlook.questions.device or "")
+    shape, config, mfu = outlook.shape, outlook.config, outlook.questions.mfu
+    if card.flops is None or shape is None:
+        return None
+    rows, length = config.training.per_device_batch_size, config.data.max_length
+    forward = flops_per_token(shape, length) / 3 * rows * length / (card.flops * mfu)
+    # The backward pass costs two forward passes, and another one where activations are computed again.
+    passes = 4 if config.training.gradient_checkpointing else 3
+    step = passes * forward * config.training.gradient_accumulation_steps
+    basis = f"an estimate: {mfu:.0%} of the {card.flops / 1e12:.0f} TFLOP/s of a {card.name}"
+    return _pace(outlook, False, basis, step, forward, 0.0)
+
+
+def _pace(outlook: Outlook, measured: bool, basis: str, step: float, batch: float, first: float) -> Pace:
+    """From the seconds of a step, of a batch of an evaluation and of the first step to the whole run."""
+    config, training, world = outlook.config, outlook.config.training, outlook.questions.world_size
+    evaluations = -(-training.max_steps // training.eval_steps) if training.eval_steps else 0
+    batches = -(-outlook.data.val_rows // (training.per_device_batch_size * world))
+    if training.max_eval_batches is not None:
+        batches = min(batches, -(-training.max_eval_batches // world))
+    saves = -(-training.max_steps // (training.save_steps or training.max_steps))
+    return Pace(
+        measured=measured,
+        basis=basis,
+        tokens_per_second=outlook.rows_per_step * config.data.max_length / step,
+        step_seconds=step,
+        first_step_seconds=first,
+        training_seconds=step * (training.max_steps - (1 if first else 0)),
+        evaluation_seconds=evaluations * batches * batch if outlook.data.val_tokens is not None else None,
+        saving_seconds=saves * (outlook.output.checkpoint_bytes or 0) / _WRITING,
+    )
+
+
+def _repeat(work: Any, device: Any) -> list[float]:
+    """Seconds of each repetition: at least some, at most many, until enough time has passed."""
+    fewest, most = _PROBE_STEPS
+    times: list[float] = []
+    while len(times) < fewest or (len(times) < most and sum(times) < _PROBE_SECONDS):
+        times.append(_seconds(work, device))
+    return times
+
+
+def _seconds(work: Any, device: Any) -> float:
+    import torch
+
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin

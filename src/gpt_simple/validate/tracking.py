@@ -1,0 +1,76 @@
+"""Counts the bytes of all tensors that are alive, by what they are for, and remembers the most and where it was.
+
+A storage is seen when an operation returns it and forgotten when it is freed, so fake tensors tell the same as real
+ones. Memory that a kernel takes and gives back inside one operation is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporaries", "data")
+
+_BORN_AS = {"set-up": "parameters", "data": "data", "forward": "activations"}
+"""The category of what is made in a phase; what is made in any other phase is temporary until it is named."""
+
+
+class MemoryTracker(TorchDispatchMode):
+    """``phase`` and ``place`` are set by who watches; ``peaks`` is the most in each phase.
+
+    ``granularity``: an allocator hands out multiples of this many bytes (a GPU's: 512).
+    """
+
+    def __init__(self, granularity: int = 1) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase, self.place = "set-up", ""
+        self.now, self.peak = 0, 0
+        self.peak_phase, self.peak_place = "", ""
+        self.peak_by: Mapping[str, int] = {}
+        self.peaks: Counter[str] = Counter()
+        self._by: Counter[str] = Counter()
+        self._granularity = granularity
+        self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def name(self, tensors: Iterable[torch.Tensor], category: str) -> None:
+        """Move tensors to another category: what they are for is known only after they were made."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if (known := self._alive.get(key)) is not None:
+                reference, size, before = known
+                self._by[before] -= size
+                self._by[category] += size
+                self._alive[key] = reference, size, category
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = -(-storage.nbytes() // self._granularity) * self._granularity
+        category = _BORN_AS.get(self.phase, "temporaries")
+        self._alive[key] = weakref.ref(storage, lambda _: self._forget(key)), size, category
+        self.now += size
+        self._by[category] += size
+        if self.now > self.peaks[self.phase]:
+            self.peaks[self.phase] = self.now
+        if self.now > self.peak:
+            self.peak, self.peak_by = self.now, dict(self._by)
+            self.peak_phase, self.peak_place = self.phase, self.place
+
+    def _forget(self, key: int) -> None:
+        _, size, category = self._alive.pop(key)
+        self.now -= size
+        self._by[category] -= size

@@ -1,0 +1,172 @@
+"""Predicted memory against what the first real steps use, and the questions that a prediction answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpt_simple
+from gpt_simple.assembly import assemble
+from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
+from gpt_simple.engine.session import train
+from gpt_simple.errors import ConfigError
+from gpt_simple.hooks.activation import Switches
+from gpt_simple.validate.devices import CARDS, find_card
+from gpt_simple.validate.memory import largest_batch, predict_memory
+from tests.validate.conftest import Check
+
+BASE: dict[str, dict[str, Any]] = {
+    "model": {"n_embd": 64, "n_layer": 3, "n_head": 4},
+    "data": {"source": "stories", "tokenizer": "bytes", "max_length": 256, "max_documents": 200},
+    "optimizer": {"warmup_steps": 1},
+    "training": {
+        "max_steps": 3,
+        "per_device_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "compile": False,
+        "gradient_checkpointing": False,
+        "eval_steps": None,
+        "save_steps": None,
+    },
+}
+
+CASES: dict[str, dict[str, str]] = {
+    "fp32": {},
+    "checkpointing": {"training.gradient_checkpointing": "true"},
+    "bf16": {"training.mixed_precision": "bf16"},
+    "bf16, every second block": {"training.mixed_precision": "bf16", "training.gradient_checkpointing": "2"},
+    "untied, grouped heads, one micro-batch": {
+        "model.tie_word_embeddings": "false",
+        "model.n_kv_head": "2",
+        "training.gradient_accumulation_steps": "1",
+    },
+    "document mask, dropout": {"data.document_mask": "true", "model.dropout": "0.1"},
+    "GPT-2": {
+        "model.norm": "layernorm",
+        "model.mlp_type": "mlp",
+        "model.position": "learned",
+        "model.use_bias": "true",
+    },
+}
+
+
+def run(directory: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
+    """What the memory plugin says at the end of a run."""
+    values = {**overrides, "training.output_dir": str(directory), "plugins.console.progress": "off"}
+    switches = Switches(enable=("memory",), disable=("sample",))
+    assembly = assemble(None, sections=BASE, overrides=list(values.items()), switches=switches)
+    train(assembly)
+    plugin: Any = next(plugin.instance for plugin in assembly.host.plugins if plugin.name == "memory")
+    return {"predicted": plugin._prediction, "measured": plugin._measured, "said": plugin.describe()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_prediction_is_what_an_eager_run_uses(tmp_path: Path, case: str) -> None:
+    told = run(tmp_path, CASES[case])
+    assert told["predicted"].training_peak == pytest.approx(told["measured"], rel=0.01)
+    assert "prediction error" in told["said"]
+
+
+def test_a_resumed_run_is_predicted_too(tmp_path: Path) -> None:
+    run(tmp_path, {})
+    told = run(tmp_path, {"training.max_steps": "6"})
+    assert told["predicted"].training_peak == pytest.approx(told["measured"], rel=0.01)
+
+
+@pytest.mark.compiler
+@pytest.mark.slow
+def test_a_compiled_run_uses_no_more_than_predicted(tmp_path: Path) -> None:
+    told = run(tmp_path, {"training.compile": "true"})
+    assert told["predicted"].is_bound
+    assert told["measured"] <= told["predicted"].training_peak
+
+
+def small(**training: Any) -> Config:
+    return Config(
+        model=ModelConfig(n_embd=32, n_layer=2, n_head=2),
+        data=DataConfig(max_length=64),
+        training=TrainingConfig(**{"gradient_checkpointing": False, **training}),
+    )
+
+
+def test_the_categories_add_up_and_parameters_are_exact() -> None:
+    prediction = predict_memory(small(), vocab_size=257)
+    assert sum(prediction.by_category.values()) == prediction.peak == max(prediction.by_phase.values())
+    assert prediction.phase in ("forward", "backward")
+    from gpt_simple.model.flops import parameter_count
+    from gpt_simple.model.shape import resolve
+
+    count = parameter_count(resolve(small().model, vocab_size=384, max_length=64))
+    assert prediction.by_category["gradients"] == 4 * count
+    assert prediction.by_category["optimizer"] == pytest.approx(8 * count, rel=0.01)
+
+
+def test_predicting_leaves_no_trace_in_torch() -> None:
+    state, default = torch.get_rng_state(), torch.get_default_dtype()
+    predict_memory(small(), vocab_size=257, precision="bf16", cuda=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() is default
+    from gpt_simple.model.loss import ROWS_PER_CHUNK
+
+    assert ROWS_PER_CHUNK["cpu"] == 512
+
+
+def test_several_processes_keep_the_buckets_of_their_gradients() -> None:
+    alone = predict_memory(small(gradient_accumulation_steps=1), vocab_size=257)
+    together = predict_memory(small(gradient_accumulation_steps=1), vocab_size=257, world_size=2)
+    gradients = together.by_category["gradients"]
+    assert alone.by_category["gradients"] < gradients
+    assert alone.peak < together.peak <= alone.peak + gradients
+
+
+def test_checkpointing_saves_and_a_large_model_costs_no_memory() -> None:
+    import resource
+
+    config = Config(
+        model=ModelConfig(n_embd=2048, n_layer=4, n_head=16),
+        data=DataConfig(max_length=1024),
+        training=TrainingConfig(per_device_batch_size=8),
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    checkpointed = predict_memory(config, vocab_size=50000, precision="bf16")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
+    assert checkpointed.peak > 4 * 2**30
+
+
+def test_the_largest_batch_fits_and_one_more_row_does_not() -> None:
+    def predict(config: Config) -> Any:
+        return predict_memory(config, vocab_size=257)
+
+    room = predict(small(per_device_batch_size=11)).peak
+    assert largest_batch(small(), room, predict) == 11
+    assert largest_batch(small(), room - 1, predict) == 10
+    assert largest_batch(small(), 1000, predict) == 0
+
+
+def test_cards() -> None:
+    assert find_card("H100") is CARDS["h100"]
+    assert find_card("24GiB").memory == 24 * 2**30
+    assert find_card("1000").memory == 1000
+    with pytest.raises(ConfigError, match=r"h10.*did you mean h100"):
+        find_card("h10")
+
+
+def test_the_command_compares_with_a_card(check: Check) -> None:
+    found = check("--device", "3GiB", "--fit", "--training.mixed_precision=fp16", "--model.n_embd=256")
+    assert found["memory"]["fields"]["precision"] == "fp16"
+    assert found["memory-margin"]["fields"]["margin"] > 0
+    assert found["memory-fit"]["fields"]["batch"] > 16
+    assert check("--device", "1600MiB", "--model.n_layer=40", "--model.n_embd=512", code=2)["memory-too-small"]
+
+
+def test_an_unknown_card_is_an_error(check: Check) -> None:
+    assert "h100" in check("--device", "h10", code=2)["memory-refused"]["message"]
+
+
+def test_memory_is_predicted_only_when_asked(check: Check) -> None:
+    assert "memory" not in check()
+    assert gpt_simple.outlook(Config()).questions.memory is False
