@@ -62,16 +62,17 @@ def test_positions_matter(shape: dict[str, Any]) -> None:
 def test_a_new_model_is_as_good_as_guessing() -> None:
     model, (ids, labels) = tiny(), rows(batch=8)
     loss = model(ids, labels) / (labels != -100).sum()
-    assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.1)
+    assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.3)
 
 
 def test_initial_deviations() -> None:
     model = tiny(n_embd=256, n_layer=8, use_bias=True, norm="layernorm")
     block = model.blocks[3]
-    assert block.attention.query.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.attention.output.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
-    assert block.mlp.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
-    assert model.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    plain = math.sqrt(2 / (5 * 256))
+    assert block.attention.query.weight.std().item() == pytest.approx(plain, rel=0.05)
+    assert block.attention.output.weight.std().item() == pytest.approx(plain / 4, rel=0.05)
+    assert block.mlp.down.weight.std().item() == pytest.approx(plain / 4, rel=0.05)
+    assert model.token_embedding.weight.std().item() == pytest.approx(plain, rel=0.05)
     assert not block.mlp.up.bias.any()
     assert not block.mlp_norm.bias.any()
     assert (block.mlp_norm.weight == 1).all()

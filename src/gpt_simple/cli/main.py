@@ -63,6 +63,8 @@ def _group() -> Any:
             record = usable(commands()).get(name)
             if record is None or record.entry_point is None:
                 return None
+            if record.problem:
+                raise click.ClickException(f"the command {record.detail}")
             try:
                 command = record.entry_point.load()
             except Exception as error:
