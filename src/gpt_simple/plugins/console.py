@@ -1,18 +1,19 @@
 """What one sees while a run trains: a banner, progress, a summary.
 
-On a terminal a progress bar with the time left stands under a scrolling log; anywhere else (a pipe, CI, a batch
-system) every line is plain ``key=value`` text that one can grep.
+On a terminal a live view stands under a scrolling log; anywhere else (a pipe, CI, a batch system) every line is plain
+``key=value`` text that one can grep, or JSON for programs.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import statistics
 import sys
-import textwrap
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,22 +22,20 @@ from typing_extensions import Doc
 
 from gpt_simple.hooks import Plugin, hookimpl
 from gpt_simple.hooks import events as ev
+from gpt_simple.plugins.console_text import (
+    banner,
+    checkpoint_line,
+    evaluation_line,
+    log_lines,
+    metrics_line,
+    summary_lines,
+)
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from gpt_simple.hooks import Run
+    from gpt_simple.plugins.console_live import LiveView
 
-_SHOWN = {
-    "train/loss": ("loss", "{:.4f}"),
-    "train/lr": ("lr", "{:.3g}"),
-    "train/grad_norm": ("grad_norm", "{:.3f}"),
-    "train/skipped_steps": ("skipped", "{:.0f}"),
-    "perf/tokens_per_second": ("tokens_per_second", "{:.0f}"),
-    "perf/mfu": ("mfu", "{:.3f}"),
-    "memory/peak_gib": ("peak_gib", "{:.2f}"),
-}
-_REDRAW_SECONDS = 0.2
+_STEPS = 64
 
 
 @frozen
@@ -44,9 +43,10 @@ class ConsoleConfig:
     """``[plugins.console]``."""
 
     progress: Annotated[
-        Literal["auto", "live", "lines", "off"],
-        Doc("live: a progress bar; lines: plain text; off: warnings only; auto: live on a terminal, else lines"),
-    ] = "auto"
+        Literal["auto", "live", "lines", "json", "off"],
+        Doc("live: a view that is redrawn; lines: plain text; json: an object a line; off: warnings only; auto: live "
+            "on a terminal, else lines"),
+    ] = "auto"  # fmt: skip
 
 
 class Console(Plugin[ConsoleConfig]):
@@ -58,171 +58,114 @@ class Console(Plugin[ConsoleConfig]):
         super().__init__(config)
         self._mode = config.progress
         if self._mode == "auto":
+            # Not left to rich, which FORCE_COLOR makes write escapes into files.
             self._mode = "live" if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else "lines"
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._redrawn = 0.0
+        self._view: LiveView | None = None
+        self._best: float | None = None
         self._first = 0
-        self._ends: deque[float] = deque(maxlen=64)
+        self._ends: deque[float] = deque(maxlen=_STEPS)
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
-        for line in _banner(run, event):
-            self._say(line)
+        self._tell("start", banner(run, event), {"step": event.step, "max_steps": event.max_steps, **event.facts})
         self._first = event.step + 1
         if self._mode == "live":
-            self._start_progress(event)
+            from gpt_simple.plugins.console_live import LiveView
+
+            self._view = LiveView(event, lambda: self._left(run), best=self._best)
+            self._view.start()
 
     @hookimpl
     def on_step_start(self, run: Run, event: ev.StepStart) -> None:
         if event.step == self._first and run.facts()["compile"] != "off":
-            self._say(f"step {event.step} compiles the model: this takes a while, once")
+            line = f"step {event.step} compiles the model: this takes a while, once"
+            self._tell("compile", [line], {"step": event.step})
+            if self._view is not None:
+                self._view.phase = "compiling"
 
     @hookimpl
     def on_step_end(self, run: Run, event: ev.StepEnd) -> None:
-        now = time.monotonic()
-        self._ends.append(now)
-        if self._progress is not None and now - self._redrawn > _REDRAW_SECONDS:
-            self._redrawn = now
-            self._progress.update(self._task, completed=event.step, left=_duration(self._left(run)))  # type: ignore[arg-type]
+        self._ends.append(time.monotonic())
+        if self._view is not None:
+            self._view.step, self._view.phase = event.step, "training"
 
     @hookimpl
     def on_metrics(self, run: Run, event: ev.MetricsReady) -> None:
-        pairs = [
-            f"{name}={form.format(event.metrics[key])}" for key, (name, form) in _SHOWN.items() if key in event.metrics
-        ]
-        self._say(f"step={event.step} tokens={event.tokens} {' '.join(pairs)} eta={_duration(self._left(run))}")
+        if self._view is not None:
+            self._view.metrics(event.metrics)
+            return
+        left = self._left(run)
+        facts = {"step": event.step, "tokens": event.tokens, "eta_seconds": left, **event.metrics}
+        self._tell("train", [metrics_line(event, left)], facts)
 
     @hookimpl
     def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
-        pairs = [f"{name.replace('/', '_')}={value:.4f}" for name, value in event.metrics.items()]
-        if (floor := run.facts()["floor"]) is not None:
-            pairs.append(f"floor={floor:.4f}")
-        self._say(f"step={event.step} {' '.join(pairs)} seconds={event.seconds:.1f}")
+        if (loss := event.metrics.get("eval/loss")) is not None:
+            self._best = loss if self._best is None else min(self._best, loss)
+        if self._view is not None:
+            self._view.evaluation(event.metrics, self._best)
+        line = evaluation_line(event, run.facts()["floor"])
+        facts = {"step": event.step, "tokens": event.tokens, "seconds": event.seconds, **event.metrics}
+        self._tell("eval", [line], facts)
+
+    @hookimpl
+    def on_checkpoint_saving(self, run: Run, event: ev.CheckpointSaving) -> None:
+        if self._view is not None:
+            self._view.phase = "saving a checkpoint"
 
     @hookimpl
     def on_checkpoint_saved(self, run: Run, event: ev.CheckpointSaved) -> None:
-        self._say(
-            f"step={event.step} checkpoint={event.path} mib={event.bytes / 2**20:.1f} seconds={event.seconds:.2f}"
-        )
+        if self._view is not None:
+            self._view.phase = "training"
+            self._view.checkpoint(event.step)
+        facts = {"step": event.step, "path": event.path, "bytes": event.bytes, "seconds": event.seconds}
+        self._tell("checkpoint", [checkpoint_line(event)], facts)
 
     @hookimpl
     def on_log(self, run: Run, event: ev.LogRecord) -> None:
-        if event.name == "sample":
-            self._say(f"step={event.step} sample:\n{textwrap.indent(_wrapped(event.message), '    ')}")
-        else:
-            self._say(f"{event.level}: {event.message}" if event.level != "info" else event.message, event.level)
+        if self._view is not None and event.level != "info":
+            self._view.warnings += 1
+        facts = {"step": event.step, "name": event.name, "level": event.level, "message": event.message}
+        self._tell("event", [log_lines(event)], {**event.fields, **facts}, urgent=event.level != "info")
 
     @hookimpl
     def on_run_end(self, run: Run, event: ev.RunEnd) -> None:
-        self._stop_progress()
-        for line in _summary(run, event):
-            self._say(line)
+        self._close_view()
+        self._tell("end", summary_lines(run, event), event.summary)
 
     @hookimpl
     def on_close(self, run: Run, event: ev.Close) -> None:
-        self._stop_progress()
+        self._close_view()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
+        self._best = state["best"]
 
     def _left(self, run: Run) -> float | None:
         """Seconds to the last step, from the median of the latest steps: evaluations and checkpoints do not show."""
-        if len(self._ends) < 3:
-            return None
         ends = list(self._ends)
+        if len(ends) < 3:
+            return None
         step = statistics.median(after - before for before, after in pairwise(ends))
         return step * (run.config.training.max_steps - run.step)
 
-    def _say(self, text: str, level: str = "info") -> None:
-        if self._mode == "off" and level == "info":
+    def _tell(self, kind: str, lines: Sequence[str], facts: Mapping[str, Any], *, urgent: bool = False) -> None:
+        """Say something in the way that was asked for: as lines of text, or as one object of ``kind``."""
+        if self._mode == "json":
+            row = {**facts, "kind": kind}
+            values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+            lines = [json.dumps(values, default=str)]
+        elif self._mode == "off" and not urgent:
             return
-        if self._progress is not None:
-            # Never markup: a text may hold brackets.
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        text = "\n".join(lines)
+        if self._view is not None:
+            self._view.print(text)
         else:
             print(text, flush=True)
 
-    def _start_progress(self, event: ev.RunStart) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = [TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn()]
-        self._progress = Progress(*columns, TextColumn("{task.fields[left]} left"), refresh_per_second=4)
-        self._task = self._progress.add_task("train", total=event.max_steps, completed=event.step, left="?")
-        self._progress.start()
-
-    def _stop_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
-def _banner(run: Run, event: ev.RunStart) -> list[str]:
-    facts, training = event.facts, run.config.training
-    rows = training.per_device_batch_size * training.gradient_accumulation_steps * run.world_size
-    lines = [
-        f"device     {facts['device']} x {run.world_size}, precision {facts['precision']} ({facts['precision_why']}),"
-        f" compile {facts['compile']}",
-        f"model      {run.config.model.name}: {facts['parameters']:,} parameters",
-        f"data       {_data(facts['data'])}",
-        f"step       {training.per_device_batch_size} rows x {training.gradient_accumulation_steps} micro-batches x"
-        f" {run.world_size} processes x {facts['tokens_per_step'] // rows} tokens"
-        f" = {facts['tokens_per_step']:,} tokens; {event.max_steps:,} steps",
-        f"plugins    {', '.join(facts['plugins'])}",
-        f"output     {run.output_dir}",
-    ]
-    if facts["floor"] is not None:
-        lines.append(
-            f"floor      {facts['floor']:.4f} nats/token: the source's own validation loss; nothing can beat it"
-        )
-    lines.append(f"start      {event.promise}")
-    return lines
-
-
-def _data(data: Mapping[str, Any]) -> str:
-    sizes = [
-        f"{data[split]['targets']:,} {word} tokens" for split, word in (("train", "training"), ("val", "validation"))
-    ]
-    buckets = f", {len(data['buckets'])} buckets" if len(data["buckets"]) > 1 else ""
-    return f"{', '.join(sizes)}{buckets}, tokenizer {data['tokenizer']} ({data['vocab_size']:,} entries)"
-
-
-def _summary(run: Run, event: ev.RunEnd) -> list[str]:
-    summary = event.summary
-    floor = f" (floor {summary['floor']:.4f})" if summary["floor"] is not None else ""
-    rows: list[tuple[str, Any]] = [
-        ("steps", f"{summary['steps']:,}"),
-        ("tokens", f"{summary['total_tokens']:,} ({summary['total_target_tokens']:,} in the loss)"),
-        ("training loss", _number(summary["final_loss"])),
-        ("validation loss", _number(summary["final_val_loss"]) + floor),
-        ("best validation loss", _number(summary["best_val_loss"])),
-        ("bits per byte", _number(summary["bits_per_byte"])),
-        ("median tokens/s", f"{summary['tokens_per_second']:,.0f}" if summary["tokens_per_second"] else "-"),
-        ("peak memory", f"{summary['peak_memory_gib']:.2f} GiB"),
-        ("time", _duration(summary["seconds"])),
-        ("checkpoint", summary["checkpoint"] or "-"),
-    ]
-    lines = ["", f"{event.status}: {event.reason}"]
-    lines += [f"  {name:<21} {value}" for name, value in rows]
-    for facts in summary["plugins"].values():
-        if "sample" in facts:
-            lines += ["  the model writes", textwrap.indent(_wrapped(facts["sample"]), "    ")]
-    lines += ["", f"next: {summary['next']}"]
-    if summary["checkpoint"]:
-        lines.append(f'      gpt-simple sample {run.output_dir} --prompt "Once" lets the model write')
-    return lines
-
-
-def _wrapped(text: str) -> str:
-    """Lines of readable width; control characters, which a young model writes, must not reach the terminal."""
-    lines = (textwrap.fill(line, 100) for line in text.splitlines())
-    return "\n".join("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in line) for line in lines)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+    def _close_view(self) -> None:
+        if self._view is not None:
+            self._view.stop()
+            self._view = None

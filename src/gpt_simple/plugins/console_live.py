@@ -1,0 +1,151 @@
+"""The live view on a terminal: where the run is and how it does, under a scrolling log.
+
+A thread of rich redraws it once a second. The hooks only store numbers, so that a step of some milliseconds does not
+notice.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.cells import cell_len
+from rich.console import Console as Terminal
+from rich.console import ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from gpt_simple.hooks import events as ev
+from gpt_simple.plugins.console_text import duration
+
+_BARS = "▁▂▃▄▅▆▇█"
+_LOSSES = 32
+
+
+class LiveView:
+    """Stands at the bottom of the terminal until ``stop``. ``left`` tells the seconds to the end, if known."""
+
+    def __init__(
+        self,
+        event: ev.RunStart,
+        left: Callable[[], float | None],
+        *,
+        best: float | None = None,
+        terminal: Terminal | None = None,
+    ) -> None:
+        self.step = event.step
+        self.phase = "training"
+        self.warnings = 0
+        self._max_steps = event.max_steps
+        self._floor: float | None = event.facts["floor"]
+        self._left = left
+        self._best = best
+        self._started = time.monotonic()
+        self._losses: deque[float] = deque(maxlen=_LOSSES)
+        self._train: Mapping[str, float] = {}
+        self._eval: Mapping[str, float] = {}
+        self._checkpoint: tuple[int, float] | None = None
+        # Not sys.stdout itself: rich replaces that, and a print of anybody else then scrolls above the view.
+        self._terminal = terminal or Terminal(file=sys.stdout, highlight=False)
+        self._live = Live(self, console=self._terminal, refresh_per_second=1)
+
+    def start(self) -> None:
+        """Appear."""
+        self._live.start()
+
+    def stop(self) -> None:
+        """Disappear and leave the log."""
+        self._live.transient = True
+        self._live.stop()
+
+    def print(self, text: str) -> None:
+        """A line of the log. Never markup: a text may hold brackets."""
+        self._terminal.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        """A logging boundary."""
+        self._train = metrics
+        self._losses.append(metrics["train/loss"])
+
+    def evaluation(self, metrics: Mapping[str, float], best: float | None) -> None:
+        """An evaluation, and the best validation loss so far."""
+        self._eval, self._best = metrics, best
+
+    def checkpoint(self, step: int) -> None:
+        """A checkpoint is durable."""
+        self._checkpoint = step, time.monotonic()
+
+    def __rich_console__(self, console: Terminal, options: ConsoleOptions) -> RenderResult:
+        yield self._progress()
+        for facts in (self._learning(), self._speed(), self._state()):
+            if facts:
+                yield _row(facts, options.max_width)
+
+    def _progress(self) -> Table:
+        done = f"step {self.step:,}/{self._max_steps:,}"
+        elapsed = duration(time.monotonic() - self._started)
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(no_wrap=True)
+        grid.add_column(ratio=1)
+        grid.add_column(no_wrap=True)
+        what = f"{duration(self._left())} left, {elapsed} so far" if self.phase == "training" else self.phase
+        grid.add_row(Text(done, "bold"), ProgressBar(total=self._max_steps, completed=self.step), Text(what))
+        return grid
+
+    def _learning(self) -> list[tuple[str, str]]:
+        facts = []
+        if self._losses:
+            facts.append(("loss", f"{self._losses[-1]:.4f} {sparkline(self._losses)}"))
+        if (loss := self._eval.get("eval/loss")) is not None:
+            facts.append(("validation", f"{loss:.4f}"))
+        if self._best is not None:
+            facts.append(("best", f"{self._best:.4f}"))
+        if (bits := self._eval.get("eval/bits_per_byte")) is not None:
+            facts.append(("bits/byte", f"{bits:.4f}"))
+        if self._floor is not None:
+            facts.append(("floor", f"{self._floor:.4f}"))
+        return facts
+
+    def _speed(self) -> list[tuple[str, str]]:
+        formats = (
+            ("tokens/s", "perf/tokens_per_second", "{:,.0f}"),
+            ("MFU", "perf/mfu", "{:.1%}"),
+            ("lr", "train/lr", "{:.3g}"),
+            ("grad norm", "train/grad_norm", "{:.3f}"),
+            ("memory", "memory/peak_gib", "{:.2f} GiB"),
+        )
+        return [(name, form.format(self._train[key])) for name, key, form in formats if key in self._train]
+
+    def _state(self) -> list[tuple[str, str]]:
+        facts = []
+        if self._checkpoint is not None:
+            step, when = self._checkpoint
+            facts.append(("checkpoint", f"step {step:,}, {duration(time.monotonic() - when)} ago"))
+        if self.warnings:
+            facts.append(("warnings", str(self.warnings)))
+        return facts
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """One bar for each value, between the lowest and the highest of them; a gap for what is not finite."""
+    finite = [value for value in values if abs(value) < float("inf")]
+    if not finite:
+        return " " * len(values)
+    low, high = min(finite), max(finite)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] if abs(value) < float("inf") else " " for value in values)
+
+
+def _row(facts: Sequence[tuple[str, str]], width: int) -> Text:
+    """As many facts as fit on one line: a view that wraps would not be erased as a whole."""
+    row = Text(no_wrap=True, overflow="crop", end="\n")
+    for name, value in facts:
+        if row and cell_len(row.plain) + cell_len(f"   {name} {value}") > width:
+            break
+        row.append("   " if row else "")
+        row.append(f"{name} ", "dim").append(value)
+    return row

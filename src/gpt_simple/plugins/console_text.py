@@ -1,0 +1,127 @@
+"""Sentences and numbers for the console: the banner, the lines of a run, the summary."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from gpt_simple.hooks import events as ev
+
+if TYPE_CHECKING:
+    from gpt_simple.hooks import Run
+
+_SHOWN = {
+    "train/loss": ("loss", "{:.4f}"),
+    "train/lr": ("lr", "{:.3g}"),
+    "train/grad_norm": ("grad_norm", "{:.3f}"),
+    "train/skipped_steps": ("skipped", "{:.0f}"),
+    "perf/tokens_per_second": ("tokens_per_second", "{:.0f}"),
+    "perf/mfu": ("mfu", "{:.3f}"),
+    "memory/peak_gib": ("peak_gib", "{:.2f}"),
+}
+
+
+def metrics_line(event: ev.MetricsReady, left: float | None) -> str:
+    """A logging boundary as ``key=value`` pairs, with the seconds that are left."""
+    shown = {key: form for key, form in _SHOWN.items() if key in event.metrics}
+    pairs = [f"{name}={form.format(event.metrics[key])}" for key, (name, form) in shown.items()]
+    return f"step={event.step} tokens={event.tokens} {' '.join(pairs)} eta={duration(left)}"
+
+
+def evaluation_line(event: ev.EvalEnd, floor: float | None) -> str:
+    """An evaluation as ``key=value`` pairs."""
+    pairs = [f"{name.replace('/', '_')}={value:.4f}" for name, value in event.metrics.items()]
+    if floor is not None:
+        pairs.append(f"floor={floor:.4f}")
+    return f"step={event.step} {' '.join(pairs)} seconds={event.seconds:.1f}"
+
+
+def checkpoint_line(event: ev.CheckpointSaved) -> str:
+    """A checkpoint as ``key=value`` pairs."""
+    size = f"{event.bytes / 2**20:.1f}"
+    return f"step={event.step} checkpoint={event.path} mib={size} seconds={event.seconds:.2f}"
+
+
+def log_lines(event: ev.LogRecord) -> str:
+    """What a plugin or the engine said, on one line or, for a sample, on several."""
+    if event.name == "sample":
+        return f"step={event.step} sample:\n{textwrap.indent(wrapped(event.message), '    ')}"
+    return f"{event.level}: {event.message}" if event.level != "info" else event.message
+
+
+def banner(run: Run, event: ev.RunStart) -> list[str]:
+    """What runs, on what, with which numbers, and where it goes on from."""
+    facts, training = event.facts, run.config.training
+    rows = training.per_device_batch_size * training.gradient_accumulation_steps * run.world_size
+    lines = [
+        f"device     {facts['device']} x {run.world_size}, precision {facts['precision']} ({facts['precision_why']}),"
+        f" compile {facts['compile']}",
+        f"model      {run.config.model.name}: {facts['parameters']:,} parameters",
+        f"data       {_data(facts['data'])}",
+        f"step       {training.per_device_batch_size} rows x {training.gradient_accumulation_steps} micro-batches x"
+        f" {run.world_size} processes x {facts['tokens_per_step'] // rows} tokens"
+        f" = {facts['tokens_per_step']:,} tokens; {event.max_steps:,} steps",
+        f"plugins    {', '.join(facts['plugins'])}",
+        f"output     {run.output_dir}",
+    ]
+    if facts["floor"] is not None:
+        lines.append(
+            f"floor      {facts['floor']:.4f} nats/token: the source's own validation loss; nothing can beat it"
+        )
+    lines.append(f"start      {event.promise}")
+    return lines
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    sizes = [
+        f"{data[split]['targets']:,} {word} tokens" for split, word in (("train", "training"), ("val", "validation"))
+    ]
+    buckets = f", {len(data['buckets'])} buckets" if len(data["buckets"]) > 1 else ""
+    return f"{', '.join(sizes)}{buckets}, tokenizer {data['tokenizer']} ({data['vocab_size']:,} entries)"
+
+
+def summary_lines(run: Run, event: ev.RunEnd) -> list[str]:
+    """How the run ended, what it reached, and what to type next."""
+    summary = event.summary
+    floor = f" (floor {summary['floor']:.4f})" if summary["floor"] is not None else ""
+    rows: list[tuple[str, Any]] = [
+        ("steps", f"{summary['steps']:,}"),
+        ("tokens", f"{summary['total_tokens']:,} ({summary['total_target_tokens']:,} in the loss)"),
+        ("training loss", _number(summary["final_loss"])),
+        ("validation loss", _number(summary["final_val_loss"]) + floor),
+        ("best validation loss", _number(summary["best_val_loss"])),
+        ("bits per byte", _number(summary["bits_per_byte"])),
+        ("median tokens/s", f"{summary['tokens_per_second']:,.0f}" if summary["tokens_per_second"] else "-"),
+        ("peak memory", f"{summary['peak_memory_gib']:.2f} GiB"),
+        ("time", duration(summary["seconds"])),
+        ("checkpoint", summary["checkpoint"] or "-"),
+    ]
+    lines = ["", f"{event.status}: {event.reason}"]
+    lines += [f"  {name:<21} {value}" for name, value in rows]
+    for facts in summary["plugins"].values():
+        if "sample" in facts:
+            lines += ["  the model writes", textwrap.indent(wrapped(facts["sample"]), "    ")]
+    lines += ["", f"next: {summary['next']}"]
+    if summary["checkpoint"]:
+        lines.append(f'      gpt-simple sample {run.output_dir} --prompt "Once" lets the model write')
+    return lines
+
+
+def wrapped(text: str) -> str:
+    """Lines of readable width; control characters, which a young model writes, must not reach the terminal."""
+    lines = (textwrap.fill(line, 100) for line in text.splitlines())
+    return "\n".join("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in line) for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def duration(seconds: float | None) -> str:
+    """``1h02m``, ``3m20s``, ``9s``; a question mark if it is not known."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

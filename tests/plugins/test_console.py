@@ -1,0 +1,157 @@
+"""What is seen while a run trains: on a terminal, in a pipe, by a program."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console as Terminal
+
+from gpt_simple.hooks import RunStart
+from gpt_simple.plugins.console import Console, ConsoleConfig
+from gpt_simple.plugins.console_live import LiveView, sparkline
+from tests.conftest import Shell
+
+ESCAPE = "\x1b"
+
+
+def test_in_a_pipe_every_line_is_plain_text_that_can_be_grepped(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = shell("run", "config.toml").out
+    assert ESCAPE not in out
+    steps = [dict(pair.split("=") for pair in line.split()) for line in out.splitlines() if " loss=" in line]
+    assert [int(pairs["step"]) for pairs in steps] == [2, 4]
+    assert set(steps[0]) >= {"tokens", "loss", "lr", "grad_norm", "tokens_per_second", "peak_gib", "eta"}
+    for word in ("device ", "parameters", "2 rows x 1 micro-batches x 1 processes x 32 tokens = 64 tokens", "plugins "):
+        assert word in out
+
+
+def test_json_is_one_object_a_line_from_start_to_end(shell: Shell) -> None:
+    rows = [
+        json.loads(line) for line in shell("run", "config.toml", "--plugins.console.progress", "json").out.splitlines()
+    ]
+    kinds = [row["kind"] for row in rows]
+    assert [kind for kind in kinds if kind != "event"] == [
+        "start",
+        "train",
+        "checkpoint",
+        "train",
+        "checkpoint",
+        "eval",
+        "end",
+    ]
+    assert next(row for row in rows if row["kind"] == "train")["train/loss"] > 0
+    assert rows[-1]["status"] == "completed"
+
+
+def test_quiet_says_nothing_but_warnings(shell: Shell, here: Path) -> None:
+    assert shell("run", "config.toml", "--quiet").out == ""
+    (here / "warns.py").write_text(
+        "from gpt_simple import Plugin, hookimpl\n"
+        "class Warns(Plugin):\n"
+        "    @hookimpl\n"
+        "    def on_run_start(self, run, event):\n"
+        "        run.log.info('unheard')\n"
+        "        run.log.warning('heard', kind='of a plugin', lines=3)\n"
+    )
+    assert shell("run", "config.toml", "--quiet", "--force", "-p", "./warns.py").out == "warning: heard\n"
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_on_a_terminal_a_view_is_redrawn_and_the_log_stays(here: Path, colour: bool) -> None:
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40", "OMP_NUM_THREADS": "1"}
+    environment |= {} if colour else {"NO_COLOR": "1"}
+    command = [sys.executable, "-m", "gpt_simple", "run", "config.toml", "--training.max_steps", "40"]
+    controller, terminal = pty.openpty()
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        output = _read_to_the_end(controller)
+    assert process.returncode == 0, output
+    assert f"{ESCAPE}[?25l" in output, "the cursor is hidden while the view stands"
+    assert output.rindex(f"{ESCAPE}[?25h") > output.rindex(f"{ESCAPE}[?25l"), "and comes back"
+    assert re.search(r"step \d+/40", output)
+    assert "step=4 eval_loss=" in output
+    assert "completed: all 40 steps are made" in output
+    assert bool(re.search(ESCAPE + r"\[[0-9;]*3[0-9;]*m", output)) == colour
+
+
+def _read_to_the_end(descriptor: int) -> str:
+    parts = []
+    while True:
+        try:
+            part = os.read(descriptor, 65536)
+        except OSError:  # how Linux says that the other side is closed
+            part = b""
+        if not part:
+            os.close(descriptor)
+            return b"".join(parts).decode()
+        parts.append(part)
+
+
+def _view(**options: Any) -> LiveView:
+    start = RunStart(step=100, max_steps=1000, tokens=0, resumed_from=None, promise="", facts={"floor": 1.25})
+    return LiveView(start, lambda: 90.0, terminal=Terminal(file=io.StringIO()), **options)
+
+
+def _drawn(view: LiveView, width: int = 120) -> list[str]:
+    file = io.StringIO()
+    Terminal(file=file, width=width).print(view)
+    return file.getvalue().splitlines()
+
+
+def test_the_view_has_everything_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = _view(best=2.0)
+    for loss in (4.0, 3.0, float("nan"), 2.5):
+        view.metrics({"train/loss": loss, "train/lr": 1e-3, "perf/tokens_per_second": 12345.0, "perf/mfu": 0.414})
+    view.evaluation({"eval/loss": 2.25, "eval/bits_per_byte": 1.5}, 2.0)
+    view.checkpoint(100)
+    view.step, view.warnings = 250, 2
+    progress, learning, speed, state = _drawn(view)
+    assert "step 250/1,000" in progress
+    assert "1m30s left" in progress
+    assert "loss 2.5000 █▃ ▁   validation 2.2500   best 2.0000   bits/byte 1.5000   floor 1.2500" in learning
+    assert "tokens/s 12,345   MFU 41.4%   lr 0.001" in speed
+    assert state.startswith("checkpoint step 100, 0s ago   warnings 2")
+    view.phase = "compiling"
+    assert "compiling" in _drawn(view)[0]
+
+
+def test_a_narrow_terminal_gets_whole_facts_and_no_wrapped_lines() -> None:
+    view = _view()
+    view.metrics({"train/loss": 2.0, "train/lr": 1e-3, "perf/tokens_per_second": 12345.0, "memory/peak_gib": 1.0})
+    lines = _drawn(view, width=36)
+    assert len(lines) == 3
+    assert all(len(line) <= 36 for line in lines)
+    assert lines[2].rstrip() == "tokens/s 12,345   lr 0.001"
+
+
+def test_sparklines_stand_between_their_own_extremes() -> None:
+    assert sparkline([1.0, 2.0, 8.0]) == "▁▂█"
+    assert sparkline([3.0, 3.0]) == "▁▁"
+    assert sparkline([float("nan"), float("inf")]) == "  "
+
+
+def test_the_time_left_ignores_compilation_evaluation_and_saving() -> None:
+    console = Console(ConsoleConfig(progress="lines"))
+    run: Any = SimpleNamespace(step=10, config=SimpleNamespace(training=SimpleNamespace(max_steps=110)))
+    assert console._left(run) is None
+    # One step a second after a slow first one; an evaluation of a minute lies between two of them.
+    console._ends.extend([100, 101, 102, 103, 163, 164, 165])
+    assert console._left(run) == 100.0
+
+
+def test_the_best_validation_loss_outlives_a_stop() -> None:
+    first = Console(ConsoleConfig(progress="lines"))
+    first._best = 1.5
+    second = Console(ConsoleConfig(progress="lines"))
+    second.load_state_dict(first.state_dict(), version=1)
+    assert second._best == 1.5
