@@ -21,7 +21,7 @@ from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import Registry, builtin_registry
 from gpt_simple.model import loss
 from gpt_simple.validate.devices import Card, find_card
-from gpt_simple.validate.rehearsal import Rehearsal, shorter
+from gpt_simple.validate.rehearsal import Rehearsal
 from gpt_simple.validate.tracking import CATEGORIES, MemoryTracker
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def predict_memory(
     try:
         with process_as_found(), FakeTensorMode(), tracker:
             rehearsal = Rehearsal.prepare(
-                shorter(config, 2),
+                config,
                 registry or builtin_registry(),
                 setting,
                 vocab_size=vocab_size,
@@ -96,7 +96,10 @@ def predict_memory(
 
 
 def _watch(rehearsal: Rehearsal, tracker: MemoryTracker, config: Config, world_size: int, cuda: bool) -> None:
-    """Two steps, the second with all optimizer state there from its start, and an evaluation."""
+    """A step that makes the optimizer's state, one that has it from its start, and an evaluation.
+
+    The second micro-batch of a step meets the gradients of the first; more of them need no more.
+    """
     model, optimizer = rehearsal.model, rehearsal.optimizer
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tracker.name([rehearsal.rows.batch.input_ids, rehearsal.rows.batch.labels], "data")
@@ -105,7 +108,8 @@ def _watch(rehearsal: Rehearsal, tracker: MemoryTracker, config: Config, world_s
     held: list[torch.Tensor] = _chunks(config) if cuda else []
     buckets = [torch.zeros_like(parameter) for parameter in parameters] if world_size > 1 else []
     tracker.name(buckets, "gradients")
-    for _ in range(2):
+    for micro_batches in (1, min(2, config.training.gradient_accumulation_steps)):
+        rehearsal.rows.micro_batches = micro_batches
         for parameter, bucket in zip(parameters, buckets, strict=bool(buckets)):
             parameter.grad = bucket
         rehearsal.step()

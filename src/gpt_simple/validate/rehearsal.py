@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import Batch, StepData
@@ -36,6 +36,7 @@ class MadeUpRows:
     config: Config
     vocab_size: int
     device: torch.device
+    micro_batches: int = 1
     wait_seconds: float = 0.0
     _batch: Batch = field(init=False)
 
@@ -53,8 +54,8 @@ class MadeUpRows:
         return self._batch
 
     def next_step(self) -> StepData:
-        """A step of as many micro-batches as configured."""
-        count = self.config.training.gradient_accumulation_steps
+        """A step of ``micro_batches``."""
+        count = self.micro_batches
         rows, length = self._batch.input_ids.shape
         return StepData((self._batch,) * count, 0, count * rows, count * rows * length, count * rows * length)
 
@@ -104,7 +105,8 @@ class Rehearsal:
         run._wrapped = _AsCompiled(model) if as_compiled else model
         run.known = {"tokens_per_step": 0}
         calls = run.calls = Calls(Policy(_no_plugin))
-        made_up = MadeUpRows(config, min(vocab_size, rows), device)
+        accumulation = config.training.gradient_accumulation_steps
+        made_up = MadeUpRows(config, min(vocab_size, rows), device, accumulation)
         rate = config.optimizer.learning_rate
         trainer = Trainer(
             run=run,
@@ -161,13 +163,6 @@ def _to_empty(model: torch.nn.Module, device: torch.device) -> None:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = empty(tensor)  # type: ignore[assignment]
-
-
-def shorter(config: Config, micro_batches: int) -> Config:
-    """The configuration with at most so many micro-batches: more of them do not need more memory."""
-    training = config.training
-    count = min(training.gradient_accumulation_steps, micro_batches)
-    return evolve(config, training=evolve(training, gradient_accumulation_steps=count))
 
 
 def _no_plugin(plugin: LoadedPlugin, hook: str, error: BaseException) -> None:
