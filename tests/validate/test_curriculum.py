@@ -1,0 +1,81 @@
+"""Buckets and phases: what is told of them is what the order of samples then does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt_simple.config.schema import Phase
+from gpt_simple.data.mixture import Mixture, mixture
+from tests.conftest import CONFIG
+from tests.data.conftest import write_dataset
+from tests.validate.conftest import Check
+
+__all__ = ["write_dataset"]
+
+BUCKETS = {"books": 40, "web": 300}
+PHASES = (Phase(40 * 8, {"books": 1.0, "web": 1.0}), Phase(8, {"books": 1.0, "web": 3.0}))
+
+
+def order(on_exhaustion: str) -> Mixture:
+    return mixture(BUCKETS, PHASES, on_exhaustion, max_length=8, seed=3)
+
+
+@pytest.mark.parametrize("on_exhaustion", ["repeat", "halt", "renormalise"])
+@pytest.mark.parametrize("samples", [0, 1, 39, 40, 41, 97, 130])
+def test_rows_taken_are_those_that_the_order_gives(on_exhaustion: str, samples: int) -> None:
+    mix = order(on_exhaustion)
+    samples = samples if mix.total is None else min(samples, mix.total)
+    taken = mix.taken(samples)
+    assert sum(taken) == samples
+    if samples:
+        books = int((mix.locate(np.arange(samples)) < BUCKETS["books"]).sum())
+        assert taken == (books, samples - books)
+
+
+@pytest.fixture
+def two_buckets(here: Path, write_dataset: Callable[..., Path]) -> Path:
+    documents = {"books": [[5, 6, 7] * 20] * 4, "web": [[9, 8, 7] * 30] * 60}
+    directory = write_dataset(train=documents, val={"all": [[5, 6, 7] * 50]})
+    phases = (
+        f'path = "{directory}"\nmax_length = 32\n'
+        "[[data.curriculum]]\nduration_tokens = 640\nmix = {books = 1, web = 1}\n"
+        "[[data.curriculum]]\nduration_tokens = 640\nmix = {web = 1}\n"
+    )
+    text = CONFIG.replace('source = "stories"\n', "").replace("max_length = 32\nmax_documents = 200\n", phases)
+    (here / "config.toml").write_text(text)
+    return directory
+
+
+def test_a_bucket_that_is_read_whole_is_named_with_its_step(check: Check, two_buckets: Path) -> None:
+    found = check("--training.max_steps=50")
+    assert found["data"]["fields"]["buckets"] == {"books": 8, "web": 171}
+    fields = found["bucket-ends"]["fields"]
+    assert fields["bucket"] == "books"
+    assert 8 <= fields["step"] * 2 <= 20
+    assert "bucket-ends" not in check("--training.max_steps=2")
+
+
+def test_a_phase_that_the_run_does_not_reach_is_a_warning(check: Check, two_buckets: Path) -> None:
+    assert "phase-never-reached" in check("--training.max_steps=10")
+    assert "phase-never-reached" not in check("--training.max_steps=11")
+
+
+def test_a_bucket_that_does_not_exist_is_an_error(check: Check, two_buckets: Path) -> None:
+    config = Path("config.toml")
+    config.write_text(config.read_text().replace("mix = {web = 1}", "mix = {webb = 1}"))
+    assert "'webb'" in check(code=2)["data-refused"]["message"]
+
+
+def test_halting_data_that_end_early_are_told(check: Check, two_buckets: Path) -> None:
+    found = check("--training.max_steps=50", "--data.on_exhaustion=halt")
+    assert "the data end after step" in found["data-end-early"]["message"]
+
+
+def test_a_damaged_dataset_is_an_error_of_the_data(check: Check, two_buckets: Path) -> None:
+    shard = next(two_buckets.rglob("shard-*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert str(shard) in check(code=3)["data-refused"]["message"]
