@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -14,9 +15,49 @@ from typing import Any
 import pytest
 
 import gpt_simple
-from tests.engine.conftest import TINY
 
 SECONDS = 60.0
+
+TINY: dict[str, dict[str, Any]] = {
+    "model": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "data": {"source": "stories", "tokenizer": "bytes", "max_length": 32, "max_documents": 200},
+    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+    "training": {
+        "max_steps": 6,
+        "per_device_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "compile": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 2,
+        "eval_steps": None,
+        "max_eval_batches": 4,
+        "save_steps": None,
+    },
+}
+
+CONFIG = """\
+[model]
+n_embd = 32
+n_layer = 1
+n_head = 2
+
+[data]
+source = "stories"
+tokenizer = "bytes"
+max_length = 32
+max_documents = 200
+
+[training]
+max_steps = 4
+per_device_batch_size = 2
+gradient_accumulation_steps = 1
+compile = false
+gradient_checkpointing = false
+logging_steps = 2
+eval_steps = 4
+save_steps = 2
+output_dir = "out"
+"""
 
 Work = Callable[[int], Any]
 Ranks = Callable[..., list[Any]]
@@ -26,8 +67,12 @@ Ranks = Callable[..., list[Any]]
 def ranks(tmp_path: Path) -> Ranks:
     """``ranks(n, work)``: what ``work(rank)`` gave in each of n processes; ``Failed: text`` for what it raised.
 
-    None for a process that was killed. Nothing outlives the call.
+    None for a process that was killed or hung. Nothing outlives the call.
     """
+
+    # Once, here, instead of in every process.
+    for module in ("accelerate", "torch._dynamo", "torch.nn.parallel.distributed", "gpt_simple.engine.session"):
+        importlib.import_module(module)
 
     def run(count: int, work: Work, seconds: float = SECONDS) -> list[Any]:
         context = multiprocessing.get_context("fork")
@@ -75,7 +120,7 @@ def _live(rank: int, shared: dict[str, str], work: Work, answer: Path) -> None:
 
 
 def tiny(directory: Path, *, plugins: Sequence[Any] = (), force: bool = False, **overrides: Any) -> Any:
-    """The tiny run of the engine's tests in this process; overrides with ``__`` for the dot."""
+    """The tiny run in this process; overrides with ``__`` for the dot."""
     values = {key.replace("__", "."): value for key, value in overrides.items()}
     quiet = {"plugins.console.progress": "off", "training.output_dir": str(directory)}
     return gpt_simple.train(**TINY, overrides={**quiet, **values}, plugins=plugins, force=force)

@@ -104,7 +104,8 @@ def test_another_number_of_processes_goes_on_with_every_sample_once(ranks: Ranks
             tiny(tmp_path / "run", plugins=[samples], training__max_steps=steps)
             return samples.seen
 
-        seen += sum(ranks(count, work), [])
+        for samples in ranks(count, work):
+            seen += samples
     # 2 rows and 2 micro-batches for each process and step.
     assert sorted(seen) == list(range((4 * 2 + 1 + 3 + 2) * 4))
 
@@ -139,10 +140,8 @@ def test_a_step_has_one_host_all_reduce_and_reduces_gradients_once(ranks: Ranks,
 
 @pytest.mark.parametrize("scope", ["model", "blocks"])
 @pytest.mark.parametrize("splitter", ["auto", "split"])
-def test_compile_ddp_and_checkpointing_work_together(
-    ranks: Ranks, tmp_path: Path, scope: str, splitter: str
-) -> None:
-    """"split" is a canary: torch's own graph splitter once could not be combined with checkpointing."""
+def test_compile_ddp_and_checkpointing_work_together(ranks: Ranks, tmp_path: Path, scope: str, splitter: str) -> None:
+    """ "split" is a canary: torch's own graph splitter once could not be combined with checkpointing."""
     if (scope, splitter) == ("blocks", "split"):
         pytest.skip("a block has no graph that is split")
 

@@ -7,6 +7,7 @@ silently. One that was killed cannot write anything, and one that hangs does not
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 
@@ -23,6 +24,9 @@ _AGAIN = "start again with the same command: the run goes on from its last check
 
 class PeerFailed(GptSimpleError):
     """Another process failed. ``silent`` where that process, or a third one, tells it."""
+
+    echo = True
+    """A launcher that knows how the other process ended knows more."""
 
     def __init__(self, message: str, *, exit_code: int = ExitCode.FAILURE, silent: bool = True) -> None:
         super().__init__(message)
@@ -48,8 +52,10 @@ class Peers:
                 self._tell(error)
                 return error
             return self._who(error, step)
-        except (RuntimeError, ValueError):  # the store has gone with its process
-            return PeerFailed(f"lost the other processes in step {step + 1}: {error}; {_AGAIN}", silent=False)
+        except (RuntimeError, ValueError):
+            # The store has gone with its process: torchrun's agent, or else process 0, which has the message then.
+            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            return PeerFailed(f"lost the other processes in step {step + 1}: {error}; {_AGAIN}", silent=not agent)
 
     def _tell(self, error: Exception) -> None:
         code = int(getattr(error, "exit_code", ExitCode.FAILURE))

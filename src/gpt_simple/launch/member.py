@@ -69,6 +69,8 @@ def live(work: Callable[[], int]) -> int:
 
     Under our launcher the message of an error goes to it, which tells it once; elsewhere the error is raised.
     """
+    # torch's stack traces of connections that end because a process does.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     records = Records.of_this_launch(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _never_outlive(os.getppid())
@@ -97,7 +99,8 @@ def live(work: Callable[[], int]) -> int:
 def _failed(record: Record, error: BaseException) -> Record:
     now = time.time()
     if isinstance(error, GptSimpleError):
-        return evolve(record, code=int(error.exit_code), message=str(error), silent=error.silent, time=now)
+        silent = error.silent or getattr(error, "echo", False)
+        return evolve(record, code=int(error.exit_code), message=str(error), silent=silent, time=now)
     if isinstance(error, KeyboardInterrupt):
         return evolve(record, code=int(ExitCode.FORCED), silent=True, time=now)
     return evolve(record, code=int(ExitCode.FAILURE), message="".join(traceback.format_exception(error)), time=now)

@@ -26,7 +26,7 @@ _NO_MORE = "no-more"
 class Record:
     """One process. ``code`` is None until it has ended by itself.
 
-    ``silent``: the error is the echo of another process's, which has the message.
+    ``silent``: the error is the echo of another process's, which has more to say.
     """
 
     rank: int

@@ -165,7 +165,7 @@ def _outcome(records: Sequence[Record], failures: Mapping[int, Any], signals: _S
         # It came before the first step: there is nothing to save.
         return ExitCode.STOPPED
     if lost := [rank for rank in failures if rank not in {record.rank for record in ended}]:
-        raise GptSimpleError(_death(lost, failures, waited_for=[r.message for r in told]))
+        raise GptSimpleError(_death(lost, failures, echoes=[record.message for record in told]))
     if told:
         raise _error(told[0], len(records))
     return max((record.code or 0 for record in ended), default=ExitCode.FAILURE)
@@ -178,13 +178,14 @@ def _error(record: Record, processes: int) -> GptSimpleError:
     return error
 
 
-def _death(ranks: Sequence[int], failures: Mapping[int, Any], waited_for: Sequence[str]) -> str:
-    """What became of processes that left no word: the one that ended first, or those that had to be ended."""
-    again = "start again with the same command: the run goes on from its last checkpoint"
+def _death(ranks: Sequence[int], failures: Mapping[int, Any], echoes: Sequence[str]) -> str:
+    """What became of processes that left no word: the one that ended first, or that had to be ended."""
     first = min(ranks, key=lambda rank: float(failures[rank].timestamp))
     status = int(failures[first].exitcode)
-    if status in (-signal.SIGTERM, -signal.SIGKILL) and any("waited" in message for message in waited_for):
-        return f"process {first} did not answer and was ended ({waited_for[0]}); {again}"
+    if status in (-signal.SIGTERM, -signal.SIGKILL) and any("waited" in echo for echo in echoes):
+        # It hung: the agent ended it when the others had given up.
+        return next(echo for echo in echoes if "waited" in echo)
+    again = "start again with the same command: the run goes on from its last checkpoint"
     if status == -signal.SIGKILL:
         return f"process {first} was killed (SIGKILL: the system does that when memory runs out); {again}"
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

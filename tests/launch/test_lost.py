@@ -1,0 +1,209 @@
+"""Mistakes and failures of one process of several: told once, with its number, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpt_simple
+from gpt_simple import Plugin, hookimpl
+from gpt_simple.hooks import HOOKS
+from tests.launch.conftest import Ranks, tiny
+from tests.launch.test_same_numbers import Everywhere
+
+
+def told(answers: list[Any]) -> list[tuple[int, str, str]]:
+    """(process, error, text) of every process that would print a message."""
+    return [(rank, a["error"], a["text"]) for rank, a in enumerate(answers) if a and "error" in a and not a["silent"]]
+
+
+def test_a_difference_in_the_configuration_is_named_at_start(ranks: Ranks, tmp_path: Path) -> None:
+    answers = ranks(3, lambda rank: tiny(tmp_path / "run", training__seed=7 if rank == 1 else 5).status)
+    assert [(rank, error) for rank, error, _ in told(answers)] == [(0, "ConfigError")]
+    assert "process 1: training.seed is 7, but 5 in process 0" in answers[0]["text"]
+    assert [answer["code"] for answer in answers] == [2, 2, 2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_difference_in_the_plugins_is_named_at_start(ranks: Ranks, tmp_path: Path) -> None:
+    class Only(Everywhere):
+        pass
+
+    answers = ranks(2, lambda rank: tiny(tmp_path / "run", plugins=[Only()] if rank else []).status)
+    assert [(rank, error) for rank, error, _ in told(answers)] == [(0, "ConfigError")]
+    assert "process 1: plugins is [" in answers[0]["text"]
+    assert "only" in answers[0]["text"]
+
+
+def test_processes_that_find_other_files_are_told(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run directory on a disk of its own machine: the checkpoint is there for one process only."""
+    ranks(1, lambda rank: tiny(tmp_path / "0/run", training__max_steps=2).status)
+
+    def work(rank: int) -> Any:
+        (tmp_path / str(rank)).mkdir(exist_ok=True)
+        os.chdir(tmp_path / str(rank))
+        return tiny(Path("run")).status
+
+    answers = ranks(2, work)
+    assert [(rank, error) for rank, error, _ in told(answers)] == [(0, "ConfigError")]
+    assert "process 1: checkpoint is None, but 'step-00000002' in process 0" in answers[0]["text"]
+
+
+def test_a_mistake_that_all_processes_see_is_told_once(ranks: Ranks, tmp_path: Path) -> None:
+    answers = ranks(2, lambda rank: tiny(tmp_path / "run", training__compile_scope="model", model__vocab_size=3).status)
+    assert [(rank, error) for rank, error, _ in told(answers)] == [(0, "ConfigError")]
+    assert [answer["code"] for answer in answers] == [2, 2]
+
+
+class Ends(Everywhere):
+    """One process ends in its own way at step 3."""
+
+    def __init__(self, rank: int, how: str) -> None:
+        super().__init__()
+        self.rank, self.how = rank, how
+
+    @hookimpl
+    def on_step_start(self, run: Any, event: Any) -> None:
+        if run.rank == self.rank and event.step == 3:
+            if self.how == "raises":
+                raise ValueError("boom")
+            if self.how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(8)
+            os._exit(0)
+
+
+def test_a_process_that_raises_is_the_one_that_is_told(ranks: Ranks, tmp_path: Path) -> None:
+    answers = ranks(3, lambda rank: tiny(tmp_path / "run", plugins=[Ends(1, "raises")]).status)
+    ((rank, error, text),) = told(answers)
+    assert (rank, error) == (1, "PluginError")
+    assert "on_step_start at step 3: ValueError: boom" in text
+    for other in (0, 2):
+        assert answers[other]["text"].startswith("process 1 failed: plugin ends")
+        assert answers[other]["code"] == 5
+
+
+def test_a_process_that_dies_is_noticed_at_once_by_all(ranks: Ranks, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    answers = ranks(4, lambda rank: tiny(tmp_path / "run", plugins=[Ends(3, "dies")]).status)
+    assert time.monotonic() - begin < 30
+    assert answers[3] is None
+    ((_, error, text),) = told(answers)
+    assert error == "PeerFailed"
+    assert text.startswith("a process died in step 3; start again with the same command")
+
+
+def test_a_process_that_hangs_is_named_after_the_timeout(ranks: Ranks, tmp_path: Path) -> None:
+    options = {"plugins": [Ends(2, "hangs")], "training__peer_timeout_seconds": 3.0}
+    answers = ranks(3, lambda rank: tiny(tmp_path / "run", **options).status)
+    assert answers[2] is None
+    ((rank, error, text),) = told(answers)
+    assert (rank, error) == (0, "PeerFailed")
+    assert text.startswith("process 2 did not come to the end of step 3: waited 3 s")
+
+
+class OneGradient(Everywhere):
+    """One process spoils its gradient, or wishes to skip the step."""
+
+    def __init__(self, rank: int, by_flag: bool) -> None:
+        super().__init__()
+        self.rank, self.by_flag = rank, by_flag
+
+    @hookimpl
+    def on_batch(self, run: Any, event: Any) -> None:
+        if run.rank == self.rank and event.step == 2 and not self.by_flag:
+            handle: Any = None
+
+            def spoil(gradient: torch.Tensor) -> torch.Tensor:
+                handle.remove()
+                return gradient * float("nan")
+
+            handle = next(run.model.parameters()).register_hook(spoil)
+
+    @hookimpl
+    def on_gradients(self, run: Any, event: Any) -> None:
+        if run.rank == self.rank and event.step == 2 and self.by_flag:
+            run.control.skip_step(torch.tensor(True))
+
+
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_a_step_that_one_process_skips_is_skipped_by_all(ranks: Ranks, tmp_path: Path, by_flag: bool) -> None:
+    answers = ranks(2, lambda rank: tiny(tmp_path / "run", plugins=[OneGradient(1, by_flag)]).final_loss)
+    assert answers[0] == answers[1]
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    assert "1 of the last 2 steps had a non-finite gradient and were skipped" in text
+
+
+class FailsOnOne(Plugin[Any]):
+    ranks = "all"
+    on_error = "disable"
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.steps: list[int] = []
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        self.steps.append(event.step)
+        if run.rank == 1 and event.step == 2:
+            raise ValueError("boom")
+
+
+def test_a_plugin_that_fails_on_one_process_is_switched_off_on_all(ranks: Ranks, tmp_path: Path) -> None:
+    def work(rank: int) -> list[int]:
+        plugin = FailsOnOne()
+        tiny(tmp_path / "run", plugins=[plugin])
+        return plugin.steps
+
+    assert ranks(2, work) == [[1, 2], [1, 2]]
+
+
+def collective_in(hook: str, what: str) -> Plugin[Any]:
+    """A plugin that uses a collective in one hook, on the main process only where the hook allows that."""
+
+    def implementation(self: Any, run: Any, event: Any) -> Any:
+        if what == "comm":
+            run.comm.barrier()
+        else:
+            next(run.val_batches(1))
+        return {} if HOOKS[hook].returns == "metrics" else None
+
+    body = {"__init__": lambda self: Plugin.__init__(self, None), "on_error": "abort", hook: hookimpl(implementation)}
+    plugin: Plugin[Any] = type("Collective", (Plugin,), body)()
+    return plugin
+
+
+CLOSED = [name for name, info in HOOKS.items() if info.event is not None and info.ranks != "all"]
+
+
+@pytest.mark.parametrize("what", ["comm", "val_batches"])
+def test_a_collective_raises_in_every_hook_that_not_all_processes_run(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With one process too, so that the author learns of it."""
+    for hook in CLOSED:
+        directory = tmp_path / hook
+        if hook == "on_checkpoint_loaded":
+            tiny(directory, training__max_steps=1)
+        try:
+            tiny(directory, plugins=[collective_in(hook, what)], training__max_steps=2, training__eval_steps=1)
+            text = capsys.readouterr().err
+        except gpt_simple.GptSimpleError as error:
+            text = str(error)
+        assert "in a hook that not every process runs" in text or hook == "on_run_error", hook
+
+
+def test_a_collective_works_in_every_hook_that_all_processes_run(ranks: Ranks, tmp_path: Path) -> None:
+    hooks = [name for name, info in HOOKS.items() if info.event is not None and info.ranks == "all"]
+    plugins = [collective_in(hook, "comm") for hook in hooks]
+    for number, plugin in enumerate(plugins):
+        type(plugin).__name__ = f"Collective{number}"
+    assert ranks(2, lambda rank: tiny(tmp_path, plugins=plugins, training__eval_steps=2).status) == ["completed"] * 2
