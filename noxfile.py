@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import nox
 
@@ -10,49 +11,81 @@ nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 CONSTRAINTS = ("-c", "constraints.txt")
+# Two test processes on two cores: more threads each would only fight.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _install(session: nox.Session, *extras: str) -> None:
-    session.install(*CONSTRAINTS, "-e", f".[{','.join(extras)}]")
+    session.install(*CONSTRAINTS, "-e", f".[{','.join(extras)}]" if extras else ".")
+
+
+def _static(session: nox.Session) -> None:
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("lint-imports")
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Style, types, the import rules, and all tests that take seconds."""
     _install(session, "dev", "test")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-    session.run("mypy")
-    session.run("lint-imports")
-    session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs, env=_one_thread())
+    _static(session)
+    session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
-    """Tests that take minutes: long fault injection, generated code, the quickstart as a newcomer runs it."""
+    """Tests that take minutes: long fault injection, the tutorial as typed, the quickstart as a newcomer runs it."""
     _install(session, "test")
-    session.run("pytest", "-m", "slow", "-n", "2", *session.posargs, env=_one_thread())
+    session.run("pytest", "-m", "slow", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and types alone."""
     _install(session, "dev", "test")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-    session.run("mypy")
-    session.run("lint-imports")
+    _static(session)
+
+
+@nox.session
+def plugins(session: nox.Session) -> None:
+    """Each package in plugins/ alone, against the built wheel of the core."""
+    session.install("build", "hatchling")
+    dist = Path(session.create_tmp())
+    session.run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist), silent=True)
+    wheel = max(dist.glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    session.install(*CONSTRAINTS, "--force-reinstall", "--no-deps", str(wheel))
+    session.install(*CONSTRAINTS, f"{wheel}[testing]")
+    for package in sorted(Path("plugins").iterdir()):
+        session.install(*CONSTRAINTS, "--no-build-isolation", f"./{package}[test]")
+        session.run("pytest", "-c", os.devnull, "--rootdir", str(package), str(package / "tests"), env=ONE_THREAD)
+        session.run("pip", "uninstall", "--yes", "--quiet", package.name)
+
+
+@nox.session
+def schema(session: nox.Session) -> None:
+    """The JSON Schema in the hands of a real linter: our files pass, a wrong one does not."""
+    _install(session)
+    session.install("tombi")
+    directory = Path(session.create_tmp()).resolve()
+    schema = session.run("gpt-simple", "config", "schema", silent=True)
+    (directory / "schema.json").write_text(str(schema))
+    for preset in ("tiny", "small", "medium", "large"):
+        session.run("gpt-simple", "init", "--preset", preset, "-o", str(directory / f"{preset}.toml"), "--force")
+    for example in Path("examples").glob("*.toml"):
+        (directory / example.name).write_text(example.read_text())
+    for path in directory.glob("*.toml"):
+        path.write_text(f"#:schema ./schema.json\n{path.read_text()}")
+    session.run("tombi", "lint", "--offline", *map(str, sorted(directory.glob("*.toml"))))
+    (directory / "wrong.toml").write_text("#:schema ./schema.json\n[training]\nmax_step = 5\n")
+    session.run("tombi", "lint", "--offline", str(directory / "wrong.toml"), success_codes=[1])
+    (directory / "wrong.toml").unlink()
 
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """Ratios against bare PyTorch in the same process; nothing here is pass or fail."""
     _install(session)
-    for script in sorted(os.listdir("benchmarks")):
-        if script.endswith(".py"):
-            session.run("python", os.path.join("benchmarks", script), *session.posargs)
-
-
-def _one_thread() -> dict[str, str]:
-    """Two test processes on two cores: more threads each would only fight."""
-    return {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for script in sorted(Path("benchmarks").glob("*.py")):
+        session.run("python", str(script), *session.posargs)
