@@ -138,8 +138,9 @@ def test_a_second_ctrl_c_leaves_at_once(here: Path) -> None:
         "class Slow(Plugin):\n"
         "    @hookimpl\n"
         "    def on_step_start(self, run, event):\n"
-        "        print('sleeping', flush=True)\n"
-        "        time.sleep(60)\n"
+        "        if event.step == 2:\n"
+        "            print('sleeping', flush=True)\n"
+        "            time.sleep(60)\n"
     )
     command = [*PROGRAM, "run", "config.toml", "-p", "./slow.py"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -119,15 +120,46 @@ def test_stale_owners_are_recognised(run_dir: RunDir, owner: Owner) -> None:
         pass
 
 
-def test_an_owner_on_a_machine_that_cannot_be_seen_is_respected(run_dir: RunDir) -> None:
+def test_an_owner_elsewhere_is_respected_as_long_as_it_touches_its_lock(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "SILENCE_SECONDS", 30.0)
     leave_behind(run_dir, evolve(ME, host="node17", boot="its own"))
-    before = snapshot(run_dir.root)
-    with pytest.raises(CheckpointError, match=rf"on node17.*if it has ended, delete {run_dir.lock}"):
-        RunLock(run_dir).acquire()
-    assert snapshot(run_dir.root) == before
     assert owner_of(run_dir)[1] == "unknown"
-    run_dir.lock.unlink()
-    RunLock(run_dir).acquire()
+    content = run_dir.lock.read_bytes()
+    threading.Timer(0.2, lambda: os.utime(run_dir.lock, (0, 0))).start()
+    told: list[str] = []
+    with pytest.raises(CheckpointError, match=r"in use by .* on node17"):
+        RunLock(run_dir, told.append).acquire()
+    assert "waiting 30 s for a sign of life" in told[0]
+    assert run_dir.lock.read_bytes() == content
+
+
+def test_a_job_that_was_moved_goes_on_when_the_other_machine_is_silent(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "SILENCE_SECONDS", 0.2)
+    leave_behind(run_dir, evolve(ME, host="node17", boot="its own"))
+    with RunLock(run_dir):
+        assert owner_of(run_dir)[1] == "holds"
+
+
+def test_an_owner_touches_its_lock_until_it_releases_it(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.01)
+    with RunLock(run_dir):
+        os.utime(run_dir.lock, (0, 0))
+        wait_for(lambda: run_dir.lock.stat().st_mtime > 0)
+    beating = [thread for thread in threading.enumerate() if thread.name == "lock-beat"]
+    for thread in beating:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in beating)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}', "\0\0\0\0"])

@@ -7,6 +7,7 @@ command is a command like any other, and a broken one breaks nothing but itself.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given == ["--version"]:
         print(f"{PROGRAM} {__version__}")
         sys.exit(ExitCode.COMPLETED)
-    sys.exit(_run(given))
+    code = _run(given)
+    if arguments is None:
+        _ignore_signals()
+    sys.exit(code)
+
+
+def _ignore_signals() -> None:
+    """Everything is done and told: a signal that comes while the interpreter tidies up must not change how it ended."""
+    from gpt_simple.launch.signals import STOPPING
+
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _run(arguments: list[str]) -> int:

@@ -13,6 +13,7 @@ from gpt_simple.assembly import Assembly, assemble
 from gpt_simple.cli.fields import ConfiguredCommand
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.launch import member
+from gpt_simple.launch.signals import stop_on_signals
 from gpt_simple.launch.torchrun import Launch
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
@@ -57,6 +58,11 @@ def _train(
         return assemble(path or option, overrides=[*overrides, *more], switches=switches)
 
     def work() -> int:
+        asked: list[str] = []
+        with stop_on_signals(asked.append):
+            return go(asked)
+
+    def go(asked: list[str]) -> int:
         assembly, fresh = check(), force
         if member.is_restarted() and _has_begun(assembly):
             # Whatever it began with, it goes on now from what it has reached.
@@ -65,7 +71,7 @@ def _train(
         from gpt_simple.engine.parallel import disband
         from gpt_simple.engine.session import train
 
-        code = int(train(assembly, force=fresh).exit_code)
+        code = int(train(assembly, force=fresh, asked=asked).exit_code)
         disband()
         return code
 
@@ -105,7 +111,7 @@ _OPTIONS = (
     click.option("--no-plugins", is_flag=True, help="Only built-in plugins, whatever the configuration says."),
     click.option(
         "--progress",
-        type=click.Choice(["auto", "live", "lines", "off"]),
+        type=click.Choice(["auto", "live", "lines", "json", "off"]),
         help="How progress is shown: --plugins.console.progress.",
     ),
     click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors: --progress off."),

@@ -6,11 +6,13 @@ processes agree, and only the agreed value is acted on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from attrs import define, field, frozen
+
+from gpt_simple.engine.stopping import StopNow
 
 
 @frozen
@@ -56,6 +58,10 @@ class Control:
     skip: torch.Tensor | None = None
     plugins: tuple[str, ...] = ()
     """Names of the active plugins, in one order everywhere."""
+    outside: Callable[[], str] | None = None
+    """Tells a reason to stop that no signal brought: the clock, a request in the run directory."""
+    at_once: bool = False
+    """Whether a signal unwinds instead of waiting for the end of the step; only where nothing would be lost."""
     _failed: set[str] = field(factory=set)
     _any: bool = field(default=False, alias="any")
 
@@ -67,6 +73,13 @@ class Control:
 
     def stop(self, reason: str) -> None:
         self.stop_reason, self._any = self.stop_reason or reason, True
+
+    def signalled(self, reason: str) -> None:
+        """Called by the handlers of signals, at any moment."""
+        self.stop(reason)
+        if self.at_once:
+            self.at_once = False  # the next signal must not break off what this one begins
+            raise StopNow(reason)
 
     def halt(self, reason: str) -> None:
         self.halt_reason, self._any = self.halt_reason or reason, True
@@ -82,14 +95,16 @@ class Control:
         """A plugin failed in this process: the others switch it off as well."""
         self._failed.add(plugin)
 
-    @property
-    def leaving(self) -> bool:
-        """Whether this process wants to leave the loop."""
+    def is_leaving(self) -> bool:
+        """Whether this process wants to leave the loop, now that it has looked outside."""
+        if not self.stop_reason and self.outside is not None and (reason := self.outside()):
+            self.stop(reason)
         return bool(self.stop_reason or self.halt_reason)
 
     def vote(self, voters: Voters | None) -> Verdict:
         """Agree with all processes (None: there is one) and clear what was acted on. A wish to leave is final."""
-        if voters is None and not self._any:
+        leaving = self.is_leaving()
+        if voters is None and not (leaving or self._any):
             return _NOTHING
         mine = [self.save_reason, self.evaluate_reason, self.stop_reason, self.halt_reason, self.ended_reason]
         off: tuple[str, ...] = ()
@@ -105,6 +120,6 @@ class Control:
             off = tuple(name for name, yes in zip(self.plugins, agreed[len(mine) :], strict=True) if yes)
             self._failed.clear()
         self.save_reason = self.evaluate_reason = ""
-        self._any = self.leaving or bool(self.ended_reason)
+        self._any = bool(self.ended_reason)
         save, evaluate, stop, halt, ended = mine
         return Verdict(save, evaluate, stop, halt, ended, off)

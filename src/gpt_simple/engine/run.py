@@ -167,7 +167,7 @@ class EngineRun:
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")
         for batch in _built(self._loader, "loader").val_batches(max_batches):
-            leaving = self.control.leaving
+            leaving = self.control.is_leaving()
             if self.world.size > 1:
                 leaving = bool(self.world.agree([leaving])[0])
             if leaving:

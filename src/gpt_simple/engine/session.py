@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from gpt_simple import __version__
 from gpt_simple.assembly import Assembly, Questions
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.engine.compile import compile_flags, plan
 from gpt_simple.engine.parallel import World
 from gpt_simple.engine.precision import resolve
@@ -26,8 +28,9 @@ from gpt_simple.engine.result import TrainResult
 from gpt_simple.engine.resume import ResumePlan, flat, look
 from gpt_simple.engine.run import EngineRun
 from gpt_simple.engine.setup import Setup, report
-from gpt_simple.engine.trainer import Trainer
-from gpt_simple.errors import CheckpointError, PluginError
+from gpt_simple.engine.stopping import Outside, StopNow, Walltime
+from gpt_simple.engine.trainer import GIB, Trainer
+from gpt_simple.errors import CheckpointError, ExitCode, PluginError
 from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import Close, RunEnd, RunError, RunStart, RunStatus
 from gpt_simple.hooks.loading import LoadedPlugin
@@ -84,8 +87,11 @@ def closing_plugins(run: EngineRun, calls: Calls) -> Iterator[None]:
             print(f"warning: {failure}", file=sys.stderr)
 
 
-def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
-    """Train as configured. Errors leave as GptSimpleError; how a run ended is in the result's ``status``."""
+def train(assembly: Assembly, *, force: bool = False, asked: Sequence[str] = ()) -> TrainResult:
+    """Train as configured. Errors leave as GptSimpleError; how a run ended is in the result's ``status``.
+
+    ``asked``: names of signals that came while the program was loading.
+    """
     started = time.monotonic()
     config, training = assembly.config, assembly.config.training
     with ExitStack() as stack:
@@ -109,7 +115,11 @@ def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
         stack.enter_context(compile_flags(compiling))
         run_dir = RunDir(Path(training.output_dir))
         run = EngineRun(config, run_dir.root, world, precision)
-        stack.enter_context(stop_on_signals(run.control.stop))
+        stack.enter_context(stop_on_signals(run.control.signalled))
+        for name in asked:
+            run.control.stop(name)
+        walltime = world.together(lambda: _walltime(training, started))
+        run.control.outside = Outside(walltime, run_dir=None)
 
         def plugin_failed(plugin: LoadedPlugin, hook: str, error: BaseException) -> None:
             run.log.warning(
@@ -132,29 +142,65 @@ def train(assembly: Assembly, *, force: bool = False) -> TrainResult:
         setup = Setup(assembly, run, calls, compiling, run_dir, store)
         world.together(run_dir.check)
         resume = world.together(lambda: look(config, run_dir, force=force, store=store))
-        setup.read_data()
-        world.compare(lambda: _found(setup, resume), "all of them must reach the same files")
-        world.together(lambda: setup.check(resume))
-        if resume.kind == "finished":
-            return _finished(run, run_dir, resume)
-        world.main_only(lambda: _claim(stack, setup, resume, force=force))
-        status = StatusFile(run_dir)
         try:
-            if world.is_main:
-                status.update(
-                    state="running", step=resume.state.get("step", 0), max_steps=training.max_steps, force=True
-                )
-            limit, reserve = training.max_runtime_seconds, training.walltime_reserve_seconds
-            with world.telling_peers(lambda: run.step):
-                trainer = setup.build(resume, status, deadline=limit and started + limit - reserve)
-                stack.callback(trainer.loader.close)
-                run.run_id = world.main_only(lambda: _record(setup, resume))
-                return _train(trainer, setup, resume, calls, started)
-        except BaseException as error:
-            if world.is_main:
-                message = f"{type(error).__name__}: {error}"
-                status.update(state="failed", step=run.step, error=message, force=True)
-            raise
+            with _leaving_at_once(run):
+                setup.read_data()
+            world.compare(lambda: _found(setup, resume), "all of them must reach the same files")
+            world.together(lambda: setup.check(resume))
+            if resume.kind == "finished":
+                return _finished(run, run_dir, resume)
+            _leave_if_asked(run)
+            world.main_only(lambda: _claim(stack, setup, resume, force=force))
+            run.control.outside = Outside(walltime, run_dir if world.is_main else None)
+            return _own(stack, setup, resume, walltime, started)
+        except StopNow as stop:
+            return _stopped_early(run, store, resume, str(stop), time.monotonic() - started)
+
+
+def _own(stack: ExitStack, setup: Setup, resume: ResumePlan, walltime: Walltime | None, started: float) -> TrainResult:
+    """Build and train, as the owner of the run directory, and leave a status that tells how it ended."""
+    run, world, training = setup.run, setup.run.world, setup.run.config.training
+    status, begun = StatusFile(setup.run_dir), resume.state.get("step", 0)
+    try:
+        if world.is_main:
+            status.update(state="running", step=begun, max_steps=training.max_steps, force=True)
+        with world.telling_peers(lambda: run.step), _leaving_at_once(run):
+            trainer = setup.build(resume, status, walltime=walltime)
+            stack.callback(trainer.loader.close)
+            run.run_id = world.main_only(lambda: _record(setup, resume))
+            return _train(trainer, setup, resume, setup.calls, started)
+    except BaseException as error:
+        if world.is_main:
+            step = max(begun, run.step)
+            if isinstance(error, StopNow):
+                status.update(state="stopped", step=step, reason=str(error), force=True)
+            else:
+                state = "halted" if getattr(error, "exit_code", None) == ExitCode.HALTED else "failed"
+                status.update(state=state, step=step, error=f"{type(error).__name__}: {error}", force=True)
+        raise
+
+
+@contextmanager
+def _leaving_at_once(run: EngineRun) -> Iterator[None]:
+    """A signal unwinds from here, as no step is made yet; with several processes they agree before it instead."""
+    _leave_if_asked(run)
+    run.control.at_once = run.world.size == 1
+    try:
+        yield
+    finally:
+        run.control.at_once = False
+
+
+def _leave_if_asked(run: EngineRun) -> None:
+    leaving = run.control.is_leaving()
+    if run.world.size > 1:
+        leaving = bool(run.world.agree([leaving])[0])
+    if leaving:
+        raise StopNow(run.control.stop_reason or "another process was asked to stop")
+
+
+def _walltime(training: TrainingConfig, started: float) -> Walltime | None:
+    return Walltime.of_launch(training, os.environ, started=started, now=time.monotonic(), clock=time.time())
 
 
 def _launched(assembly: Assembly) -> dict[str, Any]:
@@ -191,8 +237,11 @@ def _claim(stack: ExitStack, setup: Setup, resume: ResumePlan, *, force: bool) -
     """Become the owner of the run directory, and only then change anything in it."""
     run_dir = setup.run_dir
     run_dir.create()
-    stack.enter_context(RunLock(run_dir))
+    stack.enter_context(RunLock(run_dir, setup.run.log.info))
     store = setup.store
+    # It was meant for the process before, which is gone.
+    run_dir.stop_request.unlink(missing_ok=True)
+    store.sweep()
     if force:
         run_dir.remove_run_files()
     elif list(resume.seen) != [found.path for found in store.list()]:
@@ -273,6 +322,24 @@ def _summary(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, sec
         "plugin_seconds": {plugin.name: round(plugin.seconds, 4) for plugin in host.plugins},
         "next": f"{more} goes on from here" if status == "completed" else f"{command} again goes on from here",
     }
+
+
+def _stopped_early(run: EngineRun, store: Store, resume: ResumePlan, reason: str, seconds: float) -> TrainResult:
+    """Stopped before this launch made a step: everything is as the launch before it left it."""
+    run.log.info(f"stopped: {reason}, before the first step; the same command goes on", name="stopped_early")
+    newest, state = store.list(), resume.state
+    summary: dict[str, Any] = dict.fromkeys(_SHARED) | {
+        "status": "stopped",
+        "reason": reason,
+        "steps": state.get("step", 0),
+        "total_tokens": state.get("tokens", 0),
+        "total_target_tokens": state.get("target_tokens", 0),
+        "best_val_loss": state.get("best_val_loss"),
+        "seconds": seconds,
+        "peak_memory_gib": run.peak_memory() / GIB,
+        "checkpoint": str(newest[-1].path) if newest else None,
+    }
+    return _result(summary, run.output_dir)
 
 
 _SHARED = (

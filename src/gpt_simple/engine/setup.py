@@ -26,6 +26,7 @@ from gpt_simple.engine.optimizer import skips_on_device
 from gpt_simple.engine.randomness import isolated_rng, stream
 from gpt_simple.engine.resume import ResumePlan, identity, promise
 from gpt_simple.engine.run import EngineCheckpoints, EngineRun
+from gpt_simple.engine.stopping import Walltime
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.errors import ConfigError, GptSimpleError
 from gpt_simple.hooks.dispatch import Calls
@@ -82,7 +83,7 @@ class Setup:
             self.run._model = None
             report([finding for _, findings in found for finding in findings], self.run.log.warning)
 
-    def build(self, plan: ResumePlan, status: StatusFile, *, deadline: float | None) -> Trainer:
+    def build(self, plan: ResumePlan, status: StatusFile, *, walltime: Walltime | None) -> Trainer:
         """Allocate everything and restore the state of ``plan``."""
         assembly, run, config = self.assembly, self.run, self.run.config
         with isolated_rng(stream(config.training.seed, _MODEL_STREAM), torch.device("cpu")):
@@ -108,6 +109,8 @@ class Setup:
             consumed=plan.state["samples"] if plan.checkpoint else 0,
         )
         self._gather_facts(model)
+        if walltime is not None:
+            walltime.expect_save_of(3 * sum(parameter.nbytes for parameter in model.parameters()))
         schedule = assembly.registry.get("schedule", config.optimizer.schedule).load()
         return Trainer(
             run=run,
@@ -121,7 +124,7 @@ class Setup:
             status=status,
             state=partial(self._state, model, optimizer),
             skips_on_device=skips_on_device(optimizer),
-            deadline=deadline,
+            walltime=walltime,
             best_val_loss=plan.state.get("best_val_loss"),
         )
 

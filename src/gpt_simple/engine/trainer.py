@@ -23,6 +23,7 @@ from gpt_simple.engine.metrics import Clock, Interval, flatten
 from gpt_simple.engine.randomness import Reseeder
 from gpt_simple.engine.run import EngineRun, EvaluationAbandoned
 from gpt_simple.engine.schedule import Schedule
+from gpt_simple.engine.stopping import StopNow, Walltime
 from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import (
@@ -57,7 +58,7 @@ class Trainer:
     status: StatusFile
     state: Callable[[float | None], tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]]
     skips_on_device: bool
-    deadline: float | None = None
+    walltime: Walltime | None = None
     best_val_loss: float | None = None
     last_train: Mapping[str, float] = field(factory=dict)
     last_eval: Mapping[str, float] = field(factory=dict)
@@ -75,6 +76,12 @@ class Trainer:
 
     def train(self) -> tuple[RunStatus, str]:
         """Make steps until the run is over. Returns how and why it ended."""
+        try:
+            return self._train()
+        except StopNow as stop:
+            return "stopped", str(stop)
+
+    def _train(self) -> tuple[RunStatus, str]:
         run, max_steps = self.run, self.run.config.training.max_steps
         self.model.train()
         if (verdict := self._vote()).leave:
@@ -135,6 +142,8 @@ class Trainer:
             with run.comm.during("on_gradients"):
                 calls.on_gradients(run, GradientsReady(step))
         norm, skipped = self._clip()
+        # From here on there is something to save: a signal waits for the end of the step.
+        run.control.at_once = False
         self._update(step, skipped)
 
         run.step, run.tokens, run.target_tokens = (
@@ -146,6 +155,8 @@ class Trainer:
         self._clock.step(data.tokens, data.targets)
         if self._first_step:
             self._warmed_up(started, data.tokens)
+        elif self.walltime is not None:
+            self.walltime.stepped(time.perf_counter() - started)
         if calls.on_step_end is not None:
             calls.on_step_end(run, StepEnd(step, run.tokens, run.target_tokens, is_last))
 
@@ -190,8 +201,6 @@ class Trainer:
         every = run.config.training.logging_steps
         if is_last or (every and run.step % every == 0):
             self._log(tell=bool(every))
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            run.control.stop("the time budget is used up")
         verdict = self._vote()
         if verdict.save or verdict.leave or is_last:
             reason = "last step" if is_last else verdict.stop or verdict.halt or verdict.ended or verdict.save
@@ -266,7 +275,10 @@ class Trainer:
         self.saved = done or self.saved
         if calls.on_checkpoint_saved is not None and done is not None:
             calls.on_checkpoint_saved(run, CheckpointSaved(run.step, done.path, done.seconds, done.bytes, reason))
-        self._clock.exclude(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._clock.exclude(seconds)
+        if self.walltime is not None:
+            self.walltime.saved(seconds)
 
     def _publish(self, must_succeed: bool) -> Published | None:
         run = self.run

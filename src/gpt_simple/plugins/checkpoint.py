@@ -39,8 +39,6 @@ class Checkpoint(Plugin[NoConfig]):
     @hookimpl
     def on_checkpoint_saved(self, run: Run, event: ev.CheckpointSaved) -> None:
         training = run.config.training
-        if training.keep_last_k is None:
-            return
         scored = [found.step for found in run.checkpoints.list() if found.step in self._losses]
         best = [min(scored, key=self._losses.__getitem__)] if scored else []
         run.checkpoints.prune(keep_last=training.keep_last_k, keep_every=training.keep_milestone_every, protect=best)

@@ -53,6 +53,11 @@ class RunDir:
         return self.root / ".lock"
 
     @property
+    def stop_request(self) -> Path:
+        """Left by somebody whose signals do not reach the owner."""
+        return self.root / ".stop"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer that the run trains with, as a directory."""
         return self.root / "tokenizer"
@@ -112,7 +117,7 @@ class RunDir:
             path.unlink(missing_ok=True)
 
     def _documents(self) -> tuple[Path, ...]:
-        return self.run_json, self.status_json, self.summary_json, self.metrics_jsonl
+        return self.run_json, self.status_json, self.summary_json, self.metrics_jsonl, self.stop_request
 
     def _checkpoint_directories(self) -> Iterator[Path]:
         return (path for path in _children(self.checkpoints) if _CHECKPOINT.fullmatch(path.name))

@@ -6,12 +6,15 @@ owner is, for people and for file systems whose locks do not reach other machine
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -25,6 +28,12 @@ Liveness = Literal["holds", "gone", "unknown"]
 
 _PATIENCE = 0.3
 """Seconds to wait for the lock: somebody who asks for the status holds it for a moment."""
+
+BEAT_SECONDS = 15.0
+"""How often an owner touches its lock, so that other machines see that it lives."""
+
+SILENCE_SECONDS = 120.0
+"""An owner elsewhere whose lock nobody touched for so long is taken for dead, with its machine."""
 
 
 @frozen
@@ -60,8 +69,12 @@ class Owner:
         number and start tell. Another boot of its host ended it too. Of other machines nothing is known.
         """
         if self.boot and self.boot == _boot_id():
-            return self.ticks != 0 and self.ticks == _start_ticks(self.pid)
+            return self.is_here()
         return self.host != socket.gethostname()
+
+    def is_here(self) -> bool:
+        """Whether its number is that very process's on this system, where it can be sent a signal."""
+        return self.boot == _boot_id() and self.ticks != 0 and self.ticks == _start_ticks(self.pid)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since} ({self.command})"
@@ -72,10 +85,16 @@ class RunLock:
     """Ownership of a run directory; also a context manager."""
 
     run_dir: RunDir
+    tell: Callable[[str], None] = lambda message: None
+    """Called with a line for people before a long wait."""
     _descriptor: int | None = field(default=None, init=False)
+    _released: threading.Event = field(factory=threading.Event, init=False)
 
     def acquire(self) -> None:
-        """Become the owner, or change nothing and raise CheckpointError that names the present one."""
+        """Become the owner, or change nothing and raise CheckpointError that names the present one.
+
+        An owner on another machine, which nothing here can see, is given time to show that it lives.
+        """
         try:
             descriptor = _lock(self.run_dir.lock)
         except OSError as error:
@@ -86,25 +105,45 @@ class RunLock:
             raise CheckpointError(
                 f"{self.run_dir.root} is in use by {who}: stop it, or choose another training.output_dir"
             )
-        if owner is not None and owner.may_live():
+        if owner is not None and owner.may_live() and (owner.is_here() or self._beats(descriptor, owner)):
             os.close(descriptor)
             raise CheckpointError(
-                f"{self.run_dir.root} was last in use by {owner}, which cannot be seen from here: "
-                f"if it has ended, delete {self.run_dir.lock}"
+                f"{self.run_dir.root} is in use by {owner}: stop it (gpt-simple stop {self.run_dir.root}), or choose"
+                " another training.output_dir"
             )
-        content = json.dumps(asdict(Owner.this_process()), indent=1).encode() + b"\n"
+        me = Owner.this_process()
+        content = json.dumps(asdict(me), indent=1).encode() + b"\n"
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, content, 0)
         os.fsync(descriptor)
         self._descriptor = descriptor
+        threading.Thread(target=self._beat, args=(me,), name="lock-beat", daemon=True).start()
 
     def release(self) -> None:
         """Give the directory up; the file stays, empty. Does nothing if the lock is not held."""
         if self._descriptor is None:
             return
+        self._released.set()
         os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
         self._descriptor = None
+
+    def _beat(self, me: Owner) -> None:
+        """Touch the lock until it is released, or somebody else's because this process was silent for too long."""
+        while not self._released.wait(BEAT_SECONDS) and _parse(self.run_dir.lock) == me:
+            with contextlib.suppress(OSError):
+                os.utime(self.run_dir.lock)
+
+    def _beats(self, descriptor: int, owner: Owner) -> bool:
+        """Whether somebody touches the lock within ``SILENCE_SECONDS``. Compares no clocks: theirs may differ."""
+        self.tell(f"{owner} cannot be seen from here: waiting {SILENCE_SECONDS:.0f} s for a sign of life")
+        before, deadline = os.fstat(descriptor).st_mtime_ns, time.monotonic() + SILENCE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, SILENCE_SECONDS / 10))
+            # The path: an attribute that a remote file system has cached for an open file may be old.
+            if os.stat(self.run_dir.lock).st_mtime_ns != before:
+                return True
+        return False
 
     def __enter__(self) -> Self:
         self.acquire()

@@ -47,9 +47,7 @@ class StatusFile:
     """Writes the status of the run that this process owns. A write that fails is tried again later."""
 
     run_dir: RunDir
-    status: Status = field(
-        factory=lambda: Status("running", host=socket.gethostname(), pid=os.getpid()), init=False
-    )
+    status: Status = field(factory=lambda: Status("running", host=socket.gethostname(), pid=os.getpid()), init=False)
     _written: float = field(default=float("-inf"), init=False)
 
     def update(self, *, force: bool = False, **changes: Any) -> None:
@@ -79,9 +77,7 @@ def read_status(run_dir: RunDir) -> Status:
     owner, liveness = owner_of(run_dir)
     if status is None:
         if owner is None and liveness == "gone":
-            raise CheckpointError(
-                f"there is no run in {run_dir.root}: expected a training.output_dir of a run"
-            )
+            raise CheckpointError(f"there is no run in {run_dir.root}: expected a training.output_dir of a run")
         status = Status("running")
     if owner is not None and status.pid is None:
         status = evolve(status, host=owner.host, pid=owner.pid)
@@ -89,9 +85,7 @@ def read_status(run_dir: RunDir) -> Status:
         return status
     process = f"process {status.pid} on {status.host}"
     if liveness == "unknown":
-        return evolve(
-            status, note=f"{process} cannot be seen from here: it may have ended since the last update"
-        )
+        return evolve(status, note=f"{process} cannot be seen from here: it may have ended since the last update")
     return evolve(status, state="crashed", note=f"{process} ended without saying how")
 
 

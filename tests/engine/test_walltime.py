@@ -1,0 +1,88 @@
+"""A time budget ends where it must, and what is kept back of it is learned."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from attrs import evolve
+
+from gpt_simple.config.schema import TrainingConfig
+from gpt_simple.engine.stopping import Walltime
+from gpt_simple.errors import ConfigError
+
+NOW, CLOCK = 1_000.0, 1_800_000_000.0
+PLAIN = TrainingConfig()
+
+
+def launch(training: TrainingConfig = PLAIN, **environment: str) -> Walltime | None:
+    """A launch that began 10 s ago."""
+    return Walltime.of_launch(training, environment, started=NOW - 10, now=NOW, clock=CLOCK)
+
+
+def test_without_a_budget_there_is_none() -> None:
+    assert launch() is None
+
+
+def test_the_budget_that_ends_first_counts() -> None:
+    training = evolve(PLAIN, max_runtime_seconds=500.0)
+    ends = CLOCK + 400
+    for environment, expected, source in (
+        ({}, 490, "training.max_runtime_seconds"),
+        ({"GPT_SIMPLE_MAX_RUNTIME": "300"}, 290, "$GPT_SIMPLE_MAX_RUNTIME"),
+        ({"SLURM_JOB_END_TIME": f"{ends:.0f}"}, 400, "$SLURM_JOB_END_TIME"),
+        ({"SLURM_JOB_END_TIME": f"{ends:.0f}", "GPT_SIMPLE_MAX_RUNTIME": "9999"}, 400, "$SLURM_JOB_END_TIME"),
+    ):
+        found = launch(training, **environment)
+        assert found is not None
+        assert (found.ends - NOW, found.source) == (pytest.approx(expected), source)
+
+
+def test_a_reserve_that_leaves_nothing_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"walltime_reserve_seconds 30 .* 20 s of \$GPT_SIMPLE_MAX_RUNTIME"):
+        launch(GPT_SIMPLE_MAX_RUNTIME="20")
+    job = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "1025"}
+    with pytest.raises(ConfigError, match="25 s of the time limit of the SLURM job"):
+        launch(**job)
+    with pytest.raises(ConfigError, match="GPT_SIMPLE_MAX_RUNTIME is 'soon'"):
+        launch(GPT_SIMPLE_MAX_RUNTIME="soon")
+
+
+def test_a_job_that_is_nearly_over_is_not_refused_but_stops() -> None:
+    """The next job of the chain has its whole time again."""
+    late = Walltime.of_launch(
+        PLAIN,
+        {"SLURM_JOB_START_TIME": f"{CLOCK - 3600}", "SLURM_JOB_END_TIME": f"{CLOCK + 5}"},
+        started=time.monotonic(),
+        now=time.monotonic(),
+        clock=CLOCK,
+    )
+    assert late is not None
+    assert late.is_up()
+
+
+def test_the_reserve_grows_with_what_was_measured_and_never_falls_below_the_least() -> None:
+    walltime = Walltime(ends=NOW, source="a test", least_reserve=30)
+    assert walltime.reserve == 30
+    walltime.expect_save_of(10_000_000_000)
+    assert walltime.reserve == pytest.approx(150), "a first checkpoint is taken to be slow"
+    walltime.saved(40)
+    assert walltime.reserve == pytest.approx(60)
+    walltime.saved(4)
+    assert walltime.reserve == pytest.approx(60), "the longest save counts"
+    for _ in range(3):
+        walltime.stepped(20)
+    assert walltime.reserve == pytest.approx(100), "another step may begin just before the end"
+    for _ in range(200):
+        walltime.stepped(0.1)
+    assert walltime.reserve == pytest.approx(60.2), "a slow step is forgotten"
+
+
+def test_a_clock_that_jumps_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = time.monotonic()
+    walltime = Walltime.of_launch(
+        evolve(PLAIN, max_runtime_seconds=3600.0), {}, started=begin, now=begin, clock=time.time()
+    )
+    assert walltime is not None
+    monkeypatch.setattr(time, "time", lambda: CLOCK + 86_400 * 365)
+    assert not walltime.is_up()
