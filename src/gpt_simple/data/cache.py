@@ -53,9 +53,9 @@ def building(target: Path, log: Log) -> Iterator[Path | None]:
                 temporary.mkdir()
                 yield temporary
                 for path in (*temporary.rglob("*"), temporary):
-                    _sync(path)
+                    sync(path)
                 temporary.rename(target)
-                _sync(target.parent)
+                sync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -71,7 +71,8 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -78,8 +78,8 @@ class Manifest:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """How a token is stored: the smaller of uint16 and uint32, little-endian, that holds every id."""
-        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        """How a token is stored."""
+        return token_dtype(self.vocab_size)
 
     @cached_property
     def text(self) -> str:
@@ -99,6 +99,11 @@ class Manifest:
                 for shard in shards:
                     yield f"{shard.name}.bin", shard.bin
                     yield f"{shard.name}.idx", shard.idx
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smaller of uint16 and uint32, little-endian, that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def read_manifest(directory: Path) -> Manifest:

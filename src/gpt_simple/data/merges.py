@@ -1,15 +1,16 @@
 """Byte-level BPE through tiktoken, several times faster than the `tokenizers` library, with the same ids.
 
 tiktoken knows tokens and their ranks but no merges: it joins the two neighbours that together are the token of the
-lowest rank. That is the same as applying a list of merges in order exactly if each token is what one merge makes, if ids
-rise along the list, and if the bytes of each token, joined by the merges before it, end as the two halves of its merge.
-All trained BPE is like that; a vocabulary that is not is left to `tokenizers`.
+lowest rank. That is the same as applying a list of merges in order if each token is what one merge makes, if ids rise
+along the list, and if the bytes of each token, joined by the merges before it, end as the two halves of its merge. All
+trained BPE is like that; a vocabulary that is not is left to `tokenizers`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from attrs import frozen
@@ -62,7 +63,7 @@ def _equivalent(ranks: Mapping[bytes, int], pairs: Sequence[tuple[bytes, ...]]) 
     if set(made) != whole or len(made) != len(whole) or any(bytes([byte]) not in ranks for byte in range(256)):
         return False
     ids = [ranks[token] for token in made]
-    if any(later <= earlier for earlier, later in zip(ids, ids[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(ids)):
         return False
     return all(_joined(left + right, ranks) == [left, right] for left, right in pairs)
 
@@ -71,7 +72,7 @@ def _joined(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """The bytes of a token after all merges that come before its own."""
     parts, limit = [token[i : i + 1] for i in range(len(token))], ranks[token]
     while True:
-        found = [(ranks.get(a + b, limit), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        found = [(ranks.get(a + b, limit), i) for i, (a, b) in enumerate(pairwise(parts))]
         rank, i = min(found, default=(limit, 0))
         if rank >= limit:
             return parts

@@ -95,22 +95,30 @@ class ShardWriter:
     shard_tokens: int = SHARD_TOKENS
     records: list[ShardRecord] = field(factory=list, init=False)
     _bin: _File | None = field(default=None, init=False)
-    _starts: list[int] = field(factory=list, init=False)
+    _starts: list[NDArray[np.int64]] = field(factory=list, init=False)
+    _size: int = field(default=0, init=False)
 
     def add(self, ids: Sequence[int]) -> None:
         """Append a document of at least one token."""
-        document = np.array([*ids, self.eod_id], np.int64)
-        if document.min() < 0 or document.max() >= self.vocab_size:
+        self.extend(np.array([*ids, self.eod_id], np.int64), np.array([len(ids) + 1]))
+
+    def extend(self, tokens: NDArray[Any], sizes: NDArray[np.int64]) -> None:
+        """Append documents that end in EOD already, one after another in ``tokens``, and their sizes."""
+        if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size):
             raise DataError(f"the tokenizer gave an id outside its vocabulary of {self.vocab_size} ids")
-        if self._bin is None:
-            path = self.root / f"{self.prefix}/shard-{len(self.records):05d}.bin"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._bin, self._starts = _File(path), [1]
-            self._bin.write(np.array([self.eod_id], self.dtype))
-        self._bin.write(document.astype(self.dtype))
-        self._starts.append(self._starts[-1] + len(document))
-        if self._starts[-1] > self.shard_tokens:
-            self._finish(self._bin)
+        ends = np.cumsum(sizes)
+        done = begin = 0
+        while done < len(ends):
+            shard = self._bin or self._new()
+            room = self.shard_tokens - self._size
+            count = 1 + int(np.searchsorted(ends[done:] - begin, room, side="right"))
+            taken = ends[done : done + count]
+            shard.write(tokens[begin : int(taken[-1])].astype(self.dtype, copy=False))
+            self._starts.append(taken + (self._size - begin))
+            self._size += int(taken[-1]) - begin
+            done, begin = done + len(taken), int(taken[-1])
+            if self._size > self.shard_tokens:
+                self._finish(shard)
 
     def close(self) -> tuple[ShardRecord, ...]:
         """Finish the last shard."""
@@ -118,10 +126,17 @@ class ShardWriter:
             self._finish(self._bin)
         return tuple(self.records)
 
+    def _new(self) -> _File:
+        path = self.root / f"{self.prefix}/shard-{len(self.records):05d}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._bin, self._starts, self._size = _File(path), [np.array([1])], 1
+        self._bin.write(np.array([self.eod_id], self.dtype))
+        return self._bin
+
     def _finish(self, tokens: _File) -> None:
         starts = _File(tokens.path.with_suffix(".idx"))
-        starts.write(np.array(self._starts, "<i8"))
+        values = np.concatenate(self._starts)
+        starts.write(values.astype("<i8", copy=False))
         name = f"{self.prefix}/{tokens.path.stem}"
-        documents = len(self._starts) - 1
-        self.records.append(ShardRecord(name, documents, self._starts[-1] - 1, tokens.close(), starts.close()))
+        self.records.append(ShardRecord(name, len(values) - 1, self._size - 1, tokens.close(), starts.close()))
         self._bin = None

@@ -55,23 +55,35 @@ def survey(source: Source, data: DataConfig) -> Survey:
             empty += 1
             continue
         text = document.text
-        hashes.append(int.from_bytes(hashlib.blake2b(document.key.encode(), digest_size=8).digest()))
+        hashes.append(key_hash(document.key))
         sizes.append(len(text.encode()))
     if not hashes:
         raise DataError("data.path: no document has any text; there is nothing to learn")
-    share = np.array(hashes, np.uint64) / 2.0**64
-    held_out = share < data.val_fraction
-    if data.val_fraction and len(share) > 1:
-        # Chance would often leave a split of a few documents empty.
-        if not held_out.any():
-            held_out = share == share.min()
-        if held_out.all():
-            held_out = share != share.max()
+    share = np.array(hashes, np.uint64)
+    held_out = held_out_of(share, int(share.min()), int(share.max()), data.val_fraction)
     if len(share) == 1 and data.val_fraction:
         val = len(text[_cut(text, data.val_fraction) :].encode())
         return Survey(np.array([False]), sizes[0], val, 1, empty)
     val = int(np.array(sizes)[held_out].sum())
     return Survey(held_out, sum(sizes), val, int(held_out.sum()), empty)
+
+
+def key_hash(key: str) -> int:
+    """64 bits by which a document is held out or not."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+
+
+def held_out_of(hashes: NDArray[np.uint64], lowest: int, highest: int, val_fraction: float) -> NDArray[np.bool_]:
+    """Which of these documents are held out, where ``lowest`` and ``highest`` are those of all documents.
+
+    Chance would often leave a split of a few documents empty: each gets one at least, unless all keys are equal.
+    """
+    limit = int(val_fraction * 2**64)
+    if not limit or lowest == highest:
+        return np.zeros(len(hashes), bool)
+    if limit <= lowest:
+        return np.equal(hashes, lowest)
+    return np.less(hashes, limit) if limit <= highest else np.not_equal(hashes, highest)
 
 
 def write(directory: Path, source: Source, data: DataConfig, found: Survey, train: Train, fingerprint: str) -> Manifest:

@@ -1,9 +1,9 @@
 """Text to token ids and back.
 
-A tokenizer is a byte-level BPE trained on the data, plain bytes (the same thing without merges), or a
-tokenizer.json. All are one class over the `tokenizers` library and one file on disk, so that what a run
-trained with can be loaded anywhere; where it gives the same ids, text goes through tiktoken. Text never becomes a special token, whatever it contains: only the end of
-a document does.
+A tokenizer is a byte-level BPE trained on the data, plain bytes (the same thing without merges), or a tokenizer.json.
+All are one class over the `tokenizers` library and one file on disk, so that what a run trained with can be loaded
+anywhere; where it gives the same ids, text goes through tiktoken. Text never becomes a special token, whatever it
+contains: only the end of a document does.
 """
 
 from __future__ import annotations

@@ -1,23 +1,28 @@
-"""Raw text from files: ``.txt .md .py`` hold one document each, ``.jsonl`` and ``.jsonl.gz`` one per line."""
+"""Raw text from files: ``.txt .md .py`` hold one document each, ``.jsonl`` (also ``.gz``, ``.zst``) one per line."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
 import json
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import IO, cast
 
 from attrs import frozen
 
+from gpt_simple._names import install_hint
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.sources import Document
 from gpt_simple.errors import DataError
 
 TEXT = (".txt", ".md", ".py")
-JSON_LINES = (".jsonl", ".jsonl.gz")
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 @frozen
@@ -39,46 +44,113 @@ class Files:
 
     def documents(self) -> Iterator[Document]:
         for file in self.files:
-            lines = file.name.endswith(JSON_LINES) if self.json_lines is None else self.json_lines
-            for text in self._lines(file) if lines else (_decode(_read(file), str(file)),):
+            lines = holds_json_lines(file) if self.json_lines is None else self.json_lines
+            for text in read(file, self.text_key, json_lines=lines, bad=_refuse):
                 yield Document(text, key=text)
 
-    def _lines(self, file: Path) -> Iterator[str]:
-        opener = gzip.open if file.name.endswith(".gz") else open
-        with _reading(file), opener(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield self._text(line, f"{file}:{number}")
 
-    def _text(self, line: bytes, place: str) -> str:
-        try:
-            record = json.loads(_decode(line, place))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: not JSON ({error}); expected one object per line") from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{place}: expected a JSON object, found {_kind(record)}; every line is one object with the text "
-                f"under {self.text_key!r} (data.text_key)"
-            )
-        text = record.get(self.text_key)
-        if not isinstance(text, str):
-            found = f"{_kind(text)} there" if self.text_key in record else f"the keys {', '.join(record) or '(none)'}"
-            raise DataError(f"{place}: expected the text under {self.text_key!r} (data.text_key), found {found}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{place}: character {error.start} of the text is half of a surrogate pair; it stands for no text"
-            ) from error
-        return text
+Bad = Callable[[DataError], None]
+"""What becomes of a document that cannot be read: it raises the error, or makes a note of it."""
+
+
+def holds_json_lines(file: Path) -> bool:
+    return file.name.endswith(JSON_LINES)
+
+
+def read(
+    file: Path, text_key: str, *, json_lines: bool, bad: Bad, begin: int = 0, end: int | None = None
+) -> Iterator[str]:
+    """The texts of a file's documents. ``begin`` and ``end``: only the JSON lines that begin at these bytes."""
+    try:
+        if not json_lines:
+            yield _decode(_read(file), str(file))
+            return
+        with _reading(file), _open(file) as stream:
+            yield from _texts(stream, file, text_key, bad, begin, end)
+    except DataError as error:
+        bad(error)
+
+
+def _texts(stream: IO[bytes], file: Path, text_key: str, bad: Bad, begin: int, end: int | None) -> Iterator[str]:
+    position = begin
+    if begin:
+        # The line that holds the byte before belongs to whoever reads what comes before.
+        stream.seek(begin - 1)
+        position += len(stream.readline()) - 1
+    for number, line in enumerate(stream):
+        if end is not None and position >= end:
+            return
+        position += len(line)
+        if line.strip():
+            try:
+                yield _text(line, text_key)
+            except DataError as error:
+                bad(DataError(f"{file}:{_lines_before(file, begin) + number + 1}: {error}"))
+
+
+def _lines_before(file: Path, begin: int) -> int:
+    """Lines that begin before a byte of a file."""
+    if not begin:
+        return 0
+    count = 1
+    with file.open("rb") as stream:
+        left = begin - 1
+        while left and (block := stream.read(min(left, 1 << 20))):
+            count += block.count(b"\n")
+            left -= len(block)
+    return count
+
+
+def _text(line: bytes, text_key: str) -> str:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON ({error}); expected one object per line") from error
+    if not isinstance(record, dict):
+        raise DataError(
+            f"expected a JSON object, found {_kind(record)}; every line is one object with the text "
+            f"under {text_key!r} (data.text_key)"
+        )
+    text = record.get(text_key)
+    if not isinstance(text, str):
+        found = f"{_kind(text)} there" if text_key in record else f"the keys {', '.join(record) or '(none)'}"
+        raise DataError(f"expected the text under {text_key!r} (data.text_key), found {found}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"character {error.start} of the text is half of a surrogate pair; it stands for no text"
+        ) from error
+    return text
+
+
+def _refuse(error: DataError) -> None:
+    raise error
+
+
+def _open(file: Path) -> IO[bytes]:
+    if file.name.endswith(".gz"):
+        return cast("IO[bytes]", gzip.open(file, "rb"))
+    return cast("IO[bytes]", _zstd(file).open(file, "rb")) if file.name.endswith(".zst") else file.open("rb")
+
+
+def _zstd(file: Path) -> ModuleType:
+    """Python's own module for Zstandard, or its backport."""
+    try:
+        return importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    except ImportError as error:
+        raise DataError(f"{file}: Zstandard needs another package: {install_hint('zstd')}") from error
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
     """What the system says of an unreadable file, as an error of the data."""
+    known = (OSError, EOFError, zlib.error, *((_zstd(file).ZstdError,) if file.name.endswith(".zst") else ()))
     try:
         yield
-    except (OSError, EOFError, zlib.error) as error:
+    except known as error:
         raise DataError(f"{file}: cannot be read ({error}); check data.path") from error
 
 
@@ -88,13 +160,14 @@ def build(config: DataConfig, seed: int) -> Files:
         raise DataError("data.path is not set: name a file or a directory of text, or choose data.source = 'stories'")
     paths = (config.path,) if isinstance(config.path, str) else config.path
     suffixes = {"text": TEXT, "jsonl": JSON_LINES}.get(config.format or "", TEXT + JSON_LINES)
-    files = [file for path in paths for file in _find(Path(path), suffixes, by_suffix=config.format is None)]
+    files = [file for path in paths for file in find(Path(path), suffixes, by_suffix=config.format is None)]
     if not any(file.stat().st_size for file in files):
         raise DataError(f"data.path {', '.join(paths)}: all {len(files)} files are empty; there is nothing to learn")
     return Files(tuple(files), config.text_key, None if config.format is None else config.format == "jsonl")
 
 
-def _find(path: Path, suffixes: tuple[str, ...], *, by_suffix: bool) -> list[Path]:
+def find(path: Path, suffixes: tuple[str, ...] = TEXT + JSON_LINES, *, by_suffix: bool = True) -> list[Path]:
+    """A file, or all files with these suffixes below a directory, in sorted order."""
     wanted = " ".join(suffixes)
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
@@ -117,9 +190,11 @@ def _decode(data: bytes, place: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{place}: byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
-        ) from error
+        raise DataError(f"{place}: {_not_utf8(error)}") from error
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
 
 
 def _kind(value: object) -> str:

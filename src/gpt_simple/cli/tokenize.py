@@ -1,0 +1,113 @@
+"""Turn raw text into token shards, once: ``gpt-simple tokenize --input_dir RAW --output_dir DATA``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+LINE_EVERY = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@click.command()
+@click.option("--input_dir", required=True, type=click.Path(path_type=Path), help="Text; sub-directories are buckets.")
+@click.option("--output_dir", required=True, type=click.Path(path_type=Path), help="Where the dataset will be.")
+@click.option("--tokenizer", default="bpe", show_default=True, help="bpe (trained on the text), bytes, or a path.")
+@click.option("--tokenizer_path", metavar="PATH", help="A tokenizer.json or its directory; the same as --tokenizer.")
+@click.option("--tokenizer_vocab_size", default=8192, show_default=True, type=click.IntRange(257), help="Ids of a bpe.")
+@click.option("--text_key", default="text", show_default=True, help="The key of the text in a JSON line.")
+@click.option(
+    "--val_fraction", default=0.05, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Held out."
+)
+@click.option(
+    "--max_length", type=click.IntRange(2), help="Tell how many rows of this length there are, val has one at least."
+)
+@click.option("--num_workers", default=_CORES, show_default="all cores", type=click.IntRange(1), help="Processes.")
+@click.option("--strict", is_flag=True, help="Stop at a document that cannot be read instead of skipping it.")
+def tokenize(
+    input_dir: Path,
+    output_dir: Path,
+    tokenizer: str,
+    tokenizer_path: str | None,
+    tokenizer_vocab_size: int,
+    text_key: str,
+    val_fraction: float,
+    max_length: int | None,
+    num_workers: int,
+    strict: bool,
+) -> None:
+    """Tokenize .txt .md .py .jsonl .jsonl.gz .jsonl.zst files into a dataset that a run reads as data.path.
+
+    Documents are kept whole: data.max_length is chosen by each run. Killed, the same command goes on where it was. The
+    result does not depend on --num_workers.
+    """
+    from gpt_simple.data.bulk import REPORT, Job, tokenize
+    from gpt_simple.data.inspect import require_row, summary
+
+    if tokenizer_path is not None and tokenizer not in ("bpe", tokenizer_path):
+        raise click.UsageError(f"two tokenizers were given: --tokenizer {tokenizer} and {tokenizer_path}")
+    job = Job(
+        input_dir=input_dir,
+        output_dir=output_dir,
+        tokenizer=tokenizer_path or tokenizer,
+        tokenizer_vocab_size=tokenizer_vocab_size,
+        text_key=text_key,
+        val_fraction=val_fraction,
+        num_workers=num_workers,
+        strict=strict,
+    )
+    with _progress() as (log, progress):
+        manifest = tokenize(job, log, progress)
+    click.echo("\n".join(summary(output_dir, manifest, max_length)))
+    if max_length is not None:
+        require_row(manifest, max_length)
+    report = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
+    click.echo(f"skipped {report['skipped']:,} documents and {report['empty']:,} without text: {output_dir / REPORT}")
+    click.echo(f"train on it: gpt-simple run CONFIG --data.path {output_dir}")
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """Where messages and progress go: a bar on a terminal, now and then a line elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda message: click.echo(message, err=True), _Lines().tell
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("tokenizing", total=None)
+        yield (
+            lambda message: bar.console.print(message, markup=False, highlight=False),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+class _Lines:
+    """Progress as lines, one in ``LINE_EVERY`` seconds and one at the end."""
+
+    def __init__(self) -> None:
+        self._began = self._told = 0.0
+        self._first: int | None = None
+
+    def tell(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            # What an earlier attempt has done says nothing about the speed of this one.
+            self._first, self._began, self._told = done, now, now
+        if done < total and now - self._told < LINE_EVERY:
+            return
+        self._told = now
+        rate = (done - self._first) / max(now - self._began, 1e-9)
+        left = f"  {(total - done) / rate / 60:.1f} min left" if rate and done < total else ""
+        click.echo(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s{left}", err=True)

@@ -1,0 +1,274 @@
+"""A directory of raw text to a dataset directory, in parallel and in steps that a kill does not undo.
+
+Text is encoded in parts (parts.py), which are kept in ``OUTPUT/.work`` until all are there. Then they become the shards
+of both splits, in the order of the files. So the result is the same whatever the number of processes and of attempts;
+``dataset.json`` comes last, and what has none is not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import evolve, frozen
+from numpy.typing import NDArray
+
+from gpt_simple.config.schema import DataConfig
+from gpt_simple.data.cache import Log, locked, sync
+from gpt_simple.data.corpus import Skipped, Unit, find_units, read
+from gpt_simple.data.manifest import FILE, TOKENIZER, Manifest, SplitRecord, read_manifest
+from gpt_simple.data.parts import DOCUMENT, Part, Settings, is_made, make_parts, open_part, tokenizer_of
+from gpt_simple.data.shards import ShardWriter
+from gpt_simple.data.tokenize import TRAINING_BYTES, held_out_of, key_hash
+from gpt_simple.data.tokenizer import FILE as TOKENIZER_FILE
+from gpt_simple.data.tokenizer import Tokenizer, bpe, load_tokenizer
+from gpt_simple.data.tokenizer import bytes as byte_tokenizer
+from gpt_simple.errors import DataError
+
+WORK = ".work"
+REPORT = "tokenize.json"
+SHOWN = 20
+"""So many skipped documents are told; the report has more."""
+
+Progress = Callable[[int, int], None]
+"""Told the bytes that are done, and those of all files."""
+
+
+@frozen
+class Job:
+    """What to tokenize and how. ``tokenizer`` is ``bpe`` (trained on the text), ``bytes`` or a path."""
+
+    input_dir: Path
+    output_dir: Path
+    tokenizer: str = "bpe"
+    tokenizer_vocab_size: int = 8192
+    text_key: str = "text"
+    val_fraction: float = 0.05
+    num_workers: int = 1
+    strict: bool = False
+
+
+def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
+    """Make the dataset, or go on with one that was begun; a finished one of the same input is left as it is.
+
+    Documents that cannot be read are skipped, told and counted in ``tokenize.json``; ``strict`` makes the first of them
+    a DataError. DataError too if the output belongs to something else.
+    """
+    units = find_units(job.input_dir)
+    identity = _identity(job, units)
+    work = _claim(job)
+    with locked(work, "work", log):
+        if (job.output_dir / FILE).exists():
+            return _finished(job, identity, log)
+        settings = _settings(job, units, work, log)
+        skipped = _make_parts(job, units, settings, log, progress)
+        if skipped.errors and not any(len(part.documents) for part in _parts(units, settings)):
+            raise DataError(f"no document could be read, {skipped.bad:,} were skipped; the first: {skipped.errors[0]}")
+        manifest = _assemble(work / "build", job, units, settings)
+        report = {"identity": identity, "empty": skipped.empty, "skipped": skipped.bad, "errors": skipped.errors}
+        (work / "build" / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _publish(work / "build", job.output_dir)
+        shutil.rmtree(work)
+    return manifest
+
+
+def _claim(job: Job) -> Path:
+    """The directory of what is not finished; an output that holds anything else is refused."""
+    output, work = job.output_dir, job.output_dir / WORK
+    if output.exists() and not output.is_dir():
+        raise DataError(f"--output_dir {output} is a file; name a directory")
+    ours = (output / FILE).exists() or work.exists()
+    if output.exists() and any(output.iterdir()) and not ours:
+        raise DataError(f"--output_dir {output} holds other files; name a new or an empty directory")
+    return work
+
+
+def _identity(job: Job, units: Sequence[Unit]) -> str:
+    """Of all that decides the result: the options, and the names, sizes and times of the files."""
+    tokenizer = job.tokenizer
+    if tokenizer not in ("bpe", "bytes"):
+        tokenizer = load_tokenizer(Path(tokenizer)).fingerprint
+    options = [tokenizer, job.tokenizer_vocab_size if tokenizer == "bpe" else 0, job.text_key, job.val_fraction]
+    return hashlib.sha256(json.dumps([options, [unit.state for unit in units]]).encode()).hexdigest()
+
+
+def _finished(job: Job, identity: str, log: Log) -> Manifest:
+    manifest = read_manifest(job.output_dir)
+    report = job.output_dir / REPORT
+    if not report.exists() or json.loads(report.read_text(encoding="utf-8"))["identity"] != identity:
+        raise DataError(
+            f"--output_dir {job.output_dir} holds a finished dataset of other files or other options; "
+            "name another directory, or delete this one"
+        )
+    shutil.rmtree(job.output_dir / WORK, ignore_errors=True)
+    log(f"{job.output_dir} is finished already")
+    return manifest
+
+
+def _settings(job: Job, units: Sequence[Unit], work: Path, log: Log) -> Settings:
+    """The tokenizer, trained if that was asked for and not done before, where all processes find it."""
+    if job.tokenizer == "bpe":
+        name = hashlib.sha256("|".join(_identity(job, [unit]) for unit in units).encode()).hexdigest()[:24]
+        directory = work / f"tokenizer-{name}"
+        if not directory.exists():
+            log(f"training a tokenizer of {job.tokenizer_vocab_size:,} ids")
+            config = DataConfig(tokenizer_vocab_size=job.tokenizer_vocab_size)
+            _save(bpe(config, lambda: _training_texts(job, units)), directory)
+    else:
+        directory = work / "tokenizer-given"
+        is_bytes = job.tokenizer == "bytes"
+        given = byte_tokenizer(DataConfig(), lambda: iter(())) if is_bytes else load_tokenizer(Path(job.tokenizer))
+        _save(given, directory)
+    parts = work / "parts"
+    parts.mkdir(exist_ok=True)
+    return Settings(parts, directory, load_tokenizer(directory).fingerprint, job.text_key)
+
+
+def _save(tokenizer: Tokenizer, directory: Path) -> None:
+    """Whole or not at all: a kill must not leave half of a tokenizer."""
+    temporary = directory.with_suffix(".tmp")
+    for old in (temporary, directory):
+        shutil.rmtree(old, ignore_errors=True)
+    tokenizer.save(temporary)
+    sync(temporary / TOKENIZER_FILE)
+    temporary.rename(directory)
+
+
+def _training_texts(job: Job, units: Sequence[Unit]) -> Iterator[str]:
+    """The beginning of every unit without what is held out: about ``TRAINING_BYTES`` of text in all."""
+    share = min(1.0, TRAINING_BYTES / sum(unit.size for unit in units))
+    limit = int(job.val_fraction * 2**64)
+    for unit in units:
+        left = share * unit.size
+        for text in read(unit, job.text_key, Skipped()):
+            if limit and key_hash(text) < limit:
+                continue
+            yield text[:TRAINING_BYTES]
+            left -= len(text)
+            if left <= 0:
+                break
+
+
+def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, progress: Progress) -> Skipped:
+    """Make the parts that are missing. Returns all that was left out."""
+    total = sum(unit.size for unit in units)
+    missing = [unit for unit in units if not is_made(unit, settings)]
+    done = total - sum(unit.size for unit in missing)
+    if done:
+        log(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB were tokenized before")
+    progress(done, total)
+    told = 0
+    for unit, skipped in make_parts(missing, settings, job.num_workers):
+        done += unit.size
+        progress(done, total)
+        if job.strict and skipped.errors:
+            break
+        for error in skipped.errors[: max(0, SHOWN - told)]:
+            log(f"skipped {error}")
+        told += len(skipped.errors)
+    every = Skipped()
+    for unit in units:
+        part = open_part(unit, settings)
+        found = Skipped() if part is None else part.skipped
+        if job.strict and found.errors:
+            raise DataError(found.errors[0])
+        every.empty, every.bad = every.empty + found.empty, every.bad + found.bad
+        every.errors += found.errors
+    return every
+
+
+def _parts(units: Sequence[Unit], settings: Settings) -> Iterator[Part]:
+    for unit in units:
+        part = open_part(unit, settings)
+        assert part is not None
+        yield part
+
+
+def _assemble(directory: Path, job: Job, units: Sequence[Unit], settings: Settings) -> Manifest:
+    """Write the shards of both splits, the tokenizer and the manifest into a new directory."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    tokenizer = tokenizer_of(settings)
+    manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, "", {})
+    content = hashlib.sha256()
+    lowest, highest, documents = 2**64, 0, 0
+    for part in _parts(units, settings):
+        hashes = part.documents["hash"]
+        content.update(hashes.tobytes())
+        if len(hashes):
+            documents += len(hashes)
+            lowest, highest = min(lowest, int(hashes.min())), max(highest, int(hashes.max()))
+    if not documents:
+        raise DataError(f"--input_dir {job.input_dir}: no document has any text; there is nothing to tokenize")
+    writers = {name: _SplitWriter(directory, name, manifest) for name in ("train", "val")}
+    for unit, part in zip(units, _parts(units, settings), strict=True):
+        if documents == 1 and job.val_fraction:
+            _cut(unit.bucket, part, job.val_fraction, tokenizer, writers)
+            continue
+        held_out = held_out_of(part.documents["hash"], lowest, highest, job.val_fraction)
+        for writer, mine in ((writers["train"], ~held_out), (writers["val"], held_out)):
+            chosen = part.documents[mine]
+            writer.extend(unit.bucket, part.tokens[np.repeat(mine, part.documents["tokens"])], chosen)
+    splits = {name: writer.close() for name, writer in writers.items()}
+    manifest = evolve(manifest, source=content.hexdigest(), splits=splits)
+    tokenizer.save(directory / TOKENIZER)
+    (directory / FILE).write_text(manifest.text, encoding="utf-8")
+    return manifest
+
+
+def _cut(
+    bucket: str, part: Part, val_fraction: float, tokenizer: Tokenizer, writers: Mapping[str, _SplitWriter]
+) -> None:
+    """Hold out the end of the only document."""
+    ids = part.tokens[:-1]
+    at = max(1, min(len(ids) - 1, round(len(ids) * (1 - val_fraction))))
+    sizes = tokenizer.token_bytes()
+    for name, half in (("train", ids[:at]), ("val", ids[at:])):
+        if len(half):
+            document = np.array([(0, len(half) + 1, sizes[half].sum())], DOCUMENT)
+            writers[name].extend(bucket, np.append(half, part.tokens[-1:]), document)
+
+
+class _SplitWriter:
+    """The shards of a split, bucket by bucket, and its totals."""
+
+    def __init__(self, directory: Path, name: str, manifest: Manifest) -> None:
+        self._directory, self._name, self._manifest = directory, name, manifest
+        self._buckets: dict[str, ShardWriter] = {}
+        self._documents = self._bytes = 0
+
+    def extend(self, bucket: str, tokens: NDArray[Any], documents: NDArray[Any]) -> None:
+        manifest = self._manifest
+        if bucket not in self._buckets:
+            prefix = f"{self._name}/{bucket}"
+            self._buckets[bucket] = ShardWriter(
+                self._directory, prefix, manifest.dtype, manifest.eod_id, manifest.vocab_size
+            )
+        self._buckets[bucket].extend(tokens, documents["tokens"])
+        self._documents += len(documents)
+        self._bytes += int(documents["bytes"].sum())
+
+    def close(self) -> SplitRecord:
+        buckets = {name: writer.close() for name, writer in self._buckets.items()}
+        tokens = sum(shard.tokens for shards in buckets.values() for shard in shards)
+        return SplitRecord(self._documents, tokens, self._bytes, None, {k: v for k, v in buckets.items() if v})
+
+
+def _publish(build: Path, output: Path) -> None:
+    """Move everything to its place, the manifest last, after all of it is on the disk."""
+    for path in (*build.rglob("*"), build):
+        sync(path)
+    for path in sorted(build.iterdir(), key=lambda path: path.name == FILE):
+        target = output / path.name
+        if target.is_dir():
+            # Of an attempt that was killed while it published: there is no manifest yet.
+            shutil.rmtree(target)
+        if path.name == FILE:
+            sync(output)
+        path.rename(target)
+    sync(output)

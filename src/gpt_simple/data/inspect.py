@@ -1,0 +1,81 @@
+"""What is in a dataset directory, for people: counts, lengths, a sample of text. Needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from gpt_simple.data.cache import Log
+from gpt_simple.data.manifest import FILE, TOKENIZER, Manifest, SplitRecord, read_manifest, verify_checksums
+from gpt_simple.data.shards import Shard, open_shard
+from gpt_simple.data.tokenizer import load_tokenizer
+from gpt_simple.errors import DataError
+
+QUANTILES = {"shortest": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
+
+
+def summary(directory: Path, manifest: Manifest, max_length: int | None = None) -> list[str]:
+    """Lines with what the manifest says: the tokenizer, and each split with its buckets."""
+    lines = [
+        f"{directory}: tokens of a vocabulary of {manifest.vocab_size:,} ids as {manifest.dtype.name}, "
+        f"EOD {manifest.eod_id}, tokenizer {manifest.tokenizer[:12]}"
+    ]
+    for name, split in manifest.splits.items():
+        size = "" if not split.bytes else f", {split.bytes:,} bytes ({split.bytes / max(1, split.tokens):.2f} a token)"
+        rows = "" if max_length is None else f", {_rows(split, max_length):,} rows of {max_length:,}"
+        lines.append(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens{size}{rows}")
+        lines += [
+            f"  {bucket}: {sum(s.documents for s in shards):,} documents, {sum(s.tokens for s in shards):,} tokens"
+            f" in {len(shards):,} shard{'s' if len(shards) > 1 else ''}"
+            for bucket, shards in sorted(split.buckets.items())
+        ]
+    return lines
+
+
+def require_row(manifest: Manifest, max_length: int) -> None:
+    """Raise a DataError if a split has less than a row of tokens."""
+    for name, split in manifest.splits.items():
+        if split.tokens < max_length:
+            raise DataError(
+                f"the {name} split is shorter than one row: {split.tokens:,} tokens, --max_length {max_length:,}; "
+                "raise --val_fraction, give more text or train with a lower data.max_length"
+            )
+
+
+def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
+    """All lines about a dataset. Raises DataError if a file is missing, damaged, or not of this tokenizer."""
+    manifest = read_manifest(directory)
+    tokenizer = load_tokenizer(directory / TOKENIZER)
+    if tokenizer.fingerprint != manifest.tokenizer:
+        raise DataError(
+            f"{directory / TOKENIZER}: its fingerprint is {tokenizer.fingerprint[:12]}, {FILE} says "
+            f"{manifest.tokenizer[:12]}; the tokens were made with another tokenizer"
+        )
+    log("comparing all files with their checksums")
+    count = len(verify_checksums(directory, manifest, {}))
+    lines = [*summary(directory, manifest), f"checksums: all {count} files are as they were written"]
+    for name, split in manifest.splits.items():
+        shards = [open_shard(directory, record, manifest) for records in split.buckets.values() for record in records]
+        if not shards:
+            continue
+        sizes = np.concatenate([np.diff(shard.starts) for shard in shards])
+        found = np.quantile(sizes, list(QUANTILES.values()), method="nearest")
+        told = ", ".join(f"{word} {int(size):,}" for word, size in zip(QUANTILES, found, strict=True))
+        lines.append(f"{name} documents in tokens, EOD included: {told}")
+    first = next((s for split in manifest.splits.values() for s in split.buckets.values()), None)
+    if first and sample_tokens:
+        ids = _beginning(open_shard(directory, first[0], manifest), sample_tokens)
+        lines += [f"the first {len(ids):,} tokens:", tokenizer.decode(ids)]
+    return lines
+
+
+def _beginning(shard: Shard, count: int) -> list[int]:
+    ids = shard.tokens[1 : min(int(shard.starts[1]) - 1, 1 + count)]
+    shard.check(ids, lambda flat: 1 + flat)
+    return [int(index) for index in ids]
+
+
+def _rows(split: SplitRecord, max_length: int) -> int:
+    """Rows when the stream is cut (packing concat)."""
+    return sum(-(-shard.tokens // max_length) for shards in split.buckets.values() for shard in shards)

@@ -1,0 +1,304 @@
+"""``gpt-simple tokenize``: the same dataset whatever the number of processes and however often it is killed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attrs import evolve
+from backports import zstd
+
+from gpt_simple.config.schema import Config
+from gpt_simple.data import bulk, corpus, parts
+from gpt_simple.data.bulk import Job
+from gpt_simple.data.manifest import Manifest
+from gpt_simple.data.prepare import prepare
+from gpt_simple.data.sources.stories import Stories
+from gpt_simple.errors import DataError
+from gpt_simple.hooks.components import builtin_registry
+from tests.conftest import Shell
+
+TEXTS = [document.text for document in Stories(3, 400).documents()]
+
+
+def json_lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Two buckets and a file beside them, in every format."""
+    root = tmp_path / "raw"
+    for bucket in ("web", "books/deep"):
+        (root / bucket).mkdir(parents=True)
+    (root / "web/a.jsonl").write_bytes(json_lines(TEXTS[:200]))
+    (root / "web/b.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS[200:300])))
+    (root / "books/deep/c.jsonl.zst").write_bytes(zstd.compress(json_lines(TEXTS[300:390])))
+    (root / "books/d.md").write_text(TEXTS[390])
+    (root / "e.txt").write_text(TEXTS[391])
+    return root
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 5000)
+
+
+@pytest.fixture
+def run(raw: Path, tmp_path: Path) -> Callable[..., tuple[Manifest, list[str]]]:
+    def run(output: str = "out", **options: object) -> tuple[Manifest, list[str]]:
+        said: list[str] = []
+        job = evolve(Job(raw, tmp_path / output, tokenizer="bytes", val_fraction=0.1), **options)
+        return bulk.tokenize(job, said.append, lambda done, total: None), said
+
+    return run
+
+
+Run = Callable[..., tuple[Manifest, list[str]]]
+
+
+def content(directory: Path) -> dict[str, str]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(f.relative_to(directory)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def _documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    ends = np.flatnonzero(tokens == 0)
+    for begin, end in zip(ends[:-1] + 1, ends[1:], strict=True):
+        yield tokens[begin:end]
+
+
+def test_buckets_keep_the_order_of_files_and_every_document_is_on_one_side(run: Run, tmp_path: Path) -> None:
+    manifest, _ = run()
+    assert sorted(manifest.splits["train"].buckets) == ["all", "books", "web"]
+    out = tmp_path / "out"
+    tokenizer = prepare(_config(out), builtin_registry()).tokenizer
+    assert tokenizer.encode("a")[0] != 0
+    byte_of = {tokenizer.encode(chr(c))[0]: c for c in range(128)}
+    found: dict[str, list[str]] = {}
+    for split, record in manifest.splits.items():
+        for bucket in record.buckets:
+            tokens = np.fromfile(out / split / bucket / "shard-00000.bin", "<u2")
+            found.setdefault(bucket, []).extend("".join(chr(byte_of[i]) for i in ids) for ids in _documents(tokens))
+            if split == "train":
+                wanted = {"web": TEXTS[:300], "books": [TEXTS[390], *TEXTS[300:390]], "all": [TEXTS[391]]}[bucket]
+                assert found[bucket] == [text for text in wanted if text in set(found[bucket])]
+    assert {bucket: sorted(texts) for bucket, texts in found.items()} == {
+        "web": sorted(TEXTS[:300]),
+        "books": sorted(TEXTS[300:391]),
+        "all": [TEXTS[391]],
+    }
+    assert 10 < manifest.splits["val"].documents < 80
+    assert manifest.splits["train"].bytes + manifest.splits["val"].bytes == sum(len(t.encode()) for t in TEXTS[:392])  # type: ignore[operator]
+
+
+def _config(directory: Path) -> Config:
+    config = Config()
+    return evolve(config, data=evolve(config.data, path=str(directory), max_length=16))
+
+
+def test_the_bytes_do_not_depend_on_processes_or_units(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("one")
+    run("many", num_workers=2)
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 1 << 30)
+    run("whole")
+    one = content(tmp_path / "one")
+    assert one.pop("tokenize.json")
+    for other in ("many", "whole"):
+        assert {name: digest for name, digest in content(tmp_path / other).items() if name != "tokenize.json"} == one
+
+
+def test_a_trained_tokenizer_is_the_same_too(run: Run, tmp_path: Path) -> None:
+    for output in ("one", "two"):
+        manifest, _ = run(output, tokenizer="bpe", tokenizer_vocab_size=400)
+        assert manifest.vocab_size == 400
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    dataset = prepare(_config(tmp_path / "one"), builtin_registry())
+    assert dataset.tokenizer.vocab_size == 400
+
+
+def test_what_a_kill_left_is_used_and_what_changed_is_made_again(
+    run: Run, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    original = parts.make_part
+
+    def dying(unit: corpus.Unit, settings: parts.Settings) -> corpus.Skipped:
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(settings.key(unit))
+        return original(unit, settings)
+
+    monkeypatch.setattr(parts, "make_part", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not (tmp_path / "out/dataset.json").exists()
+    first, made[:] = list(made), []
+    (raw / "e.txt").write_text("another text")
+    monkeypatch.setattr(
+        parts, "make_part", lambda unit, settings: (made.append(settings.key(unit)), original(unit, settings))[1]
+    )
+    run()
+    assert not set(first) & set(made)
+    resumed, made[:] = len(made), []
+    run("fresh")
+    # One of the four was of the file that changed.
+    assert resumed == len(made) - 3
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+    assert not (tmp_path / "out/.work").exists()
+
+
+def test_killed_for_real_it_goes_on(raw: Path, tmp_path: Path) -> None:
+    (raw / "web/a.jsonl").write_bytes(json_lines(TEXTS[:200]) * 20)
+    program = (
+        "import sys; from pathlib import Path; from gpt_simple.data import bulk, corpus; corpus.UNIT_BYTES = 5000\n"
+        "if __name__ == '__main__':\n"
+        " raw, out, workers = sys.argv[1:]\n"
+        " bulk.tokenize(bulk.Job(Path(raw), Path(out), tokenizer='bytes', num_workers=int(workers)), print, print)\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(program)
+    arguments = [sys.executable, str(script), str(raw)]
+    process = subprocess.Popen([*arguments, str(tmp_path / "out"), "2"], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob(".work/parts/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out/dataset.json").exists()
+    for output in ("out", "fresh"):
+        subprocess.run([*arguments, str(tmp_path / output), "1"], check=True, stdout=subprocess.DEVNULL)
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_killed_while_it_publishes_it_goes_on(
+    step: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = Path.rename, [step]
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.parent.name == "build":
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    if step < 5:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert not (tmp_path / "out/dataset.json").exists()
+        left[0] = 99
+    run()
+    assert (tmp_path / "out/dataset.json").exists()
+    prepare(_config(tmp_path / "out"), builtin_registry())
+
+
+def test_bad_documents_are_skipped_counted_and_named(run: Run, raw: Path, tmp_path: Path) -> None:
+    good = json_lines(TEXTS[:100])
+    (raw / "web/a.jsonl").write_bytes(good + b'{"text": "\xff"}\n[1]\n\n{"text": ""}\n{"txt": 1}\nnot json\n' + good)
+    (raw / "web/b.jsonl.gz").write_bytes(gzip.compress(good)[:-20])
+    (raw / "books/deep/c.jsonl.zst").write_bytes(b"no frame")
+    (raw / "books/d.md").write_bytes(b"ab\xff")
+    _, said = run()
+    report = json.loads((tmp_path / "out/tokenize.json").read_text())
+    assert (report["skipped"], report["empty"]) == (7, 1)
+    places = [error.split("raw/")[1].split(": ")[0] for error in report["errors"]]
+    lines = [f"web/a.jsonl:{number}" for number in (101, 102, 105, 106)]
+    assert sorted(places) == sorted(["books/d.md", "books/deep/c.jsonl.zst", *lines, "web/b.jsonl.gz"])
+    assert sum("skipped" in line for line in said) == 7
+
+
+def test_strict_stops_at_a_bad_document_also_at_one_that_was_skipped_before(run: Run, raw: Path) -> None:
+    (raw / "web/a.jsonl").write_bytes(json_lines(TEXTS[:3]) + b"{\n")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"a\.jsonl:4: not JSON"):
+            run(strict=True)
+
+
+def test_when_nothing_can_be_read_it_says_why(run: Run, raw: Path) -> None:
+    for text in ("books/d.md", "e.txt"):
+        (raw / text).unlink()
+    with pytest.raises(DataError, match=r"no document could be read, \d+ were skipped; the first: .*'body'"):
+        run(text_key="body")
+
+
+def test_the_end_of_a_single_document_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/input.txt").write_text("abcdefghij" * 10)
+    job = Job(tmp_path / "raw", tmp_path / "out", tokenizer="bytes", val_fraction=0.1)
+    manifest = bulk.tokenize(job, print, lambda done, total: None)
+    assert [(s.documents, s.tokens, s.bytes) for s in manifest.splits.values()] == [(1, 91, 90), (1, 11, 10)]
+
+
+def test_a_finished_dataset_is_left_alone_and_another_one_is_not_overwritten(run: Run, raw: Path) -> None:
+    manifest, _ = run()
+    again, said = run()
+    assert again == manifest
+    assert said == [said[0]]
+    assert "finished already" in said[0]
+    with pytest.raises(DataError, match="finished dataset of other files or other options"):
+        run(val_fraction=0.3)
+    (raw / "e.txt").write_text("changed")
+    with pytest.raises(DataError, match="finished dataset of other files or other options"):
+        run()
+
+
+def test_bad_options_create_nothing(raw: Path, tmp_path: Path, shell: Shell) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes").write_text("x")
+    (tmp_path / "nothing").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for code, words, arguments in (
+        (3, "no such directory", ("--input_dir", "missing", "--output_dir", "out")),
+        (3, "holds none of", ("--input_dir", "nothing", "--output_dir", "out")),
+        (3, "there is no", ("--input_dir", "raw", "--output_dir", "out", "--tokenizer", "gpt3")),
+        (3, "holds other files", ("--input_dir", "raw", "--output_dir", "full")),
+        (
+            2,
+            "two tokenizers",
+            ("--input_dir", "raw", "--output_dir", "o", "--tokenizer", "bytes", "--tokenizer_path", "x"),
+        ),
+        (2, "--output_dir", ("--input_dir", "raw")),
+    ):
+        ended = shell("tokenize", *arguments)
+        assert (ended.code, words in ended.err) == (code, True), ended.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_and_inspect_tell_what_there_is(raw: Path, shell: Shell, tmp_path: Path) -> None:
+    options = ("--input_dir", "raw", "--output_dir", "out", "--num_workers", "1")
+    ended = shell("tokenize", *options, "--tokenizer_vocab_size", "300", "--max_length", "64")
+    assert ended.code == 0, ended.err
+    assert "web: " in ended.out
+    assert "rows of 64" in ended.out
+    assert "skipped 0 documents" in ended.out
+    seen = shell("data", "inspect", "out", "--sample", "20")
+    assert seen.code == 0
+    assert "checksums: all" in seen.out
+    assert "longest" in seen.out
+    assert seen.out.rstrip().splitlines()[-1] in TEXTS[391]
+    shard = next((tmp_path / "out/train/web").glob("*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    damaged = shell("data", "inspect", "out")
+    assert (damaged.code, "its content is not what was prepared" in damaged.err) == (3, True)
+
+
+def test_a_val_split_without_a_row_is_told(raw: Path, shell: Shell) -> None:
+    ended = shell(
+        "tokenize", "--input_dir", "raw", "--output_dir", "out", "--tokenizer", "bytes", "--max_length", "999999"
+    )
+    assert (ended.code, "shorter than one row" in ended.err) == (3, True)
