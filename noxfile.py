@@ -42,6 +42,13 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """The report in headless Chromium (from the system: chromium, chromium-driver); screenshots in build/report."""
+    _install(session, "test")
+    session.run("pytest", "tests/report", *session.posargs, env={"REPORT_SCREENSHOTS": "build/report"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style and types alone."""
     _install(session, "dev", "test")

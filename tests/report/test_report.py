@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
 import time
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -19,70 +16,7 @@ from gpt_simple.report.chart import Drawing, Line, Range
 from gpt_simple.report.history import read_history, thin
 from gpt_simple.report.page import page
 from tests.conftest import Shell
-
-Make = Callable[..., Path]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """A run's files as the trainer writes them: two launches, the second from step 50."""
-
-    def make(name: str, rows: list[dict[str, Any]] | None = None, **config: Any) -> Path:
-        root = tmp_path / name
-        root.mkdir()
-        lineage = [
-            {"step": 0, "from": None, "time": 1000.0, "host": "first", "pid": 1},
-            {"step": 50, "from": "x", "time": 9000.0, "host": "second", "pid": 2},
-        ]
-        facts = {
-            "config": {"training.max_steps": 100, "optimizer.learning_rate": 1e-3, **config},
-            "origins": {"optimizer.learning_rate": "config.toml:3"},
-            "run": {"parameters": 1234567, "device": "cpu", "precision": "no", "floor": 0.5},
-        }
-        (root / "run.json").write_text(json.dumps({"run_id": "abcd1234", "lineage": lineage, "facts": facts}))
-        status = {"state": "completed", "step": 100, "max_steps": 100, "reason": "all 100 steps are made"}
-        (root / "status.json").write_text(json.dumps(status))
-        lines = rows if rows is not None else [*map(train, range(10, 101, 10)), *map(evaluated, (50, 100)), *EVENTS]
-        (root / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-        return root
-
-    return make
-
-
-def train(step: int, **more: Any) -> dict[str, Any]:
-    start = 1000.0 if step <= 50 else 9000.0 - 50
-    return {
-        "kind": "train",
-        "step": step,
-        "tokens": step * 64,
-        "time": start + step,
-        "train/loss": 3.0 / step + 1,
-        "train/lr": 1e-3,
-        "train/grad_norm": 1.0 + step,
-        "perf/tokens_per_second": 1e4,
-        "memory/peak_gib": 0.5,
-        **more,
-    }
-
-
-def evaluated(step: int) -> dict[str, Any]:
-    return {
-        "kind": "eval",
-        "step": step,
-        "tokens": step * 64,
-        "time": train(step)["time"],
-        "eval/loss": 2.0 - step / 100,
-    }
-
-
-def event(step: int, name: str, message: str, level: str = "info") -> dict[str, Any]:
-    return {"kind": "event", "step": step, "tokens": 0, "time": 0, "name": name, "level": level, "message": message}
-
-
-EVENTS = [
-    event(50, "sample", "Once </pre><script>alert(1)</script> \x00\x1b[31m"),
-    event(60, "w", "beware <b>", "warning"),
-]
+from tests.report.conftest import Make, train
 
 
 def parsed(html: str) -> ElementTree.Element:
@@ -112,6 +46,8 @@ def test_a_real_run_becomes_a_page_that_stands_alone(shell: Shell, here: Path) -
     assert not re.search(r"""(?:src|href)\s*=|url\((?!#)|@import|<script""", html)
     assert "all 4 steps are made" in texts(root)
     assert "Samples over time" in texts(root)
+    assert "perplexity" in texts(root)
+    assert re.search(r"time in plugins\s+[\d.]+ s \(\w+ [\d.]+ s, ", texts(root))
 
 
 def test_html_parsers_agree_about_the_nesting(make: Make) -> None:
@@ -204,6 +140,8 @@ def test_ticks_are_round_and_inside() -> None:
     assert Range(0.0, 103.0, 0, 1).ticks() == [0, 50, 100]
     assert Range(0.2, 0.31, 0, 1).ticks() == pytest.approx([0.2, 0.25, 0.3])
     assert Range(0.004, 70.0, 0, 1, log=True).ticks() == pytest.approx([0.01, 0.1, 1, 10])
+    assert Range(0.9, 12.0, 0, 1, log=True).ticks() == pytest.approx([1, 2, 5, 10])
+    assert Range(2.1, 4.9, 0, 1, log=True).ticks() == pytest.approx([3, 4])
 
 
 def test_the_start_of_a_loss_may_run_off_the_top_so_that_the_rest_is_seen() -> None:

@@ -55,10 +55,14 @@ class Range:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Round numbers inside: powers of ten on a long logarithmic range, else steps of 1, 2 or 5."""
-        if self.log and self.high / self.low > 100:
-            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-            return [10.0**power for power in range(first, last + 1)]
+        """Round numbers inside: 1, 2 or 5 times a power of ten, or powers alone if there are many of them."""
+        if self.log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            inside = [f * 10.0**p for p in powers for f in (1, 2, 5) if self.low <= f * 10.0**p <= self.high]
+            if len(inside) > 7:
+                return [10.0**p for p in powers if self.low <= 10.0**p <= self.high]
+            if len(inside) > 1:
+                return inside
         rough = (self.high - self.low) / 5
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)

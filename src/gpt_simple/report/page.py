@@ -6,7 +6,8 @@ It is well-formed XML as well as HTML, so that a parser can hold it to account.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -72,11 +73,13 @@ def _facts(history: History) -> dict[str, str]:
         "training loss": _number(train.get("train/loss")),
         "validation loss": _number(evals[-1] if evals else None),
         "best validation loss": _number(best),
+        "perplexity": f"{math.exp(min(evals[-1], 99)):.4g}" if evals else None,
         "floor": _number(facts.get("floor")),
         "bits per byte": _number(summary.get("bits_per_byte")),
         "median tokens/s": si(summary["tokens_per_second"]) if summary.get("tokens_per_second") else None,
         "peak memory": f"{summary['peak_memory_gib']:.2f} GiB" if summary.get("peak_memory_gib") else None,
         "running time": duration(history.elapsed(train["time"])) if train else None,
+        "time in plugins": _plugins(summary.get("plugin_seconds", {})),
         "processes started": str(len(history.launches)),
         "parameters": f"{facts['parameters']:,}" if facts.get("parameters") else None,
         "device": facts.get("device"),
@@ -84,6 +87,14 @@ def _facts(history: History) -> dict[str, str]:
         "compile": facts.get("compile"),
     }
     return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _plugins(seconds: Mapping[str, float]) -> str | None:
+    """The time of the last process in plugins, and the three that took most of it."""
+    if not seconds:
+        return None
+    most = sorted(seconds, key=seconds.__getitem__, reverse=True)[:3]
+    return f"{duration(sum(seconds.values()))} ({', '.join(f'{name} {duration(seconds[name])}' for name in most)})"
 
 
 def _legend(histories: Sequence[History]) -> str:
