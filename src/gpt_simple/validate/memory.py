@@ -7,6 +7,7 @@ With several processes the buckets of DistributedDataParallel hold the gradients
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.session import process_as_found
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import Registry, builtin_registry
+from gpt_simple.hooks.events import BatchReady
 from gpt_simple.model import loss
 from gpt_simple.validate.devices import Card, find_card
 from gpt_simple.validate.rehearsal import Rehearsal
@@ -100,20 +102,18 @@ def _watch(rehearsal: Rehearsal, tracker: MemoryTracker, config: Config, world_s
 
     The second micro-batch of a step meets the gradients of the first; more of them need no more.
     """
-    model, optimizer = rehearsal.model, rehearsal.optimizer
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tracker.name([rehearsal.rows.batch.input_ids, rehearsal.rows.batch.labels], "data")
-    _follow(rehearsal, tracker)
+    batch = rehearsal.rows.batch
+    tracker.name([batch.input_ids, batch.labels], "data")
     tracker.phase = "data"
-    held: list[torch.Tensor] = _chunks(config) if cuda else []
-    buckets = [torch.zeros_like(parameter) for parameter in parameters] if world_size > 1 else []
-    tracker.name(buckets, "gradients")
+    held = _chunks(config) if cuda else []
+    trained = {name: p for name, p in rehearsal.model.named_parameters() if p.requires_grad}
+    buckets = {name: torch.zeros_like(parameter) for name, parameter in trained.items()} if world_size > 1 else {}
+    tracker.name(buckets.values(), "gradients")
+    _follow(rehearsal, tracker, trained, buckets)
     for micro_batches in (1, min(2, config.training.gradient_accumulation_steps)):
         rehearsal.rows.micro_batches = micro_batches
-        for parameter, bucket in zip(parameters, buckets, strict=bool(buckets)):
-            parameter.grad = bucket
         rehearsal.step()
-        states = (value for state in optimizer.state.values() for value in state.values())
+        states = (value for state in rehearsal.optimizer.state.values() for value in state.values())
         tracker.name([value for value in states if isinstance(value, torch.Tensor)], "optimizer")
     if config.training.eval_steps:
         tracker.phase, tracker.place = "evaluation", ""
@@ -121,40 +121,47 @@ def _watch(rehearsal: Rehearsal, tracker: MemoryTracker, config: Config, world_s
     del held
 
 
-def _follow(rehearsal: Rehearsal, tracker: MemoryTracker) -> None:
-    """Keep the tracker's phase and place up to date through the hooks of torch and the engine."""
-    model, optimizer, calls = rehearsal.model, rehearsal.optimizer, rehearsal.calls
+def _follow(
+    rehearsal: Rehearsal,
+    tracker: MemoryTracker,
+    trained: Mapping[str, torch.Tensor],
+    buckets: Mapping[str, torch.Tensor],
+) -> None:
+    """Keep the tracker's phase and place up to date through the hooks of torch and the engine.
 
-    def enter(phase: str) -> Any:
-        def set_phase(*_: Any) -> None:
-            tracker.phase, tracker.place = phase, ""
+    ``buckets`` stand for those of DistributedDataParallel, which take the gradients of a step's last micro-batch; the
+    gradients of the others are kept beside them.
+    """
+    model, calls = rehearsal.model, rehearsal.calls
+    is_last = False
 
-        return set_phase
+    def enter(phase: str) -> None:
+        tracker.phase, tracker.place = phase, ""
 
-    def at(name: str) -> Any:
-        def set_place(*_: Any) -> None:
-            tracker.place = name
+    def begin(run: Any, event: BatchReady) -> None:
+        nonlocal is_last
+        is_last = event.micro_batch + 1 == rehearsal.rows.micro_batches
+        enter("forward")
 
-        return set_place
+    def at(name: str, *_: Any) -> None:
+        tracker.place = name
 
-    def has_gradient(name: str) -> Any:
-        def set_category(parameter: torch.Tensor) -> None:
-            tracker.place = name
-            if parameter.grad is not None:
-                tracker.name([parameter.grad], "gradients")
+    def has_gradient(name: str, parameter: torch.Tensor) -> None:
+        tracker.place = name
+        if parameter.grad is not None:
+            tracker.name([parameter.grad], "gradients")
+        if is_last and buckets:
+            parameter.grad = buckets[name]
 
-        return set_category
-
-    calls.on_batch = enter("forward")
-    calls.on_gradients = enter("clipping")
-    model.register_forward_hook(lambda module, inputs, output: enter("backward")() if module.training else None)
-    optimizer.register_step_pre_hook(enter("optimizer"))
+    calls.on_batch = begin
+    calls.on_gradients = lambda run, event: enter("clipping")
+    model.register_forward_hook(lambda module, inputs, output: enter("backward") if module.training else None)
+    rehearsal.optimizer.register_step_pre_hook(lambda optimizer, arguments, options: enter("optimizer"))
     for name, module in model.named_modules():
         if name:
-            module.register_forward_pre_hook(at(name))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(has_gradient(name))  # type: ignore[no-untyped-call]
+            module.register_forward_pre_hook(partial(at, name))
+    for name, parameter in trained.items():
+        parameter.register_post_accumulate_grad_hook(partial(has_gradient, name))  # type: ignore[no-untyped-call]
 
 
 def _chunks(config: Config) -> list[torch.Tensor]:
