@@ -86,7 +86,7 @@ def _group() -> Any:
                 ) from error
             if not isinstance(command, click.Command):
                 raise click.ClickException(
-                    f"the command {name!r} of {record.distribution} {record.version} is no click command: {record.value}"
+                    f"the command {name!r} of {record.distribution} {record.version} is no click command"
                 )
             return command
 

@@ -14,7 +14,6 @@ from attrs import frozen
 from gpt_simple.config.schema import ModelConfig
 from gpt_simple.errors import ConfigError
 
-
 VOCABULARY_MULTIPLE = 128
 
 
