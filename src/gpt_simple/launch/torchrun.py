@@ -90,6 +90,9 @@ class Launch:
         count = max(1, torch.cuda.device_count()) if self.nproc_per_node == "auto" else int(self.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         os.environ |= {DIRECTORY: directory, STARTED: str(time.time())}
+        if self.max_restarts:
+            # A shared store would show processes that were restarted the addresses of those before them.
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         least, _, most = self.nnodes.partition(":")
         config = LaunchConfig(
             min_nodes=int(least),
@@ -112,7 +115,7 @@ class Launch:
             where = self.rdzv_endpoint or "this machine"
             raise GptSimpleError(f"the processes could not meet at {where}: {error}") from error
         finally:
-            for name in (DIRECTORY, STARTED):
+            for name in (DIRECTORY, STARTED, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
                 os.environ.pop(name, None)
         return {}
 
@@ -130,7 +133,8 @@ class _Signals:
         there = self._records.read()
         for record in there:
             with suppress(ProcessLookupError):
-                os.kill(record.pid, number)
+                # One that waits for another in a collective would not notice the second Ctrl-C.
+                os.kill(record.pid, signal.SIGKILL if self.forced else number)
         if not there:
             raise _Leave
 
