@@ -75,13 +75,11 @@ def _train(
         disband()
         return code
 
-    if member.is_member(os.environ):
-        if launch is not None:
-            launch.check_joins(os.environ)
-        return member.live(work)
-    if launch is not None:
+    if launch is not None and not launch.joins(os.environ):
         check()
         return launch.run([*_program(), context.info_name or "run", *context.meta[_GIVEN]])
+    if member.is_member(os.environ):
+        return member.live(work)
     return work()
 
 

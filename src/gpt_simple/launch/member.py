@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 from attrs import evolve
 
@@ -23,17 +23,31 @@ _ORDINARY = (ExitCode.COMPLETED, ExitCode.STOPPED, ExitCode.HALTED)
 """Ends that all processes agreed on; a restart would not be what anybody wants."""
 
 
+def under_torchrun(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun, or what sets the same variables, started this process; one of one counts too."""
+    return "TORCHELASTIC_RUN_ID" in environment or int(environment.get("WORLD_SIZE", "1")) > 1
+
+
+def processes_here(environment: Mapping[str, str]) -> int | None:
+    """How many processes torchrun or srun started on this machine; None if neither did."""
+    if under_torchrun(environment):
+        return int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"]))
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return int(re.split(r"\D", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
+    return None
+
+
 def is_member(environment: MutableMapping[str, str]) -> bool:
-    """Whether torchrun, or srun with several tasks, started this process as one of many.
+    """Whether this process is one of many that torchrun, or srun with several tasks, started.
 
     srun's variables are translated into those that torch reads.
     """
-    if "WORLD_SIZE" in environment:
-        return int(environment["WORLD_SIZE"]) > 1 or "TORCHELASTIC_RUN_ID" in environment
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
-        return False
-    environment.update(_from_slurm(environment))
-    return True
+    if under_torchrun(environment):
+        return True
+    here = processes_here(environment)
+    if here is not None:
+        environment.update(_from_slurm(environment), LOCAL_WORLD_SIZE=str(here))
+    return here is not None
 
 
 def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
@@ -48,7 +62,6 @@ def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_WORLD_SIZE": re.split(r"\D", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0],
         "MASTER_ADDR": environment.get("MASTER_ADDR", first[1] + (first[2] or "")),
         "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + job % 20000)),
     }
@@ -78,7 +91,8 @@ def live(work: Callable[[], int]) -> int:
         return work()
     record = records.begin(int(os.environ["RANK"]))
     if record is None:
-        return ExitCode.COMPLETED
+        # Those that came earlier may wait for this one, until torchrun sees it fail and ends them.
+        return ExitCode.COMPLETED if is_restarted() else ExitCode.STOPPED
     try:
         code = work()
     except BaseException as error:

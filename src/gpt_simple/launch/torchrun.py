@@ -22,6 +22,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
+from gpt_simple.launch.member import processes_here, under_torchrun
 from gpt_simple.launch.record import DIRECTORY, STARTED, Record, Records
 from gpt_simple.launch.signals import ONE_PRESS_SECONDS, STOPPING
 
@@ -54,15 +55,22 @@ class Launch:
             raise ConfigError(f"--nnodes {nnodes} needs --rdzv_endpoint HOST:PORT, the same on every machine")
         return cls(nproc_per_node or "1", nnodes or "1", rdzv_endpoint or "", max_restarts or 0)
 
-    def check_joins(self, environment: Mapping[str, str]) -> None:
-        """Raise ConfigError if what already started this process contradicts the options."""
-        here = environment.get("LOCAL_WORLD_SIZE")
-        ours = Records.of_this_launch(environment) is not None
-        if not ours and here is not None and self.nproc_per_node not in ("auto", here):
+    def joins(self, environment: Mapping[str, str]) -> bool:
+        """Whether this process is already one of those asked for, because torchrun or srun started them.
+
+        One task of srun on each machine is none of them: it starts them. Raises ConfigError on a contradiction.
+        """
+        if Records.of_this_launch(environment) is not None:
+            return True
+        here = processes_here(environment)
+        if here is None or (here == 1 and not under_torchrun(environment)):
+            return False
+        if self.nproc_per_node not in ("auto", str(here)):
             raise ConfigError(
                 f"--nproc_per_node {self.nproc_per_node}, but {here} process(es) were already started on this machine"
                 " (by torchrun or srun): leave the option out"
             )
+        return True
 
     def run(self, command: Sequence[str]) -> int:
         """Start ``command`` as all processes of this machine, wait for them, and return the exit code.

@@ -1,0 +1,150 @@
+"""What is launched and what is joined, and what a launch makes of the words that its processes left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gpt_simple.errors import ConfigError, GptSimpleError
+from gpt_simple.launch import member
+from gpt_simple.launch.record import DIRECTORY, Record, Records
+from gpt_simple.launch.torchrun import Launch, _outcome, _Signals
+
+
+def test_nothing_is_launched_unless_it_is_asked_for() -> None:
+    assert Launch.asked(None, None, None, None) is None
+    assert Launch.asked("4", None, None, None) == Launch("4")
+    assert Launch.asked(None, None, None, 2) == Launch("1", max_restarts=2)
+    assert Launch.asked("auto", "2", "host:29500", None) == Launch("auto", "2", "host:29500")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("0", None, None, None), "--nproc_per_node 0"),
+        (("many", None, None, None), "--nproc_per_node many"),
+        (("2", "two", "h:1", None), "--nnodes two"),
+        (("2", "2", None, None), "--rdzv_endpoint HOST:PORT"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused_by_name(options: tuple[Any, ...], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Launch.asked(*options)
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+
+
+def test_processes_that_were_started_already_are_not_started_again() -> None:
+    assert not Launch("4").joins({})
+    assert not Launch("4").joins({"WORLD_SIZE": "1", "RANK": "0"})
+    assert Launch("3").joins(TORCHRUN)
+    assert Launch("auto").joins(TORCHRUN)
+    assert Launch("4").joins(SRUN)
+    assert Launch("4").joins({**TORCHRUN, DIRECTORY: "ours"})
+    for environment, number in ((TORCHRUN, 3), (SRUN, 4)):
+        with pytest.raises(ConfigError, match=rf"2, but {number} process"):
+            Launch("2").joins(environment)
+
+
+def test_one_task_of_srun_on_each_machine_starts_the_processes_there() -> None:
+    environment = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    assert not Launch("4", "2", "node1:29500").joins(environment)
+
+
+def test_one_process_is_no_member() -> None:
+    assert not member.is_member({})
+    assert not member.is_member({"WORLD_SIZE": "1"})
+    assert not member.is_member({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
+    assert member.is_member({"WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[017-020,31]", "gpu017"), ("a100-3,a100-7", "a100-3"), ("login", "login"), ("n[5]", "n5")],
+)
+def test_tasks_of_srun_find_each_other(nodes: str, first: str) -> None:
+    environment = {
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_STEP_NODELIST": nodes,
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_STEP_ID": "0",
+    }
+    assert member.is_member(environment)
+    found = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert environment["MASTER_ADDR"] == first
+    assert 1024 < int(environment["MASTER_PORT"]) < 65536
+
+
+def test_processes_that_come_too_late_leave_what_was_said(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    record = records.begin(1)
+    assert record is not None
+    records.end(Record(1, os.getpid(), 3, "no data"))
+    records.no_more()
+    assert records.begin(1) is None
+    assert [(left.code, left.message) for left in records.read()] == [(3, "no data")]
+
+
+def outcome(*records: Record, failures: dict[int, Any] | None = None, signals: list[Any] | None = None) -> int:
+    return _outcome(records, failures or {}, _Signals(Records(Path("unused")), signals or []))
+
+
+def failure(status: int, timestamp: float = 1.0) -> Any:
+    return SimpleNamespace(exitcode=status, timestamp=timestamp)
+
+
+def test_the_first_that_has_something_to_say_is_heard() -> None:
+    with pytest.raises(GptSimpleError, match=r"^process 2: no room$") as caught:
+        outcome(
+            Record(0, 1, 1, "process 2 failed: no room", silent=True, time=5.0),
+            Record(1, 1, 5, "broken too", time=9.0),
+            Record(2, 1, 4, "no room", time=7.0),
+        )
+    assert caught.value.exit_code == 4
+
+
+def test_codes_of_ends_that_all_agreed_on() -> None:
+    assert outcome(Record(0, 1, 0), Record(1, 1, 0)) == 0
+    assert outcome(Record(0, 1, 75), Record(1, 1, 75)) == 75
+    assert outcome(Record(0, 1, 76), Record(1, 1, 76)) == 76
+
+
+def test_a_process_without_a_word_is_named_by_how_it_ended() -> None:
+    echo = Record(0, 1, 1, "a process died in step 3", silent=True)
+    for status, how in ((-9, "SIGKILL"), (-11, "SIGSEGV"), (134, "status 134")):
+        with pytest.raises(GptSimpleError, match=rf"^process 1 .*{how}"):
+            outcome(echo, Record(1, 2), failures={0: failure(1, 2.0), 1: failure(status)})
+
+
+def test_a_process_that_hung_is_named_by_those_that_waited() -> None:
+    echo = Record(0, 1, 1, "process 1 did not come to the end of step 3: waited 600 s", silent=True)
+    with pytest.raises(GptSimpleError, match=r"^process 1 did not come"):
+        outcome(echo, Record(1, 2), failures={0: failure(1), 1: failure(-15)})
+
+
+def test_on_another_machine_than_the_failure_the_echo_is_told() -> None:
+    with pytest.raises(GptSimpleError, match="process 5 failed: no room") as caught:
+        outcome(Record(0, 1, 4, "process 5 failed: no room", silent=True), failures={0: failure(4)})
+    assert caught.value.exit_code == 4
+
+
+def test_a_stop_before_the_first_step_is_a_stop() -> None:
+    early = [(signal.SIGTERM, 1.0)]
+    assert outcome(signals=early) == 75
+    assert outcome(Record(0, 1), Record(1, 1), failures={0: failure(-15), 1: failure(-15)}, signals=early) == 75
+
+
+def test_a_second_press_is_forced() -> None:
+    assert outcome(Record(0, 1), signals=[(signal.SIGINT, 1.0), (signal.SIGINT, 1.1)]) == 75
+    assert outcome(Record(0, 1), signals=[(signal.SIGINT, 1.0), (signal.SIGINT, 2.0)]) == 130
