@@ -15,6 +15,7 @@ from gpt_simple.config.schema import Config, DataConfig
 from gpt_simple.data.cache import Log, building, cache_root
 from gpt_simple.data.dataset import Dataset, open_dataset
 from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, Manifest, read_manifest
+from gpt_simple.data.nanogpt import TRAIN, NanoGpt
 from gpt_simple.data.sources import Source
 from gpt_simple.data.sources.shards import Shards
 from gpt_simple.data.tokenize import Train, survey, write
@@ -37,7 +38,8 @@ def prepare(config: Config, registry: Registry, *, log: Log | None = None, requi
     source = check(config, registry)
     data = config.data
     if isinstance(source, Shards):
-        directory = source.directory
+        nanogpt = source.nanogpt
+        directory = source.directory if nanogpt is None else _linked(nanogpt, data, registry, log)
     else:
         directory = _prepared(source, data, registry, log, require_val)
     manifest = read_manifest(directory)
@@ -66,6 +68,11 @@ def check(config: Config, registry: Registry) -> Source | Shards:
             "expected less than data.max_length"
         )
     source: Source | Shards = registry.get("source", _source_name(data)).load()(data, data.seed or 0)
+    if isinstance(source, Shards) and source.nanogpt is not None and data.tokenizer == "bpe":
+        raise ConfigError(
+            f"data.tokenizer: {source.directory} holds nanoGPT's files, which do not say what their ids mean; "
+            "expected the path of the tokenizer.json that they were made with (GPT-2's for its openwebtext)"
+        )
     _tokenizer_choice(data, registry)
     return source
 
@@ -76,11 +83,12 @@ def find(source: Source | Shards, config: Config, registry: Registry) -> tuple[P
     Reads what the source's fingerprint depends on, writes nothing.
     """
     if isinstance(source, Shards):
-        directory = source.directory
+        nanogpt = source.nanogpt
+        directory = source.directory if nanogpt is None else _cached(nanogpt.state(), config.data, registry)
     else:
         directory = _cached(source.fingerprint(), config.data, registry)
-        if not directory.exists():
-            return None
+    if not directory.exists():
+        return None
     manifest = read_manifest(directory)
     _tokenizer_of(directory, manifest, config.data, registry, raw=not isinstance(source, Shards))
     return directory, manifest
@@ -94,7 +102,7 @@ def order_seed(config: Config) -> int:
 def _source_name(data: DataConfig) -> str:
     if data.source is not None:
         return data.source
-    is_dataset = isinstance(data.path, str) and (Path(data.path) / FILE).is_file()
+    is_dataset = isinstance(data.path, str) and any((Path(data.path) / file).is_file() for file in (FILE, TRAIN))
     return "shards" if data.format == "pretokenized" or (data.format is None and is_dataset) else "files"
 
 
@@ -135,6 +143,17 @@ def _cached(fingerprint: str, data: DataConfig, registry: Registry) -> Path:
     settings, _ = _tokenizer_choice(data, registry)
     name = json.dumps([VERSION, fingerprint, settings, data.val_fraction, data.max_documents])
     return cache_root() / "datasets" / hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
+def _linked(source: NanoGpt, data: DataConfig, registry: Registry, log: Log) -> Path:
+    """A cached dataset that stands for nanoGPT's files."""
+    target = _cached(source.state(), data, registry)
+    if not target.exists():
+        with building(target, log) as directory:
+            if directory is not None:
+                log(f"reading {source.directory} once, for counts and checksums")
+                source.link(directory, _tokenizer_choice(data, registry)[1](data, lambda: iter(())))
+    return target
 
 
 def _prepared(source: Source, data: DataConfig, registry: Registry, log: Log, require_val: bool) -> Path:

@@ -8,24 +8,28 @@ from attrs import frozen
 
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.manifest import FILE
+from gpt_simple.data.nanogpt import TRAIN, NanoGpt
 from gpt_simple.errors import DataError
 
 
 @frozen
 class Shards:
-    """A dataset directory."""
+    """A directory with a dataset, or with nanoGPT's files."""
 
     directory: Path
+    nanogpt: NanoGpt | None = None
 
 
 def build(config: DataConfig, seed: int) -> Shards:
-    """The dataset directory that ``data.path`` names."""
+    """The directory that ``data.path`` names: a dataset, or nanoGPT's files."""
     if not isinstance(config.path, str) or not config.path:
         raise DataError("data.path: expected one directory of token shards (with a dataset.json)")
     directory = Path(config.path)
     if not (directory / FILE).is_file():
+        if (directory / TRAIN).is_file():
+            return Shards(directory, NanoGpt(directory))
         raise DataError(
-            f"data.path {directory}: there is no {FILE}; expected a directory of token shards, "
+            f"data.path {directory}: there is no {FILE} (or {TRAIN} of nanoGPT); expected a directory of token shards, "
             "or data.format = 'text' or 'jsonl'"
         )
     return Shards(directory)

@@ -1,0 +1,95 @@
+"""nanoGPT's ``train.bin`` and ``val.bin``, read where they are.
+
+They hold uint16 ids one after another and nothing else. What a dataset directory needs beside them - where documents
+end, counts, checksums - is found in one reading and kept in the cache, with links in place of shards. A file has no EOD
+before its first token, so that token is no target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from attrs import frozen
+
+from gpt_simple.data.manifest import (
+    ALL,
+    FILE,
+    TOKENIZER,
+    VERSION,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    SplitRecord,
+    token_dtype,
+)
+from gpt_simple.data.tokenizer import Tokenizer
+from gpt_simple.errors import DataError
+
+TRAIN, VAL = "train.bin", "val.bin"
+
+BLOCK = 1 << 24
+"""Tokens that are read at once."""
+
+
+@frozen
+class NanoGpt:
+    """A directory with a ``train.bin`` and perhaps a ``val.bin``."""
+
+    directory: Path
+
+    def state(self) -> str:
+        """Where the files are, their sizes and times: changes when they do."""
+        found = {file.name: file.stat() for file in self._files()}
+        known = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+        return json.dumps([VERSION, str(self.directory.resolve()), known], sort_keys=True)
+
+    def link(self, target: Path, tokenizer: Tokenizer) -> None:
+        """Fill a directory with a manifest, an index and links to the files."""
+        dtype = token_dtype(tokenizer.vocab_size)
+        if dtype.itemsize != 2:
+            raise DataError(
+                f"{self.directory / TRAIN}: holds uint16 ids, and the tokenizer {tokenizer.name} has "
+                f"{tokenizer.vocab_size:,}; name the one that it was made with (data.tokenizer)"
+            )
+        splits = {file.stem: _link(file, target, tokenizer) for file in self._files()}
+        manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, "nanoGPT", splits)
+        tokenizer.save(target / TOKENIZER)
+        (target / FILE).write_text(manifest.text, encoding="utf-8")
+
+    def _files(self) -> list[Path]:
+        return [file for name in (TRAIN, VAL) if (file := self.directory / name).is_file()]
+
+
+def _link(file: Path, target: Path, tokenizer: Tokenizer) -> SplitRecord:
+    size = file.stat().st_size
+    if size % 2 or size < 4:
+        raise DataError(f"{file}: {size:,} bytes are no row of uint16 ids; the file was cut off, copy it again")
+    tokens = np.asarray(np.memmap(file, "<u2", "r"))
+    digest, counts, ends = hashlib.sha256(), np.zeros(tokenizer.vocab_size, np.int64), []
+    for begin in range(0, len(tokens), BLOCK):
+        block = tokens[begin : begin + BLOCK]
+        at = int(block.argmax())
+        if block[at] >= tokenizer.vocab_size:
+            raise DataError(
+                f"{file}: token {int(block[at])} at position {begin + at} is beyond the {tokenizer.vocab_size:,} ids "
+                f"of the tokenizer {tokenizer.name}; name the one that it was made with (data.tokenizer)"
+            )
+        digest.update(block.data)
+        counts += np.bincount(block, minlength=tokenizer.vocab_size)
+        ends.append(np.flatnonzero(block == tokenizer.eod_id) + begin + 1)
+    counts[tokens[0]] -= 1
+    starts = np.unique(np.concatenate([[1], *ends, [len(tokens)]])).astype("<i8")
+    name = f"{file.stem}/{ALL}/shard-00000"
+    path = target / f"{name}.bin"
+    path.parent.mkdir(parents=True)
+    path.symlink_to(file.resolve())
+    index = starts.tobytes()
+    path.with_suffix(".idx").write_bytes(index)
+    documents = len(starts) - 1
+    records = FileRecord(size, digest.hexdigest()), FileRecord(len(index), hashlib.sha256(index).hexdigest())
+    shard = ShardRecord(name, documents, len(tokens) - 1, *records)
+    text_bytes = int(counts @ tokenizer.token_bytes())
+    return SplitRecord(documents, len(tokens) - 1, text_bytes, None, {ALL: (shard,)})
