@@ -86,7 +86,9 @@ def test_a_check_of_a_plugin_counts_like_any_other(check: Check, here: Path) -> 
     (here / "picky.py").write_text(PLUGIN.format(severity="error"))
     assert check("-p", "./picky.py", code=3)["odd-steps"]["place"] == "config.toml:13 (training.max_steps)"
     (here / "picky.py").write_text(PLUGIN.format(severity="warning"))
-    assert check("-p", "./picky.py")["odd-steps"]["severity"] == "warning"
+    found = check("-p", "./picky.py")
+    assert found["odd-steps"]["severity"] == "warning"
+    assert {"validate", "picky"} <= found["plugins"]["fields"]["plugins"].keys()
     check("-p", "./picky.py", "--strict", code=3)
 
 

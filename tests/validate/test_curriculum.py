@@ -53,6 +53,8 @@ def two_buckets(here: Path, write_dataset: Callable[..., Path]) -> Path:
 def test_a_bucket_that_is_read_whole_is_named_with_its_step(check: Check, two_buckets: Path) -> None:
     found = check("--training.max_steps=50")
     assert found["data"]["fields"]["buckets"] == {"books": 8, "web": 171}
+    read = found["buckets"]["fields"]["epochs"]
+    assert read["books"] * 8 + read["web"] * 171 == pytest.approx(100)
     fields = found["bucket-ends"]["fields"]
     assert fields["bucket"] == "books"
     assert 8 <= fields["step"] * 2 <= 20

@@ -162,6 +162,9 @@ def _epochs(outlook: Outlook) -> Iterator[Finding]:
         needed = total
     if not config.data.curriculum:
         return
+    shares = {n: taken / data.buckets[n] for n, taken in zip(data.buckets, data.order.taken(needed), strict=True)}
+    message = "buckets read: " + ", ".join(f"{name} {share:.2f} times" for name, share in shares.items())
+    yield Finding("info", "buckets", message, fields={"epochs": shares})
     for name, sample in data.ends(needed).items():
         message = f"bucket {name!r} ({data.buckets[name]:,} rows) has been read whole at step {sample // rows + 1:,}"
         yield Finding("info", "bucket-ends", message, fields={"bucket": name, "step": sample // rows + 1})
@@ -245,6 +248,7 @@ def _environment(outlook: Outlook) -> Iterator[Finding]:
         )
     if training.wandb_project is not None:
         yield from _wandb(outlook)
+    yield Finding("info", "plugins", ", ".join(outlook.plugins), fields={"plugins": outlook.plugins})
     for sentence in here.broken:
         yield Finding("warning", "plugin-broken", sentence, exit_code=_PLUGIN)
 

@@ -45,6 +45,12 @@ class Outlook:
         """The components that the configuration can choose from."""
         return self._assembly.registry if self._assembly is not None else builtin_registry()
 
+    @property
+    def plugins(self) -> dict[str, str]:
+        """The plugins that the run loads, in call order, each with its distribution and version."""
+        loaded = self._assembly.host.plugins if self._assembly is not None else ()
+        return {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in loaded}
+
     def is_default(self, key: str) -> bool:
         """Whether nobody set this dotted key."""
         return self._assembly is None or self._assembly.origins.is_default(key)
