@@ -19,6 +19,7 @@ from gpt_simple.data.manifest import Manifest, SplitRecord, verify_checksums
 from gpt_simple.data.mixture import Mixture, mixture
 from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
 from gpt_simple.data.shards import Shard, open_shard
+from gpt_simple.data.stream import StreamRows
 from gpt_simple.data.tokenizer import Tokenizer
 
 I64 = NDArray[np.int64]
@@ -96,13 +97,17 @@ class Split:
 
 @frozen(eq=False)
 class Dataset:
-    """Prepared data. ``fingerprint`` (sha256) changes whenever a token, the tokenizer or the format does."""
+    """Prepared data. ``fingerprint`` (sha256) changes whenever a token, the tokenizer or the format does.
+
+    With a ``stream``, training reads that; ``train`` is then only the beginning that was looked at before.
+    """
 
     directory: Path
     manifest: Manifest
     tokenizer: Tokenizer
     train: Split
     val: Split
+    stream: StreamRows | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -8,12 +8,12 @@ that stay ahead: what a step costs the training thread is handing out views.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
@@ -96,7 +96,9 @@ class _Rows:
         """Views of ``size`` rows each."""
         tensors = (self.inputs, self.labels, self.positions, self.documents)
         count = len(self.inputs) // size
-        parts = (repeat(None, count) if each is None else each.view(count, size, -1).unbind() for each in tensors)
+        parts = (
+            itertools.repeat(None, count) if each is None else each.view(count, size, -1).unbind() for each in tensors
+        )
         return zip(*parts, strict=True)
 
 
@@ -133,23 +135,24 @@ class Loader:
         self._batch = config.training.per_device_batch_size
         self._accumulation = config.training.gradient_accumulation_steps
         self._samples = self._accumulation * world_size * self._batch
-        self._order = dataset.order(config.data, order_seed(config))
-        workers = config.data.num_workers
+        self._order = None if dataset.stream else dataset.order(config.data, order_seed(config))
+        # A stream is read by one after another.
+        workers = min(config.data.num_workers, 1) if dataset.stream else config.data.num_workers
         self._pool = ThreadPoolExecutor(workers, "data") if workers else None
         self._ahead = workers + 1
         self._steps = self._make_steps(consumed)
 
     def samples_total(self) -> int | None:
-        """Number of samples in the order; None: endless. Only whole steps are made."""
-        return self._order.total
+        """Number of samples in the order; None: endless, or unknown. Only whole steps are made."""
+        return None if self._order is None else self._order.total
 
     def next_step(self) -> StepData:
         """The next step. Raises DataExhausted after the last one, and whatever went wrong in a thread."""
         if (step := next(self._steps, None)) is not None:
             return step
-        raise DataExhausted(
-            f'the data end after {self._order.total} samples (data.on_exhaustion = "{self._config.data.on_exhaustion}")'
-        )
+        total = self.samples_total()
+        after = "" if total is None else f" after {total} samples"
+        raise DataExhausted(f'the data end{after} (data.on_exhaustion = "{self._config.data.on_exhaustion}")')
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         """This process's share of the val split: every row once over all processes.
@@ -183,7 +186,10 @@ class Loader:
     def _make_steps(self, consumed: int) -> Iterator[StepData]:
         tokens = self._samples * self._config.data.max_length
         stride = self._world_size * self._batch
-        for chunk in self._prefetched(self._chunks(consumed)):
+        jobs = self._chunks(consumed) if self._dataset.stream is None else self._stream_chunks(consumed)
+        for chunk in self._prefetched(jobs):
+            if chunk is None:
+                return
             batches = chunk.rows.to(self._device).batches(self._batch)
             first = chunk.first_sample
             for targets, step_targets in zip(chunk.targets, chunk.step_targets, strict=True):
@@ -195,11 +201,14 @@ class Loader:
                 yield StepData(step, first, self._samples, tokens, step_targets)
                 first += self._samples
 
-    def _chunks(self, first: int) -> Iterator[Callable[[], _Chunk]]:
-        total, row_tokens = self._order.total, self._config.data.max_length
-        per_chunk = CHUNK_TOKENS // (self._accumulation * self._batch * row_tokens)
+    def _steps_of_chunk(self) -> int:
+        per_chunk = CHUNK_TOKENS // (self._accumulation * self._batch * self._config.data.max_length)
+        return min(max(per_chunk, 1), CHUNK_STEPS)
+
+    def _chunks(self, first: int) -> Iterator[Callable[[], _Chunk | None]]:
+        total = self.samples_total()
         while True:
-            steps = min(max(per_chunk, 1), CHUNK_STEPS)
+            steps = self._steps_of_chunk()
             if total is not None:
                 steps = min(steps, (total - first) // self._samples)
             if steps <= 0:
@@ -207,7 +216,35 @@ class Loader:
             yield partial(self._chunk, first, steps)
             first += steps * self._samples
 
+    def _stream_chunks(self, first: int) -> Iterator[Callable[[], _Chunk | None]]:
+        """Chunks of a stream until its end, where they are None."""
+        assert self._dataset.stream is not None
+        blocks = self._dataset.stream.blocks(first, self._steps_of_chunk() * self._samples)
+        for number in itertools.count():
+            yield partial(self._stream_chunk, blocks, first + number * self._steps_of_chunk() * self._samples)
+
+    def _stream_chunk(self, blocks: Iterator[I64], first: int) -> _Chunk | None:
+        block = next(blocks, None)
+        steps = 0 if block is None else len(block) // self._samples
+        if block is None or not steps:
+            return None
+        shape = (steps, self._accumulation, self._world_size, self._batch, block.shape[1])
+        mine = block[: steps * self._samples].reshape(shape)[:, :, self._rank].reshape(-1, block.shape[1])
+        eod = self._dataset.tokenizer.eod_id
+
+        def fill(inputs: I64, labels: I64, starts: NDArray[np.bool_] | None) -> None:
+            inputs[:], labels[:] = mine[:, :-1], mine[:, 1:]
+            if starts is not None:
+                np.equal(inputs, eod, out=starts)
+                starts[:, 0] = True
+
+        of_batch = self._batch * (block.shape[1] - 1)
+        targets = [[of_batch] * self._accumulation] * steps
+        rows = self._filled(len(mine), fill)
+        return _Chunk(rows, first, targets, [of_batch * self._accumulation * self._world_size] * steps)
+
     def _chunk(self, first: int, steps: int) -> _Chunk:
+        assert self._order is not None
         split = self._dataset.train
         rows = self._order.locate(np.arange(first, first + steps * self._samples))
         shape = (steps, self._accumulation, self._world_size, self._batch)
@@ -217,19 +254,26 @@ class Loader:
 
     def _read(self, split: Split, rows: I64) -> _Rows:
         """Rows as tensors of their own; those that are ``PADDING`` have no target."""
-        shape, pinned = (len(rows), split.max_length), self._device.type == "cuda"
+
+        def fill(inputs: I64, labels: I64, starts: NDArray[np.bool_] | None) -> None:
+            split.read(np.maximum(rows, 0), inputs, labels, starts)
+            labels[rows == PADDING] = IGNORED
+
+        return self._filled(len(rows), fill)
+
+    def _filled(self, count: int, fill: Callable[[I64, I64, NDArray[np.bool_] | None], None]) -> _Rows:
+        """``count`` rows in new tensors; ``fill`` writes inputs, labels and, if there are, where documents start."""
+        shape, pinned = (count, self._config.data.max_length), self._device.type == "cuda"
         inputs, labels = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
         if not self._config.data.document_mask:
-            split.read(np.maximum(rows, 0), inputs.numpy(), labels.numpy(), None)
-            labels.numpy()[rows == PADDING] = IGNORED
+            fill(inputs.numpy(), labels.numpy(), None)
             return _Rows(inputs, labels, None, None)
         starts = np.empty(shape, bool)
-        split.read(np.maximum(rows, 0), inputs.numpy(), labels.numpy(), starts)
-        labels.numpy()[rows == PADDING] = IGNORED
+        fill(inputs.numpy(), labels.numpy(), starts)
         positions, documents = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
         begin = np.flatnonzero(starts)
         length = np.diff(begin, append=starts.size)
-        first = np.searchsorted(begin, np.arange(len(rows)) * split.max_length)
+        first = np.searchsorted(begin, np.arange(count) * shape[1])
         number = np.arange(len(begin)) - np.repeat(first, np.diff(first, append=len(begin)))
         documents.numpy().reshape(-1)[:] = np.repeat(number, length)
         positions.numpy().reshape(-1)[:] = np.arange(starts.size) - np.repeat(begin, length)

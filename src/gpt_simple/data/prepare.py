@@ -11,13 +11,16 @@ import hashlib
 import json
 from pathlib import Path
 
+from attrs import evolve
+
 from gpt_simple.config.schema import Config, DataConfig
 from gpt_simple.data.cache import Log, building, cache_root
 from gpt_simple.data.dataset import Dataset, open_dataset
 from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, Manifest, read_manifest
 from gpt_simple.data.nanogpt import TRAIN, NanoGpt
-from gpt_simple.data.sources import Source
+from gpt_simple.data.sources import Source, Stream
 from gpt_simple.data.sources.shards import Shards
+from gpt_simple.data.stream import Head, refuse_what_needs_an_index, stream_rows
 from gpt_simple.data.tokenize import Train, survey, write
 from gpt_simple.data.tokenizer import FILE as TOKENIZER_FILE
 from gpt_simple.data.tokenizer import Tokenizer, load_tokenizer
@@ -41,7 +44,8 @@ def prepare(config: Config, registry: Registry, *, log: Log | None = None, requi
         nanogpt = source.nanogpt
         directory = source.directory if nanogpt is None else _linked(nanogpt, data, registry, log)
     else:
-        directory = _prepared(source, data, registry, log, require_val)
+        raw = Head(source) if isinstance(source, Stream) else source
+        directory = _prepared(raw, data, registry, log, require_val)
     manifest = read_manifest(directory)
     tokenizer = _tokenizer_of(directory, manifest, data, registry, raw=not isinstance(source, Shards))
     dataset = open_dataset(directory, tokenizer, manifest, data, log)
@@ -50,6 +54,8 @@ def prepare(config: Config, registry: Registry, *, log: Log | None = None, requi
     if require_val:
         documents = dataset.val.documents + dataset.train.documents
         _require_val(dataset.val.targets, dataset.val.documents, documents, data)
+    if isinstance(source, Stream):
+        return evolve(dataset, stream=stream_rows(source, data, tokenizer))
     dataset.order(data, order_seed(config))
     return dataset
 
@@ -73,6 +79,8 @@ def check(config: Config, registry: Registry) -> Source | Shards:
             f"data.tokenizer: {source.directory} holds nanoGPT's files, which do not say what their ids mean; "
             "expected the path of the tokenizer.json that they were made with (GPT-2's for its openwebtext)"
         )
+    if isinstance(source, Stream):
+        refuse_what_needs_an_index(data)
     _tokenizer_choice(data, registry)
     return source
 
@@ -80,8 +88,10 @@ def check(config: Config, registry: Registry) -> Source | Shards:
 def find(source: Source | Shards, config: Config, registry: Registry) -> tuple[Path, Manifest] | None:
     """The dataset of a source if it is there already, after its sizes and its tokenizer were checked.
 
-    Reads what the source's fingerprint depends on, writes nothing.
+    Reads what the source's fingerprint depends on, writes nothing. A stream has none.
     """
+    if isinstance(source, Stream):
+        return None
     if isinstance(source, Shards):
         nanogpt = source.nanogpt
         directory = source.directory if nanogpt is None else _cached(nanogpt.state(), config.data, registry)

@@ -8,7 +8,7 @@ prepared from it can be used again until it changes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from attrs import frozen
 
@@ -34,3 +34,14 @@ class Source(Protocol):
 
     def documents(self) -> Iterator[Document]:
         """All documents, in the same order each time. Raises DataError that names the place of a bad one."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Documents that are not known before a run: too many to prepare, or still being written. See data/stream.py."""
+
+    def fingerprint(self) -> str:
+        """Changes whenever the documents do; what was prepared of the beginning is kept under it."""
+
+    def stream(self) -> Iterator[Document]:
+        """All documents from the first on, in the same order each time; resuming depends on it."""

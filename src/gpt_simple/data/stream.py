@@ -1,0 +1,137 @@
+"""Rows from a source without number or index: it is tokenized while training goes on, and nothing of it is kept.
+
+What a stream promises: documents come in its order, cut as packing ``concat`` cuts them, and a resumed run goes on with
+exactly the row that comes next, whatever the number of processes, as long as the stream tells the same documents in the
+same order. What it costs: every process reads and tokenizes the whole stream, and a resume does so again from the
+beginning up to where it stopped. Documents are not shuffled: the order is the source's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+from attrs import evolve, frozen
+from numpy.typing import NDArray
+
+from gpt_simple.config.schema import DataConfig
+from gpt_simple.data.sources import Document, Stream
+from gpt_simple.data.tokenize import BATCH_BYTES, key_hash, survey
+from gpt_simple.data.tokenizer import Tokenizer
+from gpt_simple.errors import ConfigError, DataError
+
+HEAD_BYTES = 1 << 24
+"""The val split is held out of this much text at the beginning, and a tokenizer is trained on the rest of that."""
+
+I64 = NDArray[np.int64]
+
+
+@frozen
+class Head:
+    """The beginning of a stream as a source that can be prepared."""
+
+    stream: Stream
+
+    def fingerprint(self) -> str:
+        return f"head of {HEAD_BYTES} bytes of {self.stream.fingerprint()}"
+
+    def documents(self) -> Iterator[Document]:
+        size = 0
+        for document in self.stream.stream():
+            yield document
+            size += len(document.text)
+            if size >= HEAD_BYTES:
+                return
+
+
+def refuse_what_needs_an_index(data: DataConfig) -> None:
+    """Raise ConfigError for settings that need to know all documents before the first step."""
+    for field, unwanted, instead in (
+        ("packing", data.packing == "best_fit", '"concat"'),
+        ("on_exhaustion", data.on_exhaustion == "renormalise", '"repeat" or "halt"'),
+        ("curriculum", bool(data.curriculum), "no curriculum"),
+        ("max_documents", data.max_documents is not None, "no max_documents"),
+    ):
+        if unwanted:
+            raise ConfigError(f"data.{field}: the source {data.source} has no index; expected {instead}")
+
+
+@frozen(eq=False)
+class StreamRows:
+    """The rows of the train split of a stream. No document of the val split is among them."""
+
+    stream: Stream
+    held_out: NDArray[np.bool_]
+    """Of the documents of the head."""
+    data: DataConfig
+    tokenizer: Tokenizer
+
+    def blocks(self, consumed: int, count: int) -> Iterator[I64]:
+        """Rows from number ``consumed`` on, at most ``count`` at once: shape [n, max_length + 1].
+
+        A row begins with the token before its first target. Without end where ``data.on_exhaustion`` is ``repeat``;
+        else the last row that is not full is left out.
+        """
+        length = self.data.max_length
+        skip, held = consumed * length, np.array([self.tokenizer.eod_id])
+        for tokens in self._tokens():
+            if skip >= len(tokens):
+                # Of what is skipped, the last token is the input of the first target after it.
+                skip, held = skip - len(tokens), tokens[-1:]
+                continue
+            held = np.concatenate([held, tokens])[skip:]
+            skip = 0
+            while len(held) > count * length:
+                yield _rows(held, count, length)
+                held = held[count * length :]
+        if rest := (len(held) - 1) // length:
+            yield _rows(held, rest, length)
+
+    def _tokens(self) -> Iterator[I64]:
+        """The tokens of documents, each with its EOD, some documents at a time."""
+        while True:
+            total = 0
+            for texts in _batches(self._texts()):
+                parts = [[*ids, self.tokenizer.eod_id] for ids in self.tokenizer.encode_batch(texts)]
+                tokens = np.concatenate([np.array(part, np.int64) for part in parts])
+                total += len(tokens)
+                yield tokens
+            if not total:
+                raise DataError(f"data.source {self.data.source}: the stream has no document to train on")
+            if self.data.on_exhaustion != "repeat":
+                return
+
+    def _texts(self) -> Iterator[str]:
+        documents = (document for document in self.stream.stream() if document.text)
+        head = islice(documents, len(self.held_out))
+        yield from (document.text for document, out in zip(head, self.held_out, strict=False) if not out)
+        limit = int(self.data.val_fraction * 2**64)
+        yield from (document.text for document in documents if key_hash(document.key) >= limit)
+
+
+def stream_rows(stream: Stream, data: DataConfig, tokenizer: Tokenizer) -> StreamRows:
+    """The rows of a stream, after its head was read to see again what is held out."""
+    found = survey(Head(stream), evolve(data, max_documents=None))
+    if found.documents == 1 and data.val_fraction:
+        raise DataError(
+            f"data.source {data.source}: the first {HEAD_BYTES >> 20} MiB of the stream are one document; "
+            "nothing can be held out of it: set data.val_fraction = 0 and training.eval_steps = 0"
+        )
+    return StreamRows(stream, found.held_out, data, tokenizer)
+
+
+def _rows(tokens: I64, count: int, length: int) -> I64:
+    return np.lib.stride_tricks.sliding_window_view(tokens[: count * length + 1], length + 1)[::length]
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES // 16:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
