@@ -146,3 +146,9 @@ def test_an_error_at_start_ends_the_run_with_its_code_before_anything_exists(tmp
         gpt_simple.train(training={"output_dir": str(tmp_path / "out")}, plugins=[Curious])
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out").exists()
+
+
+def test_the_number_of_processes_multiplies_the_tokens(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check("--world-size", "8")["config"]["fields"]["tokens_per_step"] == 8 * 64
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert check()["config"]["fields"]["tokens_per_step"] == 2 * 64

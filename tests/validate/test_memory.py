@@ -172,6 +172,10 @@ def test_an_unknown_card_is_an_error(check: Check) -> None:
     assert "h100" in check("--device", "h10", code=2)["memory-refused"]["message"]
 
 
+def test_a_batch_fits_into_something(check: Check) -> None:
+    assert "--device" in check("--fit", code=2)["memory-refused"]["message"]
+
+
 def test_memory_is_predicted_only_when_asked(check: Check) -> None:
     assert "memory" not in check()
     assert gpt_simple.outlook(Config()).questions.memory is False

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.test_bad_input import snapshot
 from tests.validate.conftest import Check
@@ -39,3 +40,8 @@ def test_too_little_time_is_a_warning(check: Check, monkeypatch: pytest.MonkeyPa
     assert "SLURM grants 0:01:00" in check(*arguments)["time-short"]["message"]
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     assert "time-short" not in check(*arguments)
+
+
+def test_a_probe_that_cannot_run_is_refused_as_the_run_would_be(check: Check) -> None:
+    if not torch.cuda.is_available():
+        assert "fp16" in check("--probe", "--training.mixed_precision=fp16", code=2)["runtime-refused"]["message"]

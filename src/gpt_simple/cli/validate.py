@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from gpt_simple.assembly import Questions, assemble
@@ -22,7 +20,13 @@ from gpt_simple.validate.findings import exit_code, from_error, to_json, to_tabl
 @click.option("-p", "plugins", multiple=True, metavar="NAME", help="As for `run`.")
 @click.option("--no-plugins", is_flag=True, help="As for `run`.")
 @click.option("--force", is_flag=True, help="As if the run were started with --force.")
-@click.option("--world-size", type=click.IntRange(1), help="Processes of the run; by default $WORLD_SIZE, else 1.")
+@click.option(
+    "--world-size",
+    type=click.IntRange(1),
+    envvar="WORLD_SIZE",
+    default=1,
+    help="Processes of the run; by default $WORLD_SIZE, else 1.",
+)
 @click.option("--memory", is_flag=True, help="Predict the peak of memory, without using it.")
 @click.option(
     "--device", metavar="NAME|BYTES", help="Compare with a card: h100, a100-40, ..., 24GiB. Implies --memory."
@@ -40,7 +44,7 @@ def validate(
     plugins: tuple[str, ...],
     no_plugins: bool,
     force: bool,
-    world_size: int | None,
+    world_size: int,
     memory: bool,
     device: str | None,
     fit: bool,
@@ -60,7 +64,7 @@ def validate(
     memory = memory or fit or device is not None
     questions = Questions(
         force=force,
-        world_size=world_size or int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=world_size,
         memory=memory,
         device=device,
         fit=fit,

@@ -162,7 +162,8 @@ def _epochs(outlook: Outlook) -> Iterator[Finding]:
         needed = total
     if not config.data.curriculum:
         return
-    shares = {n: taken / data.buckets[n] for n, taken in zip(data.buckets, data.order.taken(needed), strict=True)}
+    taken = dict(zip(data.buckets, data.order.taken(needed), strict=True))
+    shares = {name: taken[name] / max(1, rows) for name, rows in data.buckets.items()}
     message = "buckets read: " + ", ".join(f"{name} {share:.2f} times" for name, share in shares.items())
     yield Finding("info", "buckets", message, fields={"epochs": shares})
     for name, sample in data.ends(needed).items():
