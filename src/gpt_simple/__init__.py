@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PluginsConfig,
         TrainingConfig,
     )
+    from gpt_simple.data.sources import Document
     from gpt_simple.engine.result import TrainResult
     from gpt_simple.errors import (
         CheckpointError,
@@ -48,6 +49,7 @@ _HOMES = {
         ("CheckpointError", "ConfigError", "DataError", "ExitCode", "GptSimpleError", "PluginError"),
         "gpt_simple.errors",
     ),
+    "Document": "gpt_simple.data.sources",
     **dict.fromkeys(("Finding", "Metric", "Plugin", "Run", "hookimpl"), "gpt_simple.hooks"),
     **dict.fromkeys(("MemoryPrediction", "predict_memory"), "gpt_simple.validate.memory"),
     **dict.fromkeys(("Outlook", "outlook"), "gpt_simple.validate.outlook"),
@@ -59,6 +61,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DataError",
+    "Document",
     "ExitCode",
     "Finding",
     "GptSimpleError",

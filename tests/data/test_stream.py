@@ -112,6 +112,14 @@ def test_a_resumed_run_goes_on_exactly_with_any_number_of_processes(workers: int
     assert consumed * T > 1.5 * sum(len(text) for text in TEXTS)
 
 
+def test_max_documents_ends_a_stream(opened: Opened) -> None:
+    dataset, _ = opened(max_documents=40)
+    assert dataset.stream is not None
+    told = list(dataset.stream._texts())
+    assert told == [text for text in TEXTS[:40] if text in told]
+    assert 20 < len(told) < 40
+
+
 def test_documents_are_masked_as_in_shards(opened: Opened) -> None:
     dataset, settings = opened(document_mask=True)
     batch = steps(Loader(dataset, settings), 1)[0].batches[0]
@@ -136,7 +144,6 @@ def test_the_val_split_is_that_of_the_head_and_kept(opened: Opened) -> None:
         ("packing", "best_fit"),
         ("on_exhaustion", "renormalise"),
         ("curriculum", (Phase(8, {"all": 1.0}),)),
-        ("max_documents", 3),
     ],
 )
 def test_what_needs_an_index_is_refused(field: str, value: object, config: MakeConfig) -> None:

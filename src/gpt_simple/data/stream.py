@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import DataConfig
@@ -51,7 +51,6 @@ def refuse_what_needs_an_index(data: DataConfig) -> None:
         ("packing", data.packing == "best_fit", '"concat"'),
         ("on_exhaustion", data.on_exhaustion == "renormalise", '"repeat" or "halt"'),
         ("curriculum", bool(data.curriculum), "no curriculum"),
-        ("max_documents", data.max_documents is not None, "no max_documents"),
     ):
         if unwanted:
             raise ConfigError(f"data.{field}: the source {data.source} has no index; expected {instead}")
@@ -103,7 +102,8 @@ class StreamRows:
                 return
 
     def _texts(self) -> Iterator[str]:
-        documents = (document for document in self.stream.stream() if document.text)
+        told = islice(self.stream.stream(), self.data.max_documents)
+        documents = (document for document in told if document.text)
         head = islice(documents, len(self.held_out))
         yield from (document.text for document, out in zip(head, self.held_out, strict=False) if not out)
         limit = int(self.data.val_fraction * 2**64)
@@ -112,7 +112,7 @@ class StreamRows:
 
 def stream_rows(stream: Stream, data: DataConfig, tokenizer: Tokenizer) -> StreamRows:
     """The rows of a stream, after its head was read to see again what is held out."""
-    found = survey(Head(stream), evolve(data, max_documents=None))
+    found = survey(Head(stream), data)
     if found.documents == 1 and data.val_fraction:
         raise DataError(
             f"data.source {data.source}: the first {HEAD_BYTES >> 20} MiB of the stream are one document; "
