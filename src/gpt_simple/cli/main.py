@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from gpt_simple._names import PROGRAM, __version__
@@ -63,16 +64,20 @@ def _group() -> Any:
     """The click group; made in a function so that ``--version`` need not import click."""
     import click
 
-    from gpt_simple.hooks.discovery import commands, summary, usable
+    from gpt_simple.hooks.discovery import PluginRecord, commands, summary, usable
+
+    @cache
+    def found() -> dict[str, PluginRecord]:
+        return usable(commands())  # once: it reads the metadata of everything that is installed
 
     class Commands(click.Group):
         """Commands by name from package metadata."""
 
         def list_commands(self, context: click.Context) -> list[str]:
-            return sorted(usable(commands()))
+            return sorted(found())
 
         def get_command(self, context: click.Context, name: str) -> click.Command | None:
-            record = usable(commands()).get(name)
+            record = found().get(name)
             if record is None or record.entry_point is None:
                 return None
             if record.problem:
@@ -105,7 +110,7 @@ def _group() -> Any:
 
         def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
             with formatter.section("Commands"):
-                formatter.write_dl([(name, summary(record)) for name, record in sorted(usable(commands()).items())])
+                formatter.write_dl([(name, summary(record)) for name, record in sorted(found().items())])
 
     return Commands(
         name=PROGRAM,
