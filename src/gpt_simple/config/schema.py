@@ -172,6 +172,9 @@ class TrainingConfig:
     keep_milestone_every: Annotated[
         int | None, Ge(0), Doc("checkpoints at multiples of this step are kept for ever; null or 0: none")
     ] = None
+    max_skipped_steps: Annotated[
+        int | None, Ge(1), Doc("halt after this many steps in a row whose gradients were not finite; null: never")
+    ] = 25
     output_dir: Annotated[str, Doc("directory of the run, relative to the current one")] = "outputs"
     resume: Annotated[
         str,

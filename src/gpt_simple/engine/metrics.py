@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from attrs import define, field
 
+from gpt_simple.data.loader import StepData
+from gpt_simple.engine.numerics import MadeStep
 from gpt_simple.hooks.events import CollectMetrics, Metric
 
 _FOLD_AT = 1024
@@ -23,21 +25,21 @@ class Interval:
 
     _losses: list[torch.Tensor] = field(factory=list)
     _skipped: list[torch.Tensor] = field(factory=list)
-    _targets: list[int] = field(factory=list)
+    _made: list[tuple[int, int, int, int]] = field(factory=list)
     _folded: list[tuple[torch.Tensor, torch.Tensor]] = field(factory=list)
     _norm: torch.Tensor | None = None
 
-    def add(self, loss: torch.Tensor, targets: int, norm: torch.Tensor, skipped: torch.Tensor) -> None:
-        """One optimizer step: this process's summed loss in nats, all target tokens, the norm, 1.0 if skipped."""
+    def add(self, step: int, data: StepData, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
+        """One optimizer step: this process's summed loss in nats, the gradient's norm, 1.0 if it was skipped."""
         self._losses.append(loss)
-        self._targets.append(targets)
+        self._made.append((step, data.first_sample, data.samples, data.targets))
         self._skipped.append(skipped)
         self._norm = norm
         if len(self._losses) == _FOLD_AT:  # one tensor instead of many, for runs that never look
             self._fold()
 
-    def metrics(self, learning_rate: float) -> dict[str, Metric]:
-        """The engine's own metrics since the last call; there must have been a step.
+    def read(self, learning_rate: float, world_size: int) -> tuple[dict[str, Metric], list[MadeStep]]:
+        """The engine's own metrics since the last call, and each step; there must have been one.
 
         ``train/loss`` is the mean over all target tokens of all processes and of all steps that were not skipped.
         """
@@ -47,16 +49,21 @@ class Interval:
         losses, skipped = (torch.cat(parts) for parts in zip(*self._folded, strict=True))
         *values, norm = torch.cat([losses, skipped, self._norm.float().reshape(1)]).tolist()
         flags = values[len(values) // 2 :]
-        kept = [(loss, count) for loss, count, flag in zip(values, self._targets, flags, strict=False) if not flag]
-        nats, targets = sum(loss for loss, _ in kept), sum(count for _, count in kept)
-        self._folded, self._targets, self._norm = [], [], None
-        return {
-            # Every process has its share of the nats and knows everybody's targets.
+        steps, nats, targets = [], 0.0, 0
+        for (step, first, samples, count), loss, flag in zip(self._made, values, flags, strict=False):
+            # Every process has about its share of the nats and knows everybody's targets.
+            mean = loss * world_size / max(1, count)
+            steps.append(MadeStep(step, first, samples, mean, bool(flag)))
+            if not flag:
+                nats, targets = nats + loss, targets + count
+        self._folded, self._made, self._norm = [], [], None
+        metrics = {
             "train/loss": Metric(nats / targets if targets else math.nan, reduce="sum"),
             "train/lr": Metric(learning_rate, reduce="last"),
             "train/grad_norm": Metric(norm, reduce="last"),
             "train/skipped_steps": Metric(sum(flags), reduce="max"),
         }
+        return metrics, steps
 
     def _fold(self) -> None:
         self._folded.append((torch.stack(self._losses), torch.stack(self._skipped)))

@@ -27,6 +27,7 @@ _NEUTRAL = (
     "training.eval_steps",
     "training.max_eval_batches",
     "training.save_steps",
+    "training.max_skipped_steps",
     "training.keep_last_k",
     "training.keep_milestone_every",
     "training.output_dir",

@@ -20,6 +20,7 @@ from gpt_simple.data.loader import Batch, DataExhausted, Loader
 from gpt_simple.engine.control import Verdict
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.metrics import Clock, Interval, flatten
+from gpt_simple.engine.numerics import Watch, all_finite
 from gpt_simple.engine.randomness import Reseeder
 from gpt_simple.engine.run import EngineRun, EvaluationAbandoned
 from gpt_simple.engine.schedule import Schedule
@@ -41,6 +42,9 @@ from gpt_simple.hooks.events import (
 from gpt_simple.run_dir.status import StatusFile
 
 GIB = 1024**3
+
+_UNLOGGED = 100
+"""Steps after which the device is read when nothing is logged: skipped steps must not go on unseen."""
 
 
 @define(slots=False, eq=False)
@@ -64,6 +68,7 @@ class Trainer:
     last_eval: Mapping[str, float] = field(factory=dict)
     saved: Published | None = None
     rates: list[float] = field(factory=list)
+    _unsaved: str = ""
     _interval: Interval = field(factory=Interval)
     _clock: Clock = field(factory=Clock)
 
@@ -73,6 +78,7 @@ class Trainer:
         self._reseed = Reseeder(config.training.seed, self.run.device)
         self._max_norm = config.optimizer.max_grad_norm
         self._first_step = True
+        self._watch = Watch(config.training.max_skipped_steps)
 
     def train(self) -> tuple[RunStatus, str]:
         """Make steps until the run is over. Returns how and why it ended."""
@@ -151,7 +157,7 @@ class Trainer:
             run.tokens + data.tokens,
             run.target_tokens + data.targets,
         )
-        self._interval.add(loss, data.targets, norm, skipped)
+        self._interval.add(step, data, loss, norm, skipped)
         self._clock.step(data.tokens, data.targets)
         if self._first_step:
             self._warmed_up(started, data.tokens)
@@ -199,12 +205,15 @@ class Trainer:
         """What may happen after a step, always in this order: metrics, one vote, checkpoint, evaluation, stop."""
         run = self.run
         every = run.config.training.logging_steps
-        if is_last or (every and run.step % every == 0):
+        looks = is_last or run.step % (every or _UNLOGGED) == 0
+        if looks:
             self._log(tell=bool(every))
         verdict = self._vote()
-        if verdict.save or verdict.leave or is_last:
-            reason = "last step" if is_last else verdict.stop or verdict.halt or verdict.ended or verdict.save
-            self._save(reason, must_succeed=verdict.leave or is_last)
+        again = self._unsaved if looks else ""
+        if verdict.save or verdict.leave or is_last or again:
+            reason = "last step" if is_last else verdict.stop or verdict.halt or verdict.ended or verdict.save or again
+            if not self._save(reason, must_succeed=verdict.leave or is_last):
+                return Verdict(halt=self._not_finite())
         if verdict.evaluate and not verdict.leave:
             self._evaluate()
         return verdict
@@ -220,7 +229,7 @@ class Trainer:
         """Read the interval's metrics, all at once, and hand them out."""
         run, calls = self.run, self.calls
         lap = self._clock.lap(run.step, self.loader.wait_seconds)
-        metrics = self._interval.metrics(self.schedule(run.step))
+        metrics, steps = self._interval.read(self.schedule(run.step), run.world_size)
         if tell and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):
                 metrics |= flatten(calls.collect_metrics(run, lap))
@@ -233,6 +242,10 @@ class Trainer:
                 name="skipped_steps",
                 count=int(skipped),
             )
+        if spike := self._watch.spike(steps):
+            run.log.warning(str(spike), name="loss_spike", at=spike.made.step, loss=spike.made.loss, usual=spike.usual)
+        if streak := self._watch.streak(steps):
+            run.control.halt(streak)
         self.last_train = floats
         if lap.timed_steps and lap.train_seconds > 0:
             self.rates.append(lap.timed_tokens / lap.train_seconds)
@@ -263,25 +276,42 @@ class Trainer:
             calls.on_eval_end(run, EvalEnd(run.step, run.tokens, floats, seconds))
         self._clock.exclude(time.perf_counter() - started)
 
-    def _save(self, reason: str, must_succeed: bool) -> None:
-        """Publish a checkpoint of this step; a periodic one that cannot be written is a warning, not the end."""
+    def _save(self, reason: str, must_succeed: bool) -> bool:
+        """Publish a checkpoint of this step; a periodic one that cannot be written is a warning, not the end.
+
+        False if there is nothing worth saving because the weights are not finite; the last good one stays.
+        """
         run, calls, started = self.run, self.calls, time.perf_counter()
         if self.saved is not None and self.saved.step == run.step:
-            return
+            return True
+        if not run.world.main_only(lambda: all_finite(self.model)):
+            return False
         if calls.on_checkpoint_saving is not None:
             with run.comm.during("on_checkpoint_saving"):
                 calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
         done = run.world.main_only(lambda: self._publish(must_succeed))
         self.saved = done or self.saved
+        # Tried again when the log is due: until then somebody may have made room.
+        self._unsaved = "" if done else "the one before could not be written"
         if calls.on_checkpoint_saved is not None and done is not None:
             calls.on_checkpoint_saved(run, CheckpointSaved(run.step, done.path, done.seconds, done.bytes, reason))
         seconds = time.perf_counter() - started
         self._clock.exclude(seconds)
         if self.walltime is not None:
             self.walltime.saved(seconds)
+        return True
+
+    def _not_finite(self) -> str:
+        good = self.store.list()
+        kept = f"the last good checkpoint is {good[-1].path}" if good else "there is no earlier checkpoint"
+        return f"weights are not finite after step {self.run.step}; nothing was written, {kept}"
 
     def _publish(self, must_succeed: bool) -> Published | None:
         run = self.run
+        if not run.output_dir.exists():
+            run.log.error(
+                f"{run.output_dir} is gone, with the earlier checkpoints: it is made anew", name="output_gone"
+            )
         try:
             tensors, documents = self.state(self.best_val_loss)
             return self.store.publish(run.step, tensors=tensors, documents=documents)
@@ -294,6 +324,8 @@ class Trainer:
     def _left(self, verdict: Verdict) -> tuple[RunStatus, str]:
         if verdict.halt:
             return "halted", verdict.halt
+        if self.run.step == self.run.config.training.max_steps:
+            return "completed", f"all steps are made; a last evaluation was left out: {verdict.stop or verdict.ended}"
         if verdict.stop:
             return "stopped", verdict.stop
         return "completed", verdict.ended
@@ -302,7 +334,8 @@ class Trainer:
         """The data ended before ``max_steps``: that is the end of the run as much as the last step would be."""
         if self._interval:
             self._log(tell=True)
-        self._save(reason, must_succeed=True)
+        if not self._save(reason, must_succeed=True):
+            return "halted", self._not_finite()
         self._evaluate()
         return "completed", reason
 

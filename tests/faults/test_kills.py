@@ -1,0 +1,106 @@
+"""N short jobs equal one long job, bit for bit, however the short ones ended."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.conftest import write_dataset
+from tests.engine.conftest import TINY, TinyRun, state_bytes
+from tests.faults.conftest import At, Ended, kill_self, terminate_self
+
+__all__ = ["write_dataset"]
+
+BUSY: dict[str, Any] = {
+    "training__max_steps": 12,
+    "training__save_steps": 2,
+    "training__eval_steps": 4,
+    "training__logging_steps": 1,
+    "data__num_workers": 2,
+    "model__dropout": 0.1,
+}
+
+
+def killed_often(apart: Callable[..., Ended], kills: int, seed: int, options: Mapping[str, Any]) -> None:
+    """Kill a run at a random moment of one of its next steps, again and again; then let it end."""
+    dice, reached = random.Random(seed), 0
+    for _ in range(kills):
+        step = min(reached + dice.randint(1, 4), options["training__max_steps"])
+        moments = ["on_step_start", "on_gradients", "on_step_end"]
+        if step % options["training__save_steps"] == 0:
+            moments.append("on_checkpoint_saving")
+        ended = apart("parts", plugins=[At(dice.choice(moments), step, kill_self)], **options)
+        assert (ended.code, ended.status.state) == (-9, "crashed")
+        reached = max(ended.steps, default=0)
+    assert apart("parts", **options).code == 0
+
+
+def test_a_run_that_was_killed_three_times_equals_one_that_was_not(apart: Callable[..., Ended], tiny: TinyRun) -> None:
+    whole = tiny("whole", **BUSY)
+    killed_often(apart, 3, 1, BUSY)
+    assert state_bytes(tiny("parts", **BUSY)) == state_bytes(whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_twenty_times_equals_one_that_was_not(apart: Callable[..., Ended], tiny: TinyRun) -> None:
+    options = BUSY | {"training__max_steps": 40}
+    whole = tiny("whole", **options)
+    killed_often(apart, 20, 2, options)
+    assert state_bytes(tiny("parts", **options)) == state_bytes(whole)
+
+
+BUCKETS: dict[str, Any] = {
+    "source": "shards",
+    "curriculum": [
+        {"duration_tokens": 5 * 128, "mix": {"one": 1.0, "two": 2.0}},
+        {"duration_tokens": 100 * 128, "mix": {"one": 3.0, "two": 1.0}},
+    ],
+}
+"""The second phase begins after step 5."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"data__max_documents": 12, "data__val_fraction": 0.2}, id="across epochs"),
+        pytest.param(
+            {"data__packing": "best_fit", "data__document_mask": True, "data__max_length": 64}, id="packed and masked"
+        ),
+        pytest.param(BUCKETS, id="across phases of a curriculum"),
+        pytest.param(
+            {
+                "training__compile": True,
+                "training__compile_backend": "aot_eager",
+                "training__gradient_checkpointing": True,
+            },
+            id="compiled",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_kill_and_a_stop_change_nothing(
+    apart: Callable[..., Ended],
+    tiny: TinyRun,
+    options: dict[str, Any],
+    write_dataset: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if options is BUCKETS:
+        dice = random.Random(0)
+        documents = [[dice.randrange(256) for _ in range(50)] for _ in range(60)]
+        path = write_dataset(train={"one": documents[:30], "two": documents[30:]}, val={"one": documents[:3]})
+        for key, value in (BUCKETS | {"path": str(path)}).items():
+            monkeypatch.setitem(TINY["data"], key, value)
+        options = {}
+    options = {"training__max_steps": 14, "training__save_steps": 3, "model__dropout": 0.1} | options
+    whole = tiny("whole", **options)
+    killed = apart("parts", plugins=[At("on_gradients", 5, kill_self)], **options)
+    assert (killed.code, killed.steps) == (-9, [3])
+    stopped = apart("parts", plugins=[At("on_gradients", 8, terminate_self)], **options)
+    assert (stopped.code, stopped.status.state, stopped.steps) == (75, "stopped", [3, 6, 8])
+    rest = tiny("parts", **options)
+    assert state_bytes(rest) == state_bytes(whole)

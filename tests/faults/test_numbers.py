@@ -1,0 +1,208 @@
+"""Numbers that go wrong: skipped, counted, reported with their samples, and never saved."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_simple import Plugin, TrainResult, hookimpl
+from gpt_simple.checkpoint.draft import Draft
+from gpt_simple.engine.numerics import MadeStep, Watch
+from gpt_simple.errors import GptSimpleError
+from gpt_simple.run_dir.lineage import read_metrics
+from tests.engine.conftest import TinyRun, weights
+from tests.faults.conftest import At, Ended
+
+
+class Spoils(Plugin[Any]):
+    """From step ``first`` to ``last`` the loss (a weight is NaN in the forward) or one gradient is no number."""
+
+    ranks, on_error = "all", "abort"
+
+    def __init__(self, first: int, last: int, what: str) -> None:
+        super().__init__(None)
+        self.steps, self.what, self.kept = range(first, last + 1), what, torch.zeros(())
+
+    @hookimpl
+    def on_batch(self, run: Any, event: Any) -> None:
+        if self.what == "loss" and event.step in self.steps and event.micro_batch == 0:
+            weight = next(run.model.parameters()).data
+            self.kept = weight.clone()
+            weight.fill_(math.nan)
+
+    @hookimpl
+    def on_gradients(self, run: Any, event: Any) -> None:
+        weight = next(run.model.parameters())
+        if event.step in self.steps:
+            if self.what == "loss":
+                weight.data.copy_(self.kept)
+            else:
+                weight.grad.view(-1)[7] = math.inf
+
+
+def events(result: TrainResult, name: str) -> list[dict[str, Any]]:
+    rows = read_metrics(result.output_dir / "metrics.jsonl")
+    return [row for row in rows if row["kind"] == "event" and row["name"] == name]
+
+
+@pytest.mark.parametrize("what", ["loss", "one gradient"])
+def test_too_many_skipped_steps_in_a_row_halt_the_run_and_name_the_samples(tiny: TinyRun, what: str) -> None:
+    options: dict[str, Any] = {"training__max_skipped_steps": 4, "training__max_steps": 30, "training__save_steps": 5}
+    result = tiny(plugins=[Spoils(7, 30, what)], **options)
+    assert (result.status, result.exit_code, result.steps) == ("halted", 76, 10)
+    # Four rows a step, counted from 0: step 7 begins with the 25th.
+    assert "4 steps in a row, 7 to 10, were skipped" in result.reason
+    assert "samples 24 to 39" in result.reason
+    assert all(torch.isfinite(tensor).all() for tensor in weights(result).values())
+    assert json.loads((result.output_dir / "status.json").read_text())["state"] == "halted"
+    assert (result.output_dir / "checkpoints/step-00000005").exists()
+    assert tiny(**options).status == "completed", "a person may let it go on"
+
+
+def test_fewer_change_nothing(tiny: TinyRun) -> None:
+    result = tiny(plugins=[Spoils(3, 5, "one gradient")], training__max_skipped_steps=4, training__max_steps=8)
+    assert (result.status, result.steps) == ("completed", 8)
+
+
+def test_skipped_steps_are_seen_when_nothing_is_logged(tiny: TinyRun) -> None:
+    result = tiny(
+        plugins=[Spoils(2, 400, "one gradient")],
+        training__max_skipped_steps=4,
+        training__max_steps=400,
+        training__logging_steps=None,
+    )
+    assert (result.status, result.steps) == ("halted", 100)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny: TinyRun) -> None:
+    def break_a_weight(run: Any) -> None:
+        next(run.model.parameters()).data[0, 0] = math.nan
+
+    options: dict[str, Any] = {"training__save_steps": 2, "training__max_steps": 10, "training__keep_last_k": 1}
+    result = tiny(plugins=[At("on_step_end", 5, break_a_weight)], **options)
+    assert (result.status, result.exit_code) == ("halted", 76)
+    assert "weights are not finite after step 6" in result.reason
+    assert "step-00000004" in result.reason
+    assert all(torch.isfinite(tensor).all() for tensor in weights(result).values())
+    assert tiny(**options).status == "completed"
+
+
+def test_weights_that_break_in_the_last_step_are_not_saved_either(tiny: TinyRun) -> None:
+    def break_a_weight(run: Any) -> None:
+        next(run.model.parameters()).data[0, 0] = math.inf
+
+    result = tiny(plugins=[At("on_step_end", 6, break_a_weight)])
+    assert (result.status, result.checkpoint_path) == ("halted", None)
+    assert "there is no earlier checkpoint" in result.reason
+
+
+def test_a_spike_is_reported_once_with_its_samples(tiny: TinyRun) -> None:
+    class Scrambles(Plugin[Any]):
+        ranks, on_error = "all", "abort"
+
+        @hookimpl
+        def on_batch(self, run: Any, event: Any) -> None:
+            if event.step == 105:
+                event.batch.labels.fill_(255)
+
+    result = tiny(plugins=[Scrambles(None)], training__max_steps=120, training__logging_steps=20)
+    (row,) = events(result, "loss_spike")
+    assert row["at"] == 105
+    assert "samples 416 to 419" in row["message"]
+
+
+def made(losses: list[float], skipped: tuple[int, ...] = ()) -> list[MadeStep]:
+    return [MadeStep(step, 8 * (step - 1), 8, loss, step in skipped) for step, loss in enumerate(losses, 1)]
+
+
+def test_noise_and_a_falling_loss_are_no_spikes() -> None:
+    noise = torch.randn(2000, generator=torch.Generator().manual_seed(0)).tolist()
+    falling = [2 + 8 * math.exp(-step / 200) + 0.1 * noise[step] for step in range(2000)]
+    assert Watch(None).spike(made(falling)) is None
+
+
+def test_a_level_that_stays_high_is_reported_and_then_usual() -> None:
+    losses = [3.0 + 0.01 * (step % 2) for step in range(100)] + [9.0] * 300
+    watch = Watch(None)
+    steps = made(losses)
+    spike = watch.spike(steps[:101])
+    assert spike is not None
+    assert spike.made.step == 101
+    watch.spike(steps[101:390])
+    assert watch.spike(steps[390:]) is None
+
+
+def test_a_streak_is_followed_over_logging_points() -> None:
+    steps = made([1.0] * 10, skipped=(3, 4, 5, 6))
+    watch = Watch(4)
+    assert watch.streak(steps[:5]) == ""
+    assert "3 to 6" in watch.streak(steps[5:])
+    watch = Watch(4)
+    assert watch.streak([*steps[:4], steps[8], *steps[4:6]]) == ""
+
+
+def test_a_full_disk_costs_no_step_and_is_tried_again_when_the_log_is_due(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, full = Draft.add_tensors, [True]
+
+    def add_tensors(self: Draft, stem: str, tensors: Any) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, stem, tensors)
+
+    def make_room(run: Any) -> None:
+        full[0] = False
+
+    monkeypatch.setattr(Draft, "add_tensors", add_tensors)
+    result = tiny(
+        plugins=[At("on_step_end", 7, make_room)],
+        training__max_steps=20,
+        training__save_steps=4,
+        training__logging_steps=2,
+        training__keep_last_k=None,
+    )
+    assert result.status == "completed"
+    failed = events(result, "checkpoint_failed")
+    assert [row["step"] for row in failed] == [4, 6]
+    assert "No space left on device; it needs" in failed[0]["message"]
+    assert [row["step"] for row in events(result, "checkpoint")] == [8, 12, 16, 20]
+
+
+def test_a_directory_that_is_deleted_under_the_run_is_told_and_made_anew(
+    apart: Callable[..., Ended], tiny: TinyRun
+) -> None:
+    def delete(run: Any) -> None:
+        shutil.rmtree(run.output_dir)
+
+    result = tiny(plugins=[At("on_step_end", 3, delete)], training__save_steps=2)
+    assert (result.status, result.steps) == ("completed", 6)
+    assert result.checkpoint_path is not None
+    longer = tiny(training__max_steps=8)
+    assert (longer.status, longer.steps) == ("completed", 8)
+
+
+def test_leftovers_of_a_dead_process_are_swept_at_the_start(tiny: TinyRun) -> None:
+    result = tiny(training__keep_last_k=None)
+    leftover = result.output_dir / "checkpoints/.step-00000004.tmp-999999999"
+    leftover.mkdir()
+    assert tiny(training__keep_last_k=None, training__max_steps=8).status == "completed"
+    assert not leftover.exists()
+
+
+def test_two_runs_in_one_directory_are_one(apart: Callable[..., Ended], tiny: TinyRun) -> None:
+    def second(run: Any) -> None:
+        before = sorted(run.output_dir.rglob("*"))
+        with pytest.raises(GptSimpleError, match="is in use by process"):
+            tiny()
+        assert sorted(run.output_dir.rglob("*")) == before
+
+    assert apart(plugins=[At("on_step_end", 3, second)]).code == 0

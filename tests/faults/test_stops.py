@@ -1,0 +1,198 @@
+"""A stop at any moment: exit code 75, a truthful status, and a loadable checkpoint once a step was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_simple import Plugin, hookimpl
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.lineage import read_metrics
+from gpt_simple.run_dir.lock import Owner
+from gpt_simple.run_dir.stop_request import ask_to_stop
+from tests.conftest import Shell
+from tests.engine.conftest import TinyRun
+from tests.faults.conftest import At, Ended, Everywhere, terminate_self, wait_until
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"),
+    [
+        ("on_model_built", 0, []),
+        ("on_run_start", 0, []),
+        ("on_step_start", 1, []),
+        ("on_gradients", 1, []),
+        ("on_step_end", 1, [1]),
+        ("on_step_start", 2, [2]),
+        ("on_checkpoint_saving", 2, [2, 3]),
+        ("on_eval_end", 2, [2, 3]),
+    ],
+)
+def test_a_stop_at_this_moment(apart: Callable[..., Ended], hook: str, step: int, saved: list[int]) -> None:
+    options = {"training__save_steps": 2, "training__eval_steps": 2}
+    ended = apart(plugins=[At(hook, step, terminate_self)], **options)
+    assert (ended.code, ended.status.state, ended.status.reason) == (75, "stopped", "SIGTERM")
+    assert (ended.steps, ended.status.step) == (saved, max(saved, default=0))
+    again = apart(**options)
+    assert (again.code, again.status.state) == (0, "completed")
+
+
+def test_a_stop_in_the_last_step_finds_the_run_completed(apart: Callable[..., Ended]) -> None:
+    ended = apart(plugins=[At("on_step_start", 6, terminate_self)])
+    assert (ended.code, ended.status.state, ended.status.step, ended.steps) == (0, "completed", 6, [6])
+
+
+def test_a_resumed_run_that_is_stopped_before_its_first_step_is_where_it_was(apart: Callable[..., Ended]) -> None:
+    assert apart(plugins=[At("on_step_end", 3, terminate_self)]).steps == [3]
+    ended = apart(plugins=[At("on_step_start", 4, terminate_self)])
+    assert (ended.code, ended.status.state, ended.status.step, ended.steps) == (75, "stopped", 3, [3])
+
+
+def test_a_stop_while_data_are_prepared_leaves_at_once_and_changes_nothing(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        raise AssertionError("it went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt_simple.engine.setup.prepare", prepare)
+        result = tiny()
+    assert (result.status, result.exit_code, result.reason, result.steps) == ("stopped", 75, "SIGTERM", 0)
+    assert not (tmp_path / "run").exists()
+    assert tiny().status == "completed"
+
+
+class Evaluates(Plugin[Any]):
+    """Stops the run after the third batch of an evaluation; ``batches`` counts."""
+
+    ranks, on_error = "all", "abort"
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.batches = 0
+
+    @hookimpl
+    def evaluate(self, run: Any, event: Any) -> dict[str, Any]:
+        for _ in run.val_batches():
+            self.batches += 1
+            if self.batches == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+
+def test_an_evaluation_is_abandoned_between_batches_and_its_step_is_saved(tiny: TinyRun) -> None:
+    evaluates = Evaluates()
+    result = tiny(plugins=[evaluates], training__eval_steps=2, training__save_steps=2, training__max_eval_batches=None)
+    assert (result.status, result.exit_code, evaluates.batches) == ("stopped", 75, 3)
+    assert result.checkpoint_path is not None
+    events = [row["name"] for row in read_metrics(result.output_dir / "metrics.jsonl") if row["kind"] == "event"]
+    assert "evaluation_abandoned" in events
+    assert tiny().status == "completed"
+
+
+def test_a_time_budget_abandons_an_evaluation_too(tiny: TinyRun) -> None:
+    class Slow(Everywhere):
+        @hookimpl
+        def evaluate(self, run: Any, event: Any) -> dict[str, Any]:
+            for _ in run.val_batches():
+                time.sleep(0.5)
+            return {}
+
+    begin = time.monotonic()
+    result = tiny(
+        plugins=[Slow()],
+        training__eval_steps=1,
+        training__max_eval_batches=None,
+        training__max_steps=1000,
+        training__max_runtime_seconds=8,
+        training__walltime_reserve_seconds=1,
+    )
+    assert result.status == "stopped"
+    assert result.reason.startswith("the time budget is used up (training.max_runtime_seconds")
+    assert time.monotonic() - begin < 30
+
+
+def test_fifty_terminations_in_a_second_are_one(apart: Callable[..., Ended], tmp_path: Path) -> None:
+    def storm(pid: int) -> None:
+        wait_until(lambda: (tmp_path / "run/checkpoints/step-00000003").exists())
+        for _ in range(50):
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.02)
+
+    ended = apart(meanwhile=storm, plugins=[Lingers()], training__max_steps=100_000, training__save_steps=3)
+    assert (ended.code, ended.status.state) == (75, "stopped")
+    assert ended.steps[-1] == ended.status.step
+
+
+class Lingers(Everywhere):
+    """Keeps the process there until the storm is over."""
+
+    @hookimpl
+    def on_run_end(self, run: Any, event: Any) -> None:
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            time.sleep(0.01)
+
+
+def test_a_request_from_another_machine_is_found(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt_simple.engine.stopping._LOOK_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Owner, "is_here", lambda owner: False)
+        result = tiny(plugins=[At("on_step_end", 2, lambda run: ask_to_stop(RunDir(run.output_dir)))])
+    assert (result.status, result.steps) == ("stopped", 2)
+    assert result.reason.startswith("gpt-simple stop on ")
+    assert tiny().status == "completed"
+
+
+def test_a_request_for_a_process_that_died_does_not_stop_the_next(tiny: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.stop").write_text('{"by": "somebody"}')
+    assert tiny().status == "completed"
+
+
+PROGRAM = [sys.executable, "-m", "gpt_simple"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_command_stops_a_run(here: Path, shell: Shell, force: bool) -> None:
+    command = [*PROGRAM, "run", "config.toml", "--training.max_steps", "100000", "--training.logging_steps", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as run:
+        assert run.stdout is not None
+        next(line for line in run.stdout if line.startswith("step=3 "))
+        ended = shell("stop", "out", *(["--force"] if force else []))
+        assert ended.code == 0
+        assert f"process {run.pid} on" in ended.out
+        run.stdout.read()
+        assert run.wait(60) == (-9 if force else 75)
+    assert json.loads(shell("status", "out", "--json").out)["state"] == ("crashed" if force else "stopped")
+    assert "nothing to stop" in shell("stop", "out").out
+
+
+def test_a_signal_while_the_program_loads_is_a_stop(here: Path) -> None:
+    """torch takes seconds to load; until then there is nothing that could be lost."""
+    script = (
+        "import sys, importlib.abc, os, signal\n"
+        "class Sends(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'gpt_simple.engine.session':\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Sends())\n"
+        "from gpt_simple.cli.main import main; main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "run", "config.toml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 75, done.stderr
+    assert "stopped: SIGTERM, before the first step" in done.stdout
+    assert not (here / "out").exists()
