@@ -174,3 +174,23 @@ def test_under_torchrun_it_joins(here: Path) -> None:
     assert joined.stdout.count("step=4 tokens=512 loss=") == 1
     other = subprocess.run([*command, "--nproc_per_node", "4"], capture_output=True, text=True, check=False)
     assert "--nproc_per_node 4, but 2 process(es) were already started" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named_and_ended(here: Path) -> None:
+    (here / "hang.py").write_text(
+        "import time\n"
+        "from gpt_simple import Plugin, hookimpl\n"
+        "class Hang(Plugin):\n"
+        "    ranks = 'all'\n"
+        "    @hookimpl\n"
+        "    def on_step_start(self, run, event):\n"
+        "        if run.rank == 1 and event.step == 4:\n"
+        "            time.sleep(100)\n"
+    )
+    with started("-p", "./hang.py", "--training.peer_timeout_seconds", "5") as (launcher, processes):
+        _, err = launcher.communicate(timeout=80)
+        assert launcher.returncode == 1
+        assert gone(processes, 0.1)
+    assert "error: process 1 did not come to the end of step 4: waited 5 s" in err
+    assert err.count("error") == 1
