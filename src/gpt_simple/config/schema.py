@@ -168,6 +168,9 @@ class TrainingConfig:
         int | None, Ge(1), Doc("evaluate at most this many batches of per_device_batch_size rows; null: all")
     ] = None
     save_steps: Annotated[int | None, Ge(0), Doc("steps between checkpoints; null or 0: only the last one")] = 1000
+    background_save: Annotated[
+        bool, Doc("write periodic checkpoints while training goes on; needs host memory for a copy of the state")
+    ] = False
     keep_last_k: Annotated[int | None, Ge(1), Doc("checkpoints that are kept; null: all")] = 3
     keep_milestone_every: Annotated[
         int | None, Ge(0), Doc("checkpoints at multiples of this step are kept for ever; null or 0: none")

@@ -28,6 +28,7 @@ _NEUTRAL = (
     "training.max_eval_batches",
     "training.save_steps",
     "training.max_skipped_steps",
+    "training.background_save",
     "training.keep_last_k",
     "training.keep_milestone_every",
     "training.output_dir",

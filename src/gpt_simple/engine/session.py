@@ -166,7 +166,7 @@ def _own(stack: ExitStack, setup: Setup, resume: ResumePlan, walltime: Walltime 
             status.update(state="running", step=begun, max_steps=training.max_steps, force=True)
         with world.telling_peers(lambda: run.step), _leaving_at_once(run):
             trainer = setup.build(resume, status, walltime=walltime)
-            stack.callback(trainer.loader.close)
+            stack.callback(trainer.close)
             run.run_id = world.main_only(lambda: _record(setup, resume))
             return _train(trainer, setup, resume, setup.calls, started)
     except BaseException as error:

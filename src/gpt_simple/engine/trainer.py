@@ -17,6 +17,7 @@ from attrs import define, field
 from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.loader import Batch, DataExhausted, Loader
+from gpt_simple.engine.background import BackgroundWriter
 from gpt_simple.engine.control import Verdict
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.metrics import Clock, Interval, flatten
@@ -69,6 +70,7 @@ class Trainer:
     saved: Published | None = None
     rates: list[float] = field(factory=list)
     _unsaved: str = ""
+    _in_flight: str = ""
     _interval: Interval = field(factory=Interval)
     _clock: Clock = field(factory=Clock)
 
@@ -78,6 +80,7 @@ class Trainer:
         self._reseed = Reseeder(config.training.seed, self.run.device)
         self._max_norm = config.optimizer.max_grad_norm
         self._first_step = True
+        self._writer = BackgroundWriter(self.store)
         self._watch = Watch(config.training.max_skipped_steps)
 
     def train(self) -> tuple[RunStatus, str]:
@@ -208,6 +211,7 @@ class Trainer:
         looks = is_last or run.step % (every or _UNLOGGED) == 0
         if looks:
             self._log(tell=bool(every))
+            self._land(wait=False)
         verdict = self._vote()
         again = self._unsaved if looks else ""
         if verdict.save or verdict.leave or is_last or again:
@@ -282,6 +286,7 @@ class Trainer:
         False if there is nothing worth saving because the weights are not finite; the last good one stays.
         """
         run, calls, started = self.run, self.calls, time.perf_counter()
+        self._land(wait=True)
         if self.saved is not None and self.saved.step == run.step:
             return True
         if not run.world.main_only(lambda: all_finite(self.model)):
@@ -289,24 +294,60 @@ class Trainer:
         if calls.on_checkpoint_saving is not None:
             with run.comm.during("on_checkpoint_saving"):
                 calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
-        done = run.world.main_only(lambda: self._publish(must_succeed))
+        in_background = run.config.training.background_save and not must_succeed
+        done = run.world.main_only(lambda: self._publish(must_succeed, in_background))
+        if in_background:
+            self._in_flight = reason
+        else:
+            self._published(done, reason)
+        seconds = time.perf_counter() - started
+        self._clock.exclude(seconds)
+        if self.walltime is not None and not in_background:
+            self.walltime.saved(seconds)
+        return True
+
+    def _land(self, *, wait: bool) -> None:
+        """Tell of a checkpoint that was written in the background, as soon as it is durable."""
+        run, started = self.run, time.perf_counter()
+        if not self._in_flight:
+            return
+        over, done = run.world.main_only(lambda: self._landed(wait))
+        if over:
+            reason, self._in_flight = self._in_flight, ""
+            self._published(done, reason)
+            if self.walltime is not None and done is not None:
+                # The last one of the run may have to wait for one that is on its way.
+                self.walltime.saved(2 * done.seconds)
+        self._clock.exclude(time.perf_counter() - started)
+
+    def _landed(self, wait: bool) -> tuple[bool, Published | None]:
+        """Whether nothing is on its way any more, and what came of it."""
+        try:
+            done = self._writer.landed(wait=wait)
+            return done is not None, done
+        except CheckpointError as error:
+            self.run.log.error(f"{error}; training goes on", name="checkpoint_failed")
+            return True, None
+
+    def _published(self, done: Published | None, reason: str) -> None:
         self.saved = done or self.saved
         # Tried again when the log is due: until then somebody may have made room.
         self._unsaved = "" if done else "the one before could not be written"
-        if calls.on_checkpoint_saved is not None and done is not None:
-            calls.on_checkpoint_saved(run, CheckpointSaved(run.step, done.path, done.seconds, done.bytes, reason))
-        seconds = time.perf_counter() - started
-        self._clock.exclude(seconds)
-        if self.walltime is not None:
-            self.walltime.saved(seconds)
-        return True
+        if self.calls.on_checkpoint_saved is not None and done is not None:
+            event = CheckpointSaved(done.step, done.path, done.seconds, done.bytes, reason)
+            self.calls.on_checkpoint_saved(self.run, event)
+
+    def close(self) -> None:
+        """Stop the threads; a checkpoint that is on its way arrives."""
+        self.loader.close()
+        self._writer.close()
 
     def _not_finite(self) -> str:
         good = self.store.list()
         kept = f"the last good checkpoint is {good[-1].path}" if good else "there is no earlier checkpoint"
         return f"weights are not finite after step {self.run.step}; nothing was written, {kept}"
 
-    def _publish(self, must_succeed: bool) -> Published | None:
+    def _publish(self, must_succeed: bool, in_background: bool) -> Published | None:
         run = self.run
         if not run.output_dir.exists():
             run.log.error(
@@ -314,6 +355,9 @@ class Trainer:
             )
         try:
             tensors, documents = self.state(self.best_val_loss)
+            if in_background:
+                self._writer.begin(run.step, tensors, documents)
+                return None
             return self.store.publish(run.step, tensors=tensors, documents=documents)
         except CheckpointError as error:
             if must_succeed:

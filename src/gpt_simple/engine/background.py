@@ -1,0 +1,59 @@
+"""Checkpoints that are written by a thread while training goes on.
+
+Training waits only until the state is copied. At most one checkpoint is on its way, so the copies are made once and
+used again, and the disk is never asked for more than it can do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from attrs import define, field
+
+from gpt_simple.checkpoint.draft import Published
+from gpt_simple.checkpoint.store import Store
+
+
+@define
+class BackgroundWriter:
+    """Writes one checkpoint at a time. Belongs to the process that owns the store."""
+
+    store: Store
+    _pool: ThreadPoolExecutor = field(factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
+    _flight: Future[Published] | None = field(default=None, init=False)
+    _copies: dict[str, dict[str, torch.Tensor]] = field(factory=dict, init=False)
+
+    def begin(self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], documents: Mapping[str, Any]) -> None:
+        """Copy everything and return; what is passed may change from then on. The one before must have landed."""
+        assert self._flight is None
+        self._copies = {stem: self._copied(stem, group) for stem, group in tensors.items()}
+        frozen = json.loads(json.dumps(documents))
+        self._flight = self._pool.submit(self.store.publish, step, tensors=self._copies, documents=frozen)
+
+    def landed(self, *, wait: bool) -> Published | None:
+        """The checkpoint that was begun, once, as soon as it is durable; None while it is on its way.
+
+        Raises CheckpointError, once, if it could not be written.
+        """
+        if self._flight is None or not (wait or self._flight.done()):
+            return None
+        flight, self._flight = self._flight, None
+        return flight.result()
+
+    def close(self) -> None:
+        """Wait for what is on its way."""
+        self._pool.shutdown()
+
+    def _copied(self, stem: str, group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        before = self._copies.get(stem, {})
+        copies = {}
+        for name, tensor in group.items():
+            copy = before.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = copy.copy_(tensor.detach())
+        return copies

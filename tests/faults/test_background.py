@@ -1,0 +1,105 @@
+"""Checkpoints that are written while training goes on: the same bytes, one at a time, and never a surprise."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_simple.checkpoint.draft import Draft, Published
+from gpt_simple.checkpoint.store import Store
+from gpt_simple.run_dir.lineage import read_metrics
+from tests.engine.conftest import TinyRun
+from tests.faults.conftest import At, Ended, kill_self
+
+OPTIONS: dict[str, Any] = {
+    "training__max_steps": 12,
+    "training__save_steps": 3,
+    "training__logging_steps": 1,
+    "training__keep_last_k": None,
+    "model__dropout": 0.1,
+}
+IN_BACKGROUND = OPTIONS | {"training__background_save": True}
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    files = directory.glob("checkpoints/step-*/*.safetensors")
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+class Slowly:
+    """Publishing takes until ``go`` is set; ``most`` were on their way at one time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.now, self.most = threading.Event(), 0, 0
+        self.real = Store.publish
+        slowly = self
+
+        def publish(store: Store, step: int, **content: Any) -> Published:
+            slowly.now += 1
+            slowly.most = max(slowly.most, slowly.now)
+            assert slowly.go.wait(30)
+            published = slowly.real(store, step, **content)
+            slowly.now -= 1
+            return published
+
+        monkeypatch.setattr(Store, "publish", publish)
+
+
+def test_every_checkpoint_has_the_bytes_of_its_own_step(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when training has gone on by two steps before anything is written."""
+    tiny("waits", **OPTIONS)
+    slowly = Slowly(monkeypatch)
+    opener = At("on_step_end", 5, lambda run: slowly.go.set())
+    result = tiny("goes_on", plugins=[opener], **IN_BACKGROUND)
+    assert result.status == "completed"
+    assert content(tmp_path / "goes_on") == content(tmp_path / "waits")
+    assert slowly.most == 1
+    rows = read_metrics(tmp_path / "goes_on/metrics.jsonl")
+    saved = [Path(row["path"]).name for row in rows if row.get("name") == "checkpoint"]
+    assert saved == [f"step-{step:08d}" for step in (3, 6, 9, 12)]
+
+
+def test_one_that_cannot_be_written_is_told_and_tried_again(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, full = Draft.add_tensors, [True]
+
+    def add_tensors(self: Draft, stem: str, tensors: Any) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, stem, tensors)
+
+    def make_room(run: Any) -> None:
+        full[0] = False
+
+    monkeypatch.setattr(Draft, "add_tensors", add_tensors)
+    result = tiny(plugins=[At("on_step_end", 7, make_room)], **IN_BACKGROUND)
+    assert result.status == "completed"
+    rows = read_metrics(result.output_dir / "metrics.jsonl")
+    names = [row["name"] for row in rows if row["kind"] == "event"]
+    assert "checkpoint_failed" in names
+    assert result.checkpoint_path is not None
+
+
+def test_a_kill_while_one_is_on_its_way_costs_only_that_one(
+    apart: Callable[..., Ended], tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("whole", **OPTIONS)
+    with monkeypatch.context() as patch:
+        slowly = Slowly(patch)
+        slowly.go.set()
+        closer = At("on_step_end", 5, lambda run: slowly.go.clear())
+        ended = apart("parts", plugins=[closer, At2("on_step_start", 8, kill_self)], **IN_BACKGROUND)
+    assert (ended.code, ended.steps) == (-9, [3])
+    tiny("parts", **IN_BACKGROUND)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+class At2(At):
+    """A second one: plugins are told apart by the name of their class."""
