@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gpt_simple.hooks import Registry, Run
 
 _MIB, _GIB = 2**20, 2**30
+_SHOWN = _MIB // 20
 _MEASURED_STEPS = 2
 """The first step makes the optimizer's state; the second has all of it from its start."""
 
@@ -144,7 +145,7 @@ def stop_counting() -> int:
 def _forecast(outlook: Outlook) -> Iterator[Finding]:
     forecast, training = outlook.memory, outlook.config.training
     prediction = forecast.prediction
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in prediction.by_category.items() if size)
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in prediction.by_category.items() if size > _SHOWN)
     place = f" near {prediction.place}" if prediction.place else ""
     at_most = "at most " if prediction.is_bound else ""
     checkpointing = "with" if training.gradient_checkpointing else "without"
@@ -170,6 +171,8 @@ def _forecast(outlook: Outlook) -> Iterator[Finding]:
     if margin < 0:
         message = f"the run needs {_size(-margin)} more than {card.name} has for tensors ({_size(card.usable)})"
         hint = "lower per_device_batch_size (--fit finds it), or shorten data.max_length"
+        if not training.gradient_checkpointing:
+            hint = f"set gradient_checkpointing to true, {hint}"
         yield Finding("error", "memory-too-small", message, "training.per_device_batch_size", hint, fields=fields)
     else:
         message = f"{card.name} has {_size(card.usable)} for tensors: a margin of {_size(margin)}"
