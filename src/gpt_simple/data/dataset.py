@@ -126,7 +126,7 @@ class Dataset:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What there is, in numbers, for people."""
+        """What there is, in numbers, for people. Of a stream, ``train`` counts what was looked at before."""
         split = {
             name: {"documents": part.documents, "rows": part.rows, "targets": part.targets, "bytes": part.bytes}
             for name, part in (("train", self.train), ("val", self.val))
@@ -137,6 +137,7 @@ class Dataset:
             "vocab_size": self.tokenizer.vocab_size,
             "max_length": self.train.max_length,
             "buckets": dict(self.train.buckets),
+            "stream": self.stream is not None,
             "floor": self.floor,
             **split,
         }

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import numpy as np
@@ -30,6 +30,9 @@ from gpt_simple.data.prepare import order_seed
 CHUNK_TOKENS = 1 << 17
 CHUNK_STEPS = 64
 """Steps that are read at once: as many as hold about ``CHUNK_TOKENS`` tokens, at most ``CHUNK_STEPS``."""
+
+LOCATED = 1 << 12
+"""Samples whose rows are found at once."""
 
 EVALUATION_STREAM = 3
 """Key of the choice of rows when not the whole val split is evaluated: the same for every run."""
@@ -136,6 +139,7 @@ class Loader:
         self._accumulation = config.training.gradient_accumulation_steps
         self._samples = self._accumulation * world_size * self._batch
         self._order = None if dataset.stream else dataset.order(config.data, order_seed(config))
+        self._located = lru_cache(maxsize=8)(self._locate)
         # A stream is read by one after another.
         workers = min(config.data.num_workers, 1) if dataset.stream else config.data.num_workers
         self._pool = ThreadPoolExecutor(workers, "data") if workers else None
@@ -244,13 +248,23 @@ class Loader:
         return _Chunk(rows, first, targets, [of_batch * self._accumulation * self._world_size] * steps)
 
     def _chunk(self, first: int, steps: int) -> _Chunk:
-        assert self._order is not None
         split = self._dataset.train
-        rows = self._order.locate(np.arange(first, first + steps * self._samples))
+        rows = self._rows_of(first, steps * self._samples)
         shape = (steps, self._accumulation, self._world_size, self._batch)
         targets = split.targets_of(rows).reshape(shape).sum(3)
         mine = self._read(split, rows.reshape(shape)[:, :, self._rank].reshape(-1))
         return _Chunk(mine, first, targets[:, :, self._rank].tolist(), targets.sum((1, 2)).tolist())
+
+    def _rows_of(self, first: int, count: int) -> I64:
+        """The rows of samples, which are located many at once: one by one they cost several times as much."""
+        blocks = range(first // LOCATED, -(-(first + count) // LOCATED))
+        rows = np.concatenate([self._located(block) for block in blocks])
+        return rows[first - blocks[0] * LOCATED :][:count]
+
+    def _locate(self, block: int) -> I64:
+        assert self._order is not None
+        end, total = (block + 1) * LOCATED, self._order.total
+        return self._order.locate(np.arange(block * LOCATED, end if total is None else min(end, total)))
 
     def _read(self, split: Split, rows: I64) -> _Rows:
         """Rows as tensors of their own; those that are ``PADDING`` have no target."""

@@ -11,11 +11,11 @@ import multiprocessing
 import os
 import signal
 import threading
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,12 @@ def make_part(unit: Unit, settings: Settings) -> Skipped:
                 (key_hash(text), len(ids) + 1, len(text.encode())) for text, ids in zip(texts, encoded, strict=True)
             ]
             documents.write(np.array(known, DOCUMENT).tobytes())
-            end = (tokenizer.eod_id,)
-            size = sum(len(ids) + 1 for ids in encoded)
-            flat = np.fromiter(chain.from_iterable(chain(ids, end) for ids in encoded), dtype, size)
-            tokens.write(flat.tobytes())
+            # Lists of Python numbers become an array in half the time that numpy takes.
+            flat = array("I")
+            for ids in encoded:
+                flat.extend(ids)
+                flat.append(tokenizer.eod_id)
+            tokens.write(np.frombuffer(flat, np.uint32).astype(dtype).tobytes())
         for file in (tokens, documents):
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -80,7 +81,6 @@ class JsonTokenizer:
     fingerprint: str = field(init=False)
     _spec: dict[str, Any] = field(init=False, repr=False)
     _byte_ids: NDArray[np.int64] | None = field(init=False, repr=False)
-    _merges: MergeEncoder | None = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.backend.encode_special_tokens = True
@@ -91,11 +91,14 @@ class JsonTokenizer:
         object.__setattr__(self, "_spec", spec)
         object.__setattr__(self, "vocab_size", max(self.backend.get_vocab().values()) + 1)
         object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest())
-        plain = _is_plain_byte_level(spec)
-        bytes_only = plain and not spec["model"].get("merges")
+        bytes_only = _is_plain_byte_level(spec) and not spec["model"].get("merges")
         ids = np.array([self.backend.token_to_id(char) for char in byte_alphabet()]) if bytes_only else None
         object.__setattr__(self, "_byte_ids", ids)
-        object.__setattr__(self, "_merges", merge_encoder(spec) if plain else None)
+
+    @cached_property
+    def _merges(self) -> MergeEncoder | None:
+        """Made when text is encoded: checking that it may be used takes longer than loading the tokenizer."""
+        return merge_encoder(self._spec) if _is_plain_byte_level(self._spec) else None
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

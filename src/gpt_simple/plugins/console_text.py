@@ -77,6 +77,8 @@ def _data(data: Mapping[str, Any]) -> str:
     sizes = [
         f"{data[split]['targets']:,} {word} tokens" for split, word in (("train", "training"), ("val", "validation"))
     ]
+    if data.get("stream"):
+        sizes[0] = "training tokens from a stream"
     buckets = f", {len(data['buckets'])} buckets" if len(data["buckets"]) > 1 else ""
     return f"{', '.join(sizes)}{buckets}, tokenizer {data['tokenizer']} ({data['vocab_size']:,} entries)"
 
