@@ -192,6 +192,26 @@ def test_without_a_network_training_goes_on_with_one_warning(tiny: TinyRun, monk
     wandb.teardown()
 
 
+def test_data_that_could_not_be_sent_at_the_end_are_told(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    class LostItsNetwork:
+        offline = False
+        url = "https://wandb.example/run"
+        summary: dict[str, Any] = {}
+
+        def log(self, row: dict[str, Any]) -> None: ...
+
+        def finish(self, exit_code: int) -> None:
+            raise TimeoutError("not everything was sent")
+
+    monkeypatch.setattr("gpt_simple.plugins.wandb.open_run", lambda *_, **__: LostItsNetwork())
+    says = Says()
+    assert tiny(training__wandb_project="p", plugins=[says]).status == "completed"
+    assert any(record.message == "W&B: https://wandb.example/run" for record in says.records)
+    (warning,) = [record.message for record in says.records if record.level == "warning"]
+    assert "not everything was sent" in warning
+    assert "gpt-simple wandb upload" in warning
+
+
 def test_a_killed_service_costs_one_warning_and_the_run_goes_on_under_its_id(here: Path, shell: Shell) -> None:
     """In a process of its own, for the service is shared by all runs of a process."""
     (here / "kills.py").write_text(

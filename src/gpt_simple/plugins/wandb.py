@@ -183,6 +183,7 @@ def open_run(
                 reinit="create_new",
                 init_timeout=_INIT_SECONDS,
                 finish_timeout=_FINISH_SECONDS,
+                finish_timeout_raises=True,
             ),
         )
     run.config.update(dict(values), allow_val_change=True)  # type: ignore[no-untyped-call]
