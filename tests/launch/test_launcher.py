@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -194,3 +195,30 @@ def test_a_process_that_hangs_is_named_and_ended(here: Path) -> None:
         assert gone(processes, 0.1)
     assert "error: process 1 did not come to the end of step 4: waited 5 s" in err
     assert err.count("error") == 1
+
+
+@pytest.mark.slow
+def test_two_launchers_meet_and_a_signal_to_one_stops_both(here: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = ("--nproc_per_node", "1", "--nnodes", "2", "--rdzv_endpoint", endpoint, *LONG)
+    command = [*PROGRAM, "run", "config.toml", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with (
+        subprocess.Popen(command, text=True, **pipes) as one,  # type: ignore[call-overload]
+        (here / "other.txt").open("w") as other_output,
+        subprocess.Popen(command, text=True, stdout=other_output, stderr=other_output) as other,
+    ):
+        try:
+            deadline = time.monotonic() + 60
+            metrics = here / "out/metrics.jsonl"
+            while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            other.terminate()
+            assert (one.wait(60), other.wait(60)) == (75, 75)
+        finally:
+            one.kill()
+            other.kill()
+    assert status(here)["reason"] == "SIGTERM"

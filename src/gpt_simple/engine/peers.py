@@ -55,7 +55,9 @@ class Peers:
         except (RuntimeError, ValueError):
             # The store has gone with its process: torchrun's agent, or else process 0, which has the message then.
             agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            return PeerFailed(f"lost the other processes in step {step + 1}: {error}; {_AGAIN}", silent=not agent)
+            return PeerFailed(
+                f"lost the other processes in step {step + 1} ({_short(error)}); {_AGAIN}", silent=not agent
+            )
 
     def _tell(self, error: Exception) -> None:
         code = int(getattr(error, "exit_code", ExitCode.FAILURE))
@@ -69,7 +71,7 @@ class Peers:
             return PeerFailed(f"process {rank} failed: {text}", exit_code=code)
         if "timed out" not in str(error).lower():
             first = self._store.add("mourners", 1) == 1
-            return PeerFailed(f"a process died in step {step + 1}; {_AGAIN}", silent=not first)
+            return PeerFailed(f"a process died in step {step + 1} ({_short(error)}); {_AGAIN}", silent=not first)
         missing = self._roll_call()
         if not missing:
             return error
@@ -93,3 +95,8 @@ def _is_lost_contact(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and _CONTACT.search(str(error)) is not None
     )
+
+
+def _short(error: Exception) -> str:
+    """What the library said, without the place in its sources and its advice."""
+    return re.sub(r"^\[\S*\]\s*", "", str(error)).splitlines()[0].partition(". ")[0][:200]
