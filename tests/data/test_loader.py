@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -222,12 +223,36 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_the_step_is_asked_for(
     workers: int, directory: Path, opened: Callable[..., tuple[Dataset, Config]]
 ) -> None:
     dataset, config = opened(num_workers=workers)
-    with next((directory / "train/b").glob("*.bin")).open("r+b") as stream:
+    file = next((directory / "train/b").glob("*.bin"))
+    time_before = file.stat().st_mtime_ns
+    with file.open("r+b") as stream:
         stream.seek(40)
         stream.write(b"\xff\xff" * 8)
+    # As damage below the file system, which changes no time.
+    os.utime(file, ns=(time_before, time_before))
     loader = Loader(dataset, config)
     with pytest.raises(DataError, match="is beyond the vocabulary of 257"):
         steps(loader, 500)
+
+
+@pytest.mark.parametrize("change", ["cut off", "rewritten", "gone"])
+def test_a_file_that_changes_while_a_run_reads_it_is_named(
+    change: str, opened: Callable[..., tuple[Dataset, Config]], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_STEPS", 1)
+    dataset, config = opened()
+    loader = Loader(dataset, config)
+    loader.next_step()
+    for file in directory.rglob("train/*/*.bin"):
+        if change == "gone":
+            file.unlink()
+        elif change == "cut off":
+            with file.open("r+b") as stream:
+                stream.truncate(10)
+        else:
+            os.utime(file, ns=(1, 1))
+    with pytest.raises(DataError, match=r"shard-0000.\.bin: has changed, or is gone, since the run began"):
+        steps(loader, 50)
 
 
 def test_closing_never_waits_for_data_that_nobody_will_take(

@@ -77,6 +77,7 @@ class Split:
     def read(self, rows: I64, inputs: I64, labels: I64, starts: NDArray[np.bool_] | None) -> None:
         """Fill arrays of shape [n, T] with rows: token ids, labels (-100: no target), and where documents start."""
         for part, where, local in self._by_part(rows):
+            part.shard.require_unchanged()
             block = part.read(local, starts=starts is not None)
             inputs[where] = block.inputs
             if block.scored is None:

@@ -33,11 +33,21 @@ class Shard:
     starts: NDArray[np.int64]
     vocab_size: int
     eod_id: int
+    state: tuple[int, int]
+    """Size and time (ns) of the file when it was opened."""
 
     @property
     def targets(self) -> int:
         """Positions that can be predicted: all but the first EOD."""
         return len(self.tokens) - 1
+
+    def require_unchanged(self) -> None:
+        """Raise a DataError if the file was changed since; reading one that was cut off would kill the process."""
+        if _state(self.path) != self.state:
+            raise DataError(
+                f"{self.path}: has changed, or is gone, since the run began; put it back as it was, or prepare the "
+                "data again and start a new run"
+            )
 
     def check(self, values: NDArray[Any], position: Callable[[int], int]) -> None:
         """Refuse ids that the tokenizer does not have; ``position`` tells where in the file a flat index comes from."""
@@ -56,7 +66,15 @@ def open_shard(directory: Path, record: ShardRecord, manifest: Manifest) -> Shar
     starts = np.asarray(np.memmap(path.with_suffix(".idx"), "<i8", "r"))
     if len(tokens) != record.tokens + 1 or len(starts) != record.documents + 1 or starts[-1] != len(tokens):
         raise DataError(f"{path}: does not hold the {record.documents} documents that dataset.json says; prepare again")
-    return Shard(path, tokens, starts, manifest.vocab_size, manifest.eod_id)
+    return Shard(path, tokens, starts, manifest.vocab_size, manifest.eod_id, _state(path))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return (0, 0)
+    return stat.st_size, stat.st_mtime_ns
 
 
 @define
