@@ -123,7 +123,7 @@ def test_help_and_completion_know_every_field():
     keys += [f"--plugins.{name}.{spec.name}" for name, cls in plugins.items() for spec in fields_of(cls)]
     assert all(f"  {key}  " in text or f"  {key}\n" in text for key in keys)
     assert set(keys) <= {item.value for item in complete("--", plugins)}
-    assert [item.value for item in complete("--training.max_s", plugins)] == ["--training.max_steps"]
+    assert [item.value for item in complete("--training.max_st", plugins)] == ["--training.max_steps"]
     assert complete("train", plugins) == []
 
 

@@ -22,6 +22,7 @@ from gpt_simple.assembly import Assembly, Questions
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.engine.compile import compile_flags, plan
+from gpt_simple.engine.guard import keeps_torch_state
 from gpt_simple.engine.parallel import World
 from gpt_simple.engine.precision import resolve
 from gpt_simple.engine.result import TrainResult
@@ -130,6 +131,7 @@ def train(assembly: Assembly, *, force: bool = False, asked: Sequence[str] = ())
             run.control.switch_off(plugin.name)
 
         run.control.plugins = tuple(plugin.name for plugin in assembly.host.plugins)
+        assembly.host.wrap = assembly.host.wrap or keeps_torch_state
         calls = run.calls = assembly.host.calls(world.is_main, plugin_failed, world_size=world.size)
         stack.enter_context(closing_plugins(run, calls))
         for note in (*assembly.notes, *assembly.host.notes, *filter(None, [compiling.warning])):

@@ -52,9 +52,9 @@ class GPT(nn.Module):
         super().__init__()
         self.shape = shape
         self.checkpoint_every = 0
-        self.token_embedding = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.token_embedding = _embedding(shape.vocab_size, shape.n_embd)
         if shape.position == "learned":
-            self.position_embedding = nn.Embedding(shape.n_positions, shape.n_embd)
+            self.position_embedding = _embedding(shape.n_positions, shape.n_embd)
         else:
             for name in ("cos", "sin"):
                 table = torch.empty(shape.n_positions, shape.head_dim // 2, dtype=torch.float32)
@@ -233,6 +233,11 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "gelu": _gelu, "relu": F.relu}
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """A table without values: torch's own initialisation, on the meta device, would load its compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def _norm(shape: Shape) -> nn.Module:
