@@ -385,7 +385,8 @@ class Trainer:
 
     def _report_status(self) -> None:
         run = self.run
-        rate = statistics.median(self.rates) if self.rates else None
+        # Of the latest intervals only: the list grows with the run.
+        rate = statistics.median(self.rates[-15:]) if self.rates else None
         left = run.config.training.max_steps - run.step
         per_step = run.known.get("tokens_per_step", 0)
         self.status.update(

@@ -237,7 +237,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "gelu": _
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """A table without values: torch's own initialisation, on the meta device, would load its compiler."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 def _norm(shape: Shape) -> nn.Module:
