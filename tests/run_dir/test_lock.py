@@ -204,3 +204,12 @@ def test_a_launch_waits_for_somebody_who_only_asks_for_the_status(
 def test_a_directory_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone/\.lock cannot be opened: No such file"):
         RunLock(RunDir(tmp_path / "gone")).acquire()
+
+
+def test_nothing_runs_on_after_the_release_and_the_lock_can_be_taken_again(tmp_path: Path) -> None:
+    lock = RunLock(RunDir(tmp_path))
+    for _ in range(2):
+        lock.acquire()
+        assert "lock-beat" in {thread.name for thread in threading.enumerate()}
+        lock.release()
+        assert "lock-beat" not in {thread.name for thread in threading.enumerate()}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import random
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,10 +28,11 @@ from gpt_simple.engine.resume import ResumePlan, flat, look
 from gpt_simple.engine.run import EngineRun
 from gpt_simple.engine.setup import Setup, report
 from gpt_simple.engine.stopping import Outside, StopNow, Walltime
-from gpt_simple.engine.trainer import GIB, Trainer
+from gpt_simple.engine.summary import as_result, finished, stopped_early, summarise
+from gpt_simple.engine.trainer import Trainer
 from gpt_simple.errors import CheckpointError, ExitCode, PluginError
 from gpt_simple.hooks.dispatch import Calls
-from gpt_simple.hooks.events import Close, RunEnd, RunError, RunStart, RunStatus
+from gpt_simple.hooks.events import Close, RunEnd, RunError, RunStart
 from gpt_simple.hooks.loading import LoadedPlugin
 from gpt_simple.launch.signals import stop_on_signals
 from gpt_simple.run_dir.layout import RunDir, write_json
@@ -150,13 +149,13 @@ def train(assembly: Assembly, *, force: bool = False, asked: Sequence[str] = ())
             world.compare(lambda: _found(setup, resume), "all of them must reach the same files")
             world.together(lambda: setup.check(resume))
             if resume.kind == "finished":
-                return _finished(run, run_dir, resume)
+                return finished(run, run_dir, resume)
             _leave_if_asked(run)
             world.main_only(lambda: _claim(stack, setup, resume, force=force))
             run.control.outside = Outside(walltime, run_dir if world.is_main else None)
             return _own(stack, setup, resume, walltime, started)
         except StopNow as stop:
-            return _stopped_early(run, store, resume, str(stop), time.monotonic() - started)
+            return stopped_early(run, store, resume, str(stop), time.monotonic() - started)
 
 
 def _own(stack: ExitStack, setup: Setup, resume: ResumePlan, walltime: Walltime | None, started: float) -> TrainResult:
@@ -226,13 +225,13 @@ def _train(trainer: Trainer, setup: Setup, resume: ResumePlan, calls: Calls, sta
             RunStart(run.step, run.config.training.max_steps, run.tokens, source, setup.promise, run.facts()),
         )
     status, reason = trainer.train()
-    summary = _summary(trainer, setup, status, reason, time.monotonic() - started)
+    summary = summarise(trainer, setup, status, reason, time.monotonic() - started)
     if calls.on_run_end is not None:
         calls.on_run_end(run, RunEnd(status, run.step, run.tokens, reason, summary))
     if run.is_main:
         write_json(setup.run_dir.summary_json, summary)
         trainer.status.update(state=status, step=run.step, reason=reason, force=True)
-    return _result(summary, run.output_dir)
+    return as_result(summary, run.output_dir)
 
 
 def _claim(stack: ExitStack, setup: Setup, resume: ResumePlan, *, force: bool) -> None:
@@ -276,96 +275,3 @@ def _record(setup: Setup, resume: ResumePlan) -> str:
     record = RunRecord.load(setup.run_dir)
     record.launched(facts, step=run.step, resumed_from=source)
     return record.run_id
-
-
-def _finished(run: EngineRun, run_dir: RunDir, resume: ResumePlan) -> TrainResult:
-    """Nothing is left to do: say so, and hand back what the run had reached. Changes nothing."""
-    assert resume.checkpoint is not None
-    state = resume.state
-    reason = f"step {state['step']} of {run.config.training.max_steps} was reached before: raise training.max_steps"
-    run.log.info(f"{run_dir.root}: nothing to do, {reason}, or add --force to start anew", name="finished")
-    try:
-        summary = json.loads(run_dir.summary_json.read_text())
-    except (OSError, ValueError):
-        summary = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"], "floor": None}
-    summary |= {
-        "status": "completed",
-        "reason": reason,
-        "steps": state["step"],
-        "total_tokens": state["tokens"],
-        "total_target_tokens": state["target_tokens"],
-        "checkpoint": str(resume.checkpoint.path),
-    }
-    return _result(summary, run.output_dir)
-
-
-def _summary(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, seconds: float) -> dict[str, Any]:
-    run, newest = trainer.run, trainer.store.list()
-    path, steps = run.known["config_path"], run.config.training.max_steps
-    command = f"gpt-simple run {path}" if path else "train(...)"
-    more = f"{command} --training.max_steps {2 * steps}" if path else f"train(...) with training.max_steps {2 * steps}"
-    host = setup.assembly.host
-    return {
-        "status": status,
-        "reason": reason,
-        "steps": run.step,
-        "total_tokens": run.tokens,
-        "total_target_tokens": run.target_tokens,
-        "final_loss": trainer.last_train.get("train/loss"),
-        "final_val_loss": trainer.last_eval.get("eval/loss"),
-        "best_val_loss": trainer.best_val_loss,
-        "bits_per_byte": trainer.last_eval.get("eval/bits_per_byte"),
-        "floor": setup.dataset.floor,
-        "tokens_per_second": statistics.median(trainer.rates) if trainer.rates else None,
-        "peak_memory_gib": trainer.peak_memory_gib,
-        "seconds": seconds,
-        "checkpoint": str(newest[-1].path) if newest else None,
-        "plugins": host.describe(),
-        "plugin_seconds": {plugin.name: round(plugin.seconds, 4) for plugin in host.plugins},
-        "next": f"{more} goes on from here" if status == "completed" else f"{command} again goes on from here",
-    }
-
-
-def _stopped_early(run: EngineRun, store: Store, resume: ResumePlan, reason: str, seconds: float) -> TrainResult:
-    """Stopped before this launch made a step: everything is as the launch before it left it."""
-    run.log.info(f"stopped: {reason}, before the first step; the same command goes on", name="stopped_early")
-    newest, state = store.list(), resume.state
-    summary: dict[str, Any] = dict.fromkeys(_SHARED) | {
-        "status": "stopped",
-        "reason": reason,
-        "steps": state.get("step", 0),
-        "total_tokens": state.get("tokens", 0),
-        "total_target_tokens": state.get("target_tokens", 0),
-        "best_val_loss": state.get("best_val_loss"),
-        "seconds": seconds,
-        "peak_memory_gib": run.peak_memory() / GIB,
-        "checkpoint": str(newest[-1].path) if newest else None,
-    }
-    return _result(summary, run.output_dir)
-
-
-_SHARED = (
-    "status",
-    "reason",
-    "steps",
-    "total_tokens",
-    "total_target_tokens",
-    "final_loss",
-    "final_val_loss",
-    "best_val_loss",
-    "bits_per_byte",
-    "floor",
-    "seconds",
-    "tokens_per_second",
-    "peak_memory_gib",
-)
-
-
-def _result(summary: dict[str, Any], output_dir: Path) -> TrainResult:
-    checkpoint = summary["checkpoint"]
-    return TrainResult(
-        **{name: summary[name] for name in _SHARED},
-        checkpoint_path=Path(checkpoint) if checkpoint else None,
-        output_dir=output_dir,
-        summary=summary,
-    )

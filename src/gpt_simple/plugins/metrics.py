@@ -50,7 +50,9 @@ class Metrics(Plugin[NoConfig]):
 
     @hookimpl
     def on_checkpoint_saved(self, run: Run, event: ev.CheckpointSaved) -> None:
-        self._write(run, "event", {"name": "checkpoint", "path": str(event.path), "seconds": event.seconds})
+        # One that was written in the background is told when training has gone on: its row is of its own step.
+        row = {"name": "checkpoint", "path": str(event.path), "seconds": event.seconds, "told_at": run.step}
+        self._write(run, "event", row, step=event.step)
 
     @hookimpl
     def on_run_end(self, run: Run, event: ev.RunEnd) -> None:
@@ -62,12 +64,12 @@ class Metrics(Plugin[NoConfig]):
             self._file.close()
             self._file = None
 
-    def _write(self, run: Run, kind: str, values: Mapping[str, Any]) -> None:
+    def _write(self, run: Run, kind: str, values: Mapping[str, Any], *, step: int | None = None) -> None:
         if self._file is None:
             return
         row: dict[str, Any] = {
             "kind": kind,
-            "step": run.step,
+            "step": run.step if step is None else step,
             "tokens": run.tokens,
             "time": round(time.time(), 3),
         }

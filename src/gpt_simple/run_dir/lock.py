@@ -89,6 +89,7 @@ class RunLock:
     """Called with a line for people before a long wait."""
     _descriptor: int | None = field(default=None, init=False)
     _released: threading.Event = field(factory=threading.Event, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
 
     def acquire(self) -> None:
         """Become the owner, or change nothing and raise CheckpointError that names the present one.
@@ -117,13 +118,17 @@ class RunLock:
         os.pwrite(descriptor, content, 0)
         os.fsync(descriptor)
         self._descriptor = descriptor
-        threading.Thread(target=self._beat, args=(me,), name="lock-beat", daemon=True).start()
+        self._released.clear()
+        self._thread = threading.Thread(target=self._beat, args=(me,), name="lock-beat", daemon=True)
+        self._thread.start()
 
     def release(self) -> None:
         """Give the directory up; the file stays, empty. Does nothing if the lock is not held."""
         if self._descriptor is None:
             return
         self._released.set()
+        if self._thread is not None:
+            self._thread.join()
         os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
         self._descriptor = None
