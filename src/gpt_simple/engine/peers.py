@@ -19,6 +19,7 @@ from gpt_simple.errors import ExitCode, GptSimpleError
 
 _CONTACT = re.compile(r"gloo|NCCL|c10d|TCPStore|connection|socket", re.IGNORECASE)
 _ROLL_CALL_SECONDS = 3.0
+_SEE_OFF_SECONDS = 3.0
 _AGAIN = "start again with the same command: the run goes on from its last checkpoint"
 
 
@@ -51,13 +52,23 @@ class Peers:
             if not _is_lost_contact(error):
                 self._tell(error)
                 return error
-            return self._who(error, step)
+            explained = self._who(error, step)
+            self._see_off()
+            return explained
         except (RuntimeError, ValueError):
             # The store has gone with its process: torchrun's agent, or else process 0, which has the message then.
-            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             return PeerFailed(
-                f"lost the other processes in step {step + 1} ({_short(error)}); {_AGAIN}", silent=not agent
+                f"lost the other processes in step {step + 1} ({_short(error)}); {_AGAIN}", silent=not _has_agent()
             )
+
+    def _see_off(self) -> None:
+        """Without an agent the store lives in process 0: it leaves last, so that the others learn what happened."""
+        gone = self._store.add("left", 1)
+        deadline = time.monotonic() + _SEE_OFF_SECONDS
+        # One of the processes is the one that failed, and does not come by here.
+        while self.rank == 0 and not _has_agent() and gone < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            gone = self._store.add("left", 0)
 
     def _tell(self, error: Exception) -> None:
         code = int(getattr(error, "exit_code", ExitCode.FAILURE))
@@ -89,6 +100,11 @@ class Peers:
             if not missing or time.monotonic() > deadline:
                 return missing
             time.sleep(0.1)
+
+
+def _has_agent() -> bool:
+    """Whether the store belongs to torchrun's agent, which outlives the processes."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _is_lost_contact(error: Exception) -> bool:
