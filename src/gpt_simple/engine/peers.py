@@ -19,7 +19,7 @@ from gpt_simple.errors import ExitCode, GptSimpleError
 
 _CONTACT = re.compile(r"gloo|NCCL|c10d|TCPStore|connection|socket", re.IGNORECASE)
 _ROLL_CALL_SECONDS = 3.0
-_SEE_OFF_SECONDS = 3.0
+_SEE_OFF_SECONDS = 10.0
 _AGAIN = "start again with the same command: the run goes on from its last checkpoint"
 
 
