@@ -15,49 +15,9 @@ from typing import Any
 import pytest
 
 import gpt_simple
+from tests.engine.conftest import TINY
 
 SECONDS = 60.0
-
-TINY: dict[str, dict[str, Any]] = {
-    "model": {"n_embd": 32, "n_layer": 2, "n_head": 2},
-    "data": {"source": "stories", "tokenizer": "bytes", "max_length": 32, "max_documents": 200},
-    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
-    "training": {
-        "max_steps": 6,
-        "per_device_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "compile": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 2,
-        "eval_steps": None,
-        "max_eval_batches": 4,
-        "save_steps": None,
-    },
-}
-
-CONFIG = """\
-[model]
-n_embd = 32
-n_layer = 1
-n_head = 2
-
-[data]
-source = "stories"
-tokenizer = "bytes"
-max_length = 32
-max_documents = 200
-
-[training]
-max_steps = 4
-per_device_batch_size = 2
-gradient_accumulation_steps = 1
-compile = false
-gradient_checkpointing = false
-logging_steps = 2
-eval_steps = 4
-save_steps = 2
-output_dir = "out"
-"""
 
 Work = Callable[[int], Any]
 Ranks = Callable[..., list[Any]]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import CONFIG
+from tests.conftest import CONFIG
 
 PROGRAM = [sys.executable, "-P", "-m", "gpt_simple"]
 LONG = ("--training.max_steps", "1000000", "--training.logging_steps", "1", "--training.eval_steps", "0")
