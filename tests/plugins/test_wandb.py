@@ -212,31 +212,51 @@ def test_data_that_could_not_be_sent_at_the_end_are_told(tiny: TinyRun, monkeypa
     assert "gpt-simple wandb upload" in warning
 
 
-def test_a_killed_service_costs_one_warning_and_the_run_goes_on_under_its_id(here: Path, shell: Shell) -> None:
+KILLS = """
+import os, signal
+from pathlib import Path
+
+from gpt_simple import Plugin, hookimpl
+
+
+class Kills(Plugin):
+    after = ("wandb",)  # in on_close the order is the other way round
+
+    @hookimpl
+    def {hook}(self, run, event):
+        if getattr(event, "step", 3) == 3:
+            own = [path for path in Path("/proc").glob("[0-9]*/stat") if parent(path) == os.getpid()]
+            (core,) = [path for path in own if "wandb-core" in (path.parent / "cmdline").read_text()]
+            os.kill(int(core.parent.name), signal.SIGKILL)
+            print("killed", flush=True)
+
+
+def parent(stat):
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+"""
+
+
+@pytest.mark.parametrize("hook", ["on_step_end", "on_close"])
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds W&B's process in /proc")
+def test_a_killed_service_costs_one_warning_and_the_run_goes_on_under_its_id(
+    here: Path, shell: Shell, hook: str
+) -> None:
     """In a process of its own, for the service is shared by all runs of a process."""
-    (here / "kills.py").write_text(
-        "import os, signal, subprocess\n"
-        "from gpt_simple import Plugin, hookimpl\n"
-        "class Kills(Plugin):\n"
-        "    @hookimpl\n"
-        "    def on_step_end(self, run, event):\n"
-        "        if event.step == 3:\n"
-        "            ps = ['ps', '--ppid', str(os.getpid()), '-o', 'pid=,args=']\n"
-        "            children = subprocess.run(ps, capture_output=True, text=True).stdout.splitlines()\n"
-        "            (core,) = [line for line in children if 'wandb-core' in line]\n"
-        "            os.kill(int(core.split()[0]), signal.SIGKILL)\n"
-    )
+    (here / "kills.py").write_text(KILLS.format(hook=hook))
     program = [sys.executable, "-m", "gpt_simple", "run", "config.toml", "--training.logging_steps", "1"]
     wish = ["--training.wandb_project", "p", "--plugins.wandb.mode", "offline"]
     done = subprocess.run([*program, *wish, "-p", "./kills.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("W&B does not work") == 1
+    assert (done.stdout.count("killed\n"), done.stdout.count("W&B does not work")) == (1, 1)
     assert "Traceback" not in done.stdout + done.stderr
     assert json.loads((here / "out/summary.json").read_text())["steps"] == 4
     again = shell("run", "config.toml", *wish, "--training.logging_steps", "1", "--training.max_steps", "6")
     assert again.code == 0, again.err
-    killed, resumed = _files(here / "out")  # of the killed one perhaps nothing had reached the disk
-    assert killed.name == resumed.name
+    *_, resumed = _files(here / "out")  # of the killed one perhaps not even a file had reached the disk
+    assert _read(resumed).id == json.loads((here / "out/run.json").read_text())["run_id"]
     assert [row["step"] for row in _read(resumed).rows if "train/loss" in row] == [5, 6]
 
 

@@ -122,14 +122,14 @@ class Wandb(Plugin[WandbConfig]):
 
     def _give_up(self, run: Run, error: Exception) -> None:
         self._wandb = None
-        if isinstance(error, ConnectionError):
-            # W&B's process is dead; without this its handler at exit prints a traceback.
+        if _is_dead(error):
+            # Without this W&B's handler at exit prints a traceback.
             import wandb
 
             with suppress(Exception):
                 wandb.teardown()
         run.log.warning(
-            f"W&B does not work ({type(error).__name__}: {_first_line(error)}); training goes on without it, the"
+            f"W&B does not work ({_first_line(error)}); training goes on without it, the"
             f" metrics are in {run.output_dir / 'metrics.jsonl'}: later `gpt-simple wandb upload {run.output_dir}`"
             " sends them",
             name="wandb_failed",
@@ -168,7 +168,8 @@ def open_run(
             notes=config.notes,
             id=run_id,
             resume=resume,
-            dir=directory,
+            # W            dir=directory,B's process, which all runs of this one share, may stand in another working directory.
+            dir=directory.resolve(),
             mode=config.mode or _default_mode(),
             settings=wandb.Settings(
                 console="off",
@@ -223,8 +224,13 @@ def _where(wandb: Any, output_dir: Path, *, asked: Mode | None) -> str:
     return f"W&B is offline{why}: later `gpt-simple wandb upload {output_dir}` sends the run"
 
 
+def _is_dead(error: Exception) -> bool:
+    """Whether W&B's process is gone: what its socket says, or its mailbox if that noticed first."""
+    return isinstance(error, ConnectionError) or type(error).__name__ in ("HandleAbandonedError", "MailboxClosedError")
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {error}".strip(": \n").partition("\n")[0]
 
 
 def _is_inside(path: Path, directory: Path) -> bool:
