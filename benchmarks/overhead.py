@@ -3,9 +3,10 @@
 A tiny model (2 layers, 64 wide, rows of 64 tokens, batch 4), so that a step takes milliseconds and overhead shows. The
 engine runs with all default plugins on. A plugin takes turns with it: after every block of engine steps it runs a block
 of bare steps with a copy of the same model, the same rows, fused AdamW, clipping and schedule. The bare loop gets its
-rows as ready tensors, so the engine's loader counts as overhead.
+rows as ready tensors, so the engine's loader counts as overhead. Blocks are short, because a machine's speed drifts by
+more than what is measured here: neighbours are compared, and the median of their differences is told.
 
-    python benchmarks/overhead.py [--blocks 12] [--block-steps 200] [--threads 1]
+    python benchmarks/overhead.py [--blocks 300] [--block-steps 20] [--threads 1]
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import gpt_simple
 from gpt_simple import Plugin, hookimpl
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--blocks", type=int, default=12)
-parser.add_argument("--block-steps", type=int, default=200)
+parser.add_argument("--blocks", type=int, default=300)
+parser.add_argument("--block-steps", type=int, default=20)
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--logging-steps", type=int, default=10)
 arguments = parser.parse_args()
@@ -45,15 +46,31 @@ def per_step(before: Times, after: Times) -> Times:
     return wall, cpu
 
 
+Row = tuple[torch.Tensor, torch.Tensor, int]
+
+
+class Rows(Plugin[Any]):
+    """Keeps the first batches of a run."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.rows: list[Row] = []
+
+    @hookimpl
+    def on_batch(self, run: Any, event: Any) -> None:
+        batch = event.batch
+        self.rows.append((batch.input_ids.clone(), batch.labels.clone(), batch.targets))
+
+
 class Turns(Plugin[Any]):
     """Times blocks of the engine's steps and runs a bare block after each."""
 
     after = ("console", "metrics", "throughput", "evaluate", "checkpoint", "sample")
     on_error = "abort"
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.rows: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+    def __init__(self, rows: list[Row]) -> None:
+        super().__init__(None)
+        self.rows = rows
         self.engine: list[Times] = []
         self.bare: list[Times] = []
 
@@ -67,12 +84,6 @@ class Turns(Plugin[Any]):
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
         self.parameters = parameters
-
-    @hookimpl
-    def on_batch(self, run: Any, event: Any) -> None:
-        if len(self.rows) < arguments.block_steps:
-            batch = event.batch
-            self.rows.append((batch.input_ids.clone(), batch.labels.clone(), batch.targets))
 
     @hookimpl
     def on_step_end(self, run: Any, event: Any) -> None:
@@ -100,17 +111,16 @@ class Turns(Plugin[Any]):
             self.optimizer.zero_grad(set_to_none=True)
 
 
-def main() -> None:
-    torch.set_num_threads(arguments.threads)
-    turns = Turns(None)
+def train(plugin: Plugin[Any], max_steps: int) -> gpt_simple.TrainResult:
+    """The tiny run, with one plugin more than the default ones."""
     with tempfile.TemporaryDirectory() as directory:
-        result = gpt_simple.train(
+        return gpt_simple.train(
             model={"n_embd": 64, "n_layer": 2, "n_head": 2},
             data={"source": "stories", "tokenizer": "bytes", "max_length": 64, "max_documents": 4000},
             training={
                 "per_device_batch_size": 4,
                 "gradient_accumulation_steps": 1,
-                "max_steps": arguments.block_steps * (arguments.blocks + 1),
+                "max_steps": max_steps,
                 "compile": False,
                 "gradient_checkpointing": False,
                 "logging_steps": arguments.logging_steps,
@@ -118,8 +128,16 @@ def main() -> None:
                 "output_dir": directory,
             },
             overrides={"plugins.console.progress": "lines"},
-            plugins=[turns],
+            plugins=[plugin],
         )
+
+
+def main() -> None:
+    torch.set_num_threads(arguments.threads)
+    rows = Rows()
+    train(rows, arguments.block_steps)
+    turns = Turns(rows.rows)
+    result = train(turns, arguments.block_steps * (arguments.blocks + 1))
     report: dict[str, Any] = {}
     for index, clock in enumerate(("wall", "cpu")):
         pairs = [(engine[index], bare[index]) for engine, bare in zip(turns.engine, turns.bare, strict=True)]

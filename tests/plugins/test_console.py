@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console as Terminal
 
-from gpt_simple.hooks import RunStart
+from gpt_simple.hooks import MetricsReady, RunStart
 from gpt_simple.plugins.console import Console, ConsoleConfig
 from gpt_simple.plugins.console_live import LiveView, sparkline
 from tests.conftest import Shell
@@ -98,8 +98,11 @@ def _read_to_the_end(descriptor: int) -> str:
 
 
 def _view(**options: Any) -> LiveView:
-    start = RunStart(step=100, max_steps=1000, tokens=0, resumed_from=None, promise="", facts={"floor": 1.25})
-    return LiveView(start, lambda: 90.0, terminal=Terminal(file=io.StringIO()), **options)
+    start = RunStart(
+        step=100, max_steps=1000, tokens=0, resumed_from=None, promise="", facts={"floor": 1.25, "compile": "on"}
+    )
+    options = {"step": lambda: 250, "left": lambda: 90.0, **options}
+    return LiveView(start, terminal=Terminal(file=io.StringIO()), **options)
 
 
 def _drawn(view: LiveView, width: int = 120) -> list[str]:
@@ -114,15 +117,16 @@ def test_the_view_has_everything_that_is_known(monkeypatch: pytest.MonkeyPatch) 
         view.metrics({"train/loss": loss, "train/lr": 1e-3, "perf/tokens_per_second": 12345.0, "perf/mfu": 0.414})
     view.evaluation({"eval/loss": 2.25, "eval/bits_per_byte": 1.5}, 2.0)
     view.checkpoint(100)
-    view.step, view.warnings = 250, 2
+    view.warnings = 2
     progress, learning, speed, state = _drawn(view)
     assert "step 250/1,000" in progress
     assert "1m30s left" in progress
     assert "loss 2.5000 █▃ ▁   validation 2.2500   best 2.0000   bits/byte 1.5000   floor 1.2500" in learning
     assert "tokens/s 12,345   MFU 41.4%   lr 0.001" in speed
     assert state.startswith("checkpoint step 100, 0s ago   warnings 2")
-    view.phase = "compiling"
-    assert "compiling" in _drawn(view)[0]
+    view.saving = 250
+    assert "saving a checkpoint" in _drawn(view)[0]
+    assert "compiling" in _drawn(_view(step=lambda: 100))[0]
 
 
 def test_a_narrow_terminal_gets_whole_facts_and_no_wrapped_lines() -> None:
@@ -140,12 +144,14 @@ def test_sparklines_stand_between_their_own_extremes() -> None:
     assert sparkline([float("nan"), float("inf")]) == "  "
 
 
-def test_the_time_left_ignores_compilation_evaluation_and_saving() -> None:
+def test_the_time_left_follows_the_usual_speed() -> None:
     console = Console(ConsoleConfig(progress="lines"))
     run: Any = SimpleNamespace(step=10, config=SimpleNamespace(training=SimpleNamespace(max_steps=110)))
     assert console._left(run) is None
-    # One step a second after a slow first one; an evaluation of a minute lies between two of them.
-    console._ends.extend([100, 101, 102, 103, 163, 164, 165])
+    # A second each, but for an interval in which something else took the machine.
+    for milliseconds in (1000.0, 9000.0, 1000.0):
+        metrics = {"train/loss": 1.0, "perf/step_ms": milliseconds}
+        console.on_metrics(run, MetricsReady(step=10, tokens=640, metrics=metrics))
     assert console._left(run) == 100.0
 
 

@@ -44,10 +44,12 @@ class Interval:
         ``train/loss`` is the mean over all target tokens of all processes and of all steps that were not skipped.
         """
         assert self._norm is not None
-        if self._losses:
+        if self._folded:
             self._fold()
-        losses, skipped = (torch.cat(parts) for parts in zip(*self._folded, strict=True))
-        *values, norm = torch.cat([losses, skipped, self._norm.float().reshape(1)]).tolist()
+            losses, skipped = (torch.cat(parts) for parts in zip(*self._folded, strict=True))
+            *values, norm = torch.cat([losses, skipped, self._norm.float().reshape(1)]).tolist()
+        else:
+            *values, norm = torch.stack([*self._losses, *self._skipped, self._norm.float()]).tolist()
         flags = values[len(values) // 2 :]
         steps, nats, targets = [], 0.0, 0
         for (step, first, samples, count), loss, flag in zip(self._made, values, flags, strict=False):
@@ -56,7 +58,7 @@ class Interval:
             steps.append(MadeStep(step, first, samples, mean, bool(flag)))
             if not flag:
                 nats, targets = nats + loss, targets + count
-        self._folded, self._made, self._norm = [], [], None
+        self._losses, self._skipped, self._folded, self._made, self._norm = [], [], [], [], None
         metrics = {
             "train/loss": Metric(nats / targets if targets else math.nan, reduce="sum"),
             "train/lr": Metric(learning_rate, reduce="last"),
@@ -66,6 +68,8 @@ class Interval:
         return metrics, steps
 
     def _fold(self) -> None:
+        if not self._losses:
+            return
         self._folded.append((torch.stack(self._losses), torch.stack(self._skipped)))
         self._losses, self._skipped = [], []
 

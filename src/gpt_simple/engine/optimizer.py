@@ -24,5 +24,9 @@ def adamw(model: torch.nn.Module, config: OptimizerConfig, device: torch.device)
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``optimizer.found_inf`` makes it skip a step without the host looking at it."""
+    """Whether the optimizer divides gradients by ``grad_scale`` and skips a step if ``found_inf``, both tensors.
+
+    That is what torch's fused optimizers do for a GradScaler. The engine clips with the one and skips steps that are
+    not finite with the other, so that neither costs a pass over the gradients or a look from the host.
+    """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -11,10 +11,8 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from attrs import frozen
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
     from gpt_simple.hooks import Run
     from gpt_simple.plugins.console_live import LiveView
 
-_STEPS = 64
+_INTERVALS = 15
 
 
 @frozen
@@ -62,35 +60,24 @@ class Console(Plugin[ConsoleConfig]):
             self._mode = "live" if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else "lines"
         self._view: LiveView | None = None
         self._best: float | None = None
-        self._first = 0
-        self._ends: deque[float] = deque(maxlen=_STEPS)
+        self._step_ms: deque[float] = deque(maxlen=_INTERVALS)
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
         self._tell("start", banner(run, event), {"step": event.step, "max_steps": event.max_steps, **event.facts})
-        self._first = event.step + 1
+        if event.facts["compile"] != "off" and event.step < event.max_steps:
+            line = f"step {event.step + 1} compiles the model: this takes a while, once"
+            self._tell("compile", [line], {"step": event.step + 1})
         if self._mode == "live":
             from gpt_simple.plugins.console_live import LiveView
 
-            self._view = LiveView(event, lambda: self._left(run), best=self._best)
+            self._view = LiveView(event, lambda: run.step, lambda: self._left(run), best=self._best)
             self._view.start()
 
     @hookimpl
-    def on_step_start(self, run: Run, event: ev.StepStart) -> None:
-        if event.step == self._first and run.facts()["compile"] != "off":
-            line = f"step {event.step} compiles the model: this takes a while, once"
-            self._tell("compile", [line], {"step": event.step})
-            if self._view is not None:
-                self._view.phase = "compiling"
-
-    @hookimpl
-    def on_step_end(self, run: Run, event: ev.StepEnd) -> None:
-        self._ends.append(time.monotonic())
-        if self._view is not None:
-            self._view.step, self._view.phase = event.step, "training"
-
-    @hookimpl
     def on_metrics(self, run: Run, event: ev.MetricsReady) -> None:
+        if (milliseconds := event.metrics.get("perf/step_ms")) is not None:
+            self._step_ms.append(milliseconds)
         if self._view is not None:
             self._view.metrics(event.metrics)
             return
@@ -111,12 +98,11 @@ class Console(Plugin[ConsoleConfig]):
     @hookimpl
     def on_checkpoint_saving(self, run: Run, event: ev.CheckpointSaving) -> None:
         if self._view is not None:
-            self._view.phase = "saving a checkpoint"
+            self._view.saving = event.step
 
     @hookimpl
     def on_checkpoint_saved(self, run: Run, event: ev.CheckpointSaved) -> None:
         if self._view is not None:
-            self._view.phase = "training"
             self._view.checkpoint(event.step)
         facts = {"step": event.step, "path": event.path, "bytes": event.bytes, "seconds": event.seconds}
         self._tell("checkpoint", [checkpoint_line(event)], facts)
@@ -144,12 +130,13 @@ class Console(Plugin[ConsoleConfig]):
         self._best = state["best"]
 
     def _left(self, run: Run) -> float | None:
-        """Seconds to the last step, from the median of the latest steps: evaluations and checkpoints do not show."""
-        ends = list(self._ends)
-        if len(ends) < 3:
+        """Seconds of training to the last step, from the median of the latest intervals, if the speed is known.
+
+        ``perf/step_ms`` has neither evaluations nor checkpoints nor the compiling step in it.
+        """
+        if not self._step_ms:
             return None
-        step = statistics.median(after - before for before, after in pairwise(ends))
-        return step * (run.config.training.max_steps - run.step)
+        return statistics.median(self._step_ms) / 1e3 * (run.config.training.max_steps - run.step)
 
     def _tell(self, kind: str, lines: Sequence[str], facts: Mapping[str, Any], *, urgent: bool = False) -> None:
         """Say something in the way that was asked for: as lines of text, or as one object of ``kind``."""

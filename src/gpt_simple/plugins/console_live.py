@@ -27,19 +27,27 @@ _LOSSES = 32
 
 
 class LiveView:
-    """Stands at the bottom of the terminal until ``stop``. ``left`` tells the seconds to the end, if known."""
+    """Stands at the bottom of the terminal until ``stop``.
+
+    ``step`` tells how many steps are made, ``left`` the seconds to the end, if known: both are asked when it is drawn.
+    """
 
     def __init__(
         self,
         event: ev.RunStart,
+        step: Callable[[], int],
         left: Callable[[], float | None],
         *,
         best: float | None = None,
         terminal: Terminal | None = None,
     ) -> None:
-        self.step = event.step
-        self.phase = "training"
+        self.saving: int | None = None
+        """The step whose checkpoint is being written."""
+
         self.warnings = 0
+        self._begun = event.step
+        self._compiles = event.facts["compile"] != "off"
+        self._step = step
         self._max_steps = event.max_steps
         self._floor: float | None = event.facts["floor"]
         self._left = left
@@ -78,6 +86,7 @@ class LiveView:
     def checkpoint(self, step: int) -> None:
         """A checkpoint is durable."""
         self._checkpoint = step, time.monotonic()
+        self.saving = None
 
     def __rich_console__(self, console: Terminal, options: ConsoleOptions) -> RenderResult:
         yield self._progress()
@@ -86,14 +95,20 @@ class LiveView:
                 yield _row(facts, options.max_width)
 
     def _progress(self) -> Table:
-        done = f"step {self.step:,}/{self._max_steps:,}"
+        step = self._step()
+        done = f"step {step:,}/{self._max_steps:,}"
         elapsed = duration(time.monotonic() - self._started)
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column(no_wrap=True)
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True)
-        what = f"{duration(self._left())} left, {elapsed} so far" if self.phase == "training" else self.phase
-        grid.add_row(Text(done, "bold"), ProgressBar(total=self._max_steps, completed=self.step), Text(what))
+        if self._compiles and step == self._begun:
+            what = "compiling"
+        elif self.saving == step:
+            what = "saving a checkpoint"
+        else:
+            what = f"{duration(self._left())} left, {elapsed} so far"
+        grid.add_row(Text(done, "bold"), ProgressBar(total=self._max_steps, completed=step), Text(what))
         return grid
 
     def _learning(self) -> list[tuple[str, str]]:

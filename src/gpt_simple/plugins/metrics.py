@@ -19,6 +19,8 @@ from gpt_simple.hooks import events as ev
 if TYPE_CHECKING:
     from gpt_simple.hooks import Run
 
+_JSON = json.JSONEncoder(ensure_ascii=False, default=str)
+
 
 class Metrics(Plugin[NoConfig]):
     """One unbuffered write a row: a kill loses nothing that was reported, and at most tears the last line."""
@@ -73,11 +75,11 @@ class Metrics(Plugin[NoConfig]):
             "tokens": run.tokens,
             "time": round(time.time(), 3),
         }
-        nonfinite = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-        row |= {key: None if key in nonfinite else value for key, value in values.items()}
-        if nonfinite:
+        row |= values
+        if nonfinite := [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
+            row |= dict.fromkeys(nonfinite)
             row["nonfinite"] = nonfinite
-        self._file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
+        self._file.write(_JSON.encode(row).encode() + b"\n")
 
 
 def _ends_with_newline(path: Any) -> bool:

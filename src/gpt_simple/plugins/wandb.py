@@ -168,7 +168,7 @@ def open_run(
             notes=config.notes,
             id=run_id,
             resume=resume,
-            # W            dir=directory,B's process, which all runs of this one share, may stand in another working directory.
+            # The one process of W&B for all runs of this one may stand in another working directory.
             dir=directory.resolve(),
             mode=config.mode or _default_mode(),
             settings=wandb.Settings(

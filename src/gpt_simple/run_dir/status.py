@@ -47,7 +47,10 @@ class StatusFile:
     """Writes the status of the run that this process owns. A write that fails is tried again later."""
 
     run_dir: RunDir
-    status: Status = field(factory=lambda: Status("running", host=socket.gethostname(), pid=os.getpid()), init=False)
+    # Of the fields of Status; not a Status, since most updates are never written.
+    _known: dict[str, Any] = field(
+        factory=lambda: {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}, init=False
+    )
     _written: float = field(default=float("-inf"), init=False)
 
     def update(self, *, force: bool = False, **changes: Any) -> None:
@@ -55,14 +58,15 @@ class StatusFile:
 
         Call it where values are on the host already: it reads no device.
         """
-        force = force or changes.get("state", self.status.state) != self.status.state
-        self.status = evolve(self.status, **changes)
+        force = force or changes.get("state", self._known["state"]) != self._known["state"]
+        self._known |= changes
         now = time.monotonic()
         if not force and now - self._written < _INTERVAL:
             return
         try:
-            document = {item.name: getattr(self.status, item.name) for item in fields(Status)}
-            write_json(self.run_dir.status_json, document | {"time": time.time()}, durable=force)
+            status = Status(**self._known, time=time.time())
+            document = {item.name: getattr(status, item.name) for item in fields(Status)}
+            write_json(self.run_dir.status_json, document, durable=force)
         except OSError:
             return
         self._written = now
