@@ -1,0 +1,110 @@
+"""Parts of other packages: a model with a configuration of its own, an optimizer, a schedule, a tokenizer, a source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import torch
+from annotated_types import Ge
+from attrs import frozen
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from gpt_simple import ConfigError, Document, Plugin, hookimpl
+from gpt_simple.config.schema import DataConfig, OptimizerConfig
+from gpt_simple.data.tokenizer import bytes as byte_tokenizer
+from gpt_simple.hooks import NoConfig, Registry
+from gpt_simple.testing import Trained, train
+
+
+@frozen
+class BigramConfig:
+    name: str = "bigram"
+    width: Annotated[int, Ge(1)] = 8
+
+
+class Bigram(nn.Module):
+    """What follows a token depends on that token alone."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.head(self.embedding(input_ids))
+        if labels is None:
+            return logits
+        return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def bigram(config: BigramConfig, *, vocab_size: int, max_length: int) -> nn.Module:
+    return Bigram(vocab_size, config.width)
+
+
+def sgd(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=0.9)
+
+
+def zigzag(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
+    return lambda step: config.learning_rate * (1.0 if step % 2 else 0.5)
+
+
+class Counting:
+    def fingerprint(self) -> str:
+        return "counting 1"
+
+    def documents(self) -> Iterator[Document]:
+        for first in range(60):
+            yield Document(" ".join(str(first + each) for each in range(9)), key=str(first))
+
+
+class Parts(Plugin[NoConfig]):
+    @classmethod
+    @hookimpl
+    def register_components(cls, registry: Registry) -> None:
+        registry.add("model", "bigram", bigram, config=BigramConfig)
+        registry.add("optimizer", "sgd", sgd)
+        registry.add("schedule", "zigzag", zigzag)
+        registry.add("tokenizer", "octets", byte_tokenizer)
+        registry.add("source", "counting", lambda config, seed: Counting(), config=DataConfig)
+
+
+CHOSEN = {
+    "optimizer.name": "sgd",
+    "optimizer.schedule": "zigzag",
+    "data.tokenizer": "octets",
+    "data.source": "counting",
+}
+
+
+def run(directory: Path, max_steps: int, **model: Any) -> Trained:
+    """``model`` is the whole section: nothing of the tiny GPT's stays in it."""
+    section = {"name": "bigram", "width": 4, **model}
+    return train(Parts, output_dir=directory, max_steps=max_steps, overrides={**CHOSEN, "model": section})
+
+
+def test_parts_of_a_plugin_train_and_resume_as_ours(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", 6)
+    assert whole.weights["embedding.weight"].shape[1] == 4
+    losses = [event.metrics["train/loss"] for event in whole.recorder.events("on_metrics")]
+    assert losses[-1] < losses[0]
+    rates = [event.metrics["train/lr"] for event in whole.recorder.events("on_metrics")]
+    assert rates == pytest.approx([1e-2, 5e-3] * 3)
+    run(tmp_path / "halves", 3)
+    second = run(tmp_path / "halves", 6)
+    assert second.recorder.events("on_run_start")[0].step == 3
+    assert all(torch.equal(value, second.weights[name]) for name, value in whole.weights.items())
+
+
+def test_the_section_is_the_components_own(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, 1, width=0, widht=3, n_embd=16)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert re.search(r"model\.width: expected .*>= 1", str(caught.value))
+    assert "model.widht: unknown key; did you mean model.width?" in str(caught.value)
+    assert "model.n_embd: unknown key" in str(caught.value)
