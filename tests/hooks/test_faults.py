@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from gpt_simple import Plugin
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks import HOOKS
-from gpt_simple.testing import MISBEHAVIOURS, Recorder, Trained, misbehaving, train
+from gpt_simple.testing import MISBEHAVIOURS, Recorder, Trained, misbehaving, train, train_on_ranks
 
 LAST_WORDS = ("on_run_error", "on_close")
 BEFORE_THE_RUN = ("register_components", "check_config")
@@ -75,6 +76,50 @@ def test_a_failure_while_closing_is_a_warning(how: str, capsys: pytest.CaptureFi
     trained = run(misbehaving("on_close", how, on_error="abort"))
     assert trained.result.status == "completed"
     assert re.search(r"plugin misbehaving .*on_close", capsys.readouterr().err)
+
+
+@pytest.fixture(scope="module")
+def alone_on_two() -> str:
+    """The weights of the same run on two processes with no plugin that misbehaves."""
+    first, second = train_on_ranks(max_steps=2)
+    assert first.weights == second.weights
+    return first.weights
+
+
+@pytest.mark.parametrize("hook", [hook for hook in DURING if HOOKS[hook].ranks != "all"])
+def test_what_one_of_two_processes_does_wrong_leaves_the_other_neither_waiting_nor_changed(
+    alone_on_two: str, hook: str
+) -> None:
+    """All misbehaviours at once, each in a plugin of its own."""
+    plugins = [
+        misbehaving(hook, how, rank=_culprit(hook), name=f"no_{index}", ranks="all", on_error="disable")
+        for index, how in enumerate(MISBEHAVIOURS)
+    ]
+    first, second = train_on_ranks(*plugins, max_steps=2)
+    assert (first.error, second.error) == ("", "")
+    assert first.weights == second.weights == alone_on_two
+
+
+@pytest.mark.parametrize("hook", DURING)
+@pytest.mark.parametrize("how", ["raises", "returns garbage"])
+def test_when_one_of_two_processes_has_to_end_the_other_learns_why_and_ends(hook: str, how: str) -> None:
+    began = time.monotonic()
+    culprit = _culprit(hook)
+    outcomes = train_on_ranks(misbehaving(hook, how, rank=culprit, ranks="all"), max_steps=2)
+    assert time.monotonic() - began < 30
+    blame = f"{'failed in ' if how == 'raises' else ''}{hook}"
+    assert "plugin misbehaving" in outcomes[culprit].error
+    assert blame in outcomes[culprit].error
+    other = outcomes[1 - culprit].error
+    if culprit == 0:  # process 0 holds the store here, where a launcher's agent does otherwise
+        assert other.startswith("PeerFailed: ")
+    elif hook not in ("on_eval_end", "on_run_end"):  # after these nobody waits for anybody any more
+        assert other.startswith(f"PeerFailed: process {culprit} failed")
+
+
+def _culprit(hook: str) -> int:
+    """The process that misbehaves: not the main one, where the hook is called on others."""
+    return 0 if HOOKS[hook].ranks == "main" else 1
 
 
 def test_nothing_of_the_process_is_left_changed() -> None:

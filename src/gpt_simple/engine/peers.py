@@ -15,9 +15,10 @@ import torch.distributed as dist
 from attrs import frozen
 from torch.distributed.distributed_c10d import PrefixStore
 
-from gpt_simple.errors import ExitCode, GptSimpleError
+from gpt_simple.errors import ExitCode, GptSimpleError, PluginError
 
 _CONTACT = re.compile(r"gloo|NCCL|c10d|TCPStore|connection|socket", re.IGNORECASE)
+_COLLECTIVE = re.compile(r"gloo|NCCL|c10d")
 _ROLL_CALL_SECONDS = 3.0
 _SEE_OFF_SECONDS = 10.0
 _AGAIN = "start again with the same command: the run goes on from its last checkpoint"
@@ -49,12 +50,13 @@ class Peers:
         if isinstance(error, PeerFailed):
             return error
         try:
-            if not _is_lost_contact(error):
+            lost = _lost_contact(error)
+            if lost is None:
                 self._tell(error)
                 return error
-            explained = self._who(error, step)
+            explained = self._who(lost, step)
             self._see_off()
-            return explained
+            return error if explained is lost else explained
         except (RuntimeError, ValueError):
             # The store has gone with its process: torchrun's agent, or else process 0, which has the message then.
             return PeerFailed(
@@ -107,10 +109,14 @@ def _has_agent() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _is_lost_contact(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and _CONTACT.search(str(error)) is not None
-    )
+def _lost_contact(error: Exception) -> Exception | None:
+    """What a collective raised because another process is gone, if that is what ``error`` comes from."""
+    if isinstance(error, PluginError):
+        # A collective inside a hook. A connection of the plugin's own is another matter, and its failure.
+        cause = error.__cause__
+        return cause if isinstance(cause, RuntimeError) and _COLLECTIVE.search(str(cause)) else None
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _CONTACT.search(str(error)))
+    return error if lost else None
 
 
 def _short(error: Exception) -> str:

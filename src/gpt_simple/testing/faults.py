@@ -48,15 +48,20 @@ MISBEHAVIOURS = MappingProxyType(
 )
 
 
-def misbehaving(hook: str, how: str, **declared: Any) -> type[Plugin[Any]]:
-    """A plugin class named ``misbehaving`` that does ``how`` (a key of MISBEHAVIOURS) in ``hook``.
+def misbehaving(
+    hook: str, how: str, *, rank: int | None = None, name: str = "misbehaving", **declared: Any
+) -> type[Plugin[Any]]:
+    """A plugin class called ``name`` that does ``how`` (a key of MISBEHAVIOURS) in ``hook``.
 
-    ``declared`` are class attributes such as ``on_error="abort"``.
+    With ``rank`` only that process misbehaves, in a hook that is given the run. ``declared`` are class attributes such
+    as ``on_error="abort"``.
     """
     info, act = HOOKS[hook], MISBEHAVIOURS[how].act
     answer: Any = {"none": None, "metrics": {}, "findings": []}[info.returns]
 
-    def misbehave() -> Any:
+    def misbehave(run: Any = None) -> Any:
+        if rank is not None and run is not None and run.rank != rank:
+            return answer
         result = act()
         return answer if result is None else result
 
@@ -64,10 +69,10 @@ def misbehaving(hook: str, how: str, **declared: Any) -> type[Plugin[Any]]:
         return misbehave()
 
     def of_run(self: Any, run: Any) -> Any:
-        return misbehave()
+        return misbehave(run)
 
     def of_event(self: Any, run: Any, event: Any) -> Any:
-        return misbehave()
+        return misbehave(run)
 
     def of_registry(cls: Any, registry: Any) -> Any:
         return misbehave()
@@ -78,4 +83,4 @@ def misbehaving(hook: str, how: str, **declared: Any) -> type[Plugin[Any]]:
         ("run",): hookimpl(of_run),
         ("run", "event"): hookimpl(of_event),
     }
-    return type("Misbehaving", (Plugin,), {hook: implementations[info.arguments], **declared})
+    return type(name.title().replace("_", ""), (Plugin,), {hook: implementations[info.arguments], **declared})
