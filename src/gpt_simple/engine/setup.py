@@ -193,6 +193,7 @@ class Setup:
     def _gather_facts(self, model: torch.nn.Module) -> None:
         run, training = self.run, self.run.config.training
         flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
+        kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
         rows = training.per_device_batch_size * training.gradient_accumulation_steps * run.world_size
         run.known |= {
             "device": _device_name(run.device),
@@ -203,6 +204,7 @@ class Setup:
             "flops_per_token": flops(run.config.data.max_length) if flops is not None else None,
             "peak_flops": peak_flops(run.device, run.precision.name),
             "tokens_per_step": rows * run.config.data.max_length,
+            "document_kernel": kernel(run.device) if kernel and run.config.data.document_mask else None,
             "floor": self.dataset.floor,
             "data": self.dataset.describe(),
             "plugins": [plugin.name for plugin in self.assembly.host.plugins],

@@ -1,17 +1,23 @@
 """Causal self-attention with any number of key/value heads, in one call of ``scaled_dot_product_attention``.
 
 That call stays one opaque kernel under Inductor: the compiler fuses what is around it and never looks inside,
-so memory stays linear in the sequence length.
+so memory stays linear in the sequence length. Documents that share a row may have a kernel of their own: see
+documents.py.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt_simple.model.documents import flex
 from gpt_simple.model.rope import Rotation, rotate
 from gpt_simple.model.shape import Shape
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class LayerCache:
@@ -56,12 +62,12 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: LayerCache | None = None
+        self, x: Tensor, rotation: Rotation | None, mask: Tensor | BlockMask | None, cache: LayerCache | None = None
     ) -> Tensor:
         """``[B, T, n_embd]`` to the same shape.
 
-        ``mask`` (bool ``[B, 1, T, T]``, true where a query may look) replaces the plain causal rule. With a
-        cache, the first call takes the whole prompt and each later one a single token.
+        ``mask``, one of documents.py, replaces the plain causal rule. With a cache, the first call takes the whole
+        prompt and each later one a single token.
         """
         rows, length, _ = x.shape
         heads = (rows, length, -1, self.head_dim)
@@ -75,29 +81,24 @@ class Attention(nn.Module):
         query, key = query.type_as(value), key.type_as(value)
         if cache is not None:
             key, value = cache.extend(key, value)
+        if mask is None or isinstance(mask, Tensor):
+            attended = self._attend(query, key, value, mask)
+        else:
+            attended = flex(query, key, value, mask)
+        merged: Tensor = self.output(attended.transpose(1, 2).reshape(rows, length, -1))
+        return merged
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         grouped = self.groups > 1
         if grouped and mask is not None:  # the memory-efficient CUDA kernel takes a mask or grouped heads, not both
             key, value = key.repeat_interleave(self.groups, 1), value.repeat_interleave(self.groups, 1)
             grouped = False
-        attended = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and length > 1,
+            is_causal=mask is None and query.shape[2] > 1,
             enable_gqa=grouped,
         )
-        merged: Tensor = self.output(attended.transpose(1, 2).reshape(rows, length, -1))
-        return merged
-
-
-def block_causal_mask(document_ids: Tensor) -> Tensor:
-    """Where a query may look when documents share a row: back, and inside its own document.
-
-    ``document_ids`` is an integer tensor ``[B, T]``; equal ids are one document. Returns bool ``[B, 1, T,
-    T]``.
-    """
-    index = torch.arange(document_ids.shape[1], device=document_ids.device)
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return (same & (index[:, None] >= index)).unsqueeze(1)

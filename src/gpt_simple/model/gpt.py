@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt_simple.config.schema import ModelConfig
 from gpt_simple.model import flops
-from gpt_simple.model.attention import Attention, LayerCache, block_causal_mask
+from gpt_simple.model.attention import Attention, LayerCache
+from gpt_simple.model.documents import Kernel, document_kernel, document_mask
 from gpt_simple.model.loss import summed_cross_entropy
 from gpt_simple.model.rope import Rotation, rotary_tables
 from gpt_simple.model.shape import Shape, resolve
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def build(config: ModelConfig, *, vocab_size: int, max_length: int) -> GPT:
@@ -80,7 +85,9 @@ class GPT(nn.Module):
         Returns a 0-d float32 tensor, the cross-entropy in nats summed over the labels; or logits ``[B, T,
         V]``.
         """
-        mask = None if document_ids is None else block_causal_mask(document_ids)
+        mask = None
+        if document_ids is not None:
+            mask = document_mask(document_ids, self.document_kernel(document_ids.device))
         x, rotation = self._embed(input_ids, position_ids)
         every = self.checkpoint_every if torch.is_grad_enabled() else 0
         for index, block in enumerate(self.blocks):
@@ -133,6 +140,11 @@ class GPT(nn.Module):
         else:
             rotation = self.cos[position_ids].unsqueeze(1), self.sin[position_ids].unsqueeze(1)
         return F.dropout(x, self.shape.dropout, self.training) if self.shape.dropout else x, rotation
+
+    def document_kernel(self, device: torch.device) -> Kernel:
+        """What keeps the documents of a row apart on this device: flex attention, or a dense mask."""
+        kernel: Kernel = document_kernel(device, self.shape.head_dim, self.shape.dropout)
+        return kernel
 
     @property
     def n_positions(self) -> int:
@@ -195,7 +207,7 @@ class Block(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: LayerCache | None = None
+        self, x: Tensor, rotation: Rotation | None, mask: Tensor | BlockMask | None, cache: LayerCache | None = None
     ) -> Tensor:
         """``[B, T, n_embd]`` to the same shape; see ``Attention.forward`` for the other arguments."""
         x = x + self._drop(self.attention(self.attention_norm(x), rotation, mask, cache))

@@ -65,6 +65,8 @@ def banner(run: Run, event: ev.RunStart) -> list[str]:
         f"plugins    {', '.join(facts['plugins'])}",
         f"output     {run.output_dir}",
     ]
+    if facts["document_kernel"] is not None:
+        lines.append(f"documents  attend to themselves: {facts['document_kernel']}")
     if facts["floor"] is not None:
         lines.append(
             f"floor      {facts['floor']:.4f} nats/token: the source's own validation loss; nothing can beat it"

@@ -1,0 +1,110 @@
+"""Attention that stays inside documents when several of them share a row.
+
+Torch has two ways for it. On a GPU, flex attention: a generated kernel that never visits blocks in which no query may
+look at a key, so that a row of many documents costs less than a row of one, and nothing of the size of all scores
+exists. It has no backward pass on a CPU, no dropout, and needs triton; elsewhere the rule is a dense mask for
+``scaled_dot_product_attention``. Its kernel for variable lengths would do too, but wants 16-bit numbers, and the number
+of documents as a size that changes with every batch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Kernel = Literal["flex", "dense mask"]
+
+BLOCK = 128
+"""Queries and keys of a block of flex attention; its kernels are tuned for this size."""
+
+SMALLEST_HEAD = 16
+"""Flex attention has no kernel for narrower heads."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def document_kernel(device: torch.device, head_dim: int, dropout: float) -> Kernel:
+    """Which kernel keeps the documents of a row apart on this device, for this shape of model."""
+    generated = (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (7, 0)
+        and find_spec("triton") is not None
+        and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    )
+    return "flex" if generated and head_dim >= SMALLEST_HEAD and not dropout else "dense mask"
+
+
+def document_mask(document_ids: Tensor, kernel: Kernel) -> Tensor | BlockMask:
+    """Where a query may look: back, and inside its own document.
+
+    ``document_ids`` is an integer tensor ``[B, T]``; equal ids are one document. The dense mask is bool ``[B, 1, T,
+    T]``; the other kind is what ``flex`` takes.
+    """
+    return block_mask(document_ids) if kernel == "flex" else dense_mask(document_ids)
+
+
+def dense_mask(document_ids: Tensor) -> Tensor:
+    """Bool ``[B, 1, T, T]``, true where a query may look."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return (same & (index[:, None] >= index)).unsqueeze(1)
+
+
+def block_mask(document_ids: Tensor) -> BlockMask:
+    """The same rule as blocks: left out, full, or in need of the rule for each element.
+
+    Made from the lowest and the highest id in each block, without anything of size T x T. A block pair whose ranges of
+    ids do not meet is left out; if ids rise along a row, as the loader's do, no other is empty.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows, length = document_ids.shape
+    padding = -length % BLOCK
+    last = document_ids[:, -1:].expand(rows, padding)
+    blocks = torch.cat([document_ids, last], 1).view(rows, -1, BLOCK)
+    lowest, highest = blocks.amin(-1), blocks.amax(-1)
+    index = torch.arange(blocks.shape[1], device=document_ids.device)
+    meet = (lowest[:, :, None] <= highest[:, None, :]) & (lowest[:, None, :] <= highest[:, :, None])
+    seen = meet & (index[:, None] >= index)
+    single = lowest == highest
+    full = seen & (index[:, None] > index) & single[:, :, None] & single[:, None, :]
+
+    def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document_ids[row, query] == document_ids[row, key]) & (query >= key)
+
+    return BlockMask.from_kv_blocks(
+        *_listed(seen & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length)
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Bool ``[B, Q, K]`` as the number of true ones for each q, and their k first: ``[B, 1, Q]``, ``[B, 1, Q, K]``."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    """``[B, heads, T, head_dim]`` to the same shape; keys and values may have fewer heads."""
+    attend: Any = _attend if torch.compiler.is_compiling() else _generated()
+    attended: Tensor = attend(query, key, value, mask)
+    return attended
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+
+
+@cache
+def _generated() -> Any:
+    """Eager, flex attention would hold all scores in memory: its kernel is generated also in a model that is not."""
+    return torch.compile(_attend, dynamic=False)

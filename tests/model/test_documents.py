@@ -1,0 +1,149 @@
+"""Documents that share a row do not see each other, by every kernel for it, and none is lost in a block mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
+
+from gpt_simple.model import documents, gpt
+from gpt_simple.model.documents import block_mask, dense_mask, document_kernel
+from gpt_simple.model.gpt import GPT
+
+from .conftest import LENGTH, SHAPES, rows, tiny
+
+LENGTHS = ((7, 1, LENGTH - 8), (LENGTH - 3, 2, 1))
+"""Documents of the two rows."""
+
+
+@pytest.fixture
+def flex_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Flex attention on a CPU. Torch refuses its gradient there, though the formula behind its kernels runs."""
+    torch._dynamo.reset()
+    documents._generated.cache_clear()
+    monkeypatch.setattr(gpt, "document_kernel", torch.compiler.assume_constant_result(lambda *_: "flex"))
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(documents, "_generated", lambda: documents._attend)
+    yield
+    torch._dynamo.reset()
+
+
+def packed(length: int = LENGTH, lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> dict[str, Tensor]:
+    ids, labels = rows(len(lengths), length)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    numbers = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, "document_ids": numbers}
+
+
+def logits_alone(model: GPT, ids: Tensor) -> Tensor:
+    return torch.stack(
+        [
+            torch.cat([model(document)[0] for document in row.unsqueeze(0).split(lengths, dim=1)])
+            for row, lengths in zip(ids, LENGTHS, strict=True)
+        ]
+    )
+
+
+def gradients(model: GPT, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_flex_attention_gives_packed_documents_what_they_get_alone(shape: dict[str, Any], flex_here: None) -> None:
+    model, arguments = tiny(**shape), packed()
+    del arguments["labels"]
+    expected = logits_alone(model, arguments["input_ids"])
+    torch.testing.assert_close(model(**arguments), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("scope", "shape"), [("model", "gqa"), ("blocks", "default")])
+def test_flex_attention_in_compiled_graphs_gives_the_gradients_of_the_dense_mask(
+    scope: str, shape: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    batches = packed(), packed(lengths=LENGTHS[::-1])
+    model = tiny(**SHAPES[shape]).train()
+    expected = [gradients(model, model(**batch)) for batch in batches]
+    request.getfixturevalue("flex_here")
+    model.set_activation_checkpointing(1)
+    forward: Any = model
+    if scope == "model":
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    else:
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    for batch, theirs in zip(batches, expected, strict=True):
+        for ours, wanted in zip(gradients(model, forward(**batch)), theirs, strict=True):
+            torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [100, 128, 300, 1024])
+def test_the_blocks_are_those_that_torch_finds_element_by_element(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    starts = torch.rand(4, length, generator=generator) < torch.tensor([0.0, 0.004, 0.02, 1.0])[:, None]
+    ids = starts.long().cumsum(1)
+    elements = dense_mask(ids)
+
+    def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return elements[row, 0, query, key]
+
+    theirs = torch_flex.create_block_mask(rule, 4, None, length, length, device="cpu")
+    ours = block_mask(ids)
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    assert ours.sparsity() == theirs.sparsity()
+    index = torch.arange(length)
+    for row in range(4):
+        assert torch.equal(ours.mask_mod(row, 0, index[:, None], index), elements[row, 0])  # type: ignore[arg-type]
+
+
+def test_full_blocks_are_full_and_ids_may_come_in_any_order() -> None:
+    ids = torch.randint(0, 3, (2, 512), generator=torch.Generator().manual_seed(0))
+    ids[1, :300] = 7
+    ours, elements = block_mask(ids), dense_mask(ids).view(2, 4, 128, 4, 128).transpose(2, 3)
+    assert bool((ours.to_dense()[:, 0].bool() | ~elements.any(-1).any(-1)).all())
+    for row, query in ((1, 0), (1, 1), (1, 2), (0, 3)):
+        count = int(ours.full_kv_num_blocks[row, 0, query])  # type: ignore[index]
+        for key in ours.full_kv_indices[row, 0, query, :count]:  # type: ignore[index]
+            assert bool(elements[row, query, key].all())
+    assert ours.full_kv_num_blocks[1, 0].tolist() == [0, 1, 0, 0]  # type: ignore[index]
+
+
+def test_a_cpu_and_dropout_and_narrow_heads_take_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(documents, "find_spec", lambda name: True)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    document_kernel.cache_clear()
+    try:
+        assert document_kernel(gpu, 64, 0.0) == "flex"
+        assert document_kernel(gpu, 64, 0.1) == "dense mask"
+        assert document_kernel(gpu, 8, 0.0) == "dense mask"
+        assert document_kernel(torch.device("cpu"), 64, 0.0) == "dense mask"
+        monkeypatch.setattr(documents, "find_spec", lambda name: None)
+        document_kernel.cache_clear()
+        assert document_kernel(gpu, 64, 0.0) == "dense mask"
+    finally:
+        document_kernel.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_the_generated_kernel_gives_the_numbers_of_the_dense_mask(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    model = tiny(n_embd=64, n_kv_head=2).train().cuda()
+    batch = {name: tensor.cuda() for name, tensor in packed().items()}
+    assert model.document_kernel(batch["input_ids"].device) == "flex"
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    actual = gradients(model, forward(**batch))
+    torch._dynamo.reset()
+    monkeypatch.setattr(gpt, "document_kernel", lambda *_: "dense mask")
+    for ours, theirs in zip(actual, gradients(model, model(**batch)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
