@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +103,15 @@ class Clock:
     def exclude(self, seconds: float) -> None:
         """Time that was not training."""
         self._excluded += seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in here is not training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.exclude(time.perf_counter() - began)
 
     def exclude_step(self, seconds: float, tokens: int) -> None:
         """The first step of a process: it compiles and warms caches up."""

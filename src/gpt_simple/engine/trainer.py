@@ -1,6 +1,6 @@
 """The step loop.
 
-Read ``train`` for the life of a run, ``_step`` for one optimizer step, ``_boundary`` for what may happen after it.
+Read ``train`` for the life of a run, ``step`` for one optimizer step, ``_boundary`` for what may happen after it.
 Between logging points nothing here reads a device tensor on the host.
 """
 
@@ -9,29 +9,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from attrs import define, field
 
-from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.loader import Batch, DataExhausted, Loader
-from gpt_simple.engine.background import BackgroundWriter
 from gpt_simple.engine.control import Verdict
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.metrics import Clock, Interval, flatten
-from gpt_simple.engine.numerics import Watch, all_finite
+from gpt_simple.engine.numerics import Watch
 from gpt_simple.engine.randomness import Reseeder
 from gpt_simple.engine.run import EngineRun, EvaluationAbandoned
+from gpt_simple.engine.saving import Saving, State
 from gpt_simple.engine.schedule import Schedule
 from gpt_simple.engine.stopping import StopNow, Walltime
-from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import (
     BatchReady,
-    CheckpointSaved,
-    CheckpointSaving,
     EvalEnd,
     Evaluate,
     GradientsReady,
@@ -64,16 +59,13 @@ class Trainer:
     loader: Loader
     store: Store
     status: StatusFile
-    state: Callable[[float | None], tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]]
+    state: Callable[[float | None], State]
     skips_on_device: bool
     walltime: Walltime | None = None
     best_val_loss: float | None = None
     last_train: Mapping[str, float] = field(factory=dict)
     last_eval: Mapping[str, float] = field(factory=dict)
-    saved: Published | None = None
     rates: list[float] = field(factory=list)
-    _unsaved: str = ""
-    _in_flight: str = ""
     _interval: Interval = field(factory=Interval)
     _clock: Clock = field(factory=Clock)
 
@@ -83,7 +75,9 @@ class Trainer:
         self._reseed = Reseeder(config.training.seed, self.run.device)
         self._max_norm = config.optimizer.max_grad_norm
         self._first_step = True
-        self._writer = BackgroundWriter(self.store)
+        self._saving = Saving(
+            self.run, self.calls, self.model, self.store, lambda: self.state(self.best_val_loss), self.walltime
+        )
         self._watch = Watch(config.training.max_skipped_steps)
 
     def train(self) -> tuple[RunStatus, str]:
@@ -103,7 +97,7 @@ class Trainer:
         self._clock = Clock(waited_before=self.loader.wait_seconds)
         while run.step < max_steps:
             try:
-                self._step(is_last=run.step + 1 == max_steps)
+                self.step(is_last=run.step + 1 == max_steps)
             except DataExhausted as exhausted:
                 return self._out_of_data(str(exhausted))
             verdict = self._boundary(is_last=run.step == max_steps)
@@ -127,7 +121,7 @@ class Trainer:
         nats.backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _step(self, is_last: bool) -> None:
+    def step(self, is_last: bool) -> None:
         """One optimizer step over all its micro-batches."""
         run, calls, world, scaler = self.run, self.calls, self.run.world, self.run.precision.scaler
         started, step = time.perf_counter(), run.step + 1
@@ -221,13 +215,14 @@ class Trainer:
         looks = is_last or run.step % (every or _UNLOGGED) == 0
         if looks:
             self._log(tell=bool(every))
-            self._land(wait=False)
+            with self._clock.paused():
+                self._saving.land(wait=False)
         verdict = self._vote()
-        again = self._unsaved if looks else ""
+        again = self._saving.again if looks else ""
         if verdict.save or verdict.leave or is_last or again:
             reason = "last step" if is_last else verdict.stop or verdict.halt or verdict.ended or verdict.save or again
             if not self._save(reason, must_succeed=verdict.leave or is_last):
-                return Verdict(halt=self._not_finite())
+                return Verdict(halt=self._saving.not_finite())
         if verdict.evaluate and not verdict.leave:
             self._evaluate()
         return verdict
@@ -291,89 +286,14 @@ class Trainer:
         self._clock.exclude(time.perf_counter() - started)
 
     def _save(self, reason: str, must_succeed: bool) -> bool:
-        """Publish a checkpoint of this step; a periodic one that cannot be written is a warning, not the end.
-
-        False if there is nothing worth saving because the weights are not finite; the last good one stays.
-        """
-        run, calls, started = self.run, self.calls, time.perf_counter()
-        self._land(wait=True)
-        if self.saved is not None and self.saved.step == run.step:
-            return True
-        if not run.world.main_only(lambda: all_finite(self.model)):
-            return False
-        if calls.on_checkpoint_saving is not None:
-            with run.comm.during("on_checkpoint_saving"):
-                calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
-        in_background = run.config.training.background_save and not must_succeed
-        done = run.world.main_only(lambda: self._publish(must_succeed, in_background))
-        if in_background:
-            self._in_flight = reason
-        else:
-            self._published(done, reason)
-        seconds = time.perf_counter() - started
-        self._clock.exclude(seconds)
-        if self.walltime is not None and not in_background:
-            self.walltime.saved(seconds)
-        return True
-
-    def _land(self, *, wait: bool) -> None:
-        """Tell of a checkpoint that was written in the background, as soon as it is durable."""
-        run, started = self.run, time.perf_counter()
-        if not self._in_flight:
-            return
-        over, done = run.world.main_only(lambda: self._landed(wait))
-        if over:
-            reason, self._in_flight = self._in_flight, ""
-            self._published(done, reason)
-            if self.walltime is not None and done is not None:
-                # The last one of the run may have to wait for one that is on its way.
-                self.walltime.saved(2 * done.seconds)
-        self._clock.exclude(time.perf_counter() - started)
-
-    def _landed(self, wait: bool) -> tuple[bool, Published | None]:
-        """Whether nothing is on its way any more, and what came of it."""
-        try:
-            done = self._writer.landed(wait=wait)
-            return done is not None, done
-        except CheckpointError as error:
-            self.run.log.error(f"{error}; training goes on", name="checkpoint_failed")
-            return True, None
-
-    def _published(self, done: Published | None, reason: str) -> None:
-        self.saved = done or self.saved
-        # Tried again when the log is due: until then somebody may have made room.
-        self._unsaved = "" if done else "the one before could not be written"
-        if self.calls.on_checkpoint_saved is not None and done is not None:
-            event = CheckpointSaved(done.step, done.path, done.seconds, done.bytes, reason)
-            self.calls.on_checkpoint_saved(self.run, event)
+        """Publish a checkpoint of this step; False if the weights are not finite, and the run must halt."""
+        with self._clock.paused():
+            return self._saving.save(reason, must_succeed=must_succeed)
 
     def close(self) -> None:
         """Stop the threads; a checkpoint that is on its way arrives."""
         self.loader.close()
-        self._writer.close()
-
-    def _not_finite(self) -> str:
-        good = self.store.list()
-        kept = f"the last good checkpoint is {good[-1].path}" if good else "there is no earlier checkpoint"
-        return f"weights are not finite after step {self.run.step}; nothing was written, {kept}"
-
-    def _publish(self, must_succeed: bool, in_background: bool) -> Published | None:
-        run = self.run
-        if not run.output_dir.exists():
-            run.log.error(
-                f"{run.output_dir} is gone, with the earlier checkpoints: it is made anew", name="output_gone"
-            )
-        try:
-            tensors, documents = self.state(self.best_val_loss)
-            if in_background:
-                self._writer.begin(run.step, tensors, documents)
-                return None
-            return self.store.publish(run.step, tensors=tensors, documents=documents)
-        except CheckpointError as error:
-            if must_succeed:
-                raise
-            run.log.error(f"{error}; training goes on", name="checkpoint_failed")
-            return None
+        self._saving.close()
 
     def _left(self, verdict: Verdict) -> tuple[RunStatus, str]:
         if verdict.halt:
@@ -389,7 +309,7 @@ class Trainer:
         if self._interval:
             self._log(tell=True)
         if not self._save(reason, must_succeed=True):
-            return "halted", self._not_finite()
+            return "halted", self._saving.not_finite()
         self._evaluate()
         return "completed", reason
 

@@ -126,7 +126,7 @@ class Rehearsal:
 
     def step(self) -> None:
         """One optimizer step."""
-        self.trainer._step(is_last=False)
+        self.trainer.step(is_last=False)
 
     def evaluate(self) -> torch.Tensor:
         """The forward pass of an evaluation's batch."""
