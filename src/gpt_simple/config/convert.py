@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import attrs
 from cattrs import (
     AttributeValidationNote,
+    BaseConverter,
     BaseValidationError,
     ClassValidationError,
-    Converter,
     ForbiddenExtraKeysError,
     IterableValidationError,
     IterableValidationNote,
@@ -25,7 +25,7 @@ from cattrs import (
 
 from gpt_simple.config.mistakes import closest, show
 from gpt_simple.config.origin import join
-from gpt_simple.config.types import describe, fields_of, members, unwrap, violates
+from gpt_simple.config.types import Bound, describe, fields_of, members, unwrap, violates
 
 Hook = Callable[[Any, Any], Any]
 
@@ -53,9 +53,9 @@ class UnknownKey(ValueError):
 
 
 @cache
-def converter() -> Converter:
+def converter() -> BaseConverter:
     """The converter of the closed set of types."""
-    strict = Converter()
+    strict = BaseConverter()
     for type_, hook in ((bool, _bool), (int, _int), (float, _float), (str, _str), (NoneType, _null)):
         strict.register_structure_hook(type_, hook)
     strict.register_structure_hook_factory(attrs.has, _table_hook)
@@ -127,7 +127,7 @@ def _null(value: Any, _: Any) -> None:
 
 
 def _table_hook(cls: Any) -> Hook:
-    specs = {spec.name: (spec, converter().get_structure_hook(spec.annotation)) for spec in fields_of(cls)}
+    specs = {spec.name: (spec, _bounded(spec.type, spec.bounds)) for spec in fields_of(cls)}
 
     def table(value: Any, _: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -137,7 +137,7 @@ def _table_hook(cls: Any) -> Hook:
         for name, (spec, structure) in specs.items():
             try:
                 if name in value:
-                    values[name] = structure(value[name], spec.annotation)
+                    values[name] = structure(value[name], spec.type)
                 elif spec.default is attrs.NOTHING:
                     raise MissingKey(f"this key must be given; expected {spec.expected}")
             except (Mismatch, MissingKey, BaseValidationError) as error:
@@ -237,9 +237,12 @@ def null_words(type_: Any) -> tuple[str, ...]:
 
 
 def _bounded_hook(type_: Any) -> Hook:
-    strict = converter()
     bare, bounds, _ = unwrap(type_)
-    inner = strict.get_structure_hook(bare)
+    return _bounded(bare, bounds)
+
+
+def _bounded(bare: Any, bounds: tuple[Bound, ...]) -> Hook:
+    inner = converter().get_structure_hook(bare)
 
     def bounded(value: Any, _: Any) -> Any:
         try:

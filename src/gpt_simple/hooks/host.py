@@ -6,12 +6,11 @@ structured; ``calls`` compiles the hooks for one process. The engine sees nothin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field
-from pluggy import PluginManager, PluginValidationError
+from pluggy import HookimplOpts, PluginManager, PluginValidationError
 
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.activation import Decision, Switches, Wishes, decide
@@ -38,6 +37,13 @@ if TYPE_CHECKING:
     from gpt_simple.config.schema import Config
 
 
+class _Manager(PluginManager):
+    """pluggy looks at every attribute of a plugin, one by one; only those with the name of a hook can be one."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> HookimplOpts | None:
+        return super().parse_hookimpl_opts(plugin, name) if name in HOOKS else None
+
+
 @define(eq=False)
 class PluginHost:
     """The active plugins of a run, in call order."""
@@ -56,7 +62,7 @@ class PluginHost:
     _states: PluginStates = field(factory=PluginStates)
 
     def __attrs_post_init__(self) -> None:
-        self._manager = PluginManager(PROJECT)
+        self._manager = _Manager(PROJECT)
         self._manager.add_hookspecs(HookSpecs)
 
     @classmethod
@@ -155,6 +161,8 @@ class PluginHost:
 
     def order_hash(self) -> str:
         """A short hash of which plugins run, of which version, in which order; the same on all processes."""
+        import hashlib  # nothing but a run asks, and it loads OpenSSL
+
         lines = [f"{p.name} {p.distribution} {p.version} {p.cls.__qualname__}" for p in self.plugins]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
