@@ -94,6 +94,7 @@ def test_parts_of_a_plugin_train_and_resume_as_ours(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     rates = [event.metrics["train/lr"] for event in whole.recorder.events("on_metrics")]
     assert rates == pytest.approx([1e-2, 5e-3] * 3)
+    assert any("optimizer sgd has no found_inf" in event.message for event in whole.recorder.events("on_log"))
     run(tmp_path / "halves", 3)
     second = run(tmp_path / "halves", 6)
     assert second.recorder.events("on_run_start")[0].step == 3

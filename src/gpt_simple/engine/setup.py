@@ -96,6 +96,12 @@ class Setup:
         optimizer = assembly.registry.get("optimizer", config.optimizer.name).load()(
             model, config.optimizer, run.device
         )
+        if not (alone := skips_on_device(optimizer)):
+            run.log.info(
+                f"optimizer {config.optimizer.name} has no found_inf, with which it would skip a non-finite step by"
+                " itself: the host reads one value a step",
+                name="host_read",
+            )
         run.checkpoints = EngineCheckpoints(self.store)
         self._restore(plan, model, optimizer)
         run._wrapped = run.world.wrap(model)
@@ -123,7 +129,7 @@ class Setup:
             store=self.store,
             status=status,
             state=partial(self._state, model, optimizer),
-            skips_on_device=skips_on_device(optimizer),
+            skips_on_device=alone,
             walltime=walltime,
             best_val_loss=plan.state.get("best_val_loss"),
         )
