@@ -20,6 +20,7 @@ from gpt_simple.config.structure import structure, with_other_mistakes
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.components import CONFIG_KEY, Kind, Registry, builtin_registry
+from gpt_simple.hooks.discovery import installed
 from gpt_simple.hooks.events import Finding
 from gpt_simple.hooks.host import PluginHost
 
@@ -102,7 +103,7 @@ def assemble(
         raise with_other_mistakes(error, raw) from None
     registry = builtin_registry()
     host.register_components(registry)
-    classes = _section_classes(raw, registry)
+    classes = _section_classes(raw, registry, host)
     config = structure(raw, sections=classes, plugin_configs=host.config_classes())
     host.instantiate(config)
     return Assembly(config, raw.origins, host, registry, Path(path) if path is not None else None, raw.notes)
@@ -115,7 +116,7 @@ def _plugins_table(raw: RawConfig) -> Mapping[str, Any]:
     return table
 
 
-def _section_classes(raw: RawConfig, registry: Registry) -> dict[str, type]:
+def _section_classes(raw: RawConfig, registry: Registry, host: PluginHost) -> dict[str, type]:
     """The class of each section whose component brings its own, so that its fields are validated by it."""
     classes: dict[str, type] = {}
     unknown: dict[str, Kind] = {}
@@ -126,7 +127,7 @@ def _section_classes(raw: RawConfig, registry: Registry) -> dict[str, type]:
         try:
             part = registry.get(kind, name, raw.origins.place(CONFIG_KEY[kind]))
         except ConfigError as error:
-            unknown[str(error)] = kind
+            unknown[f"{error}{_who_might_bring_it(host) if 'did you mean' not in str(error) else ''}"] = kind
         else:
             if part.config is not None:
                 classes[section] = part.config
@@ -134,3 +135,10 @@ def _section_classes(raw: RawConfig, registry: Registry) -> dict[str, type]:
         unchecked = [_SECTION_OF[kind] for kind in unknown.values() if kind != "schedule"]
         raise with_other_mistakes(ConfigError("\n".join(unknown)), raw, unchecked=unchecked)
     return classes
+
+
+def _who_might_bring_it(host: PluginHost) -> str:
+    """Plugins of other packages that are off, for somebody who installed one and thinks that this is enough."""
+    external = [record.name for record in installed() if record.origin == "external"]
+    off = [name for name in external if name in host.decisions and not host.decisions[name].active]
+    return f"; if a plugin brings it, switch that on: [plugins.NAME] or -p NAME ({', '.join(off)})" if off else ""

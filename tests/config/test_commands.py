@@ -140,6 +140,54 @@ def test_a_shell_gets_dotted_keys(cli, monkeypatch):
     assert cli()[0].split() == ["plain,--plugins.sample.temperature", "plain,--plugins.sample.top_k"]
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("run c.toml --model.norm r", {"plain,rmsnorm"}),
+        ("run c.toml --training.seed 3 --data.source s", {"plain,shards", "plain,stories"}),
+        ("config show c.toml --training.compile ", {"plain,true", "plain,false"}),
+        ("validate c.toml --plugins.console.progress li", {"plain,live", "plain,lines"}),
+        ("run c.toml --data.path co", {"file,co"}),
+        ("run con", {"file,con"}),
+        ("run -c con", {"file,con"}),
+    ],
+)
+def test_a_shell_gets_values_and_files(cli, monkeypatch, words, wanted):
+    monkeypatch.setenv("_GPT_SIMPLE_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"gpt-simple {words}")
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ") + 1))
+    assert set(cli()[0].split()) == wanted
+
+
+COMPONENTS = """
+from attrs import frozen
+from gpt_simple import Plugin, hookimpl
+
+@frozen
+class BigramConfig:
+    name: str = "bigram"
+    width: int = 8
+
+class Parts(Plugin):
+    @classmethod
+    @hookimpl
+    def register_components(cls, registry):
+        registry.add("model", "bigram", "nowhere:build", config=BigramConfig)
+"""
+
+
+def test_show_and_schema_know_what_a_plugin_brings(cli):
+    Path("parts.py").write_text(COMPONENTS)
+    Path("c.toml").write_text('[model]\nname = "bigram"\nwidth = 4\n')
+    assert tomli.loads(cli("config", "show", "c.toml", "-p", "./parts.py")[0])["model"] == {
+        "name": "bigram",
+        "width": 4,
+    }
+    schema = json.loads(cli("config", "schema", "-c", "c.toml", "-p", "./parts.py")[0])
+    assert set(schema["properties"]["model"]["properties"]) == {"name", "width"}
+    assert "there is no model 'bigram'" in cli("config", "show", "c.toml", code=2)[1]
+
+
 def test_the_commands_do_not_import_torch(tmp_path):
     code = """if True:
         import sys

@@ -33,7 +33,15 @@ def test_habits_from_other_formats_get_a_hint(bench, text, line):
 
 def test_a_duplicate_key_in_toml_is_named(bench):
     (found,) = bench.mistakes("[training]\nseed = 1\nmax_steps = 2\nseed = 3\n[model]\n")
-    assert found == "config.toml:4:9: this key is given twice; keep one of the two"
+    assert found == "config.toml:4:9: training.seed: given twice, first on line 2; keep one of the two"
+    (found,) = bench.mistakes("[training]\nseed = 1\nseed.x = 2\n")
+    assert found.endswith("this key is given twice; keep one of the two")
+
+
+def test_a_table_that_is_opened_twice_in_toml_is_named(bench):
+    for begin in ("[training]\nseed = 1", "training.seed = 1\n"):
+        (found,) = bench.mistakes(f"{begin}\n[training]\nmax_steps = 2\n")
+        assert found == "config.toml:3:10: [training] is there already on line 1; put its keys together"
 
 
 def test_slips_in_the_text_and_wrong_values_are_reported_together(bench):
@@ -117,6 +125,7 @@ def test_yaml_keys_are_text_as_written():
         ("training: \x01\n", "config.yaml:1: the character U+0001 is not allowed"),
         ("- a\n- b\n", "config.yaml:1:1: expected sections such as `training:`"),
         ('output: "\\UFFFFFFFF"\n', "config.yaml: "),
+        ("training: &a {seed: 1}\nmodel:\n  <<: *a\n", "config.yaml:3:3: merging with << is no part of YAML 1.2"),
         ("{1: 2, [a]: 3}", "config.yaml:1:8: a key must be plain text"),
         ("a: 1\n---\nb: 2\n", "config.yaml:2:1: "),
     ],

@@ -210,3 +210,14 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_problem(bench, tmp_path)
 def test_a_full_configuration_is_checked_in_under_5_ms(bench):
     raw = bench.raw(to_toml(Config()))
     assert min(timeit.repeat(lambda: structure(raw), number=1, repeat=5)) < 0.005
+
+
+@pytest.mark.parametrize("variable", ["GPT_SIMPLE__", "GPT_SIMPLE__MODEL__", "GPT_SIMPLE____MODEL"])
+def test_a_variable_that_names_no_key_is_named(bench, variable):
+    expected = f"${variable}: expected a name like GPT_SIMPLE__TRAINING__MAX_STEPS"
+    assert bench.mistakes("", environ={variable: "3"}) == [expected]
+
+
+def test_a_variable_with_an_underscore_too_few_is_told(bench):
+    raw = bench.raw("", environ={"GPT_SIMPLE_MODEL_N_EMBD": "3", "GPT_SIMPLE_CACHE": "x", "GPT_SIMPLE_TRAINING": "x"})
+    assert raw.notes == ("$GPT_SIMPLE_MODEL_N_EMBD is not read; did you mean $GPT_SIMPLE__MODEL__N_EMBD?",)

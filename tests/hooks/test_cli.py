@@ -13,6 +13,8 @@ import pytest
 import tomli
 from click.testing import CliRunner, Result
 
+from gpt_simple.assembly import assemble
+from gpt_simple.cli.fields import builtin_configs
 from gpt_simple.cli.plugin_details import toml_literal
 from gpt_simple.cli.plugins import plugins
 from gpt_simple.errors import ConfigError, PluginError
@@ -214,3 +216,16 @@ def test_a_run_that_uses_a_broken_plugin_stops_with_one_sentence(fake_package: F
     assert done.returncode == PluginError.exit_code
     assert "raises (b-import 1.0): importing b_import failed: ValueError: boom" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_part_of_a_plugin_that_is_installed_but_off(fake_package: FakePackage) -> None:
+    fake_package("acme-log", plugins={"acme": "acme_log:Acme"}, modules={"acme_log": PLUGIN.format(cls="Acme")})
+    with pytest.raises(ConfigError, match=r"switch that on: \[plugins\.NAME\] or -p NAME \(.*acme.*\)"):
+        assemble(None, overrides=[("optimizer.schedule", "zigzag")])
+
+
+def test_the_reference_of_the_configuration_has_built_in_plugins_alone(fake_package: FakePackage) -> None:
+    before = set(builtin_configs())
+    fake_package("acme-log", plugins={"acme": "acme_log:Acme"}, modules={"acme_log": DETAILED})
+    assert set(builtin_configs()) == before
+    assert {"console", "wandb"} <= before

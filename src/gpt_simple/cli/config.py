@@ -9,6 +9,7 @@ import click
 
 from gpt_simple.cli.fields import ConfiguredCommand
 
+_PLUGINS = click.option("-p", "plugins", multiple=True, metavar="NAME", help="As for `run`.")
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -18,11 +19,13 @@ def config() -> None:
 
 
 @config.command("show", cls=ConfiguredCommand)
-@click.argument("path", metavar="[CONFIG]", required=False)
-@click.option("-c", "--config", "option", metavar="FILE", help="The same as CONFIG.")
+@click.argument("path", metavar="[CONFIG]", type=click.Path(), required=False)
+@click.option("-c", "--config", "option", metavar="FILE", type=click.Path(), help="The same as CONFIG.")
 @click.option("--origin", is_flag=True, help="Say where each value comes from, and what it overrode.")
 @click.option("--json", "as_json", is_flag=True, help="JSON.")
 @click.option("--toml", "as_toml", is_flag=True, help="TOML; the default.")
+@_PLUGINS
+@click.option("--no-plugins", is_flag=True, help="As for `run`.")
 @click.pass_obj
 def show(
     overrides: list[tuple[str, str]],
@@ -31,16 +34,20 @@ def show(
     origin: bool,
     as_json: bool,
     as_toml: bool,
+    plugins: tuple[str, ...],
+    no_plugins: bool,
 ) -> None:
     """Print every value that a run of CONFIG would use."""
     from gpt_simple.assembly import assemble
     from gpt_simple.config.render import to_json, to_toml
+    from gpt_simple.hooks.activation import Switches
 
     if path and option and path != option:
         raise click.UsageError(f"two configurations were given: {path} and --config {option}")
     if as_json and as_toml:
         raise click.UsageError("choose one of --json and --toml")
-    assembly = assemble(path or option, overrides=overrides)
+    switches = Switches.parse(plugins, no_plugins=no_plugins)
+    assembly = assemble(path or option, overrides=overrides, switches=switches)
     for note in assembly.notes:
         click.echo(f"note: {note}", err=True)
     if not as_json:
@@ -52,10 +59,15 @@ def show(
 
 
 @config.command("schema")
-@click.option("-c", "--config", "path", metavar="FILE", help="Include the plugins and components of FILE.")
-def schema(path: str | None) -> None:
-    """Print a JSON Schema (draft-07) of the configuration.
+@click.option(
+    "-c", "--config", "path", metavar="FILE", type=click.Path(), help="Include the plugins and components of FILE."
+)
+@_PLUGINS
+@click.option("--no-plugins", is_flag=True, help="As for `run`.")
+def schema(path: str | None, plugins: tuple[str, ...], no_plugins: bool) -> None:
+    """Print a JSON Schema (draft-07) of the configuration: the core's fields and those of built-in plugins.
 
+    With -c or -p also those of the plugins and components that they bring.
     Save it and name it in the first line of a configuration: `#:schema schema.json` in TOML,
     `# yaml-language-server: $schema=schema.json` in YAML.
     """
@@ -63,14 +75,15 @@ def schema(path: str | None) -> None:
     from gpt_simple.cli.fields import builtin_configs
     from gpt_simple.config.json_schema import json_schema
     from gpt_simple.config.structure import SECTIONS
+    from gpt_simple.hooks.activation import Switches
 
-    plugins, sections = builtin_configs(), dict(SECTIONS)
-    if path is not None:
-        assembly = assemble(path)
-        plugins |= assembly.host.config_classes()
-        plugins |= {plugin.name: plugin.cls.Config for plugin in assembly.host.plugins}
+    tables, sections = builtin_configs(), dict(SECTIONS)
+    if path is not None or plugins:
+        assembly = assemble(path, switches=Switches.parse(plugins))
+        tables |= assembly.host.config_classes()
+        tables |= {plugin.name: plugin.cls.Config for plugin in assembly.host.plugins}
         sections = {name: type(getattr(assembly.config, name)) for name in SECTIONS}
-    click.echo(json.dumps(json_schema(plugins, sections=sections), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(json_schema(tables, sections=sections), indent=2, ensure_ascii=False))
 
 
 def _with_origins(assembly: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Literal, get_args, get_origin
 
 import click
 from click.shell_completion import CompletionItem
@@ -11,10 +13,12 @@ from gpt_simple.config.load import split_overrides
 from gpt_simple.config.render import field_help
 from gpt_simple.config.schema import PluginsConfig
 from gpt_simple.config.structure import SECTIONS
-from gpt_simple.config.types import FieldSpec, fields_of
+from gpt_simple.config.types import FieldSpec, fields_of, members
 from gpt_simple.errors import ConfigError
+from gpt_simple.hooks.components import CONFIG_KEY, builtin_registry
 
 _WIDTH = 110
+_AWAITED = "gpt_simple.awaited"
 
 
 class ConfiguredCommand(click.Command):
@@ -27,10 +31,12 @@ class ConfiguredCommand(click.Command):
         try:
             context.obj, rest = split_overrides(args)
         except ConfigError:
-            # While a shell asks for completions, the last value is not there yet.
             if not context.resilient_parsing:
                 raise
-            context.obj, rest = [], []
+            # A shell asks for completions: the last value is not there yet.
+            context.meta[_AWAITED], context.obj, rest = args[-1].removeprefix("--"), [], []
+            with suppress(ConfigError):
+                context.obj, rest = split_overrides(args[:-1])
         return super().parse_args(context, rest)
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -38,6 +44,8 @@ class ConfiguredCommand(click.Command):
         formatter.write("\n" + option_help(builtin_configs()))
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
+        if (key := context.meta.get(_AWAITED)) and not incomplete.startswith("--"):
+            return complete_value(key, incomplete, builtin_configs())
         return [*super().shell_complete(context, incomplete), *complete(incomplete, builtin_configs())]
 
 
@@ -71,6 +79,21 @@ def complete(incomplete: str, plugin_configs: Mapping[str, type]) -> list[Comple
         for spec in specs
         if (option := f"--{table}.{spec.name}").startswith(incomplete)
     ]
+
+
+def complete_value(key: str, incomplete: str, plugin_configs: Mapping[str, type]) -> list[CompletionItem]:
+    """What a dotted key may be, as far as it starts with what was typed: a choice, a component, else a file."""
+    types = {f"{table}.{spec.name}": spec.type for table, specs in _groups(plugin_configs) for spec in specs}
+    if key not in types:
+        return []
+    choices = [name for kind, home in CONFIG_KEY.items() if home == key for name in builtin_registry().names(kind)]
+    for member in members(types[key]):
+        if get_origin(member) is Literal:
+            choices += map(str, get_args(member))
+        elif member is bool:
+            choices += ["true", "false"]
+    found = [CompletionItem(choice) for choice in choices if choice.startswith(incomplete)]
+    return found or ([CompletionItem(incomplete, type="file")] if str in members(types[key]) else [])
 
 
 def _groups(plugin_configs: Mapping[str, type]) -> Iterator[tuple[str, tuple[FieldSpec, ...]]]:

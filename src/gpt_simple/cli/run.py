@@ -96,8 +96,8 @@ def _program() -> list[str]:
 
 
 _OPTIONS = (
-    click.argument("path", metavar="[CONFIG]", required=False),
-    click.option("-c", "--config", "option", metavar="FILE", help="The same as CONFIG."),
+    click.argument("path", metavar="[CONFIG]", type=click.Path(), required=False),
+    click.option("-c", "--config", "option", metavar="FILE", type=click.Path(), help="The same as CONFIG."),
     click.option("--force", is_flag=True, help="Discard the run in output_dir, once the new one is validated."),
     click.option(
         "-p",

@@ -15,8 +15,8 @@ from gpt_simple.validate.findings import exit_code, from_error, to_json, to_tabl
 @click.command(
     cls=ConfiguredCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
-@click.argument("path", metavar="[CONFIG]", required=False)
-@click.option("-c", "--config", "option", metavar="FILE", help="The same as CONFIG.")
+@click.argument("path", metavar="[CONFIG]", type=click.Path(), required=False)
+@click.option("-c", "--config", "option", metavar="FILE", type=click.Path(), help="The same as CONFIG.")
 @click.option("-p", "plugins", multiple=True, metavar="NAME", help="As for `run`.")
 @click.option("--no-plugins", is_flag=True, help="As for `run`.")
 @click.option("--force", is_flag=True, help="As if the run were started with --force.")

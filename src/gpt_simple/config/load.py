@@ -26,6 +26,8 @@ from gpt_simple.config.schema import Config, PluginsConfig
 from gpt_simple.errors import ConfigError
 
 _OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
+_ALMOST_ENV = re.compile(rf"GPT_SIMPLE_({'|'.join(a.name.upper() for a in attrs.fields(Config))})_+(\w+)")
+"""A variable that nobody else would have named so: an underscore is missing."""
 _PYTHON = Origin("python", "train(...)")
 _NULL_WORDS = (None, "null", "none")
 
@@ -77,10 +79,7 @@ def read(
         layers.add_file(Path(path))
     for name, section in (sections or {}).items():
         layers.add_section(name, section)
-    for variable, text in sorted((os.environ if environ is None else environ).items()):
-        if variable.startswith(ENV_PREFIX):
-            key = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".")
-            layers.add_text(key, text, Origin("env", f"${variable}"))
+    layers.add_environment(os.environ if environ is None else environ)
     for key, text in overrides:
         layers.add_text(key, text, Origin("cli", f"--{key}"))
     for key, value in (values or {}).items():
@@ -147,6 +146,18 @@ class _Layers:
             del self.origins[old]
         self.values[name] = {}
         self._merge(self.values, self._translated(values), "", _PYTHON)
+
+    def add_environment(self, environ: Mapping[str, str]) -> None:
+        for variable, text in sorted(environ.items()):
+            origin = Origin("env", f"${variable}")
+            if variable.startswith(ENV_PREFIX):
+                key = variable.removeprefix(ENV_PREFIX).lower().split("__")
+                if all(key):
+                    self.add_text(".".join(key), text, origin)
+                else:
+                    self.mistakes.append(Mistake(origin, "", f"expected a name like {ENV_PREFIX}TRAINING__MAX_STEPS"))
+            elif meant := _ALMOST_ENV.fullmatch(variable):
+                self.notes.append(f"${variable} is not read; did you mean ${ENV_PREFIX}{meant[1]}__{meant[2]}?")
 
     def add_text(self, key: str, text: str, origin: Origin) -> None:
         value = _literal(text)

@@ -29,7 +29,7 @@ def parse_toml(text: str) -> Parsed:
             values = tomli.loads(text)
         except tomli.TOMLDecodeError as error:
             repair = _mend(text, error)
-            message = repair.hint if repair else _first_lower(error.msg)
+            message = repair.hint if repair else _opened_twice(text, error) or _first_lower(error.msg)
             mistakes.append(SyntaxMistake(error.lineno, error.colno, message))
             if repair is None:
                 break
@@ -52,7 +52,7 @@ def _mend(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
     """What the user probably meant at the place of the error, if that is plain."""
     start = error.pos
     if error.msg == "Cannot overwrite a value":
-        return _without_line(text, error.lineno, "this key is given twice; keep one of the two")
+        return _without_line(text, error.lineno, _given_twice(text, error))
     if error.msg.startswith("Expected '=' after a key"):
         line = text.splitlines()[error.lineno - 1]
         found = re.match(r"\s*([\w.-]+)\s*:\s*(.*)", line)
@@ -68,6 +68,27 @@ def _mend(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
         return None
     hint, value = _meant(word)
     return _Repair(hint, text[:start] + value + text[start + len(word) :])
+
+
+def _given_twice(text: str, error: tomli.TOMLDecodeError) -> str:
+    scanner = _Scanner(text[: error.pos])
+    first = scanner.scan().get(scanner.last, error.lineno)
+    if first == error.lineno:  # a value and a table of one name
+        return "this key is given twice; keep one of the two"
+    return f"{scanner.last}: given twice, first on line {first}; keep one of the two"
+
+
+def _opened_twice(text: str, error: tomli.TOMLDecodeError) -> str:
+    """What to say of a second ``[table]``; empty if the error is another one."""
+    if not error.msg.startswith("Cannot declare"):
+        return ""
+    lines = text.split("\n")
+    header = re.match(r"\s*\[([\w.-]+)\]", lines[error.lineno - 1])
+    if header is None:
+        return ""
+    first = _Scanner("\n".join(lines[: error.lineno - 1])).scan().get(header[1])
+    place = f" on line {first}" if first else ""
+    return f"[{header[1]}] is there already{place}; put its keys together"
 
 
 def _meant(word: str) -> tuple[str, str]:
@@ -117,6 +138,7 @@ class _Scanner:
         self.position = 0
         self.lines: dict[str, int] = {}
         self.array_lengths: dict[str, int] = {}
+        self.last = ""
 
     def scan(self) -> dict[str, int]:
         """Dotted path -> line, for tables, keys and list items."""
@@ -146,6 +168,7 @@ class _Scanner:
             self.lines.setdefault(path, line)
         self.position += 1
         self._value(path)
+        self.last = path
 
     def _value(self, path: str) -> None:
         self._skip_blank()

@@ -120,6 +120,9 @@ class _Walk:
             # As written, and not as a number or boolean: a bucket may be called 2024 or no.
             key = self._text(key_node)
             here = join(path, key)
+            if key == "<<":
+                self._mistake(key_node, "merging with << is no part of YAML 1.2; write the keys out")
+                continue
             if key in result:
                 self._mistake(key_node, f"{here}: given twice, first on line {self.lines[here]}; keep one of the two")
                 continue
