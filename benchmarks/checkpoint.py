@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as directory:
         root = Path(directory)
         store, behind = Store(root / "blocking"), Store(root / "background")
-        writer = BackgroundWriter(behind)
+        writer = BackgroundWriter(behind, model)
 
         def parts() -> None:
             for stem, group in tensors.items():

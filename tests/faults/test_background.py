@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpt_simple.checkpoint.draft import Draft, Published
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.engine.background import BackgroundWriter, NotFinite
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.engine.conftest import TinyRun
 from tests.faults.conftest import At, Ended, kill_self
@@ -99,6 +101,19 @@ def test_a_kill_while_one_is_on_its_way_costs_only_that_one(
     assert (ended.code, ended.steps) == (-9, [3])
     tiny("parts", **IN_BACKGROUND)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_a_buffer_may_hold_an_infinity(tmp_path: Path) -> None:
+    writer = BackgroundWriter(Store(tmp_path), weights={"weight"})
+    tensors = {"weight": torch.ones(3), "mask": torch.tensor([0.0, -torch.inf])}
+    writer.begin(1, {"model": tensors}, {})
+    assert writer.landed(wait=True) is not None
+    tensors["weight"][1] = torch.nan
+    writer.begin(2, {"model": tensors}, {})
+    with pytest.raises(NotFinite):
+        writer.landed(wait=True)
+    writer.close()
+    assert [checkpoint.step for checkpoint in Store(tmp_path).list()] == [1]
 
 
 class At2(At):

@@ -15,7 +15,7 @@ import torch
 
 from gpt_simple import Plugin, TrainResult, hookimpl
 from gpt_simple.checkpoint.draft import Draft
-from gpt_simple.engine.numerics import MadeStep, Watch
+from gpt_simple.engine.numerics import MadeStep, Watch, all_finite
 from gpt_simple.errors import GptSimpleError
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.engine.conftest import TinyRun, weights
@@ -93,6 +93,35 @@ def test_weights_that_are_not_finite_are_never_saved(tiny: TinyRun) -> None:
     assert "step-00000004" in result.reason
     assert all(torch.isfinite(tensor).all() for tensor in weights(result).values())
     assert tiny(**options).status == "completed"
+
+
+def test_weights_that_are_not_finite_are_never_saved_in_the_background_either(tiny: TinyRun) -> None:
+    """Training has gone on when it is found out; then the run halts as it would have."""
+
+    def break_a_weight(run: Any) -> None:
+        next(run.model.parameters()).data[0, 0] = math.nan
+
+    options: dict[str, Any] = {"training__save_steps": 2, "training__max_steps": 10, "training__background_save": True}
+    result = tiny(plugins=[At("on_step_end", 5, break_a_weight)], **options)
+    assert (result.status, result.exit_code) == ("halted", 76)
+    assert "weights are not finite" in result.reason
+    assert "step-00000004" in result.reason
+    assert sorted(path.name for path in (result.output_dir / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+    assert tiny(**options).status == "completed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_weights_are_numbers(dtype: torch.dtype) -> None:
+    large = torch.full((1000,), 0.9 * torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite([large, torch.ones(3), torch.empty(0)])
+    for wrong in (math.nan, math.inf, -math.inf):
+        large[-1] = wrong
+        assert not all_finite([torch.ones(3), large])
+    assert not all_finite([torch.tensor([math.inf, -math.inf])])
+    assert all_finite([])
 
 
 def test_weights_that_break_in_the_last_step_are_not_saved_either(tiny: TinyRun) -> None:

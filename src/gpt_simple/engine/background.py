@@ -1,13 +1,14 @@
 """Checkpoints that are written by a thread while training goes on.
 
-Training waits only until the state is copied. At most one checkpoint is on its way, so the copies are made once and
-used again, and the disk is never asked for more than it can do.
+Training waits only until the state is copied; that its weights are numbers is found out on the copy. At most one
+checkpoint is on its way, so the copies are made once and used again, and the disk is never asked for more than it can
+do.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,11 @@ from attrs import define, field
 
 from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.engine.numerics import all_finite
+
+
+class NotFinite(Exception):
+    """The checkpoint would have held weights that are no numbers; nothing was written."""
 
 
 @define
@@ -23,6 +29,8 @@ class BackgroundWriter:
     """Writes one checkpoint at a time. Belongs to the process that owns the store."""
 
     store: Store
+    weights: Collection[str]
+    """Names in ``model`` that must be finite."""
     _pool: ThreadPoolExecutor = field(factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
     _flight: Future[Published] | None = field(default=None, init=False)
     _copies: dict[str, dict[str, torch.Tensor]] = field(factory=dict, init=False)
@@ -32,12 +40,12 @@ class BackgroundWriter:
         assert self._flight is None
         self._copies = {stem: self._copied(stem, group) for stem, group in tensors.items()}
         frozen = json.loads(json.dumps(documents))
-        self._flight = self._pool.submit(self.store.publish, step, tensors=self._copies, documents=frozen)
+        self._flight = self._pool.submit(self._write, step, frozen)
 
     def landed(self, *, wait: bool) -> Published | None:
         """The checkpoint that was begun, once, as soon as it is durable; None while it is on its way.
 
-        Raises CheckpointError, once, if it could not be written.
+        Raises, once, CheckpointError if it could not be written and NotFinite if it must not be.
         """
         if self._flight is None or not (wait or self._flight.done()):
             return None
@@ -47,6 +55,11 @@ class BackgroundWriter:
     def close(self) -> None:
         """Wait for what is on its way."""
         self._pool.shutdown()
+
+    def _write(self, step: int, documents: Mapping[str, Any]) -> Published:
+        if not all_finite(tensor for name, tensor in self._copies["model"].items() if name in self.weights):
+            raise NotFinite
+        return self.store.publish(step, tensors=self._copies, documents=documents)
 
     def _copied(self, stem: str, group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         before = self._copies.get(stem, {})

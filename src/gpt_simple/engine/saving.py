@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, field, frozen
 
 from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
-from gpt_simple.engine.background import BackgroundWriter
+from gpt_simple.engine.background import BackgroundWriter, NotFinite
 from gpt_simple.engine.numerics import all_finite
 from gpt_simple.engine.run import EngineRun
 from gpt_simple.engine.stopping import Walltime
@@ -25,6 +25,14 @@ from gpt_simple.hooks.events import CheckpointSaved, CheckpointSaving
 
 State = tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, Any]]
 """Tensors and JSON documents of a checkpoint, by the stem of the file they go to."""
+
+
+@frozen
+class Landing:
+    """What became of a checkpoint that was written in the background: it is there, or not, or the run must halt."""
+
+    done: Published | None = None
+    halt: str = ""
 
 
 @define(slots=False, eq=False)
@@ -40,84 +48,99 @@ class Saving:
     again: str = field(default="", init=False)
     """Why a checkpoint should be written soon: the one before could not be."""
     _newest: int | None = field(default=None, init=False)
-    _in_flight: str = field(default="", init=False)
+    _in_flight: tuple[int, str] | None = field(default=None, init=False)
+    """Step of the checkpoint that is on its way, and the reason for it."""
 
     def __attrs_post_init__(self) -> None:
-        self._writer = BackgroundWriter(self.store)
+        # Buffers may hold an infinity, as a mask does.
+        weights = self.model.state_dict().keys() - dict(self.model.named_buffers()).keys()
+        self._writer = BackgroundWriter(self.store, weights)
 
     def save(self, reason: str, *, must_succeed: bool) -> bool:
         """Publish a checkpoint of this step, unless there is one. CheckpointError only if it ``must_succeed``.
 
-        False if there is nothing worth saving because the weights are not finite; the last good one stays.
+        False if there is nothing worth saving because the weights are not finite; the last good one stays. In the
+        background that is found out later, and halts the run when it lands.
         """
         run, calls, started = self.run, self.calls, time.perf_counter()
         self.land(wait=True)
         if self._newest == run.step:
             return True
-        if not run.world.main_only(lambda: all_finite(self.model)):
+        in_background = run.config.training.background_save and not must_succeed
+        if not in_background and not run.world.main_only(lambda: all_finite(self.model.parameters())):
             return False
         if calls.on_checkpoint_saving is not None:
             with run.comm.during("on_checkpoint_saving"):
                 calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
-        in_background = run.config.training.background_save and not must_succeed
-        done = run.world.main_only(lambda: self._publish(must_succeed, in_background))
         if in_background:
-            self._in_flight = reason
+            run.world.main_only(self._begin)
+            self._in_flight = run.step, reason
             return True
-        self._published(done, reason)
+        self._published(run.world.main_only(lambda: self._publish(must_succeed)), reason)
         if self.walltime is not None:
             self.walltime.saved(time.perf_counter() - started)
         return True
 
     def land(self, *, wait: bool) -> None:
         """Tell of a checkpoint that was written in the background, as soon as it is durable."""
-        if not self._in_flight:
+        if self._in_flight is None:
             return
-        over, done = self.run.world.main_only(lambda: self._landed(wait))
-        if not over:
+        step, reason = self._in_flight
+        landing = self.run.world.main_only(lambda: self._landed(step, wait))
+        if landing is None:
             return
-        reason, self._in_flight = self._in_flight, ""
-        self._published(done, reason)
-        if self.walltime is not None and done is not None:
+        self._in_flight = None
+        if landing.halt:
+            self.run.control.halt(landing.halt)
+            return
+        self._published(landing.done, reason)
+        if self.walltime is not None and landing.done is not None:
             # The last one of the run may have to wait for one that is on its way.
-            self.walltime.saved(2 * done.seconds)
+            self.walltime.saved(2 * landing.done.seconds)
 
-    def not_finite(self) -> str:
-        """Why the run halts when ``save`` returned False."""
+    def not_finite(self, step: int) -> str:
+        """Why the run halts when the weights after ``step`` are not finite."""
         good = self.store.list()
         kept = f"the last good checkpoint is {good[-1].path}" if good else "there is no earlier checkpoint"
-        return f"weights are not finite after step {self.run.step}; nothing was written, {kept}"
+        return f"weights are not finite after step {step}; nothing was written, {kept}"
 
     def close(self) -> None:
         """Wait for a checkpoint that is on its way."""
         self._writer.close()
 
-    def _publish(self, must_succeed: bool, in_background: bool) -> Published | None:
-        run = self.run
-        if not run.output_dir.exists():
-            run.log.error(
-                f"{run.output_dir} is gone, with the earlier checkpoints: it is made anew", name="output_gone"
-            )
+    def _begin(self) -> None:
+        self._notice_loss()
+        self._writer.begin(self.run.step, *self.state())
+
+    def _publish(self, must_succeed: bool) -> Published | None:
+        self._notice_loss()
         try:
             tensors, documents = self.state()
-            if in_background:
-                self._writer.begin(run.step, tensors, documents)
-                return None
-            return self.store.publish(run.step, tensors=tensors, documents=documents)
+            return self.store.publish(self.run.step, tensors=tensors, documents=documents)
         except CheckpointError as error:
             if must_succeed:
                 raise
-            run.log.error(f"{error}; training goes on", name="checkpoint_failed")
+            self._tell(error)
             return None
 
-    def _landed(self, wait: bool) -> tuple[bool, Published | None]:
-        """Whether nothing is on its way any more, and what came of it."""
+    def _notice_loss(self) -> None:
+        path = self.run.output_dir
+        if not path.exists():
+            self.run.log.error(f"{path} is gone, with the earlier checkpoints: it is made anew", name="output_gone")
+
+    def _landed(self, step: int, wait: bool) -> Landing | None:
+        """What became of the checkpoint of ``step``; None while it is on its way."""
         try:
             done = self._writer.landed(wait=wait)
-            return done is not None, done
+            return None if done is None else Landing(done)
+        except NotFinite:
+            return Landing(halt=self.not_finite(step))
         except CheckpointError as error:
-            self.run.log.error(f"{error}; training goes on", name="checkpoint_failed")
-            return True, None
+            self._tell(error)
+            return Landing()
+
+    def _tell(self, error: CheckpointError) -> None:
+        self.run.log.error(f"{error}; training goes on", name="checkpoint_failed")
 
     def _published(self, done: Published | None, reason: str) -> None:
         # Tried again when the log is due: until then somebody may have made room.

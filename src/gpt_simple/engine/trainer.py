@@ -222,7 +222,7 @@ class Trainer:
         if verdict.save or verdict.leave or is_last or again:
             reason = "last step" if is_last else verdict.stop or verdict.halt or verdict.ended or verdict.save or again
             if not self._save(reason, must_succeed=verdict.leave or is_last):
-                return Verdict(halt=self._saving.not_finite())
+                return Verdict(halt=self._saving.not_finite(run.step))
         if verdict.evaluate and not verdict.leave:
             self._evaluate()
         return verdict
@@ -309,7 +309,7 @@ class Trainer:
         if self._interval:
             self._log(tell=True)
         if not self._save(reason, must_succeed=True):
-            return "halted", self._saving.not_finite()
+            return "halted", self._saving.not_finite(self.run.step)
         self._evaluate()
         return "completed", reason
 
