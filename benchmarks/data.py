@@ -1,10 +1,12 @@
 """What the data path costs: each figure beside the bare thing that it wraps, in one process, in turns.
 
-    python benchmarks/data.py [--megabytes 8]
+    python benchmarks/data.py [--megabytes 32]
 
-Reported as JSON: MB/s of `tokenize` with one process against bare tiktoken in one thread on the same text and merges,
-and `tokenizers`' own batch call; tokens/s of the loader against a bare numpy gather of the same rows into the same kind
-of tensors; microseconds and peak memory of locating a batch at sample 0 and at sample 10^12.
+Reported as JSON: MB/s of the whole command `gpt-simple tokenize`, from its start as a process to the finished dataset,
+with one and with two workers, against bare tiktoken with the same merges on the same text in memory, in one and in two
+threads (medians of ratios within a round), and `tokenizers`' own batch call; tokens/s of the loader against a numpy
+gather of the same rows into the same kind of tensors; microseconds and peak memory of locating a batch at sample 0 and
+at sample 10^12.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -28,18 +33,15 @@ import torch
 from attrs import evolve
 
 from gpt_simple import Config, DataConfig
-from gpt_simple.data.bulk import Job, tokenize
-from gpt_simple.data.corpus import find_units
 from gpt_simple.data.loader import Loader
 from gpt_simple.data.mixture import mixture
-from gpt_simple.data.parts import Settings, make_part
 from gpt_simple.data.prepare import order_seed, prepare
 from gpt_simple.data.sources.python_stdlib import build
 from gpt_simple.data.tokenizer import JsonTokenizer, bpe
 from gpt_simple.hooks.components import builtin_registry
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--megabytes", type=float, default=8)
+parser.add_argument("--megabytes", type=float, default=32)
 arguments = parser.parse_args()
 ROUNDS = 7
 
@@ -50,49 +52,65 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def in_turns(**calls: Callable[[], Any]) -> dict[str, float]:
-    """The best time of each, all measured in every round."""
+def in_turns(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """The times of each, all measured in every round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             times[name].append(seconds(call))
-    return {name: min(taken) for name, taken in times.items()}
+    return times
+
+
+def ratio(bare: list[float], ours: list[float]) -> float:
+    """Of speeds, ours to bare: the median over rounds, in which the machine is about as busy for both."""
+    return round(statistics.median(a / b for a, b in zip(bare, ours, strict=True)), 3)
+
+
+def library(megabytes: float) -> list[str]:
+    """The standard library's sources, several times if need be; no two texts are the same."""
+    sources = [document.text for document in build(DataConfig(), 0).documents()]
+    texts: list[str] = []
+    left = megabytes * 1e6
+    while left > 0:
+        text = f"{sources[len(texts) % len(sources)]}# {len(texts)}\n"
+        texts.append(text)
+        left -= len(text.encode())
+    return texts
 
 
 def tokenizing(root: Path) -> dict[str, float]:
-    texts, size = [], 0
-    for document in build(DataConfig(), 0).documents():
-        texts.append(document.text)
-        size += len(document.text.encode())
-        if size > arguments.megabytes * 1e6:
-            break
+    texts = library(arguments.megabytes)
+    size = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = bpe(evolve(DataConfig(), tokenizer_vocab_size=8192), lambda: iter(texts[:100]))
     assert isinstance(tokenizer, JsonTokenizer)
     assert tokenizer._merges is not None
-    raw, parts = root / "raw", root / "parts"
-    for folder in (raw, parts):
-        folder.mkdir()
+    raw, out = root / "raw", root / "out"
+    raw.mkdir()
     (raw / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer.save(root / "tokenizer")
-    settings = Settings(parts, root / "tokenizer", tokenizer.fingerprint, "text")
-    units = find_units(raw)
     bare = tokenizer._merges.encoding
+    command = [sys.executable, "-m", "gpt_simple", "tokenize", f"--input_dir={raw}", f"--output_dir={out}"]
 
-    def ours() -> None:
-        for unit in units:
-            make_part(unit, settings)
+    def ours(workers: int) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        options = [f"--tokenizer_path={root / 'tokenizer'}", f"--num_workers={workers}"]
+        subprocess.run([*command, *options], check=True, capture_output=True)
 
     taken = in_turns(
-        ours=ours,
-        tiktoken=lambda: [bare.encode_ordinary(text) for text in texts],
-        tokenizers=lambda: tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False),
+        {
+            "tiktoken, 1 thread": lambda: [bare.encode_ordinary(text) for text in texts],
+            "command, 1 worker": lambda: ours(1),
+            "tiktoken, 2 threads": lambda: bare.encode_ordinary_batch(texts, num_threads=2),
+            "command, 2 workers": lambda: ours(2),
+        }
     )
-    job = Job(raw, root / "out", tokenizer=str(root / "tokenizer"))
-    whole = seconds(lambda: tokenize(job, lambda message: None, lambda done, total: None))
-    speeds = {f"{name} MB/s": round(size / 1e6 / time, 2) for name, time in (*taken.items(), ("whole command", whole))}
+    few = texts[: len(texts) // 8]
+    backend = seconds(lambda: tokenizer.backend.encode_batch_fast(few, add_special_tokens=False))
+    speeds = {f"{name}, MB/s": round(size / min(times), 2) for name, times in taken.items()}
     return speeds | {
-        "ours / tiktoken": round(taken["tiktoken"] / taken["ours"], 3),
-        "tokenizers / tiktoken": round(taken["tiktoken"] / taken["tokenizers"], 3),
+        "tokenizers, 1 thread, MB/s": round(sum(len(text.encode()) for text in few) / 1e6 / backend, 2),
+        "command / tiktoken, 1": ratio(taken["tiktoken, 1 thread"], taken["command, 1 worker"]),
+        "command / tiktoken, 2": ratio(taken["tiktoken, 2 threads"], taken["command, 2 workers"]),
     }
 
 
@@ -121,9 +139,11 @@ def loading(root: Path) -> dict[str, float]:
             torch.from_numpy(tokens[begin].astype(np.int64))
             torch.from_numpy(tokens[begin + 1].astype(np.int64))
 
-    taken = in_turns(ours=ours, gather=gather)
-    speeds = {f"{name} M tokens/s": round(count * batch * length / time / 1e6, 1) for name, time in taken.items()}
-    return speeds | {"ours / gather": round(taken["gather"] / taken["ours"], 3)}
+    taken = in_turns({"ours": ours, "gather": gather})
+    speeds = {
+        f"{name}, M tokens/s": round(count * batch * length / min(times) / 1e6, 1) for name, times in taken.items()
+    }
+    return speeds | {"ours / gather": ratio(taken["gather"], taken["ours"])}
 
 
 def ordering() -> dict[str, float]:

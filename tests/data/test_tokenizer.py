@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data import tokenizer as module
-from gpt_simple.data.tokenizer import Tokenizer, bpe, load_tokenizer
+from gpt_simple.data.tokenizer import JsonTokenizer, Tokenizer, bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.errors import DataError
 
@@ -67,6 +67,30 @@ def test_bytes_are_one_id_each() -> None:
         tokenizer.backend.encode(text).ids
         for text in TEXTS  # type: ignore[attr-defined]
     ]
+
+
+def foreign() -> Tokenizer:
+    """One that only the `tokenizers` library encodes with."""
+    spec = json.loads(trained().backend.to_str())  # type: ignore[attr-defined]
+    spec["normalizer"] = {"type": "Lowercase"}
+    return JsonTokenizer("foreign", Backend.from_str(json.dumps(spec)), 0)
+
+
+@pytest.mark.parametrize("make", [trained, the_bytes, foreign])
+@pytest.mark.parametrize("threads", ["true", "false"])
+def test_documents_in_one_array_are_the_ids_of_each_and_its_end(
+    make: type, threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", threads)
+    monkeypatch.setattr(module, "PIECE", 5)
+    tokenizer: JsonTokenizer = make()
+    documents = [*TEXTS, "x<|endoftext|>y", "\U0001f642" * 20]
+    ids, sizes = tokenizer.encode_documents(documents)
+    assert ids.dtype == np.uint32
+    ends = sizes.cumsum()
+    parts = [ids[end - size : end].tolist() for end, size in zip(ends, sizes, strict=True)]
+    assert ends[-1] == len(ids)
+    assert parts == [[*tokenizer.encode(text), tokenizer.eod_id] for text in documents]
 
 
 @pytest.mark.parametrize("make", [trained, the_bytes])

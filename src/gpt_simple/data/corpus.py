@@ -16,7 +16,7 @@ from gpt_simple.data.manifest import ALL
 from gpt_simple.data.sources import files
 from gpt_simple.errors import DataError
 
-UNIT_BYTES = 1 << 24
+UNIT_BYTES = 1 << 22
 """A unit is about this much of files on disk; more when there is so much that it would make too many units."""
 
 MOST_UNITS = 1 << 12

@@ -137,7 +137,7 @@ def _tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registr
     own = directory / TOKENIZER
     trained = data.tokenizer in registry.names("tokenizer")
     if (raw or trained) and (own / TOKENIZER_FILE).is_file():
-        tokenizer = load_tokenizer(own, data.tokenizer if raw else None)
+        tokenizer: Tokenizer = load_tokenizer(own, data.tokenizer if raw else None)
     else:
         tokenizer = _tokenizer_choice(data, registry)[1](data, lambda: iter(()))
     if tokenizer.fingerprint != manifest.tokenizer:

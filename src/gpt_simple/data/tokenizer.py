@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -80,7 +81,7 @@ class JsonTokenizer:
     vocab_size: int = field(init=False)
     fingerprint: str = field(init=False)
     _spec: dict[str, Any] = field(init=False, repr=False)
-    _byte_ids: NDArray[np.int64] | None = field(init=False, repr=False)
+    _byte_ids: NDArray[np.uint32] | None = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.backend.encode_special_tokens = True
@@ -92,7 +93,8 @@ class JsonTokenizer:
         object.__setattr__(self, "vocab_size", max(self.backend.get_vocab().values()) + 1)
         object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest())
         bytes_only = _is_plain_byte_level(spec) and not spec["model"].get("merges")
-        ids = np.array([self.backend.token_to_id(char) for char in byte_alphabet()]) if bytes_only else None
+        alphabet = [self.backend.token_to_id(char) for char in byte_alphabet()] if bytes_only else None
+        ids = None if alphabet is None else np.array(alphabet, np.uint32)
         object.__setattr__(self, "_byte_ids", ids)
 
     @cached_property
@@ -104,17 +106,33 @@ class JsonTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[index for part in parts for index in part.tolist()] for parts in self._parts(texts)]
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Ids of all texts in one array, each text followed by ``eod_id``, and how many each has with it.
+
+        Faster than lists of Python's numbers.
+        """
+        end, flat, sizes = np.array([self.eod_id], np.uint32), [], []
+        for parts in self._parts(texts):
+            flat += [*parts, end]
+            sizes.append(sum(map(len, parts)) + 1)
+        return np.concatenate(flat), np.array(sizes)
+
+    def _parts(self, texts: Sequence[str]) -> Iterator[list[NDArray[np.uint32]]]:
+        """Of each text its ids, in one or more arrays."""
         if self._byte_ids is not None:
-            return [self._byte_ids[np.frombuffer(text.encode(), np.uint8)].tolist() for text in texts]
-        if not _is_plain_byte_level(self._spec):
-            return [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        pieces = [list(_pieces(text)) for text in texts]
+            yield from ([self._byte_ids[np.frombuffer(text.encode(), np.uint8)]] for text in texts)
+            return
+        pieces = [list(_pieces(text)) if _is_plain_byte_level(self._spec) else [text] for text in texts]
         flat = [piece for group in pieces for piece in group]
         if self._merges is not None:
-            parts = iter(self._merges.encode_batch(flat))
+            encoded = iter(self._merges.encode_batch(flat))
         else:
-            parts = (one.ids for one in self.backend.encode_batch_fast(flat, add_special_tokens=False))
-        return [next(parts) if len(group) == 1 else [i for _ in group for i in next(parts)] for group in pieces]
+            # A list of Python's numbers becomes an array in half the time that numpy takes.
+            found = self.backend.encode_batch_fast(flat, add_special_tokens=False)
+            encoded = (np.frombuffer(array("I", one.ids), np.uint32) for one in found)
+        yield from ([next(encoded) for _ in group] for group in pieces)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
@@ -153,7 +171,7 @@ def bytes(config: DataConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
     return JsonTokenizer("bytes", _train(257, ()), 0)
 
 
-def load_tokenizer(path: Path, name: str | None = None) -> Tokenizer:
+def load_tokenizer(path: Path, name: str | None = None) -> JsonTokenizer:
     """A tokenizer.json, or a directory that holds one. A name that does not exist is an error, never a fallback."""
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
