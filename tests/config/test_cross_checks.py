@@ -45,6 +45,27 @@ def test_a_conflict_between_sources(bench):
     ]
 
 
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        ({"overrides": [("model.rope_scaling_factor", "2")]}, "--model.rope_scaling_factor"),
+        (
+            {"environ": {"GPT_SIMPLE__MODEL__ROPE_SCALING_FACTOR": "2"}},
+            "$GPT_SIMPLE__MODEL__ROPE_SCALING_FACTOR (model.rope_scaling_factor)",
+        ),
+        ({"sections": {"model": {"rope_scaling_factor": 2}}}, "train(...) (model.rope_scaling_factor)"),
+    ],
+)
+def test_a_conflict_with_a_default_names_both_places(bench, source, place):
+    (found,) = bench.mistakes(**source)
+    assert found.startswith(f"model.rope_scaling_type, {place}: rope_scaling_factor 2 needs")
+
+
+def test_a_conflict_in_a_list_from_the_command_line(bench):
+    (found,) = bench.mistakes(overrides=[("data.curriculum", "[{duration_tokens = 1, mix = {a = 0}}]")])
+    assert found.startswith("--data.curriculum (data.curriculum[0].mix): the mix needs at least one bucket")
+
+
 def test_a_field_that_is_wrong_itself_is_not_blamed_twice(bench):
     assert bench.mistakes("model.n_embd = 64\nmodel.n_head = 0\n") == [
         "config.toml:2: model.n_head: expected an integer >= 1, got 0"

@@ -35,8 +35,8 @@ class Origins:
     by_path: Mapping[str, Origin] = field(factory=dict)
 
     def of(self, path: str) -> Origin:
-        """Who set exactly this value; the default if nobody did."""
-        return self.by_path.get(path, DEFAULT)
+        """Who set exactly this value, or the list that it is in; the default if nobody did."""
+        return self.nearest(path) if "[" in path else self.by_path.get(path, DEFAULT)
 
     def nearest(self, path: str) -> Origin:
         """Who set this value or, if nobody did, the innermost table or list around it."""

@@ -185,7 +185,9 @@ class _Structuring:
 def _conflict(origins: Origins, paths: tuple[str, ...], message: str) -> Mistake:
     """Two or more fields that do not go together: the line names the place of each."""
     places = ", ".join(origins.place(path) for path in paths)
-    first = min((origins.of(path) for path in paths), key=lambda origin: (origin.kind != "file", origin.line))
+    # One of them was set: the places of a mistake in defaults would not be shown.
+    set_ = [origin for origin in map(origins.of, paths) if origin.kind != "default"]
+    first = min(set_, key=lambda origin: (origin.kind != "file", origin.line))
     return Mistake(Origin(first.kind, places, line=first.line), "", message)
 
 
