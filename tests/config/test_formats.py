@@ -196,6 +196,12 @@ def test_old_and_new_spelling_override_each_other(bench):
     assert (unpacked.packing, unpacked.document_mask) == ("best_fit", True)
 
 
+def test_an_old_key_beside_the_new_one_gives_way_and_says_so(bench):
+    raw = bench.raw("model: {attention_mode: causal}\ndata: {document_mask: true}", ".yaml")
+    assert raw.notes[0].startswith("config.yaml:1: model.attention_mode causal is ignored: data.document_mask is given")
+    assert raw.get("data.document_mask") is True
+
+
 def test_an_old_key_with_a_value_that_was_never_known_is_a_mistake(bench):
     assert bench.mistakes("model: {attention_mode: paged}", ".yaml")[0].startswith(
         "config.yaml:1: model.attention_mode: unknown key"

@@ -65,9 +65,9 @@ def show(
 @_PLUGINS
 @click.option("--no-plugins", is_flag=True, help="As for `run`.")
 def schema(path: str | None, plugins: tuple[str, ...], no_plugins: bool) -> None:
-    """Print a JSON Schema (draft-07) of the configuration: the core's fields and those of built-in plugins.
+    """Print a JSON Schema (draft-07) of the configuration.
 
-    With -c or -p also those of the plugins and components that they bring.
+    It has the fields of the core and of the built-in plugins; with -c or -p also what other plugins bring.
     Save it and name it in the first line of a configuration: `#:schema schema.json` in TOML,
     `# yaml-language-server: $schema=schema.json` in YAML.
     """

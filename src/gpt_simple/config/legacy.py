@@ -12,6 +12,8 @@ from typing import Any
 
 from attrs import frozen
 
+_GIVEN = "data.document_mask is given, and the attention kernel is chosen by device"
+
 
 @frozen
 class Renamed:
@@ -41,7 +43,10 @@ def _is_table(values: dict[str, Any], name: str) -> bool:
 def _attention_mode(model: dict[str, Any], data: dict[str, Any]) -> Iterator[Renamed]:
     if (mode := model.get("attention_mode")) in ("causal", "sdpa_mask", "flex"):
         del model["attention_mode"]
-        mask = data.setdefault("document_mask", mode != "causal")
+        if "document_mask" in data:
+            yield Renamed("model.attention_mode", (), f"model.attention_mode {mode} is ignored: {_GIVEN}")
+            return
+        data["document_mask"] = mask = mode != "causal"
         yield Renamed(
             "model.attention_mode",
             ("data.document_mask",),
