@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gpt_simple import ConfigError, Document, Plugin, hookimpl
+from gpt_simple import ConfigError, Document, Plugin, PluginError, hookimpl
 from gpt_simple.config.schema import DataConfig, OptimizerConfig
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.hooks import NoConfig, Registry
@@ -109,3 +109,39 @@ def test_the_section_is_the_components_own(tmp_path: Path) -> None:
     assert re.search(r"model\.width: expected .*>= 1", str(caught.value))
     assert "model.widht: unknown key; did you mean model.width?" in str(caught.value)
     assert "model.n_embd: unknown key" in str(caught.value)
+
+
+def boom(*arguments: Any, **named: Any) -> Any:
+    raise ValueError("boom")
+
+
+class Defects(Plugin[NoConfig]):
+    @classmethod
+    @hookimpl
+    def register_components(cls, registry: Registry) -> None:
+        registry.add("model", "boom", boom)
+        registry.add("model", "lost", "no_such_module:build")
+        registry.add("optimizer", "none", lambda model, config, device: None)
+        registry.add("schedule", "none", lambda config, max_steps: None)
+        registry.add("tokenizer", "none", lambda config, texts: None)
+        registry.add("source", "empty", lambda config, seed: None)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        (
+            "model.name",
+            "boom",
+            r"model 'boom' of the plugin defects could not be made: ValueError: boom \(.*\.py:\d+\)",
+        ),
+        ("model.name", "lost", "model 'lost' .* ModuleNotFoundError: No module named 'no_such_module'"),
+        ("optimizer.name", "none", "optimizer 'none' .* a NoneType, which has no param_groups, step"),
+        ("optimizer.schedule", "none", "schedule 'none' .* a NoneType, which has no __call__"),
+        ("data.tokenizer", "none", "tokenizer 'none' .* a NoneType, which has no vocab_size"),
+        ("data.source", "empty", "source 'empty' .* a NoneType, which has no fingerprint"),
+    ],
+)
+def test_a_part_that_cannot_be_made_is_its_plugins_defect(tmp_path: Path, key: str, name: str, message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        train(Defects, output_dir=tmp_path, overrides={key: name})

@@ -16,7 +16,7 @@ from attrs import evolve
 from gpt_simple.config.schema import Config, DataConfig
 from gpt_simple.data.cache import Log, building, cache_root
 from gpt_simple.data.dataset import Dataset, open_dataset
-from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, Manifest, read_manifest
+from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, WORK, Manifest, read_manifest
 from gpt_simple.data.nanogpt import TRAIN, NanoGpt
 from gpt_simple.data.sources import Source, Stream
 from gpt_simple.data.sources.shards import Shards
@@ -53,7 +53,7 @@ def prepare(config: Config, registry: Registry, *, log: Log | None = None, requi
         raise DataError(f"{directory}: the train split is empty; lower data.val_fraction or add text")
     if require_val:
         documents = dataset.val.documents + dataset.train.documents
-        _require_val(dataset.val.targets, dataset.val.documents, documents, data)
+        _require_val(dataset.val.targets, dataset.val.documents, documents, data, given=isinstance(source, Shards))
     if isinstance(source, Stream):
         return evolve(dataset, stream=stream_rows(source, data, tokenizer))
     dataset.order(data, order_seed(config))
@@ -73,7 +73,7 @@ def check(config: Config, registry: Registry) -> Source | Shards:
             f"data.overlap_size: {data.overlap_size} leaves nothing new in a row of {data.max_length} tokens; "
             "expected less than data.max_length"
         )
-    source: Source | Shards = registry.get("source", _source_name(data)).load()(data, data.seed or 0)
+    source: Source | Shards = registry.get("source", _source_name(data)).build(data, data.seed or 0)
     if isinstance(source, Shards) and source.nanogpt is not None and data.tokenizer == "bpe":
         raise ConfigError(
             f"data.tokenizer: {source.directory} holds nanoGPT's files, which do not say what their ids mean; "
@@ -112,7 +112,7 @@ def order_seed(config: Config) -> int:
 def _source_name(data: DataConfig) -> str:
     if data.source is not None:
         return data.source
-    is_dataset = isinstance(data.path, str) and any((Path(data.path) / file).is_file() for file in (FILE, TRAIN))
+    is_dataset = isinstance(data.path, str) and any((Path(data.path) / name).exists() for name in (FILE, TRAIN, WORK))
     return "shards" if data.format == "pretokenized" or (data.format is None and is_dataset) else "files"
 
 
@@ -121,7 +121,7 @@ def _tokenizer_choice(data: DataConfig, registry: Registry) -> tuple[str, Train]
     name = data.tokenizer
     if name in registry.names("tokenizer"):
         settings = f"{name} {data.tokenizer_vocab_size}" if name != "bytes" else name
-        return settings, registry.get("tokenizer", name).load()
+        return settings, registry.get("tokenizer", name).build
     path = Path(name)
     if path.exists() or path.suffix or len(path.parts) > 1:
         tokenizer = load_tokenizer(path)
@@ -141,9 +141,10 @@ def _tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registr
     else:
         tokenizer = _tokenizer_choice(data, registry)[1](data, lambda: iter(()))
     if tokenizer.fingerprint != manifest.tokenizer:
+        missing = "" if (own / TOKENIZER_FILE).is_file() else f" ({own / TOKENIZER_FILE} is missing: copy it again)"
         raise DataError(
             f"{directory}: its tokens were made with the tokenizer {manifest.tokenizer[:12]}..., not with "
-            f"{tokenizer.name} ({tokenizer.fingerprint[:12]}...); use the dataset's own or prepare the data again"
+            f"{tokenizer.name} ({tokenizer.fingerprint[:12]}...); use the dataset's own{missing} or prepare the data again"
         )
     return tokenizer
 
@@ -193,10 +194,14 @@ def _prepared(source: Source, data: DataConfig, registry: Registry, log: Log, re
     return target
 
 
-def _require_val(tokens: int, documents: int, of_documents: int, data: DataConfig, bound: str = "") -> None:
+def _require_val(
+    tokens: int, documents: int, of_documents: int, data: DataConfig, bound: str = "", *, given: bool = False
+) -> None:
+    """Refuse a val split without a whole row. ``given``: the dataset brings it, no setting changes what is in it."""
     if tokens < data.max_length:
+        share, remedy = ("", "") if given else (f" (data.val_fraction {data.val_fraction:g})", "raise val_fraction, ")
         raise DataError(
             f"the validation split is shorter than one sample: {bound}{tokens:,} tokens in {documents:,} of "
-            f"{of_documents:,} documents (data.val_fraction {data.val_fraction:g}), and a sample is data.max_length "
-            f"{data.max_length:,}; raise val_fraction, lower max_length, give more text, or set training.eval_steps = 0"
+            f"{of_documents:,} documents{share}, and a sample is data.max_length {data.max_length:,}; "
+            f"{remedy}lower max_length, give more text, or set training.eval_steps = 0"
         )

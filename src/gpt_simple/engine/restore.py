@@ -45,8 +45,8 @@ def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None) -
     assembly = assemble(None, sections=sections, switches=Switches(enable=_brought_by(facts["plugins"])))
     config = assembly.config
     rows = getattr(config.model, "vocab_size", None) or padded(tokenizer.vocab_size)
-    factory = assembly.registry.get("model", config.model.name).load()
-    model: torch.nn.Module = factory(config.model, vocab_size=rows, max_length=config.data.max_length)
+    part = assembly.registry.get("model", config.model.name)
+    model: torch.nn.Module = part.build(config.model, vocab_size=rows, max_length=config.data.max_length)
     load_model(model, Store(run_dir.checkpoints).load_tensors(checkpoint, "model"))
     return Restored(model.to(device).eval(), tokenizer, checkpoint)
 

@@ -93,9 +93,7 @@ class Setup:
             with run.comm.during("on_model_built"):
                 self.calls.on_model_built(run, ModelBuilt(model))
         self._checkpoint_activations(model)
-        optimizer = assembly.registry.get("optimizer", config.optimizer.name).load()(
-            model, config.optimizer, run.device
-        )
+        optimizer = assembly.registry.get("optimizer", config.optimizer.name).build(model, config.optimizer, run.device)
         if not (alone := skips_on_device(optimizer)):
             run.log.info(
                 f"optimizer {config.optimizer.name} has no found_inf, with which it would skip a non-finite step by"
@@ -117,14 +115,14 @@ class Setup:
         self._gather_facts(model)
         if walltime is not None:
             walltime.expect_save_of(3 * sum(parameter.nbytes for parameter in model.parameters()))
-        schedule = assembly.registry.get("schedule", config.optimizer.schedule).load()
+        schedule = assembly.registry.get("schedule", config.optimizer.schedule)
         return Trainer(
             run=run,
             calls=self.calls,
             model=model,
             wrapped=run._wrapped,
             optimizer=optimizer,
-            schedule=schedule(config.optimizer, config.training.max_steps),
+            schedule=schedule.build(config.optimizer, config.training.max_steps),
             loader=run._loader,
             store=self.store,
             status=status,
@@ -143,8 +141,8 @@ class Setup:
                 f" more than {wanted}; leave it out or raise it"
             )
         rows = wanted or padded(tokenizer.vocab_size)
-        factory = self.assembly.registry.get("model", config.model.name).load()
-        model: torch.nn.Module = factory(config.model, vocab_size=rows, max_length=config.data.max_length)
+        part = self.assembly.registry.get("model", config.model.name)
+        model: torch.nn.Module = part.build(config.model, vocab_size=rows, max_length=config.data.max_length)
         return model
 
     def _checkpoint_activations(self, model: torch.nn.Module) -> None:

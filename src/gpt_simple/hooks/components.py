@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import traceback
 from collections.abc import Callable
 from typing import Any, Literal
 
 from attrs import evolve, field, frozen
 
 from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
-from gpt_simple.errors import ConfigError, PluginError
+from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
 
 Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source"]
 
@@ -28,6 +29,17 @@ CONFIG_KEY: dict[Kind, str] = {
     "source": "data.source",
 }
 
+BUILTIN = "gpt-simple"
+"""The owner of the parts that are always there."""
+
+_NEEDED: dict[Kind, tuple[str, ...]] = {
+    "model": ("forward", "parameters", "state_dict"),
+    "optimizer": ("param_groups", "step", "zero_grad"),
+    "schedule": ("__call__",),
+    "tokenizer": ("vocab_size", "eod_id", "fingerprint", "encode_batch", "decode", "save"),
+    "source": ("fingerprint",),
+}
+
 
 @frozen
 class Component:
@@ -37,7 +49,7 @@ class Component:
     name: str
     target: str | Callable[..., Any]
     config: type | None = None
-    owner: str = "gpt-simple"
+    owner: str = BUILTIN
 
     def load(self) -> Callable[..., Any]:
         """The factory, imported now if it was given as ``module:attribute``."""
@@ -47,13 +59,33 @@ class Component:
         factory: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
         return factory
 
+    def build(self, *arguments: Any, **named: Any) -> Any:
+        """The part itself. A defect in a plugin's factory is a PluginError that names it; a user's mistake passes."""
+        if self.owner == BUILTIN:
+            return self.load()(*arguments, **named)
+        try:
+            part = self.load()(*arguments, **named)
+        except GptSimpleError:
+            raise
+        except Exception as error:
+            *_, last = traceback.extract_tb(error.__traceback__)
+            place = f"{last.filename}:{last.lineno}"
+            raise PluginError(f"{self._label} could not be made: {type(error).__name__}: {error} ({place})") from error
+        if missing := [name for name in _NEEDED[self.kind] if not hasattr(part, name)]:
+            raise PluginError(f"{self._label} is made as a {type(part).__name__}, which has no {', '.join(missing)}")
+        return part
+
+    @property
+    def _label(self) -> str:
+        return f"{self.kind} {self.name!r} of the plugin {self.owner}"
+
 
 @frozen
 class Registry:
     """The parts that a configuration can choose from."""
 
     parts: dict[tuple[Kind, str], Component] = field(factory=dict)
-    owner: str = "gpt-simple"
+    owner: str = BUILTIN
 
     def owned_by(self, owner: str) -> Registry:
         """The same parts; what is added through the result belongs to ``owner``."""

@@ -89,7 +89,7 @@ class Rehearsal:
         that the model would have compiled, but runs them eagerly.
         """
         device = precision.device
-        factory = registry.get("model", config.model.name).load()
+        factory = registry.get("model", config.model.name).build
         rows = getattr(config.model, "vocab_size", None) or padded(vocab_size)
         with torch.device("meta" if fake_tensors else device):
             model: torch.nn.Module = factory(config.model, vocab_size=rows, max_length=config.data.max_length)
@@ -98,7 +98,7 @@ class Rehearsal:
         set_checkpointing = getattr(model, "set_activation_checkpointing", None)
         if set_checkpointing is not None:
             set_checkpointing(int(config.training.gradient_checkpointing))
-        optimizer = registry.get("optimizer", config.optimizer.name).load()(model, config.optimizer, device)
+        optimizer = registry.get("optimizer", config.optimizer.name).build(model, config.optimizer, device)
         compile_model(model, compiling)
         run = EngineRun(config, Path(config.training.output_dir), World(0, 1, device, None), precision)
         run._model = model
