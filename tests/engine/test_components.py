@@ -111,6 +111,16 @@ def test_the_section_is_the_components_own(tmp_path: Path) -> None:
     assert "model.n_embd: unknown key" in str(caught.value)
 
 
+def test_a_model_that_cannot_keep_documents_apart_is_refused(tmp_path: Path) -> None:
+    wanted = r"train\(\.\.\.\) \(data\.document_mask\): the model 'bigram' takes no position_ids"
+    with pytest.raises(ConfigError, match=wanted):
+        train(
+            Parts,
+            output_dir=tmp_path,
+            overrides={"data.document_mask": True, "model": {"name": "bigram"}},
+        )
+
+
 def boom(*arguments: Any, **named: Any) -> Any:
     raise ValueError("boom")
 

@@ -5,6 +5,7 @@ Everything that can be refused is refused before the run directory is touched.
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -143,6 +144,11 @@ class Setup:
         rows = wanted or padded(tokenizer.vocab_size)
         part = self.assembly.registry.get("model", config.model.name)
         model: torch.nn.Module = part.build(config.model, vocab_size=rows, max_length=config.data.max_length)
+        if config.data.document_mask and not _sees_documents(model):
+            raise ConfigError(
+                f"{self.assembly.origins.place('data.document_mask')}: the model {config.model.name!r} takes no"
+                " position_ids and document_ids, so its documents see each other; set it to false"
+            )
         return model
 
     def _checkpoint_activations(self, model: torch.nn.Module) -> None:
@@ -214,6 +220,15 @@ class Setup:
             "plugins": [plugin.name for plugin in self.assembly.host.plugins],
             "config_path": str(self.assembly.source) if self.assembly.source else None,
         }
+
+
+def _sees_documents(model: torch.nn.Module) -> bool:
+    """Whether ``forward`` takes (input_ids, labels, position_ids, document_ids)."""
+    try:
+        inspect.signature(model.forward).bind(None, None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def report(findings: list[Finding], warn: Callable[..., None]) -> None:
