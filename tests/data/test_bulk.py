@@ -242,6 +242,46 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path: Path) -> None:
     assert [(s.documents, s.tokens, s.bytes) for s in manifest.splits.values()] == [(1, 91, 90), (1, 11, 10)]
 
 
+def test_files_that_change_while_they_are_read_make_no_dataset(
+    run: Run, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = parts.make_part
+
+    def meanwhile(unit: corpus.Unit, settings: parts.Settings) -> corpus.Skipped:
+        found = original(unit, settings)
+        if unit.bucket == "books":
+            (raw / "books/d.md").write_text("what somebody wrote meanwhile")
+        return found
+
+    monkeypatch.setattr(parts, "make_part", meanwhile)
+    with pytest.raises(DataError, match="have changed while they were read; run the command again"):
+        run()
+    monkeypatch.setattr(parts, "make_part", original)
+    run()
+    run("fresh")
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def test_a_dataset_that_is_not_finished_is_named_so(tmp_path: Path, shell: Shell) -> None:
+    (tmp_path / "out/.work/parts").mkdir(parents=True)
+    with pytest.raises(DataError, match="out: is not finished; run the `gpt-simple tokenize`"):
+        prepare(_config(tmp_path / "out"), builtin_registry())
+    seen = shell("data", "inspect", "out")
+    assert (seen.code, "is not finished" in seen.err) == (3, True)
+
+
+def test_inspect_finds_ids_beyond_the_vocabulary(run: Run, tmp_path: Path, shell: Shell) -> None:
+    run()
+    path, manifest = tmp_path / "out/train/web/shard-00000.bin", tmp_path / "out/dataset.json"
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    tokens = np.fromfile(path, "<u2")
+    tokens[777] = 4000
+    tokens.tofile(path)
+    manifest.write_text(manifest.read_text().replace(before, hashlib.sha256(path.read_bytes()).hexdigest()))
+    seen = shell("data", "inspect", "out")
+    assert (seen.code, "token 4000 at position 777 is beyond the vocabulary of 257" in seen.err) == (3, True)
+
+
 def test_a_finished_dataset_is_left_alone_and_another_one_is_not_overwritten(run: Run, raw: Path) -> None:
     manifest, _ = run()
     again, said = run()

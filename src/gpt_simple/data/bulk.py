@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.cache import Log, locked, sync
 from gpt_simple.data.corpus import Skipped, Unit, find_units, read
-from gpt_simple.data.manifest import FILE, TOKENIZER, Manifest, SplitRecord, read_manifest
+from gpt_simple.data.manifest import FILE, TOKENIZER, WORK, Manifest, SplitRecord, read_manifest
 from gpt_simple.data.parts import DOCUMENT, Part, Settings, is_made, make_parts, open_part, tokenizer_of
 from gpt_simple.data.shards import ShardWriter
 from gpt_simple.data.tokenize import TRAINING_BYTES, held_out_of, key_hash
@@ -30,7 +30,6 @@ from gpt_simple.data.tokenizer import Tokenizer, bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.errors import DataError
 
-WORK = ".work"
 REPORT = "tokenize.json"
 SHOWN = 20
 """So many skipped documents are told; the report has more."""
@@ -69,6 +68,11 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
         skipped = _make_parts(job, units, settings, log, progress)
         if skipped.errors and not any(len(part.documents) for part in _parts(units, settings)):
             raise DataError(f"no document could be read, {skipped.bad:,} were skipped; the first: {skipped.errors[0]}")
+        if _identity(job, find_units(job.input_dir)) != identity:
+            raise DataError(
+                f"--input_dir {job.input_dir}: files have changed while they were read; run the command again "
+                "(what has not changed is not done again)"
+            )
         manifest = _assemble(work / "build", job, units, settings)
         report = {"identity": identity, "empty": skipped.empty, "skipped": skipped.bad, "errors": skipped.errors}
         (work / "build" / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -59,6 +59,8 @@ def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
         shards = [open_shard(directory, record, manifest) for records in split.buckets.values() for record in records]
         if not shards:
             continue
+        for shard in shards:
+            shard.check(shard.tokens, int)
         sizes = np.concatenate([np.diff(shard.starts) for shard in shards])
         found = np.quantile(sizes, list(QUANTILES.values()), method="nearest")
         told = ", ".join(f"{word} {int(size):,}" for word, size in zip(QUANTILES, found, strict=True))

@@ -26,6 +26,9 @@ from gpt_simple.errors import DataError
 
 FILE = "dataset.json"
 TOKENIZER = "tokenizer"
+WORK = ".work"
+"""What `gpt-simple tokenize` has done so far, until there is a manifest."""
+
 FORMAT = "gpt-simple dataset"
 VERSION = 1
 ALL = "all"
@@ -112,6 +115,10 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
+        if (directory / WORK).is_dir():
+            raise DataError(
+                f"{directory}: is not finished; run the `gpt-simple tokenize` that began it again"
+            ) from error
         raise DataError(f"{directory}: not a dataset directory, {FILE} cannot be read ({error})") from error
     except ValueError as error:
         raise DataError(f"{file}: not JSON ({error}); delete {directory} and prepare the data again") from error

@@ -141,10 +141,10 @@ def _tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registr
     else:
         tokenizer = _tokenizer_choice(data, registry)[1](data, lambda: iter(()))
     if tokenizer.fingerprint != manifest.tokenizer:
-        missing = "" if (own / TOKENIZER_FILE).is_file() else f" ({own / TOKENIZER_FILE} is missing: copy it again)"
+        gone = "" if (own / TOKENIZER_FILE).is_file() else f" ({own / TOKENIZER_FILE} is missing: copy it again)"
         raise DataError(
             f"{directory}: its tokens were made with the tokenizer {manifest.tokenizer[:12]}..., not with "
-            f"{tokenizer.name} ({tokenizer.fingerprint[:12]}...); use the dataset's own{missing} or prepare the data again"
+            f"{tokenizer.name} ({tokenizer.fingerprint[:12]}...); use the dataset's own{gone} or prepare the data again"
         )
     return tokenizer
 

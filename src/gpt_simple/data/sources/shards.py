@@ -7,7 +7,7 @@ from pathlib import Path
 from attrs import frozen
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.manifest import FILE
+from gpt_simple.data.manifest import FILE, WORK, unfinished
 from gpt_simple.data.nanogpt import TRAIN, NanoGpt
 from gpt_simple.errors import DataError
 
@@ -28,6 +28,8 @@ def build(config: DataConfig, seed: int) -> Shards:
     if not (directory / FILE).is_file():
         if (directory / TRAIN).is_file():
             return Shards(directory, NanoGpt(directory))
+        if (directory / WORK).is_dir():
+            raise unfinished(directory)
         raise DataError(
             f"data.path {directory}: there is no {FILE} (or {TRAIN} of nanoGPT); expected a directory of token shards, "
             "or data.format = 'text' or 'jsonl'"
