@@ -109,6 +109,11 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+def unfinished(directory: Path) -> DataError:
+    """What is wrong with a directory that holds ``WORK`` and no manifest."""
+    return DataError(f"{directory}: is not finished; run the `gpt-simple tokenize` that began it again")
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a dataset directory, after checking that every file is there with its size."""
     file = directory / FILE
@@ -116,9 +121,7 @@ def read_manifest(directory: Path) -> Manifest:
         record = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         if (directory / WORK).is_dir():
-            raise DataError(
-                f"{directory}: is not finished; run the `gpt-simple tokenize` that began it again"
-            ) from error
+            raise unfinished(directory) from error
         raise DataError(f"{directory}: not a dataset directory, {FILE} cannot be read ({error})") from error
     except ValueError as error:
         raise DataError(f"{file}: not JSON ({error}); delete {directory} and prepare the data again") from error
