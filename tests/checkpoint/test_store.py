@@ -6,12 +6,14 @@ import json
 import math
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt_simple.checkpoint.draft import remove_tree
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.errors import CheckpointError
 
@@ -158,6 +160,27 @@ def test_retention(store: Store, k: int | None, every: int | None, protect: set[
     deleted = store.prune(k, every, protect)
     assert steps(store) == kept
     assert sorted([c.step for c in deleted] + kept) == [10, 20, 30, 40, 50, 60]
+    assert hidden_names(store) == []
+
+
+def test_only_the_next_save_waits_for_the_room_of_deleted_checkpoints(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3, 4):
+        publish(store, step)
+    slow = threading.Event()
+
+    def slowly(path: Path) -> None:
+        if path.exists():
+            assert slow.wait(30)
+        remove_tree(path)
+
+    monkeypatch.setattr("gpt_simple.checkpoint.store.remove_tree", slowly)
+    store.prune(2, wait=False)
+    assert steps(store) == [3, 4]
+    assert hidden_names(store) == [".step-00000001.deleted", ".step-00000002.deleted"]
+    threading.Timer(0.05, slow.set).start()
+    publish(store, 5)
     assert hidden_names(store) == []
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ class Store:
     root: Path
     _verified: set[Path] = field(factory=set, init=False)
     """Checkpoints that this process wrote, or has hashed: no need to hash them again."""
+    _removals: list[threading.Thread] = field(factory=list, init=False)
+    """Give back the room of what was deleted: for large files that takes a while, and nobody has to wait."""
 
     def publish(
         self,
@@ -81,6 +84,7 @@ class Store:
         target = self.root / f"step-{step:08d}"
         path = hidden(target, f"tmp-{os.getpid()}")
         _DRAFTS.add(path)
+        self.settle()
         try:
             sequence = 1 + max((c.sequence for c in self.list() if c.sequence != UNKNOWN_SEQUENCE), default=0)
             with Draft(path) as draft:
@@ -166,8 +170,11 @@ class Store:
             # On the host they are views of the mapped file, which may be deleted or truncated later.
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
-    def delete(self, checkpoint: Checkpoint) -> None:
-        """Remove a checkpoint. It disappears in one rename first, so that it is never seen in part."""
+    def delete(self, checkpoint: Checkpoint, *, wait: bool = True) -> None:
+        """Remove a checkpoint. It disappears in one rename, so that it is never seen in part.
+
+        Without ``wait`` a thread removes its files; the next ``publish`` and ``settle`` wait for it.
+        """
         doomed = hidden(checkpoint.path, "deleted")
         self._verified.discard(checkpoint.path)
         remove_tree(doomed)
@@ -176,20 +183,34 @@ class Store:
             fsync(self.root)
         except OSError as error:
             raise CheckpointError(f"{checkpoint.path} cannot be deleted: {error.strerror}") from error
-        remove_tree(doomed)
+        removal = threading.Thread(target=remove_tree, args=(doomed,), name="checkpoint-removal")
+        removal.start()
+        if wait:
+            removal.join()
+        else:
+            self._removals.append(removal)
+
+    def settle(self) -> None:
+        """Wait until what was deleted has given its room back."""
+        for removal in self._removals:
+            removal.join()
+        self._removals = []
 
     def prune(
         self,
         keep_last_k: int | None,
         keep_milestone_every: int | None = None,
         protect: Collection[int] = (),
+        *,
+        wait: bool = True,
     ) -> Sequence[Checkpoint]:
         """Delete what retention does not ask for, and leftovers of dead processes; return what was deleted.
 
         Kept are the ``keep_last_k`` published last (None: all), steps that are a multiple of
         ``keep_milestone_every``, steps in ``protect``, and always the newest two that verify with checksums.
-        What is visibly damaged counts as nothing and is left for a person.
+        What is visibly damaged counts as nothing and is left for a person. ``wait`` is that of ``delete``.
         """
+        self.settle()
         self.sweep()
         if keep_last_k is None:
             return []
@@ -202,7 +223,7 @@ class Store:
         for checkpoint in reversed(sound):
             if checkpoint.step not in kept:
                 with contextlib.suppress(CheckpointError):  # it stays until the next time; no reason to end a run
-                    self.delete(checkpoint)
+                    self.delete(checkpoint, wait=wait)
                     deleted.append(checkpoint)
         return deleted
 

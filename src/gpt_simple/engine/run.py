@@ -104,7 +104,8 @@ class EngineCheckpoints:
     def prune(
         self, *, keep_last: int | None, keep_every: int | None = None, protect: Iterable[int] = ()
     ) -> Sequence[CheckpointInfo]:
-        gone = self._store.prune(keep_last_k=keep_last, keep_milestone_every=keep_every, protect=set(protect))
+        # Giving back the room of large files takes a while, for which training need not wait.
+        gone = self._store.prune(keep_last, keep_every, set(protect), wait=False)
         return [CheckpointInfo(found.step, found.path) for found in gone]
 
 

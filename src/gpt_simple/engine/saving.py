@@ -105,8 +105,9 @@ class Saving:
         return f"weights are not finite after step {step}; nothing was written, {kept}"
 
     def close(self) -> None:
-        """Wait for a checkpoint that is on its way."""
+        """Wait for a checkpoint that is on its way, and for the files of deleted ones to be gone."""
         self._writer.close()
+        self.store.settle()
 
     def _begin(self) -> None:
         self._notice_loss()
