@@ -24,11 +24,28 @@ from gpt_simple.errors import ConfigError
         ("seed =", "config.toml:2:7: a value is missing after the ="),
         ("seed: 5", "config.toml:2:5: write seed = 5"),
         ("seed = 1\nseed = 2", "config.toml:3:"),
+        ("seed = 1,", "config.toml:2:9: expected one value, got 1,; text needs quotes, a list needs brackets"),
+        ("seed = 5 000 # x", "config.toml:2:10: expected one value, got 5 000;"),
+        ("compile = TRUE\r", "config.toml:2:11: write true, not TRUE"),
     ],
 )
 def test_habits_from_other_formats_get_a_hint(bench, text, line):
     (found,) = bench.mistakes(f"[training]\n{text}\n")
     assert line in found
+
+
+def test_yaml_in_a_toml_file_is_read_to_its_end(bench):
+    assert bench.mistakes("training:\n  max_step: 5\nmodel:\n  n_embd = 0\n") == [
+        "config.toml:1:9: write [training]",
+        "config.toml:2:11: write max_step = 5",
+        "config.toml:3:6: write [model]",
+        "config.toml:4: model.n_embd: expected an integer >= 1, got 0",
+    ]
+
+
+def test_toml_in_a_yaml_file_is_recognised(bench):
+    (found,) = bench.mistakes("[training]\nmax_steps = 5\n", ".yaml")
+    assert found.endswith("; this looks like TOML, whose files end in .toml")
 
 
 def test_a_duplicate_key_in_toml_is_named(bench):

@@ -23,6 +23,7 @@ _NUMBER = re.compile(r"([+-]?)(\d[\d_]*)?(\.?)(\d[\d_]*)?([eE][+-]?\d+)?")
 
 def parse_toml(text: str) -> Parsed:
     """Values and lines of a TOML document, with the slips that could be mended."""
+    text = text.replace("\r\n", "\n")  # tomli counts positions in a text like that
     mistakes: list[SyntaxMistake] = []
     for _ in range(_MOST_REPAIRS):
         try:
@@ -52,14 +53,19 @@ def _mend(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
     """What the user probably meant at the place of the error, if that is plain."""
     start = error.pos
     if error.msg == "Cannot overwrite a value":
-        return _without_line(text, error.lineno, _given_twice(text, error))
+        return _with_line(text, error.lineno, _given_twice(text, error))
     if error.msg.startswith("Expected '=' after a key"):
-        line = text.splitlines()[error.lineno - 1]
-        found = re.match(r"\s*([\w.-]+)\s*:\s*(.*)", line)
-        return _without_line(text, error.lineno, f"write {found[1]} = {found[2]}") if found else None
+        found = re.match(r"\s*([\w.-]+)\s*:\s*(.*)", _line_of(text, error))
+        if found is None:
+            return None
+        if not found[2]:
+            return _with_line(text, error.lineno, f"write [{found[1]}]", f"[{found[1]}]")
+        return _with_line(text, error.lineno, f"write {found[1]} = {found[2]}")
     if error.msg.startswith("Expected newline"):
         while start and text[start - 1] not in " \t=,[{\n":
             start -= 1
+        if start == error.pos:
+            return _without_the_rest(text, error)
     elif error.msg != "Invalid value":
         return None
     found = _WORD.match(text, start)
@@ -67,7 +73,19 @@ def _mend(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
     if start != error.pos and not (word and _NUMBER.fullmatch(word)):
         return None
     hint, value = _meant(word)
+    if value == word:  # nothing is wrong with it but what follows
+        return _without_the_rest(text, error)
     return _Repair(hint, text[:start] + value + text[start + len(word) :])
+
+
+def _without_the_rest(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
+    """A line with something behind its value."""
+    found = re.match(r"[^#=\[]*=\s*(.*)", _line_of(text, error))
+    if found is None:
+        return None
+    given = found[1].partition(" #")[0].strip()
+    hint = f"expected one value, got {given}; text needs quotes, a list needs brackets"
+    return _with_line(text, error.lineno, hint)
 
 
 def _given_twice(text: str, error: tomli.TOMLDecodeError) -> str:
@@ -109,10 +127,15 @@ def _meant(word: str) -> tuple[str, str]:
     return f"text needs quotes: {json.dumps(word, ensure_ascii=False)}", '""'
 
 
-def _without_line(text: str, line: int, hint: str) -> _Repair:
-    lines = text.splitlines(keepends=True)
-    lines[line - 1] = "\n"
-    return _Repair(hint, "".join(lines))
+def _with_line(text: str, number: int, hint: str, line: str = "") -> _Repair:
+    """The text with another line in the place of one, by default an empty one."""
+    lines = text.split("\n")
+    lines[number - 1] = line
+    return _Repair(hint, "\n".join(lines))
+
+
+def _line_of(text: str, error: tomli.TOMLDecodeError) -> str:
+    return text.split("\n")[error.lineno - 1]
 
 
 def _first_lower(message: str) -> str:

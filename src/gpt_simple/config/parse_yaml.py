@@ -26,6 +26,8 @@ class _CoreLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}
 
 
+_LIKE_TOML = re.compile(r"^\[[\w.]+\]\s*\n\s*[\w.]+ *=", re.MULTILINE)
+
 for _name, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -46,6 +48,8 @@ def parse_yaml(text: str) -> Parsed:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = "; ".join(part for part in (error.context, error.problem) if part)
+        if _LIKE_TOML.search(text):
+            problem += "; this looks like TOML, whose files end in .toml"
         return _broken(mark.line + 1 if mark else 0, mark.column + 1 if mark else 0, problem)
     except yaml.reader.ReaderError as error:
         return _broken(
