@@ -141,6 +141,15 @@ def test_a_tokenizer_that_does_not_match_is_refused(
         opened(directory)
 
 
+def test_a_tokenizer_that_is_gone_is_named(directory: Path, opened: Callable[..., Dataset]) -> None:
+    manifest = directory / "dataset.json"
+    record = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(record | {"tokenizer": "0" * 64}))
+    (directory / "tokenizer/tokenizer.json").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"tokenizer/tokenizer\.json is missing: copy it again"):
+        opened(directory)
+
+
 def test_a_dataset_without_val_trains_when_no_evaluation_is_wanted(
     write_dataset: WriteDataset, config: MakeConfig
 ) -> None:

@@ -51,6 +51,11 @@ def test_text_comes_back_and_never_is_the_end_of_a_document(make: type, text: st
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
+def test_what_stands_for_no_text_is_replaced_in_a_prompt() -> None:
+    tokenizer = trained()
+    assert tokenizer.decode(tokenizer.encode("the cat\udcff sat")) == "the cat\ufffd sat"
+
+
 def test_bpe_is_shorter_than_bytes_and_its_size_is_a_limit() -> None:
     assert len(trained().encode(TEXTS[0])) < len(TEXTS[0])
     assert trained(300).vocab_size == 300

@@ -39,7 +39,12 @@ class MergeEncoder:
 
     def _encode(self, text: str) -> NDArray[np.uint32]:
         # Python's numbers would cost a fifth of the encoding itself.
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except (
+            UnicodeEncodeError
+        ):  # halves of surrogate pairs, as in a prompt that is not UTF-8: this way replaces them
+            return np.array(self.encoding.encode_ordinary(text), np.uint32)
 
 
 def merge_encoder(spec: Mapping[str, Any]) -> MergeEncoder | None:
