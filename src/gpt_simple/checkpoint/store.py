@@ -287,7 +287,9 @@ class Store:
     def _not_written(self, step: int, error: Exception, needed: int) -> CheckpointError:
         why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         message = f"the checkpoint of step {step} was not written to {self.root}: {why}"
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            message += f"; it needs {needed / 2**20:,.1f} MiB: raise the limit of a file's size (ulimit -f)"
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(next(path for path in (self.root, *self.root.parents) if path.exists())).free
             message += f"; it needs {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free there"
         return CheckpointError(f"{message}; earlier checkpoints are untouched")
