@@ -255,9 +255,7 @@ def test_a_file_size_limit(store: Store) -> None:
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
-        with pytest.raises(
-            CheckpointError, match=r"step 2 was.*File too large; it needs 2\.0 MiB: .*ulimit"
-        ):
+        with pytest.raises(CheckpointError, match=r"step 2 was.*File too large; it needs 2\.0 MiB: .*ulimit"):
             _big(store, 2)
         publish(store, 3)
 
