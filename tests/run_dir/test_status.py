@@ -63,6 +63,14 @@ def test_a_run_killed_before_its_first_status_has_crashed(run_dir: RunDir) -> No
     assert (read_status(run_dir).state, read_status(run_dir).pid) == ("crashed", child)
 
 
+def test_a_crashed_run_got_at_least_as_far_as_its_newest_checkpoint(run_dir: RunDir) -> None:
+    (run_dir.checkpoints / "step-00000012").mkdir(parents=True)
+    (run_dir.checkpoints / ".step-00000013.tmp-1").mkdir()
+    StatusFile(run_dir).update(state="running", step=7, force=True)
+    status = read_status(run_dir)
+    assert (status.state, status.step) == ("crashed", 12)
+
+
 def test_a_run_that_let_go_without_a_word_has_crashed(run_dir: RunDir) -> None:
     with RunLock(run_dir):
         StatusFile(run_dir).update(step=1)

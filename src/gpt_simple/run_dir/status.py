@@ -75,7 +75,8 @@ class StatusFile:
 def read_status(run_dir: RunDir) -> Status:
     """The status of a run, whoever asks and whatever became of it; CheckpointError if there is no run.
 
-    A run whose file says running is ``crashed`` if the lock shows that its owner is gone.
+    A run whose file says running is ``crashed`` if the lock shows that its owner is gone. Its step then is the last one
+    that it told or saved: the file is at most a second old, which may be many steps.
     """
     status = _read(run_dir.status_json)
     owner, liveness = owner_of(run_dir)
@@ -90,7 +91,9 @@ def read_status(run_dir: RunDir) -> Status:
     process = f"process {status.pid} on {status.host}"
     if liveness == "unknown":
         return evolve(status, note=f"{process} cannot be seen from here: it may have ended since the last update")
-    return evolve(status, state="crashed", note=f"{process} ended without saying how")
+    saved = max((int(path.name[5:]) for path in run_dir.checkpoints.glob("step-*[0-9]")), default=0)
+    step = max(status.step, saved)
+    return evolve(status, state="crashed", step=step, note=f"{process} ended without saying how")
 
 
 def _read(path: Path) -> Status | None:
