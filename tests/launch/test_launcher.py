@@ -171,7 +171,7 @@ def test_under_torchrun_it_joins(here: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, "-m", "gpt_simple", "run", "config.toml"]
     joined = subprocess.run([*command, "--nproc_per_node", "2"], capture_output=True, text=True, check=False)
-    assert joined.returncode == 0
+    assert joined.returncode == 0, joined.stderr
     assert joined.stdout.count("step=4 tokens=512 loss=") == 1
     other = subprocess.run([*command, "--nproc_per_node", "4"], capture_output=True, text=True, check=False)
     assert "--nproc_per_node 4, but 2 process(es) were already started" in other.stderr

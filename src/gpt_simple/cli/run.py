@@ -79,7 +79,7 @@ def _train(
         check()
         return launch.run([*_program(), context.info_name or "run", *context.meta[_GIVEN]])
     if member.is_member(os.environ):
-        return member.live(work)
+        member.live(work)
     return work()
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
+from typing import NoReturn
 
 from attrs import evolve
 
@@ -77,8 +78,8 @@ def launched_at() -> float:
     return float(os.environ.get(STARTED, "0"))
 
 
-def live(work: Callable[[], int]) -> int:
-    """Do ``work`` as one of many processes and return what to exit with.
+def live(work: Callable[[], int]) -> NoReturn:
+    """Do ``work``, which returns an exit code, as one of many processes, and leave.
 
     Under our launcher the message of an error goes to it, which tells it once; elsewhere the error is raised.
     """
@@ -88,11 +89,11 @@ def live(work: Callable[[], int]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _never_outlive(os.getppid())
     if records is None:
-        return work()
+        _leave(work())
     record = records.begin(int(os.environ["RANK"]))
     if record is None:
         # Those that came earlier may wait for this one, until torchrun sees it fail and ends them.
-        return ExitCode.COMPLETED if is_restarted() else ExitCode.STOPPED
+        _leave(ExitCode.COMPLETED if is_restarted() else ExitCode.STOPPED)
     try:
         code = work()
     except BaseException as error:
@@ -101,13 +102,19 @@ def live(work: Callable[[], int]) -> int:
             # A mistake that a person must mend would only be repeated by a restart.
             records.no_more()
         records.end(failed)
-        # A collective that will never end must not keep the process from leaving.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(failed.code or ExitCode.FAILURE)
+        _leave(failed.code or ExitCode.FAILURE)
     records.end(evolve(record, code=code, time=time.time()))
     # Not 0 means to torchrun that the processes must be ended or restarted.
-    return ExitCode.COMPLETED if code in _ORDINARY else code
+    _leave(ExitCode.COMPLETED if code in _ORDINARY else code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Everything is on disk. A collective that will never end must not keep the process from leaving, and a thread of
+    torch that another process's end surprises must not turn a finished run into an aborted one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _failed(record: Record, error: BaseException) -> Record:
