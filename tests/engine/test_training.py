@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt_simple import Plugin, hookimpl
+from gpt_simple.engine.optimizer import skips_on_device
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.engine.conftest import TinyRun, state_bytes, weights
 
@@ -105,6 +106,25 @@ def test_a_run_equals_a_bare_pytorch_loop(tiny: TinyRun) -> None:
     assert min(bare.norms) > 1.0
     for name, tensor in bare.model.state_dict().items():
         torch.testing.assert_close(weights(result)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+def test_fused_optimizers_of_torch_clip_and_skip_as_the_engine_asks(make: Any) -> None:
+    """The engine never clips for them: one that took no notice of ``grad_scale`` would train unclipped."""
+    start, gradient = torch.ones(8), torch.linspace(1.0, 4.0, 8)
+    parameters = [torch.nn.Parameter(start.clone()) for _ in range(3)]
+    plain, scaled, skipped = (make([parameter], lr=0.1, fused=True) for parameter in parameters)
+    assert all(skips_on_device(optimizer) for optimizer in (plain, scaled, skipped))
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = gradient.clone()
+        parameters[0].grad /= 5
+        scaled.grad_scale, scaled.found_inf = torch.tensor(5.0), torch.tensor(0.0)
+        skipped.grad_scale, skipped.found_inf = torch.tensor(5.0), torch.tensor(1.0)
+        for optimizer in (plain, scaled, skipped):
+            optimizer.step()
+    torch.testing.assert_close(parameters[1], parameters[0])
+    assert torch.equal(parameters[2], start)
 
 
 def test_the_loss_is_weighted_by_tokens_and_not_by_micro_batches(tiny: TinyRun) -> None:
