@@ -83,12 +83,12 @@ def tokenizing(root: Path) -> dict[str, float]:
     size = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = bpe(evolve(DataConfig(), tokenizer_vocab_size=8192), lambda: iter(texts[:100]))
     assert isinstance(tokenizer, JsonTokenizer)
-    assert tokenizer._merges is not None
+    assert tokenizer.encoder.merges is not None
     raw, out = root / "raw", root / "out"
     raw.mkdir()
     (raw / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer.save(root / "tokenizer")
-    bare = tokenizer._merges.encoding
+    bare = tokenizer.encoder.merges.encoding
     command = [sys.executable, "-m", "gpt_simple", "tokenize", f"--input_dir={raw}", f"--output_dir={out}"]
 
     def ours(workers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +23,34 @@ print(sorted({"torch", "wandb", "accelerate", "numpy"} & set(sys.modules)), int(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--version"], ["--help"], ["run", "--help"], ["plugins", "list"], ["config", "show", str(EXAMPLE)]],
-    ids=" ".join,
+    [
+        ["--version"],
+        ["--help"],
+        ["run", "--help"],
+        ["plugins", "list"],
+        ["config", "show", str(EXAMPLE)],
+        ["validate", str(EXAMPLE)],
+    ],
+    ids=lambda arguments: " ".join(Path(argument).name for argument in arguments),
 )
 def test_no_heavy_import(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[] 0", done.stderr
     assert done.stdout
+
+
+def test_validate_looks_at_prepared_data_without_numpy(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.txt").write_text("a few words " * 500)
+    (tmp_path / "raw" / "b.txt").write_text("some others " * 500)
+    places = [f"--input_dir={tmp_path / 'raw'}", f"--output_dir={tmp_path / 'data'}", "--tokenizer=bytes"]
+    subprocess.run([sys.executable, "-m", "gpt_simple", "tokenize", *places], capture_output=True, check=True)
+    settings = [f"--data.path={tmp_path / 'data'}", f"--training.output_dir={tmp_path / 'run'}", "--json"]
+    arguments = ["validate", *settings, "--training.compile=false"]
+    done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[] 0", done.stdout + done.stderr
+    (data,) = (each for each in json.loads(done.stdout)["findings"] if each["code"] == "data")
+    assert data["fields"]["train_tokens"] + data["fields"]["val_tokens"] == 12 * 500 * 2 + 2
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -17,7 +17,8 @@ from gpt_simple.config.schema import Config, Phase
 from gpt_simple.data import loader as module
 from gpt_simple.data.dataset import IGNORED, Dataset
 from gpt_simple.data.loader import Batch, DataExhausted, Loader, StepData
-from gpt_simple.data.prepare import order_seed, prepare
+from gpt_simple.data.locate import order_seed
+from gpt_simple.data.prepare import prepare
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.components import builtin_registry
 

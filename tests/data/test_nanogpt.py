@@ -11,7 +11,8 @@ import pytest
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.dataset import IGNORED, Dataset
-from gpt_simple.data.prepare import check, find, prepare
+from gpt_simple.data.locate import check, find
+from gpt_simple.data.prepare import prepare
 from gpt_simple.data.tokenizer import bpe, load_tokenizer
 from gpt_simple.errors import ConfigError, DataError
 from gpt_simple.hooks.components import builtin_registry
@@ -97,6 +98,6 @@ def test_a_vocabulary_beyond_uint16_is_not_theirs(
 ) -> None:
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     object.__setattr__(tokenizer, "vocab_size", 70_000)
-    monkeypatch.setattr("gpt_simple.data.prepare.load_tokenizer", lambda *path: tokenizer)
+    monkeypatch.setattr("gpt_simple.data.locate.load_tokenizer", lambda *path: tokenizer)
     with pytest.raises(DataError, match=r"holds uint16 ids, and the tokenizer .* has 70,000"):
         opened()

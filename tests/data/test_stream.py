@@ -14,7 +14,8 @@ from gpt_simple.config.schema import Config, Phase
 from gpt_simple.data import stream as module
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import DataExhausted, Loader, StepData
-from gpt_simple.data.prepare import check, find, prepare
+from gpt_simple.data.locate import check, find
+from gpt_simple.data.prepare import prepare
 from gpt_simple.data.sources import Document
 from gpt_simple.errors import ConfigError, DataError
 from gpt_simple.hooks.components import Registry, builtin_registry

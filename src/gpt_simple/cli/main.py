@@ -64,7 +64,9 @@ def _group() -> Any:
     """The click group; made in a function so that ``--version`` need not import click."""
     import click
 
-    from gpt_simple.hooks.discovery import PluginRecord, commands, summary, usable
+    from gpt_simple.hooks.discovery import PluginRecord, commands, own_commands, summary, usable
+
+    own = own_commands()
 
     @cache
     def found() -> dict[str, PluginRecord]:
@@ -77,7 +79,7 @@ def _group() -> Any:
             return sorted(found())
 
         def get_command(self, context: click.Context, name: str) -> click.Command | None:
-            record = found().get(name)
+            record = own.get(name) or found().get(name)
             if record is None or record.entry_point is None:
                 return None
             if record.problem:

@@ -18,7 +18,7 @@ QUANTILES = {"shortest": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest
 def summary(directory: Path, manifest: Manifest, max_length: int | None = None) -> list[str]:
     """Lines with what the manifest says: the tokenizer, and each split with its buckets."""
     lines = [
-        f"{directory}: tokens of a vocabulary of {manifest.vocab_size:,} ids as {manifest.dtype.name}, "
+        f"{directory}: tokens of a vocabulary of {manifest.vocab_size:,} ids as {manifest.dtype_name}, "
         f"EOD {manifest.eod_id}, tokenizer {manifest.tokenizer[:12]}"
     ]
     for name, split in manifest.splits.items():

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.dataset import IGNORED, Dataset, Split
+from gpt_simple.data.locate import order_seed
 from gpt_simple.data.order import key, permute
-from gpt_simple.data.prepare import order_seed
 
 CHUNK_TOKENS = 1 << 17
 CHUNK_STEPS = 64

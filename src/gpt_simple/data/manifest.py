@@ -15,11 +15,10 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import attrs
 import cattrs
-import numpy as np
 from attrs import frozen
 
 from gpt_simple.errors import DataError
@@ -33,6 +32,9 @@ FORMAT = "gpt-simple dataset"
 VERSION = 1
 ALL = "all"
 """The bucket of data that have only one."""
+
+Dtype = Literal["<u2", "<u4"]
+_NAME: Mapping[Dtype, str] = {"<u2": "uint16", "<u4": "uint32"}
 
 
 @frozen
@@ -80,14 +82,19 @@ class Manifest:
     splits: Mapping[str, SplitRecord]
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """How a token is stored."""
+    def dtype(self) -> Dtype:
+        """How a token is stored, as numpy writes it."""
         return token_dtype(self.vocab_size)
+
+    @property
+    def dtype_name(self) -> str:
+        """``uint16`` or ``uint32``; little-endian."""
+        return _NAME[self.dtype]
 
     @cached_property
     def text(self) -> str:
         """The content of ``dataset.json``."""
-        head = {"format": FORMAT, "version": VERSION, "dtype": self.dtype.name}
+        head = {"format": FORMAT, "version": VERSION, "dtype": self.dtype_name}
         return json.dumps(head | attrs.asdict(self), indent=1) + "\n"
 
     @cached_property
@@ -104,9 +111,9 @@ class Manifest:
                     yield f"{shard.name}.idx", shard.idx
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
+def token_dtype(vocab_size: int) -> Dtype:
     """The smaller of uint16 and uint32, little-endian, that holds every id."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
 def unfinished(directory: Path) -> DataError:
@@ -136,9 +143,9 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = cattrs.structure(record, Manifest)
     except Exception as error:  # cattrs raises groups of many types
         raise DataError(f"{file}: damaged ({error}); delete {directory} and prepare the data again") from error
-    if record.get("dtype") != manifest.dtype.name:
+    if record.get("dtype") != manifest.dtype_name:
         raise DataError(
-            f"{file}: dtype {record.get('dtype')}, but {manifest.vocab_size} ids are stored as {manifest.dtype.name}"
+            f"{file}: dtype {record.get('dtype')}, but {manifest.vocab_size} ids are stored as {manifest.dtype_name}"
         )
     for name, expected in manifest.files():
         path = directory / name

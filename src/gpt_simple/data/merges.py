@@ -19,6 +19,8 @@ from attrs import frozen
 from numpy.typing import NDArray
 from tiktoken import Encoding
 
+from gpt_simple.data.byte_level import byte_alphabet
+
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 """How GPT-2 cuts text before merging, as `ByteLevel` of `tokenizers` does; without backtracking."""
 
@@ -94,10 +96,3 @@ def _joined(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
         if rank >= limit:
             return parts
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
-def byte_alphabet() -> list[str]:
-    """The characters by which byte-level vocabularies write the 256 bytes: those that print stand for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

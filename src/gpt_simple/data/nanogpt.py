@@ -11,7 +11,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
 from attrs import frozen
 
 from gpt_simple.data.manifest import (
@@ -48,8 +47,7 @@ class NanoGpt:
 
     def link(self, target: Path, tokenizer: Tokenizer) -> None:
         """Fill a directory with a manifest, an index and links to the files."""
-        dtype = token_dtype(tokenizer.vocab_size)
-        if dtype.itemsize != 2:
+        if token_dtype(tokenizer.vocab_size) != "<u2":
             raise DataError(
                 f"{self.directory / TRAIN}: holds uint16 ids, and the tokenizer {tokenizer.name} has "
                 f"{tokenizer.vocab_size:,}; name the one that it was made with (data.tokenizer)"
@@ -64,6 +62,8 @@ class NanoGpt:
 
 
 def _link(file: Path, target: Path, tokenizer: Tokenizer) -> SplitRecord:
+    import numpy as np  # looking at the directory needs none
+
     size = file.stat().st_size
     if size % 2 or size < 4:
         raise DataError(f"{file}: {size:,} bytes are no row of uint16 ids; the file was cut off, copy it again")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from attrs import define, field, frozen
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from gpt_simple.data.manifest import FileRecord, Manifest, ShardRecord
 from gpt_simple.errors import DataError
@@ -107,7 +107,7 @@ class ShardWriter:
     root: Path
     prefix: str
     """``train/all``: the bucket's directory, relative to ``root``."""
-    dtype: np.dtype[Any]
+    dtype: DTypeLike
     eod_id: int
     vocab_size: int
     shard_tokens: int = SHARD_TOKENS

@@ -19,7 +19,7 @@ from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.sources import Document, Stream
 from gpt_simple.data.tokenize import BATCH_BYTES, key_hash, survey
 from gpt_simple.data.tokenizer import Tokenizer
-from gpt_simple.errors import ConfigError, DataError
+from gpt_simple.errors import DataError
 
 HEAD_BYTES = 1 << 24
 """The val split is held out of this much text at the beginning, and a tokenizer is trained on the rest of that."""
@@ -43,17 +43,6 @@ class Head:
             size += len(document.text)
             if size >= HEAD_BYTES:
                 return
-
-
-def refuse_what_needs_an_index(data: DataConfig) -> None:
-    """Raise ConfigError for settings that need to know all documents before the first step."""
-    for field, unwanted, instead in (
-        ("packing", data.packing == "best_fit", '"concat"'),
-        ("on_exhaustion", data.on_exhaustion == "renormalise", '"repeat" or "halt"'),
-        ("curriculum", bool(data.curriculum), "no curriculum"),
-    ):
-        if unwanted:
-            raise ConfigError(f"data.{field}: the source {data.source} has no index; expected {instead}")
 
 
 @frozen(eq=False)

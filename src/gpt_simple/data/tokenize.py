@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.manifest import ALL, FILE, TOKENIZER, Manifest, SplitRecord
 from gpt_simple.data.shards import ShardWriter
 from gpt_simple.data.sources import Document, Source
-from gpt_simple.data.tokenizer import Tokenizer
+from gpt_simple.data.tokenizer import Train
 from gpt_simple.errors import DataError
 
 TRAINING_BYTES = 1 << 27
@@ -26,8 +26,6 @@ TRAINING_BYTES = 1 << 27
 
 BATCH_BYTES = 1 << 22
 """Text that is encoded in one call."""
-
-Train = Callable[[DataConfig, Callable[[], Iterator[str]]], Tokenizer]
 
 
 @frozen(eq=False)

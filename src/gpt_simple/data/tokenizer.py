@@ -4,6 +4,8 @@ A tokenizer is a byte-level BPE trained on the data, plain bytes (the same thing
 All are one class over the `tokenizers` library and one file on disk, so that what a run trained with can be loaded
 anywhere; where it gives the same ids, text goes through tiktoken. Text never becomes a special token, whatever it
 contains: only the end of a document does.
+
+Loading one, to see what it is, needs no numpy; encoding does (encoder.py).
 """
 
 from __future__ import annotations
@@ -11,32 +13,31 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy as np
 from attrs import field, frozen
-from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.merges import MergeEncoder, byte_alphabet, merge_encoder
+from gpt_simple.data.byte_level import pieces
 from gpt_simple.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gpt_simple.data.encoder import Encoder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
 """What tokenizers of the field call the end of a document, in the order in which they are looked for."""
 
 FILE = "tokenizer.json"
-PIECE = 1 << 16
-"""Longer texts are encoded in pieces of about this many characters: in parallel, and in bounded memory."""
-
 _IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
-_CUT = re.compile(r"[!-~](?=\n)")
 
 
 @runtime_checkable
@@ -71,6 +72,10 @@ class Tokenizer(Protocol):
         """Write it so that ``load_tokenizer(directory)`` gives an equal one."""
 
 
+Train = Callable[[DataConfig, Callable[[], Iterator[str]]], Tokenizer]
+"""How a tokenizer is made from the texts that the function gives."""
+
+
 @frozen(eq=False)
 class JsonTokenizer:
     """A tokenizer of the `tokenizers` library: everything about it is in one JSON document."""
@@ -81,7 +86,6 @@ class JsonTokenizer:
     vocab_size: int = field(init=False)
     fingerprint: str = field(init=False)
     _spec: dict[str, Any] = field(init=False, repr=False)
-    _byte_ids: NDArray[np.uint32] | None = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.backend.encode_special_tokens = True
@@ -92,53 +96,34 @@ class JsonTokenizer:
         object.__setattr__(self, "_spec", spec)
         object.__setattr__(self, "vocab_size", max(self.backend.get_vocab().values()) + 1)
         object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest())
-        bytes_only = _is_plain_byte_level(spec) and not spec["model"].get("merges")
-        alphabet = [self.backend.token_to_id(char) for char in byte_alphabet()] if bytes_only else None
-        ids = None if alphabet is None else np.array(alphabet, np.uint32)
-        object.__setattr__(self, "_byte_ids", ids)
 
     @cached_property
-    def _merges(self) -> MergeEncoder | None:
-        """Made when text is encoded: checking that it may be used takes longer than loading the tokenizer."""
-        return merge_encoder(self._spec) if _is_plain_byte_level(self._spec) else None
+    def encoder(self) -> Encoder:
+        """Made when text is encoded: checking how that may be done takes longer than loading the tokenizer."""
+        from gpt_simple.data.encoder import Encoder
+
+        return Encoder.of(self.backend, self._spec)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[index for part in parts for index in part.tolist()] for parts in self._parts(texts)]
+        return [[index for part in parts for index in part.tolist()] for parts in self.encoder.encode(texts)]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Ids of all texts in one array, each text followed by ``eod_id``, and how many each has with it.
 
         Faster than lists of Python's numbers.
         """
-        end, flat, sizes = np.array([self.eod_id], np.uint32), [], []
-        for parts in self._parts(texts):
-            flat += [*parts, end]
-            sizes.append(sum(map(len, parts)) + 1)
-        return np.concatenate(flat), np.array(sizes)
-
-    def _parts(self, texts: Sequence[str]) -> Iterator[list[NDArray[np.uint32]]]:
-        """Of each text its ids, in one or more arrays."""
-        if self._byte_ids is not None:
-            yield from ([self._byte_ids[np.frombuffer(text.encode(), np.uint8)]] for text in texts)
-            return
-        pieces = [list(_pieces(text)) if _is_plain_byte_level(self._spec) else [text] for text in texts]
-        flat = [piece for group in pieces for piece in group]
-        if self._merges is not None:
-            encoded = iter(self._merges.encode_batch(flat))
-        else:
-            # A list of Python's numbers becomes an array in half the time that numpy takes.
-            found = self.backend.encode_batch_fast(flat, add_special_tokens=False)
-            encoded = (np.frombuffer(array("I", one.ids), np.uint32) for one in found)
-        yield from ([next(encoded) for _ in group] for group in pieces)
+        return self.encoder.documents(texts, self.eod_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
         return text
 
     def token_bytes(self) -> NDArray[np.int32]:
+        import numpy as np
+
         special = {token["id"] for token in self._spec["added_tokens"] if token["special"]}
         byte_level = "ByteLevel" in json.dumps([self._spec["pre_tokenizer"], self._spec["decoder"]])
         sizes = np.zeros(self.vocab_size, np.int32)
@@ -201,26 +186,5 @@ def _train(vocab_size: int, texts: Iterable[str]) -> Backend:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    backend.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
     return backend
-
-
-def _is_plain_byte_level(spec: dict[str, Any]) -> bool:
-    """Whether text is split by the byte-level pattern alone, as in the tokenizers that are trained here."""
-    pattern = spec["pre_tokenizer"] or {}
-    return (
-        spec["normalizer"] is None
-        and pattern.get("type") == "ByteLevel"
-        and not pattern["add_prefix_space"]
-        and pattern["use_regex"]
-        and all(token["special"] for token in spec["added_tokens"])
-    )
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut where the byte-level pattern cuts anyway, before a newline that follows a printable ASCII character."""
-    start = 0
-    while len(text) - start > PIECE and (cut := _CUT.search(text, start + PIECE)):
-        yield text[start : cut.end()]
-        start = cut.end()
-    yield text[start:]

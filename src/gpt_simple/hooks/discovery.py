@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -70,6 +70,18 @@ def installed(group: str = PLUGIN_GROUP) -> list[PluginRecord]:
 def commands() -> list[PluginRecord]:
     """Command entry points, found by the same rules."""
     return installed(COMMAND_GROUP)
+
+
+def own_commands() -> dict[str, PluginRecord]:
+    """The commands of this distribution, by name. Nobody can take these names, so nothing else need be looked at."""
+    try:
+        entries = distribution(DISTRIBUTION).entry_points.select(group=COMMAND_GROUP)
+    except PackageNotFoundError:
+        return {}
+    return {
+        entry.name: PluginRecord(entry.name, entry.value, DISTRIBUTION, __version__, "builtin", entry_point=entry)
+        for entry in entries
+    }
 
 
 def usable(records: Iterable[PluginRecord]) -> dict[str, PluginRecord]:

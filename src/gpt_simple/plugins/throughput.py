@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import TYPE_CHECKING, Any
 
 from gpt_simple.hooks import Metric, NoConfig, Plugin, hookimpl
@@ -50,4 +49,6 @@ class Throughput(Plugin[NoConfig]):
 
     def describe(self) -> dict[str, Any]:
         medians = {"median tokens/s": self._rates, "median MFU": self._mfu}
-        return {name: statistics.median(values) for name, values in medians.items() if values}
+        from statistics import median  # as in console.py
+
+        return {name: median(values) for name, values in medians.items() if values}

@@ -150,9 +150,7 @@ def _epochs(outlook: Outlook) -> Iterator[Finding]:
     epochs = steps * rows * length / max(1, data.train_tokens)
     message = f"the run reads the data {'about ' if data.estimated else ''}{epochs:.2f} times"
     yield Finding("info", "epochs", message, fields={"epochs": epochs})
-    if data.order is None:
-        return
-    needed, total = steps * rows, data.order.total
+    needed, total = steps * rows, data.total
     if total is not None and total < needed:
         message = (
             f"the data end after step {total // rows:,} of {steps:,} (on_exhaustion {config.data.on_exhaustion!r})"
@@ -160,7 +158,7 @@ def _epochs(outlook: Outlook) -> Iterator[Finding]:
         hint = 'lower training.max_steps, or set "repeat"'
         yield Finding("warning", "data-end-early", message, "data.on_exhaustion", hint, _DATA)
         needed = total
-    if not config.data.curriculum:
+    if data.order is None:
         return
     taken = dict(zip(data.buckets, data.order.taken(needed), strict=True))
     shares = {name: taken[name] / max(1, rows) for name, rows in data.buckets.items()}

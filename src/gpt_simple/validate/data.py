@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attrs import frozen
 
 from gpt_simple.config.schema import Config, DataConfig
+from gpt_simple.data.locate import check, find, order_seed
 from gpt_simple.data.manifest import SplitRecord
-from gpt_simple.data.mixture import Mixture, mixture
-from gpt_simple.data.prepare import check, find, order_seed
 from gpt_simple.data.sources import Source
 from gpt_simple.data.sources.files import Files
 from gpt_simple.data.sources.shards import Shards
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.hooks.components import Registry
+
+if TYPE_CHECKING:
+    from gpt_simple.data.mixture import Mixture
 
 HASHED = 64 * 2**20
 """Raw files up to this many bytes are hashed to see whether they were prepared before (some hundredths of a second)."""
@@ -29,7 +32,8 @@ class DataOutlook:
     """What is known of the data. ``estimated``: nothing is prepared yet, so numbers of tokens are guesses.
 
     ``vocab_size`` is that of the tokenizer, at most, and None where only training it would tell. ``train_tokens`` and
-    ``val_tokens`` count targets, None where nobody knows. ``order`` is the order of the run's samples.
+    ``val_tokens`` count targets, None where nobody knows. ``total`` is the number of rows there are to read, None where
+    they are read again or nobody knows; ``order`` is the order of a curriculum.
     """
 
     source: str
@@ -42,7 +46,8 @@ class DataOutlook:
     buckets: Mapping[str, int]
     val_rows: int
     fingerprints: Mapping[str, str] | None
-    order: Mixture | None
+    total: int | None = None
+    order: Mixture | None = None
 
     def ends(self, samples: int) -> dict[str, int]:
         """Buckets without an unread row after ``samples`` samples, each with the first sample at which it had none."""
@@ -77,7 +82,10 @@ def look(config: Config, registry: Registry) -> DataOutlook:
     empty = SplitRecord(0, 0, 0, None, {})
     train, val = (manifest.splits.get(name, empty) for name in ("train", "val"))
     buckets = _rows(train, data)
-    order = mixture(buckets, data.curriculum, data.on_exhaustion, max_length=data.max_length, seed=order_seed(config))
+    order, total = None, None if data.on_exhaustion == "repeat" else sum(buckets.values())
+    if data.curriculum:
+        order = _order(buckets, config)
+        total = order.total
     return DataOutlook(
         source=_name(source, data),
         directory=directory,
@@ -89,6 +97,7 @@ def look(config: Config, registry: Registry) -> DataOutlook:
         buckets=buckets,
         val_rows=sum(_rows(val, data).values()),
         fingerprints={"dataset": manifest.fingerprint, "tokenizer": manifest.tokenizer},
+        total=total,
         order=order,
     )
 
@@ -108,8 +117,14 @@ def _unprepared(source: Source | Shards, size: int | None, config: Config, regis
         buckets={},
         val_rows=0 if val is None else val // data.max_length,
         fingerprints=None,
-        order=None,
     )
+
+
+def _order(buckets: Mapping[str, int], config: Config) -> Mixture:
+    from gpt_simple.data.mixture import mixture  # it needs numpy, which takes half as long to import as all the rest
+
+    data, seed = config.data, order_seed(config)
+    return mixture(buckets, data.curriculum, data.on_exhaustion, max_length=data.max_length, seed=seed)
 
 
 def _rows(split: SplitRecord, data: DataConfig) -> dict[str, int]:
