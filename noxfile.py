@@ -11,8 +11,6 @@ nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 CONSTRAINTS = ("-c", "constraints.txt")
-# Two test processes on two cores: more threads each would only fight.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _install(session: nox.Session, *extras: str) -> None:
@@ -31,14 +29,14 @@ def tests(session: nox.Session) -> None:
     """Style, types, the import rules, and all tests that take seconds."""
     _install(session, "dev", "test")
     _static(session)
-    session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs)
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """Tests that take minutes: long fault injection, the tutorial as typed, the quickstart as a newcomer runs it."""
     _install(session, "test")
-    session.run("pytest", "-m", "slow", *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "-m", "slow", *session.posargs)
 
 
 @nox.session
@@ -66,7 +64,7 @@ def plugins(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, f"{wheel}[testing]")
     for package in sorted(Path("plugins").iterdir()):
         session.install(*CONSTRAINTS, "--no-build-isolation", f"./{package}[test]")
-        session.run("pytest", "-c", os.devnull, "--rootdir", str(package), str(package / "tests"), env=ONE_THREAD)
+        session.run("pytest", "-c", os.devnull, "--rootdir", str(package), str(package / "tests"))
         session.run("pip", "uninstall", "--yes", "--quiet", package.name)
 
 

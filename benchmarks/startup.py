@@ -25,6 +25,7 @@ COMMANDS = {
     "--help": [PROGRAM, "--help"],
     "plugins list": [PROGRAM, "plugins", "list"],
     "config show": [PROGRAM, "config", "show", "examples/quickstart.toml"],
+    "validate": [PROGRAM, "validate", "examples/quickstart.toml"],
 }
 
 

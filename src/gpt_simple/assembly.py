@@ -19,9 +19,9 @@ from gpt_simple.config.schema import Config
 from gpt_simple.config.structure import structure, with_other_mistakes
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.activation import Switches
+from gpt_simple.hooks.answers import Finding
 from gpt_simple.hooks.components import CONFIG_KEY, Kind, Registry, builtin_registry
 from gpt_simple.hooks.discovery import installed
-from gpt_simple.hooks.events import Finding
 from gpt_simple.hooks.host import PluginHost
 
 # Kinds whose name stands in the configuration itself; a tokenizer may also be a file, which the data look for.

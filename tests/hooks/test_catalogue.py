@@ -13,7 +13,7 @@ import attrs
 import pytest
 
 from gpt_simple import Plugin, hookimpl
-from gpt_simple.hooks import HOOKS, events
+from gpt_simple.hooks import HOOKS, answers, events
 from gpt_simple.hooks.dispatch import DISPATCHED, Calls
 from gpt_simple.hooks.lint import hooks_of, lint
 from gpt_simple.hooks.specs import HookSpecs
@@ -37,8 +37,8 @@ def catalogue() -> dict[str, object]:
         },
         "events": {
             name: {field.name: str(field.type) for field in attrs.fields(value)}
-            for name, value in sorted(vars(events).items())
-            if isinstance(value, type) and attrs.has(value) and value.__module__ == events.__name__
+            for name, value in sorted({**vars(events), **vars(answers)}.items())
+            if isinstance(value, type) and attrs.has(value) and value.__module__ in (events.__name__, answers.__name__)
         },
         "plugin": sorted(name for name in vars(Plugin) if not name.startswith("_")),
     }

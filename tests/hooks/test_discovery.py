@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -100,3 +101,11 @@ def test_an_older_copy_further_down_the_path_is_not_a_second_package(
 def test_commands_of_other_packages_are_found(fake_package: FakePackage) -> None:
     fake_package("acme-log", commands={"acme": "acme:main"})
     assert "acme" in usable(commands())
+
+
+def test_the_summary_of_a_built_in_is_the_first_line_of_its_docstring() -> None:
+    own = [record for record in (*installed(), *commands()) if record.origin == "builtin"]
+    assert len(own) > 20
+    for record in own:
+        module = importlib.import_module(record.value.partition(":")[0])
+        assert summary(record) == (module.__doc__ or "").partition("\n")[0].replace("``", "") != ""

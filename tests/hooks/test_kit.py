@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -92,6 +95,17 @@ def test_reading_a_tensor_is_found_however_it_is_done(read: Any) -> None:
     with no_host_sync():
         (tensor + 1).detach()
     read(tensor)
+
+
+def test_processes_can_be_forked_after_the_test_itself_has_trained_with_several_threads() -> None:
+    program = (
+        "from gpt_simple.testing import train, train_on_ranks; import torch; torch.set_num_threads(2);"
+        "train(max_steps=2);"
+        "print([outcome.error for outcome in train_on_ranks(timeout=30.0)])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["['', '']"], done.stdout + done.stderr
 
 
 def test_two_processes_train_one_model() -> None:

@@ -66,9 +66,7 @@ class Manifest:
         try:
             body = json.loads(path.read_bytes())
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{directory} is not a whole checkpoint: it has no {MANIFEST}; choose another checkpoint"
-            ) from None
+            raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         except ValueError:
@@ -118,4 +116,4 @@ def _entry(value: Mapping[str, Any]) -> FileEntry:
 
 
 def _damaged(path: Path, how: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {how}; choose another checkpoint")
+    return CheckpointError(f"{path} is damaged: {how}")

@@ -117,7 +117,7 @@ class Store:
         if manifest.step != checkpoint.step or named not in (None, manifest.step):
             raise CheckpointError(
                 f"{checkpoint.path / MANIFEST} is of step {manifest.step}, not {named or checkpoint.step}: "
-                "it belongs to another checkpoint; choose another one"
+                "it belongs to another checkpoint"
             )
         for name, entry in manifest.files.items():
             check_file(checkpoint.path / name, entry, full=full)

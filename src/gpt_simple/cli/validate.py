@@ -8,7 +8,7 @@ from gpt_simple.assembly import Questions, assemble
 from gpt_simple.cli.fields import ConfiguredCommand
 from gpt_simple.errors import GptSimpleError
 from gpt_simple.hooks.activation import Switches
-from gpt_simple.hooks.events import Finding
+from gpt_simple.hooks.answers import Finding
 from gpt_simple.validate.findings import exit_code, from_error, to_json, to_table
 
 

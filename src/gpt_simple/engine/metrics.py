@@ -13,7 +13,8 @@ from attrs import define, field
 
 from gpt_simple.data.loader import StepData
 from gpt_simple.engine.numerics import MadeStep
-from gpt_simple.hooks.events import CollectMetrics, Metric
+from gpt_simple.hooks.answers import Metric
+from gpt_simple.hooks.events import CollectMetrics
 
 _FOLD_AT = 1024
 

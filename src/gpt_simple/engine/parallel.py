@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from gpt_simple.engine.peers import PeerFailed, Peers
 from gpt_simple.errors import ConfigError, GptSimpleError
-from gpt_simple.hooks.events import Metric
+from gpt_simple.hooks.answers import Metric
 
 T = TypeVar("T")
 

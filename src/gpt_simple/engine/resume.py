@@ -90,13 +90,16 @@ def look(config: Config, run_dir: RunDir, *, force: bool, store: Store | None = 
 
 
 def _from_path(config: Config, path: Path, store: Store, newest: Checkpoint | None) -> ResumePlan:
-    checkpoint = Checkpoint.open(path)
+    try:
+        checkpoint = Checkpoint.open(path)
+        store.verify(checkpoint)
+    except CheckpointError as error:
+        raise type(error)(f"training.resume: {error}") from error
     if newest is not None and newest.path.resolve() != path.resolve():
         raise CheckpointError(
             f"training.resume names {path}, but {newest.path} is newer in the same run: name another"
             " training.output_dir for the branch"
         )
-    store.verify(checkpoint)
     return _plan(config, store, checkpoint)
 
 

@@ -30,8 +30,9 @@ from gpt_simple.engine.run import EngineCheckpoints, EngineRun
 from gpt_simple.engine.stopping import Walltime
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.errors import ConfigError, GptSimpleError
+from gpt_simple.hooks.answers import Finding
 from gpt_simple.hooks.dispatch import Calls
-from gpt_simple.hooks.events import CheckpointLoaded, Finding, ModelBuilt
+from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
 from gpt_simple.model.shape import padded
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.status import StatusFile

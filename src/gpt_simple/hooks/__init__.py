@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt_simple.hooks.answers import Finding, Metric
     from gpt_simple.hooks.components import Component, Registry
     from gpt_simple.hooks.events import (
         BatchReady,
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
         CollectMetrics,
         EvalEnd,
         Evaluate,
-        Finding,
         GradientsReady,
         LogRecord,
-        Metric,
         MetricsReady,
         ModelBuilt,
         RunEnd,
@@ -69,6 +68,8 @@ __all__ = [
 _HOMES = {
     "Component": "components",
     "Registry": "components",
+    "Finding": "answers",
+    "Metric": "answers",
     "CheckpointInfo": "run",
     "Run": "run",
     "NoConfig": "plugin",
@@ -82,7 +83,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # All others are events, or what goes with them.
+    # All others are events.
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'events')}"), name)
     globals()[name] = value
     return value

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field, frozen
 
 from gpt_simple.errors import GptSimpleError, PluginError
-from gpt_simple.hooks import events
-from gpt_simple.hooks.events import Finding, Metric
+from gpt_simple.hooks.answers import Finding, Metric
 from gpt_simple.hooks.loading import FAILURES, LoadedPlugin
 from gpt_simple.hooks.specs import HOOKS, HookInfo
 
 if TYPE_CHECKING:
+    from gpt_simple.hooks import events
     from gpt_simple.hooks.run import Run
 
     Metrics = list[tuple[str, Mapping[str, Metric]]]

@@ -1,4 +1,4 @@
-"""What a hook is told: one frozen class per hook, plus the two values that plugins hand back.
+"""What a hook is told: one frozen class per hook.
 
 Steps are counted from 1; ``step`` of an event is the optimizer step that it belongs to. ``tokens`` are
 positions (rows x max_length over all processes since step 0), ``target_tokens`` those of them that are in the
@@ -18,40 +18,7 @@ if TYPE_CHECKING:
 
     from gpt_simple.data.loader import Batch
 
-Reduction = Literal["mean", "sum", "max", "min", "last"]
-Severity = Literal["error", "warning", "info"]
 RunStatus = Literal["completed", "stopped", "halted"]
-
-
-@frozen
-class Metric:
-    """A number for the log, and how the values of several processes become one.
-
-    ``value`` and ``weight`` may be floats or 0-d tensors on the device: they are read once, in one
-    collective, when somebody looks. ``mean`` is weighted by ``weight``; ``last`` takes the main process's
-    value.
-    """
-
-    value: float | torch.Tensor
-    weight: float | torch.Tensor = 1.0
-    reduce: Reduction = "mean"
-
-
-@frozen
-class Finding:
-    """One remark of a check: what is wrong, where, and what to do about it.
-
-    ``place`` is a dotted key of the configuration, shown with its file and line, or anything else that says where.
-    ``fields`` hold the facts of the message for machines, as JSON values.
-    """
-
-    severity: Severity
-    code: str
-    message: str
-    place: str = ""
-    hint: str = ""
-    exit_code: int = 2
-    fields: Mapping[str, Any] = field(factory=dict)
 
 
 @frozen

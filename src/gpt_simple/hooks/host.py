@@ -14,10 +14,10 @@ from pluggy import HookimplOpts, PluginManager, PluginValidationError
 
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.activation import Decision, Switches, Wishes, decide
+from gpt_simple.hooks.answers import Finding
 from gpt_simple.hooks.components import Registry
 from gpt_simple.hooks.discovery import installed, usable
 from gpt_simple.hooks.dispatch import DISPATCHED, Calls, Implementation, Listener, OnFailure, Policy, checked
-from gpt_simple.hooks.events import Finding
 from gpt_simple.hooks.loading import (
     FAILURES,
     LoadedPlugin,
@@ -54,6 +54,8 @@ class PluginHost:
     """Config classes of plugins that are off but have a table, which is checked all the same."""
     notes: tuple[str, ...] = ()
     """Sentences worth a warning, for instance a disabled plugin that could not be imported."""
+    broken: tuple[str, ...] = ()
+    """A sentence for each installed plugin that cannot be used."""
     strict: bool = False
     wrap: Callable[[Implementation], Implementation] | None = None
     """Put around every implementation by ``calls``: a guard, whose exceptions count as the plugin's failures."""
@@ -83,7 +85,8 @@ class PluginHost:
         that do not exist, PluginError with one line per mistake of a plugin that the run uses.
         """
         switches = switches or Switches()
-        records = usable(installed())
+        everything = installed()
+        records = usable(everything)
         wishes = Wishes.read(raw_plugins, place)
         given = name_passed(extra, records, wishes.tables)
         mistakes: list[str] = []
@@ -106,7 +109,8 @@ class PluginHost:
                 notes += [f"[plugins.{name}] is off and was not checked: {problem}" for problem in problems]
         if mistakes:
             raise PluginError("\n".join(mistakes))
-        return cls(tuple(ordered(loaded)), decisions, validated, tuple(notes), wishes.strict)
+        broken = tuple(record.detail for record in everything if record.problem)
+        return cls(tuple(ordered(loaded)), decisions, validated, tuple(notes), broken, wishes.strict)
 
     def config_classes(self) -> dict[str, type]:
         """Plugin -> its config class, for all whose table is to be structured."""

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from attrs import frozen
 from pluggy import HookimplMarker, HookspecMarker
 
-from gpt_simple.hooks import events
-from gpt_simple.hooks.events import Finding, Metric
-
 if TYPE_CHECKING:
     from gpt_simple.config.schema import Config
+    from gpt_simple.hooks import events
+    from gpt_simple.hooks.answers import Finding, Metric
     from gpt_simple.hooks.components import Registry
     from gpt_simple.hooks.run import Run
 
@@ -38,33 +37,40 @@ F = TypeVar("F", bound=Callable[..., Any])
 class HookInfo:
     """The facts of one hook.
 
-    ``ranks``: ``all`` processes, the ``main`` one, or those that the ``plugin`` declares. ``event`` is None
+    ``ranks``: ``all`` processes, the ``main`` one, or those that the ``plugin`` declares. ``event_name`` is None
     where the hook does not take ``(run, event)``; ``arguments`` are the names that an implementation takes
     after ``self``.
     """
 
     name: str
-    event: type | None
+    event_name: str | None
     arguments: tuple[str, ...]
     ranks: HookRanks
     returns: Returns
     order: Order
+
+    @property
+    def event(self) -> type | None:
+        """The class of the event; imported only now, since commands that look at plugins need none of them."""
+        if self.event_name is None:
+            return None
+        from gpt_simple.hooks import events
+
+        found: type = getattr(events, self.event_name)
+        return found
 
 
 HOOKS: dict[str, HookInfo] = {}
 """The catalogue, in the order in which a run first meets each hook."""
 
 
-def _hook(
-    event: type | None,
-    *,
-    arguments: tuple[str, ...] = ("run", "event"),
-    ranks: HookRanks = "plugin",
-    returns: Returns = "none",
-    order: Order = "forward",
-) -> Callable[[F], F]:
+def _hook(*, ranks: HookRanks = "plugin", returns: Returns = "none", order: Order = "forward") -> Callable[[F], F]:
+    """Put a hook into the catalogue; what it takes is read from its signature."""
+
     def mark(function: F) -> F:
-        name = function.__name__
+        name, annotations = function.__name__, function.__annotations__
+        arguments = tuple(argument for argument in annotations if argument != "return")
+        event = annotations["event"].removeprefix("events.") if "event" in annotations else None
         HOOKS[name] = HookInfo(name, event, arguments, ranks, returns, order)
         return hookspec(function)
 
@@ -75,7 +81,7 @@ class HookSpecs:
     """What a plugin may implement, any subset of it. ``Plugin`` has these signatures for the type checker."""
 
     @classmethod
-    @_hook(None, arguments=("registry",), ranks="all")
+    @_hook(ranks="all")
     def register_components(cls, registry: Registry) -> None:
         """Add named parts (a model, optimizer, schedule, tokenizer or source) that a configuration can choose.
 
@@ -89,7 +95,7 @@ class HookSpecs:
                 registry.add("optimizer", "lion", "lion_plugin.lion:build", config=LionConfig)
         """
 
-    @_hook(None, arguments=("config",), ranks="main", returns="findings")
+    @_hook(ranks="main", returns="findings")
     def check_config(self, config: Config) -> Sequence[Finding]:
         """Look at the configuration, by ``gpt-simple validate`` and before every run, with no device touched.
 
@@ -103,7 +109,7 @@ class HookSpecs:
         """
         return ()
 
-    @_hook(None, arguments=("run",), ranks="all", returns="findings")
+    @_hook(ranks="all", returns="findings")
     def check_runtime(self, run: Run) -> Sequence[Finding]:
         """Look at devices and the model on the meta device: shapes are known and nothing is allocated yet.
 
@@ -117,7 +123,7 @@ class HookSpecs:
         """
         return ()
 
-    @_hook(events.ModelBuilt, ranks="all")
+    @_hook(ranks="all")
     def on_model_built(self, run: Run, event: events.ModelBuilt) -> None:
         """The raw module is initialised on its device; checkpointing, compilation and wrapping come next.
 
@@ -128,7 +134,7 @@ class HookSpecs:
                 event.model.token_embedding.weight.requires_grad_(False)
         """
 
-    @_hook(events.CheckpointLoaded)
+    @_hook()
     def on_checkpoint_loaded(self, run: Run, event: events.CheckpointLoaded) -> None:
         """All state, this plugin's too, is restored from a checkpoint; only in runs that resume from one.
 
@@ -139,7 +145,7 @@ class HookSpecs:
                 run.log.info(f"continuing from {event.path.name}")
         """
 
-    @_hook(events.RunStart)
+    @_hook()
     def on_run_start(self, run: Run, event: events.RunStart) -> None:
         """Everything is prepared and restored; the next thing is step ``event.step + 1``.
 
@@ -150,7 +156,7 @@ class HookSpecs:
                 self.file = open(run.output_dir / self.config.path, "a")
         """
 
-    @_hook(events.StepStart)
+    @_hook()
     def on_step_start(self, run: Run, event: events.StepStart) -> None:
         """An optimizer step is about to be made.
 
@@ -161,7 +167,7 @@ class HookSpecs:
                 self.started = time.perf_counter()
         """
 
-    @_hook(events.BatchReady)
+    @_hook()
     def on_batch(self, run: Run, event: events.BatchReady) -> None:
         """A micro-batch is on the device, before its forward. Hot: many calls a step.
 
@@ -172,7 +178,7 @@ class HookSpecs:
                 self.rows += event.batch.input_ids.shape[0]
         """
 
-    @_hook(events.GradientsReady, ranks="all")
+    @_hook(ranks="all")
     def on_gradients(self, run: Run, event: events.GradientsReady) -> None:
         """Gradients are reduced over processes and unscaled; clipping and the optimizer come next.
 
@@ -184,7 +190,7 @@ class HookSpecs:
                 run.control.skip_step(total > self.config.limit)
         """
 
-    @_hook(events.StepEnd)
+    @_hook()
     def on_step_end(self, run: Run, event: events.StepEnd) -> None:
         """The step is made and its position in the data is committed. Wishes put here are voted on at once.
 
@@ -196,7 +202,7 @@ class HookSpecs:
                     run.control.stop("the token budget is spent")
         """
 
-    @_hook(events.CollectMetrics, ranks="all", returns="metrics")
+    @_hook(ranks="all", returns="metrics")
     def collect_metrics(self, run: Run, event: events.CollectMetrics) -> Mapping[str, Metric]:
         """Contribute to the log, every ``training.logging_steps``.
 
@@ -209,7 +215,7 @@ class HookSpecs:
         """
         return {}
 
-    @_hook(events.MetricsReady, ranks="main")
+    @_hook(ranks="main")
     def on_metrics(self, run: Run, event: events.MetricsReady) -> None:
         """The metrics of a logging boundary as plain floats: what a logger writes.
 
@@ -220,7 +226,7 @@ class HookSpecs:
                 print(event.step, event.metrics["train/loss"])
         """
 
-    @_hook(events.CheckpointSaving, ranks="all")
+    @_hook(ranks="all")
     def on_checkpoint_saving(self, run: Run, event: events.CheckpointSaving) -> None:
         """A checkpoint of this step has been agreed on; ``state_dict`` is taken next.
 
@@ -231,7 +237,7 @@ class HookSpecs:
                 self.pending.flush()
         """
 
-    @_hook(events.CheckpointSaved)
+    @_hook()
     def on_checkpoint_saved(self, run: Run, event: events.CheckpointSaved) -> None:
         """The checkpoint is durable: it survives a crash from here on.
 
@@ -242,7 +248,7 @@ class HookSpecs:
                 self.uploads.put(event.path)
         """
 
-    @_hook(events.Evaluate, ranks="all", returns="metrics")
+    @_hook(ranks="all", returns="metrics")
     def evaluate(self, run: Run, event: events.Evaluate) -> Mapping[str, Metric]:
         """An evaluation is due or was asked for: contribute to it.
 
@@ -258,7 +264,7 @@ class HookSpecs:
         """
         return {}
 
-    @_hook(events.EvalEnd)
+    @_hook()
     def on_eval_end(self, run: Run, event: events.EvalEnd) -> None:
         """The metrics of an evaluation, reduced to plain floats.
 
@@ -269,7 +275,7 @@ class HookSpecs:
                 self.best = min(self.best, event.metrics["eval/loss"])
         """
 
-    @_hook(events.LogRecord, ranks="main")
+    @_hook(ranks="main")
     def on_log(self, run: Run, event: events.LogRecord) -> None:
         """Something worth a line happened: a warning, a resume, a plugin that was switched off.
 
@@ -280,7 +286,7 @@ class HookSpecs:
                 self.file.write(f"{event.level} step {event.step}: {event.message}\\n")
         """
 
-    @_hook(events.RunEnd)
+    @_hook()
     def on_run_end(self, run: Run, event: events.RunEnd) -> None:
         """The run has ended by itself: completed, stopped (resumable) or halted (needs a person).
 
@@ -291,7 +297,7 @@ class HookSpecs:
                 notify(f"{event.status} after {event.tokens:,} tokens")
         """
 
-    @_hook(events.RunError, order="reverse")
+    @_hook(order="reverse")
     def on_run_error(self, run: Run, event: events.RunError) -> None:
         """The run ends with an exception. No collectives: other processes may be gone.
 
@@ -302,7 +308,7 @@ class HookSpecs:
                 notify(f"failed at step {event.step}: {event.error}")
         """
 
-    @_hook(events.Close, order="reverse")
+    @_hook(order="reverse")
     def on_close(self, run: Run, event: events.Close) -> None:
         """Release what the plugin holds. Always called, once, in reverse order. No collectives.
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
-from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import Run
+    from gpt_simple.hooks import events as ev
 
 
 class Checkpoint(Plugin[NoConfig]):

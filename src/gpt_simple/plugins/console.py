@@ -18,7 +18,6 @@ from attrs import frozen
 from typing_extensions import Doc
 
 from gpt_simple.hooks import Plugin, hookimpl
-from gpt_simple.hooks import events as ev
 from gpt_simple.plugins.console_text import (
     banner,
     checkpoint_line,
@@ -30,6 +29,7 @@ from gpt_simple.plugins.console_text import (
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import Run
+    from gpt_simple.hooks import events as ev
     from gpt_simple.plugins.console_live import LiveView
 
 _INTERVALS = 15

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console as Terminal
@@ -19,8 +20,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gpt_simple.hooks import events as ev
 from gpt_simple.plugins.console_text import duration
+
+if TYPE_CHECKING:
+    from gpt_simple.hooks import events as ev
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LOSSES = 32

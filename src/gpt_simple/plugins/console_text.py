@@ -6,10 +6,9 @@ import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gpt_simple.hooks import events as ev
-
 if TYPE_CHECKING:
     from gpt_simple.hooks import Run
+    from gpt_simple.hooks import events as ev
 
 _SHOWN = {
     "train/loss": ("loss", "{:.4f}"),

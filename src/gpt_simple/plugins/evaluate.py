@@ -11,12 +11,12 @@ import math
 from typing import TYPE_CHECKING
 
 from gpt_simple.hooks import Metric, NoConfig, Plugin, hookimpl
-from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
     import torch
 
     from gpt_simple.hooks import Run
+    from gpt_simple.hooks import events as ev
 
 
 class Evaluate(Plugin[NoConfig]):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import gpt_simple
 from gpt_simple import Finding, GptSimpleError
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
-from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
     from gpt_simple import Config, MemoryPrediction, Outlook
     from gpt_simple.hooks import Registry, Run
+    from gpt_simple.hooks import events as ev
 
 _MIB, _GIB = 2**20, 2**30
 _SHOWN = _MIB // 20

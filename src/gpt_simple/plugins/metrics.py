@@ -14,10 +14,10 @@ from io import FileIO
 from typing import TYPE_CHECKING, Any
 
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
-from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import Run
+    from gpt_simple.hooks import events as ev
 
 _JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 

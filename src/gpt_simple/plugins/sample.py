@@ -12,10 +12,10 @@ from attrs import frozen
 from typing_extensions import Doc
 
 from gpt_simple.hooks import Plugin, hookimpl
-from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import Run
+    from gpt_simple.hooks import events as ev
 
 
 @frozen

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gpt_simple.hooks import Metric, NoConfig, Plugin, hookimpl
-from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import Run
+    from gpt_simple.hooks import events as ev
 
 _GIB = 1024**3
 

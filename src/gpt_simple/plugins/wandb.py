@@ -21,11 +21,11 @@ from typing_extensions import Doc
 
 from gpt_simple import redacted
 from gpt_simple.hooks import Finding, Plugin, hookimpl
-from gpt_simple.hooks import events as ev
 
 if TYPE_CHECKING:
     from gpt_simple import Config as RunConfig
     from gpt_simple.hooks import Run
+    from gpt_simple.hooks import events as ev
 
 Mode = Literal["online", "offline"]
 

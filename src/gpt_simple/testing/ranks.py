@@ -54,7 +54,15 @@ def train_on_ranks(
     with tempfile.TemporaryDirectory(prefix="gpt-simple-ranks-") as scratch:
         folder = Path(scratch)
         context = multiprocessing.get_context("fork")
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            # Forked, a process has none of its parent's worker threads and would wait for them in its first kernel.
+            # Accelerate sets their number unless this says it.
+            "OMP_NUM_THREADS": "1",
+        }
         options = {"output_dir": output_dir or folder / "run", "max_steps": max_steps, "overrides": overrides}
         processes = [
             context.Process(target=_one_rank, args=(rank, environment, folder, timeout, plugins, options), daemon=True)
@@ -121,7 +129,7 @@ def _train(rank: int, folder: Path, plugins: Sequence[PassedPlugin], options: Ma
     from gpt_simple.testing.recorder import Recorder
     from gpt_simple.testing.tiny import train
 
-    # Forked: the thread pool of the parent is not here, and its Accelerate had another world.
+    # The parent had more threads, and its Accelerate another world.
     torch.set_num_threads(1)
     AcceleratorState._reset_state(True)
     recorder, error = Recorder(), ""

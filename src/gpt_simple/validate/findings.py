@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from attrs import asdict
 
 from gpt_simple.errors import GptSimpleError
-from gpt_simple.hooks.events import Finding
+from gpt_simple.hooks.answers import Finding
 
 SCHEMA = 1
 """Version of the JSON output; raised when a key changes its meaning or goes away."""

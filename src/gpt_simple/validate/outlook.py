@@ -100,7 +100,7 @@ class Outlook:
         """What package metadata, the environment's variables and the system tell of this machine."""
         from gpt_simple.validate.environment import look
 
-        return look()
+        return look(self._assembly.host.broken if self._assembly is not None else ())
 
     @cached_property
     def memory(self) -> MemoryForecast:

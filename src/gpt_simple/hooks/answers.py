@@ -1,0 +1,45 @@
+"""What plugins hand back: numbers for the log, and remarks of a check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import field, frozen
+
+if TYPE_CHECKING:
+    import torch
+
+Reduction = Literal["mean", "sum", "max", "min", "last"]
+Severity = Literal["error", "warning", "info"]
+
+
+@frozen
+class Metric:
+    """A number for the log, and how the values of several processes become one.
+
+    ``value`` and ``weight`` may be floats or 0-d tensors on the device: they are read once, in one
+    collective, when somebody looks. ``mean`` is weighted by ``weight``; ``last`` takes the main process's
+    value.
+    """
+
+    value: float | torch.Tensor
+    weight: float | torch.Tensor = 1.0
+    reduce: Reduction = "mean"
+
+
+@frozen
+class Finding:
+    """One remark of a check: what is wrong, where, and what to do about it.
+
+    ``place`` is a dotted key of the configuration, shown with its file and line, or anything else that says where.
+    ``fields`` hold the facts of the message for machines, as JSON values.
+    """
+
+    severity: Severity
+    code: str
+    message: str
+    place: str = ""
+    hint: str = ""
+    exit_code: int = 2
+    fields: Mapping[str, Any] = field(factory=dict)
