@@ -206,6 +206,10 @@ def test_a_manifest_from_the_future_is_named_and_left_alone(pair: Store) -> None
     publish(store, 3)
     store.prune(1)
     assert place.exists()
+    document = (place / "MANIFEST.json").read_text()
+    publish(store, 2)
+    assert store.newest_valid()[0] == store.list()[-1]
+    assert (place.with_name("step-00000002.newer") / "MANIFEST.json").read_text() == document
 
 
 def test_nothing_is_loaded_that_was_not_verified(pair: Store) -> None:

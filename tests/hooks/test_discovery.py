@@ -109,3 +109,32 @@ def test_the_summary_of_a_built_in_is_the_first_line_of_its_docstring() -> None:
     for record in own:
         module = importlib.import_module(record.value.partition(":")[0])
         assert summary(record) == (module.__doc__ or "").partition("\n")[0].replace("``", "") != ""
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("entry_points.txt", b"[gpt_simple.plugins]\nno equals sign\n"),
+        ("entry_points.txt", b"[somebody.else]\nno equals sign\n"),
+        ("entry_points.txt", b"[gpt_simple.plugins]\nbad = \xff\xfe:X\n"),
+        ("METADATA", None),
+        ("METADATA", b"Metadata-Version: 2.1\nName: broken\n"),
+        ("METADATA", b"\xff\xfe"),
+    ],
+)
+@pytest.mark.parametrize("group", ["plugins", "commands"])
+def test_damaged_metadata_of_one_package_hides_nobody_else(
+    fake_package: FakePackage, file: str, content: bytes | None, group: str
+) -> None:
+    fake_package("acme-log", plugins={"acme": "acme_log:Acme"}, commands={"acme": "acme_log:main"})
+    site = fake_package("broken", plugins={"broken": "broken:X"}, commands={"broken": "broken:main"})
+    damaged = site / "broken-1.0.dist-info" / file
+    if content is None:
+        damaged.unlink()
+    else:
+        damaged.write_bytes(content)
+    found = usable(installed(f"gpt_simple.{group}"))
+    assert found["acme"].distribution == "acme-log"
+    assert {record.name for record in found.values() if record.origin == "builtin"} >= (
+        DEFAULT_ON if group == "plugins" else {"run", "validate"}
+    )

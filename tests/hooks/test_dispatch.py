@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from gpt_simple import Config, Finding, Metric, Plugin, hookimpl
 from gpt_simple.errors import CheckpointError, PluginError
@@ -292,6 +293,26 @@ def test_a_wrapper_goes_around_every_implementation(activate: Activate) -> None:
     calls, off = started(host)
     calls.on_metrics(RUN, METRICS)
     assert off == ["p"]
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        Metric("abc"),
+        Metric(None),
+        Metric(1.0, weight="abc"),
+        Metric(1.0, reduce="median"),
+        Metric(torch.ones(3)),
+        Metric(torch.ones((), device="meta")),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("hook", ["collect_metrics", "evaluate"])
+def test_a_metric_that_is_no_number_is_its_plugins_failure(activate: Activate, metric: Metric, hook: str) -> None:
+    bad = plugin("Bad", hook, lambda: {"x": metric})
+    calls, off = started(activate(bad, plugin("Good", hook, lambda: {"y": Metric(torch.ones(()), 2)})))
+    ((name, _),) = call(calls, hook, COLLECT)
+    assert (name, off) == ("good", ["bad"])
 
 
 @pytest.mark.parametrize("listeners", [1, 10])

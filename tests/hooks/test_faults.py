@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_simple import Plugin
+from gpt_simple import Plugin, hookimpl
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks import HOOKS
 from gpt_simple.testing import MISBEHAVIOURS, Recorder, Trained, misbehaving, train, train_on_ranks
@@ -129,3 +129,16 @@ def test_nothing_of_the_process_is_left_changed() -> None:
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() is torch.float32
     assert threading.active_count() == threads
+
+
+def test_the_failure_itself_is_told_and_not_what_it_left_behind() -> None:
+    class Two(Plugin[Any]):
+        @hookimpl
+        def on_step_end(self, run: Any, event: Any) -> None:
+            torch.set_grad_enabled(False)
+            raise ValueError("the true cause")
+
+    trained = run(Two)
+    assert torch.is_grad_enabled()
+    (warning,) = [event.message for event in trained.recorder.events("on_log") if event.name == "plugin_failed"]
+    assert "ValueError: the true cause" in warning

@@ -244,7 +244,15 @@ def test_describe_leaves_out_the_silent_and_the_broken(activate: Activate) -> No
         def describe(self) -> dict[str, Any]:
             raise ValueError
 
-    host = activate(Speaks, Breaks, Sized)
+    class Unspeakable(Plugin):
+        def describe(self) -> dict[str, Any]:
+            return {"fact": {1, 2}}
+
+    class Mumbles(Plugin):
+        def describe(self) -> Any:
+            return "fact"
+
+    host = activate(Speaks, Breaks, Unspeakable, Mumbles, Sized)
     host.instantiate(Config())
     host.calls(True, lambda *failure: None)
     assert host.describe() == {"speaks": {"fact": 1}}

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gpt_simple import Metric, Plugin, Run, hookimpl
+from gpt_simple import Metric, Plugin, Run, hookimpl, read_metrics
 from gpt_simple.hooks import HOOKS, NoConfig
 from gpt_simple.hooks.discovery import ENABLED_BY, PluginRecord, installed
 from gpt_simple.hooks.loading import load_record
@@ -106,6 +107,21 @@ def test_processes_can_be_forked_after_the_test_itself_has_trained_with_several_
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == ["['', '']"], done.stdout + done.stderr
+
+
+def test_metrics_of_two_processes_meet_by_name(tmp_path: Path) -> None:
+    class Both(Plugin[NoConfig]):
+        ranks = "all"
+
+        @hookimpl
+        def collect_metrics(self, run: Run, event: Any) -> dict[str, Metric]:
+            told = {"x/b": Metric(100.0), "x/a": Metric(2.0 * run.rank)}
+            return told if run.rank else dict(reversed(told.items()))
+
+    outcomes = train_on_ranks(Both, output_dir=tmp_path, overrides={"training.logging_steps": 1})
+    assert [outcome.error for outcome in outcomes] == ["", ""]
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "x/a" in row]
+    assert {(row["x/a"], row["x/b"]) for row in rows} == {(1.0, 100.0)}
 
 
 def test_two_processes_train_one_model() -> None:

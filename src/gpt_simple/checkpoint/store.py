@@ -93,6 +93,7 @@ class Store:
                 for stem, document in documents.items():
                     draft.add_document(stem, document)
                 self._verified.discard(target)
+                _spare_newer(target)
                 published = draft.publish(step, sequence, target)
         except (OSError, TypeError, ValueError) as error:
             needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -293,6 +294,17 @@ class Store:
             free = shutil.disk_usage(next(path for path in (self.root, *self.root.parents) if path.exists())).free
             message += f"; it needs {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free there"
         return CheckpointError(f"{message}; earlier checkpoints are untouched")
+
+
+def _spare_newer(target: Path) -> None:
+    """Move a checkpoint that only a newer gpt-simple can read out of the way of the one that takes its name."""
+    try:
+        Manifest.read(target)
+    except NewerFormat:
+        names = (target.with_name(f"{target.name}.newer{n}") for n in ("", *(f"-{n}" for n in range(2, 1000))))
+        target.rename(next(name for name in names if not name.exists()))
+    except CheckpointError:
+        pass
 
 
 def _listed(step: int, path: Path) -> Checkpoint:

@@ -24,12 +24,22 @@ def keeps_torch_state(implementation: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*arguments: Any) -> Any:
         gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
         try:
-            return implementation(*arguments)
-        finally:
-            if torch.is_grad_enabled() is not gradients or torch.get_default_dtype() is not dtype:
-                left = f"gradients {'on' if torch.is_grad_enabled() else 'off'}, dtype {torch.get_default_dtype()}"
-                torch.set_grad_enabled(gradients)
-                torch.set_default_dtype(dtype)
-                raise LeftChanged(f"the process was left with {left}: put back what a hook changes")
+            result = implementation(*arguments)
+        except BaseException:
+            _put_back(gradients, dtype)
+            raise  # what went wrong first is what is told
+        if left := _put_back(gradients, dtype):
+            raise LeftChanged(f"the process was left with {left}: put back what a hook changes")
+        return result
 
     return guarded
+
+
+def _put_back(gradients: bool, dtype: torch.dtype) -> str:
+    """Restore the state if it is another one now, and say which; empty if it is as it was."""
+    if torch.is_grad_enabled() is gradients and torch.get_default_dtype() is dtype:
+        return ""
+    left = f"gradients {'on' if torch.is_grad_enabled() else 'off'}, dtype {torch.get_default_dtype()}"
+    torch.set_grad_enabled(gradients)
+    torch.set_default_dtype(dtype)
+    return left

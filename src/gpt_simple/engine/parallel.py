@@ -217,9 +217,13 @@ class World:
             raise explained from error
 
     def reduce(self, metrics: dict[str, Metric]) -> dict[str, float]:
-        """All metrics as floats, over all processes, in one collective and one read of the device."""
+        """All metrics as floats, over all processes, in one collective and one read of the device.
+
+        Metrics of one name meet, in whatever order each process tells them.
+        """
         # Values and weights in turn; those that are on the host already need no tensor.
-        parts = [part for metric in metrics.values() for part in (metric.value, metric.weight)]
+        ordered = sorted(metrics)
+        parts = [part for name in ordered for part in (metrics[name].value, metrics[name].weight)]
         waiting = [index for index, part in enumerate(parts) if isinstance(part, torch.Tensor)]
         born = [parts[index].detach().to(self.device, torch.float64) for index in waiting]  # type: ignore[union-attr]
         if self.size == 1:
@@ -234,10 +238,11 @@ class World:
             gathered = packed.new_empty(self.size * len(parts))
             dist.all_gather_single(gathered, packed)
             rows = gathered.view(self.size, -1).tolist()
-        return {
-            name: _combine(metric.reduce, [(float(row[2 * i]), float(row[2 * i + 1])) for row in rows])
-            for i, (name, metric) in enumerate(metrics.items())
+        reduced = {
+            name: _combine(metrics[name].reduce, [(float(row[2 * i]), float(row[2 * i + 1])) for row in rows])
+            for i, name in enumerate(ordered)
         }
+        return {name: reduced[name] for name in metrics}
 
     def leave(self) -> None:
         """Undo what joining changed. The group stays: Accelerate keeps one per process for ever."""

@@ -249,7 +249,8 @@ def _claim(stack: ExitStack, setup: Setup, resume: ResumePlan, *, force: bool) -
         raise CheckpointError(f"another run has written to {run_dir.root} just now: start again to go on from it")
     for path, reason in resume.skipped:
         moved = store.quarantine(path, reason)
-        setup.run.log.warning(f"{reason}; it is now {moved}, the one before it is used", name="checkpoint_skipped")
+        where = "stays where it is" if moved == path else f"is now {moved}"
+        setup.run.log.warning(f"{reason}; it {where}, and the one before it is used", name="checkpoint_skipped")
     setup.dataset.tokenizer.save(run_dir.tokenizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from attrs import field, frozen
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 Reduction = Literal["mean", "sum", "max", "min", "last"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 Severity = Literal["error", "warning", "info"]
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
+from contextlib import suppress
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, distributions, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -59,7 +60,8 @@ class PluginRecord:
 def installed(group: str = PLUGIN_GROUP) -> list[PluginRecord]:
     """All entry points of a group, sorted by name, built-in ones first, then by distribution."""
     packages: dict[int, tuple[str, str]] = {}
-    records = sorted((_record(entry, packages) for entry in entry_points(group=group)), key=_rank)
+    found = (_record(entry, packages) for entry in _entry_points(group))
+    records = sorted((record for record in found if record is not None), key=_rank)
     by_name: dict[str, list[PluginRecord]] = {}
     for record in records:
         by_name.setdefault(record.name, []).append(record)
@@ -113,13 +115,32 @@ def name_problem(name: str) -> str:
     return f"the name {name!r} is reserved for a key of [plugins]" if name in RESERVED else ""
 
 
-def _record(entry: EntryPoint, packages: dict[int, tuple[str, str]]) -> PluginRecord:
+def _entry_points(group: str) -> Iterable[EntryPoint]:
+    """All of a group. One damaged file anywhere fails the search as a whole: then package by package, without those."""
+    try:
+        return entry_points(group=group)
+    except Exception:
+        found: dict[str, list[EntryPoint]] = {}
+        for dist in distributions():
+            with suppress(Exception):
+                # The first one on the path is the one that is imported.
+                found.setdefault(_normalised(dist.metadata["Name"]), list(dist.entry_points.select(group=group)))
+        return [entry for entries in found.values() for entry in entries]
+
+
+def _record(entry: EntryPoint, packages: dict[int, tuple[str, str]]) -> PluginRecord | None:
+    """None if the package does not tell its name, as when it was uninstalled halfway."""
     dist = entry.dist
     assert dist is not None, "entry points of installed distributions know theirs"
     if (package := packages.get(id(dist))) is None:
         # Each access parses the whole metadata, with its README: once per distribution is enough.
-        metadata = dist.metadata
-        package = packages[id(dist)] = metadata["Name"], metadata["Version"]
+        try:
+            name, version = dist.metadata["Name"], dist.metadata["Version"]
+        except Exception:
+            return None
+        if not name:
+            return None
+        package = packages[id(dist)] = name, version or "?"
     origin: Origin = "builtin" if _normalised(package[0]) == DISTRIBUTION else "external"
     return PluginRecord(entry.name, entry.value, *package, origin, entry_point=entry)
 

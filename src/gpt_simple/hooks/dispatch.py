@@ -9,13 +9,14 @@ built.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
 from gpt_simple.errors import GptSimpleError, PluginError
-from gpt_simple.hooks.answers import Finding, Metric
+from gpt_simple.hooks.answers import REDUCTIONS, Finding, Metric
 from gpt_simple.hooks.loading import FAILURES, LoadedPlugin
 from gpt_simple.hooks.specs import HOOKS, HookInfo
 
@@ -130,10 +131,17 @@ def checked(plugin: LoadedPlugin, info: HookInfo, result: Any) -> Any:
     """The result of a hook, or a PluginError when it is not what the hook promises."""
     if info.returns == "metrics":
         if isinstance(result, Mapping) and all(
-            isinstance(name, str) and isinstance(metric, Metric) for name, metric in result.items()
+            isinstance(name, str)
+            and isinstance(metric, Metric)
+            and _is_number(metric.value)
+            and _is_number(metric.weight)
+            and metric.reduce in REDUCTIONS
+            for name, metric in result.items()
         ):
             return result
-        expected = "a mapping of names to Metric"
+        expected = (
+            f"a mapping of names to Metric, each with a number or a 0-d tensor and one of {', '.join(REDUCTIONS)}"
+        )
     elif info.returns == "findings":
         if isinstance(result, (list, tuple)) and all(isinstance(item, Finding) for item in result):
             return result
@@ -209,6 +217,13 @@ def _compile_last_words(info: HookInfo, cell: list[tuple[Listener, ...]]) -> Cal
         return failures
 
     return call_everybody
+
+
+def _is_number(value: object) -> bool:
+    """A number, or a tensor with one; told by its attributes, because torch is not imported here."""
+    if isinstance(value, Real):
+        return True
+    return getattr(value, "ndim", None) == 0 and hasattr(value, "detach") and not getattr(value, "is_meta", False)
 
 
 def _describe(result: object) -> str:

@@ -6,7 +6,9 @@ structured; ``calls`` compiles the hooks for one process. The engine sees nothin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field
@@ -172,7 +174,7 @@ class PluginHost:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """What plugins say for the summary, by name, without those that say nothing or were switched off."""
-        facts = {plugin.name: self._guarded(plugin, "describe", plugin.active.describe) for plugin in self.plugins}
+        facts = {plugin.name: self._guarded(plugin, "describe", partial(_described, plugin)) for plugin in self.plugins}
         return {name: value for name, value in facts.items() if value}
 
     def state(self) -> tuple[dict[str, Record], dict[str, torch.Tensor]]:
@@ -203,6 +205,15 @@ class PluginHost:
                 raise plugin.failure(method, error) from error
             self._calls.fail(plugin, method, None, error)
             return None
+
+
+def _described(plugin: LoadedPlugin) -> Mapping[str, Any]:
+    """What a plugin says of itself, which must be something that can be written down."""
+    facts = plugin.active.describe()
+    if not isinstance(facts, Mapping):
+        raise PluginError(f"plugin {plugin.label}: describe returned a {type(facts).__name__}; expected a mapping")
+    json.dumps(facts)
+    return facts
 
 
 def _runs_everywhere(hook: str, plugin: LoadedPlugin) -> bool:
