@@ -67,8 +67,8 @@ def idle(count: int) -> list[type[Plugin[Any]]]:
     return [type(f"Idle{index}", (Idle,), {}) for index in range(count)]
 
 
-def microseconds(call: str, **names: Any) -> float:
-    return round(1e6 * min(timeit.repeat(call, globals=names, number=20_000, repeat=25)) / 20_000, 3)
+def microseconds(statement: str, **names: Any) -> float:
+    return round(1e6 * min(timeit.repeat(statement, globals=names, number=20_000, repeat=25)) / 20_000, 3)
 
 
 def one_call(listeners: int) -> dict[str, float]:
