@@ -87,6 +87,9 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(shel
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
+    named = shell("run", "config.toml", "--training.resume", str(weights.parent))
+    assert named.code == 4
+    assert f"training.resume: {weights} is damaged" in named.err
     ended = shell("run", "config.toml")
     assert ended.code == 0
     assert "step-00000004" in ended.out

@@ -150,8 +150,7 @@ class Store:
             return path
         except CheckpointError:
             pass
-        names = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-        target = next(t for n in names if not (t := path.with_name(f"{path.name.lstrip('.')}.damaged{n}")).exists())
+        target = _unused(path.with_name(f"{path.name.lstrip('.')}.damaged"))
         self._verified.discard(path)
         try:
             path.rename(target)
@@ -301,10 +300,15 @@ def _spare_newer(target: Path) -> None:
     try:
         Manifest.read(target)
     except NewerFormat:
-        names = (target.with_name(f"{target.name}.newer{n}") for n in ("", *(f"-{n}" for n in range(2, 1000))))
-        target.rename(next(name for name in names if not name.exists()))
+        target.rename(_unused(target.with_name(f"{target.name}.newer")))
     except CheckpointError:
         pass
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or the first of ``path-2``, ``path-3``, ... that is not there."""
+    names = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    return next(free for n in names if not (free := path.with_name(f"{path.name}{n}")).exists())
 
 
 def _listed(step: int, path: Path) -> Checkpoint:

@@ -27,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     code = _run(given)
     if arguments is None:
         _ignore_signals()
-    if "torch" not in sys.modules:
-        # A command that only looked: all that it imported lives until now, and the interpreter would search through it
-        # for garbage once more, which is a tenth of the command's time.
-        gc.freeze()
+        if "torch" not in sys.modules:
+            # A command that only looked: all that it imported lives until now, and the interpreter would search through
+            # it for garbage once more, which is a tenth of the command's time.
+            gc.freeze()
     sys.exit(code)
 
 

@@ -135,7 +135,8 @@ def _record(entry: EntryPoint, packages: dict[int, tuple[str, str]]) -> PluginRe
     if (package := packages.get(id(dist))) is None:
         # Each access parses the whole metadata, with its README: once per distribution is enough.
         try:
-            name, version = dist.metadata["Name"], dist.metadata["Version"]
+            metadata = dist.metadata
+            name, version = metadata["Name"], metadata["Version"]
         except Exception:
             return None
         if not name:

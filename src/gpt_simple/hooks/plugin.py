@@ -87,5 +87,8 @@ class Plugin(Generic[C], Hooks):
         """Take back what ``state_dict`` returned, on every process where the plugin runs."""
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the end-of-run summary and summary.json, JSON values under names for people."""
+        """Facts for the end-of-run summary and summary.json, JSON values under names for people.
+
+        Anything else counts as the plugin's failure.
+        """
         return {}

@@ -206,8 +206,8 @@ class HookSpecs:
     def collect_metrics(self, run: Run, event: events.CollectMetrics) -> Mapping[str, Metric]:
         """Contribute to the log, every ``training.logging_steps``.
 
-        Return the same names on every process: all values are reduced in one collective. Values may stay
-        tensors on the device::
+        Return the same names on every process: all values are reduced in one collective, by name. Values may stay
+        0-d tensors on the device::
 
             @hookimpl
             def collect_metrics(self, run, event):
