@@ -222,6 +222,16 @@ def test_nothing_is_loaded_that_was_not_verified(pair: Store) -> None:
             load(checkpoint, "state")
 
 
+def test_a_plain_file_in_the_place_of_a_checkpoint_is_moved_like_one(store: Store) -> None:
+    publish(store, 1)
+    file = store.root / "step-00000002"
+    file.write_text("notes")
+    found, skipped = store.newest_valid()
+    assert found is not None
+    assert [path for path, _ in skipped] == [file]
+    assert store.quarantine(file, skipped[0][1]).read_text() == "notes"
+
+
 def test_quarantine_keeps_every_byte_and_frees_the_name(pair: Store) -> None:
     for n in range(3):
         (pair.root / "step-00000002" / "model.safetensors").write_bytes(b"junk %d" % n)

@@ -73,6 +73,10 @@ class At(Everywhere):
         self._meet("on_eval_end", run, event.step)
 
 
+class At2(At):
+    """A second one: plugins are told apart by the name of their class."""
+
+
 @frozen
 class Ended:
     """How a run in a process of its own ended: its exit code, or the signal that ended it, negative."""

@@ -17,7 +17,7 @@ from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.background import BackgroundWriter, NotFinite
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.engine.conftest import TinyRun
-from tests.faults.conftest import At, Ended, kill_self
+from tests.faults.conftest import At, At2, Ended, kill_self
 
 OPTIONS: dict[str, Any] = {
     "training__max_steps": 12,
@@ -114,7 +114,3 @@ def test_a_buffer_may_hold_an_infinity(tmp_path: Path) -> None:
         writer.landed(wait=True)
     writer.close()
     assert [checkpoint.step for checkpoint in Store(tmp_path).list()] == [1]
-
-
-class At2(At):
-    """A second one: plugins are told apart by the name of their class."""

@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +18,15 @@ import torch
 from gpt_simple import Plugin, TrainResult, hookimpl
 from gpt_simple.checkpoint.draft import Draft
 from gpt_simple.engine.numerics import MadeStep, Watch, all_finite
+from gpt_simple.engine.ownership import Dispossessed
 from gpt_simple.errors import GptSimpleError
-from gpt_simple.run_dir.lineage import read_metrics
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.lineage import RunRecord, read_metrics
+from gpt_simple.run_dir.lock import RunLock
+from gpt_simple.run_dir.status import read_status
 from tests.engine.conftest import TinyRun, weights
-from tests.faults.conftest import At, Ended
+from tests.faults.conftest import At, At2, Ended
+from tests.run_dir.test_lock import in_child, kill
 
 
 class Spoils(Plugin[Any]):
@@ -201,22 +208,108 @@ def test_a_full_disk_costs_no_step_and_is_tried_again_when_the_log_is_due(
     )
     assert result.status == "completed"
     failed = events(result, "checkpoint_failed")
-    assert [row["step"] for row in failed] == [4, 6]
+    assert [row["step"] for row in failed] == [4], "told once, not with every attempt"
     assert "No space left on device; it needs" in failed[0]["message"]
     assert [row["step"] for row in events(result, "checkpoint")] == [8, 12, 16, 20]
 
 
-def test_a_directory_that_is_deleted_under_the_run_is_told_and_made_anew(
-    apart: Callable[..., Ended], tiny: TinyRun
-) -> None:
-    def delete(run: Any) -> None:
-        shutil.rmtree(run.output_dir)
+def delete(run: Any) -> None:
+    shutil.rmtree(run.output_dir)
 
-    result = tiny(plugins=[At("on_step_end", 3, delete)], training__save_steps=2)
+
+def test_a_directory_that_is_deleted_under_the_run_is_told_and_made_anew(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt_simple.engine.stopping._LOOK_SECONDS", 0.0)
+    names: set[str] = set()
+
+    def look(run: Any) -> None:
+        assert read_status(RunDir(run.output_dir)).state == "running"
+        names.update(path.name for path in run.output_dir.iterdir())
+        with pytest.raises(GptSimpleError, match="is in use by process"):
+            tiny()
+
+    result = tiny(
+        plugins=[At("on_step_end", 3, delete), At2("on_step_end", 4, look)],
+        training__save_steps=2,
+        training__logging_steps=1,
+    )
     assert (result.status, result.steps) == ("completed", 6)
-    assert result.checkpoint_path is not None
+    assert names == {".lock", "run.json", "status.json", "metrics.jsonl", "tokenizer"}
+    assert [row["step"] for row in events(result, "output_gone")] == [3]
+    rows = read_metrics(result.output_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     longer = tiny(training__max_steps=8)
     assert (longer.status, longer.steps) == ("completed", 8)
+    assert len(RunRecord.load(RunDir(result.output_dir)).lineage) == 2
+
+
+def test_a_run_whose_place_another_has_taken_leaves_it_alone(tiny: TinyRun, tmp_path: Path) -> None:
+    others: list[int] = []
+    run_dir = RunDir(tmp_path / "run")
+
+    def take(run: Any) -> None:
+        delete(run)
+        run_dir.create()
+        others.append(in_child(lambda: RunLock(run_dir).acquire()))
+        (run_dir.root / "metrics.jsonl").write_text("theirs\n")
+
+    try:
+        with pytest.raises(Dispossessed, match=r"was deleted under the run, and another began there: .* process \d+"):
+            tiny(plugins=[At("on_step_end", 3, take)], training__save_steps=4)
+    finally:
+        kill(others[0])
+    assert {path.name for path in run_dir.root.iterdir()} == {".lock", "metrics.jsonl"}
+    assert (run_dir.root / "metrics.jsonl").read_text() == "theirs\n"
+
+
+def test_rows_of_metrics_wait_for_room_on_the_disk(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disk(FileIO):
+        """Takes half of what it is given while step 2 and 3 are told, then nothing."""
+
+        def write(self, data: Any) -> int:
+            if full[0] == 1:
+                full[0] = 2
+                return super().write(bytes(data[: len(data) // 2]))
+            if full[0] == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    def fill(run: Any) -> None:
+        full[0] = 1
+
+    def make_room(run: Any) -> None:
+        full[0] = 0
+
+    full = [0]
+    monkeypatch.setattr("gpt_simple.plugins.metrics.FileIO", Disk)
+    plugins = [At("on_step_start", 2, fill), At2("on_step_start", 4, make_room)]
+    result = tiny(plugins=plugins, training__logging_steps=1)
+    lines = (result.output_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    warned = [row["message"] for row in rows if row.get("level") == "warning"]
+    assert [text.partition(": ")[2] for text in warned] == [
+        "No space left on device; the rows are kept and written later"
+    ]
+
+
+def test_a_summary_that_cannot_be_written_makes_no_failure_of_a_run(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, value: Any, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gpt_simple.engine.session.write_json", full)
+    result = tiny()
+    assert (result.status, read_status(RunDir(result.output_dir)).state) == ("completed", "completed")
+    assert "summary.json was not written: No space left" in events(result, "output_failed")[0]["message"]
+
+
+def test_a_run_json_that_is_gone_is_told(tiny: TinyRun) -> None:
+    result = tiny()
+    (result.output_dir / "run.json").unlink()
+    assert len(events(tiny(training__max_steps=8), "record_gone")) == 1
 
 
 def test_leftovers_of_a_dead_process_are_swept_at_the_start(tiny: TinyRun) -> None:

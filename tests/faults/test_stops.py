@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from gpt_simple import Plugin, hookimpl
+from gpt_simple.cli.main import BEGAN
+from gpt_simple.errors import GptSimpleError
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import read_metrics
 from gpt_simple.run_dir.lock import Owner
@@ -135,6 +137,35 @@ def test_fifty_terminations_in_a_second_are_one(apart: Callable[..., Ended], tmp
     assert ended.steps[-1] == ended.status.step
 
 
+def test_a_second_ctrl_c_says_what_it_was(apart: Callable[..., Ended]) -> None:
+    def press_twice(run: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.4)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+
+    ended = apart(plugins=[At("on_step_start", 4, press_twice)], training__save_steps=2)
+    assert (ended.code, ended.steps) == (130, [2])
+    assert (ended.status.state, ended.status.step) == ("stopped", 3)
+    assert ended.status.reason == "second Ctrl-C: the steps since the last checkpoint are lost"
+
+
+def test_a_budget_begins_with_the_program(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after the seconds that torch takes to load; and with several processes, with their launcher."""
+    began: list[float] = []
+
+    def train(*_: Any, **options: Any) -> Any:
+        began.append(options["began"])
+        raise GptSimpleError("that is all")
+
+    monkeypatch.setattr("gpt_simple.engine.session.train", train)
+    shell("run", "config.toml")
+    monkeypatch.setenv("GPT_SIMPLE_LAUNCHED_AT", str(time.time() - 100))
+    shell("run", "config.toml")
+    assert began[0] == BEGAN
+    assert began[1] == pytest.approx(time.monotonic() - 100, abs=10)
+
+
 class Lingers(Everywhere):
     """Keeps the process there until the storm is over."""
 
@@ -175,7 +206,9 @@ def test_the_command_stops_a_run(here: Path, shell: Shell, force: bool) -> None:
         assert f"process {run.pid} on" in ended.out
         run.stdout.read()
         assert run.wait(60) == (-9 if force else 75)
-    assert json.loads(shell("status", "out", "--json").out)["state"] == ("crashed" if force else "stopped")
+    assert json.loads(shell("status", "out", "--json").out)["state"] == "stopped"
+    if force:
+        assert "gpt-simple stop --force on" in shell("status", "out").out
     assert "nothing to stop" in shell("stop", "out").out
 
 

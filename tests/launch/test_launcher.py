@@ -133,6 +133,7 @@ def test_two_presses_of_ctrl_c_leave_at_once(here: Path) -> None:
         launcher.send_signal(signal.SIGINT)
         assert launcher.wait(20) == 130
     assert gone(processes, 0.1)
+    assert (status(here)["state"], status(here)["reason"][:14]) == ("stopped", "second Ctrl-C:")
 
 
 def test_processes_save_and_leave_when_their_launcher_is_killed(here: Path) -> None:

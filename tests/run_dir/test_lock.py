@@ -77,12 +77,58 @@ def test_a_second_lock_in_the_same_process_is_refused(run_dir: RunDir) -> None:
         RunLock(run_dir).acquire()
 
 
+def test_one_that_was_deleted_is_lost_and_can_be_renewed(run_dir: RunDir) -> None:
+    with RunLock(run_dir) as lock:
+        assert lock.is_held()
+        run_dir.lock.unlink()
+        assert lock.is_lost()
+        lock.renew()
+        assert lock.is_held()
+        with pytest.raises(CheckpointError, match=f"process {os.getpid()}"):
+            RunLock(run_dir).acquire()
+    assert owner_of(run_dir) == (None, "gone")
+
+
+def test_one_that_another_took_is_not_renewed_and_not_emptied(run_dir: RunDir) -> None:
+    with RunLock(run_dir) as lock:
+        run_dir.lock.unlink()
+        other = in_child(lambda: RunLock(run_dir).acquire())
+        assert not lock.is_held()
+        with pytest.raises(CheckpointError, match=f"process {other}"):
+            lock.renew()
+        lock.release()
+        assert owner_of(run_dir)[1] == "holds"
+    kill(other)
+
+
+def test_a_full_disk_refuses_a_launch_with_a_sentence(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(CheckpointError, match=r"\.lock cannot be written: No space left"):
+            RunLock(run_dir).acquire()
+    with RunLock(run_dir):
+        pass
+
+
 def test_a_killed_owner_does_not_block(run_dir: RunDir) -> None:
     kill(in_child(lambda: RunLock(run_dir).acquire()))
     with RunLock(run_dir):
         owner, liveness = owner_of(run_dir)
         assert owner is not None
         assert (owner.pid, liveness) == (os.getpid(), "holds")
+
+
+def test_a_killed_owner_that_nobody_waits_for_does_not_block(run_dir: RunDir) -> None:
+    """As in a container without an init process: its number stays."""
+    child = in_child(lambda: RunLock(run_dir).acquire())
+    os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    with RunLock(run_dir):
+        pass
+    os.waitpid(child, 0)
 
 
 def test_release_frees_and_may_be_repeated(run_dir: RunDir) -> None:

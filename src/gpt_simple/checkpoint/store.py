@@ -154,9 +154,10 @@ class Store:
         self._verified.discard(path)
         try:
             path.rename(target)
-            (target / "reason.txt").write_text(reason + "\n", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"{path} is damaged and cannot be renamed: {error.strerror}") from error
+        with contextlib.suppress(OSError):  # it is no directory, or the disk is full: the reason is told anyway
+            (target / "reason.txt").write_text(reason + "\n", encoding="utf-8")
         return target
 
     def load_document(self, checkpoint: Checkpoint, stem: str) -> Any:

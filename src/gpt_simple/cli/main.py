@@ -10,12 +10,16 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from gpt_simple._names import PROGRAM, __version__
 from gpt_simple.errors import ExitCode, GptSimpleError
+
+BEGAN = time.monotonic()
+"""When the program began: what it imports later takes seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import click
 
 from gpt_simple.assembly import Assembly, assemble
 from gpt_simple.cli.fields import ConfiguredCommand
+from gpt_simple.cli.main import BEGAN
+from gpt_simple.errors import ExitCode
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.launch import member
 from gpt_simple.launch.signals import stop_on_signals
 from gpt_simple.launch.torchrun import Launch
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
+from gpt_simple.run_dir.stop_request import tell_forced
 
 _GIVEN = "gpt_simple.arguments"
 
@@ -71,16 +75,25 @@ def _train(
         from gpt_simple.engine.parallel import disband
         from gpt_simple.engine.session import train
 
-        code = int(train(assembly, force=fresh, asked=asked).exit_code)
+        code = int(train(assembly, force=fresh, asked=asked, began=_began()).exit_code)
         disband()
         return code
 
     if launch is not None and not launch.joins(os.environ):
-        check()
-        return launch.run([*_program(), context.info_name or "run", *context.meta[_GIVEN]])
+        run_dir = RunDir(Path(check().config.training.output_dir))
+        code = launch.run([*_program(), context.info_name or "run", *context.meta[_GIVEN]])
+        if code == ExitCode.FORCED:
+            tell_forced(run_dir, "second Ctrl-C")
+        return code
     if member.is_member(os.environ):
         member.live(work)
     return work()
+
+
+def _began() -> float:
+    """The moment of ``time.monotonic`` at which this launch began, its launcher's if it has one."""
+    launched = member.launched_at()
+    return time.monotonic() - (time.time() - launched) if launched else BEGAN
 
 
 def _has_begun(assembly: Assembly) -> bool:

@@ -60,6 +60,8 @@ class Control:
     """Names of the active plugins, in one order everywhere."""
     outside: Callable[[], str] | None = None
     """Tells a reason to stop that no signal brought: the clock, a request in the run directory."""
+    parting: Callable[[], None] = lambda: None
+    """Called when the process is about to end at once, without a word from anybody else."""
     at_once: bool = False
     """Whether a signal unwinds instead of waiting for the end of the step; only where nothing would be lost."""
     _failed: set[str] = field(factory=set)

@@ -42,6 +42,7 @@ _NEUTRAL = (
 )
 # Fields that decide what a row of the data is: with another value the position means something else.
 _ROWS = ("data.max_length", "data.packing", "data.overlap_size", "data.document_mask")
+_ORDER = " (the order of samples is another from here on: some come twice, others not at all)"
 # Fields of the model that can differ between two launches of one run.
 _MODEL_FREE = ("model.dropout",)
 
@@ -146,13 +147,20 @@ def promise(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             f"the checkpoint is of another model, tokenizer or data set:{listing}\n"
             "go back to its configuration, choose another training.output_dir, or add --force to start anew"
         )
-    free = [line for key, line in changed.items() if not key.startswith(_NEUTRAL)]
-    if free:
-        return f"changed: {'; '.join(free)}"
+    free = {key: line for key, line in changed.items() if not key.startswith(_NEUTRAL)}
     numerics = _differences(saved["numerics"], now["numerics"])
+    if free:
+        order = _ORDER if _order(saved["config"]) != _order(now["config"]) else ""
+        return f"changed: {'; '.join([*free.values(), *numerics.values()])}{order}"
     if numerics:
         return f"order-exact: same samples, other last digits ({'; '.join(numerics.values())})"
     return "bit-exact"
+
+
+def _order(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What decides which sample comes when."""
+    seed = config.get("data.seed")
+    return config.get("training.seed") if seed is None else seed, config.get("data.curriculum")
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

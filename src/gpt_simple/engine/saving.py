@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import define, field, frozen
@@ -23,8 +23,14 @@ from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import CheckpointSaved, CheckpointSaving
 
+if TYPE_CHECKING:
+    from gpt_simple.engine.ownership import Ownership
+
 State = tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, Any]]
 """Tensors and JSON documents of a checkpoint, by the stem of the file they go to."""
+
+
+_TELL_SECONDS = 60.0
 
 
 @frozen
@@ -45,9 +51,11 @@ class Saving:
     store: Store
     state: Callable[[], State]
     walltime: Walltime | None
+    owner: Ownership
     again: str = field(default="", init=False)
     """Why a checkpoint should be written soon: the one before could not be."""
     _newest: int | None = field(default=None, init=False)
+    _told: float = field(default=float("-inf"), init=False)
     _in_flight: tuple[int, str] | None = field(default=None, init=False)
     """Step of the checkpoint that is on its way, and the reason for it."""
 
@@ -110,11 +118,11 @@ class Saving:
         self.store.settle()
 
     def _begin(self) -> None:
-        self._notice_loss()
+        self.owner.keep()
         self._writer.begin(self.run.step, *self.state())
 
     def _publish(self, must_succeed: bool) -> Published | None:
-        self._notice_loss()
+        self.owner.keep()
         try:
             tensors, documents = self.state()
             return self.store.publish(self.run.step, tensors=tensors, documents=documents)
@@ -123,11 +131,6 @@ class Saving:
                 raise
             self._tell(error)
             return None
-
-    def _notice_loss(self) -> None:
-        path = self.run.output_dir
-        if not path.exists():
-            self.run.log.error(f"{path} is gone, with the earlier checkpoints: it is made anew", name="output_gone")
 
     def _landed(self, step: int, wait: bool) -> Landing | None:
         """What became of the checkpoint of ``step``; None while it is on its way."""
@@ -141,13 +144,17 @@ class Saving:
             return Landing()
 
     def _tell(self, error: CheckpointError) -> None:
-        self.run.log.error(f"{error}; training goes on", name="checkpoint_failed")
+        # It is tried again at every logging point: those who read need not be told as often.
+        if (now := time.monotonic()) - self._told >= _TELL_SECONDS:
+            self._told = now
+            self.run.log.error(f"{error}; training goes on, and it is tried again", name="checkpoint_failed")
 
     def _published(self, done: Published | None, reason: str) -> None:
         # Tried again when the log is due: until then somebody may have made room.
         self.again = "" if done else "the one before could not be written"
         if done is None:
             return
+        self._told = float("-inf")
         self._newest = done.step
         if self.calls.on_checkpoint_saved is not None:
             event = CheckpointSaved(done.step, done.path, done.seconds, done.bytes, reason)

@@ -21,6 +21,7 @@ from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.engine.compile import compile_flags, plan
 from gpt_simple.engine.guard import keeps_torch_state
+from gpt_simple.engine.ownership import Ownership
 from gpt_simple.engine.parallel import World
 from gpt_simple.engine.precision import resolve
 from gpt_simple.engine.result import TrainResult
@@ -30,15 +31,12 @@ from gpt_simple.engine.setup import Setup, report
 from gpt_simple.engine.stopping import Outside, StopNow, Walltime
 from gpt_simple.engine.summary import as_result, finished, stopped_early, summarise
 from gpt_simple.engine.trainer import Trainer
-from gpt_simple.errors import CheckpointError, ExitCode, PluginError
+from gpt_simple.errors import ExitCode, PluginError
 from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import Close, RunEnd, RunError, RunStart
 from gpt_simple.hooks.loading import LoadedPlugin
 from gpt_simple.launch.signals import stop_on_signals
 from gpt_simple.run_dir.layout import RunDir, write_json
-from gpt_simple.run_dir.lineage import RunRecord
-from gpt_simple.run_dir.lock import RunLock
-from gpt_simple.run_dir.status import StatusFile
 
 
 @contextmanager
@@ -87,12 +85,15 @@ def closing_plugins(run: EngineRun, calls: Calls) -> Iterator[None]:
             print(f"warning: {failure}", file=sys.stderr)
 
 
-def train(assembly: Assembly, *, force: bool = False, asked: Sequence[str] = ()) -> TrainResult:
+def train(
+    assembly: Assembly, *, force: bool = False, asked: Sequence[str] = (), began: float | None = None
+) -> TrainResult:
     """Train as configured. Errors leave as GptSimpleError; how a run ended is in the result's ``status``.
 
-    ``asked``: names of signals that came while the program was loading.
+    ``asked``: names of signals that came while the program was loading, which ``began`` at this moment of
+    ``time.monotonic`` (None: now).
     """
-    started = time.monotonic()
+    started = time.monotonic() if began is None else began
     config, training = assembly.config, assembly.config.training
     with ExitStack() as stack:
         stack.enter_context(process_as_found())
@@ -115,11 +116,10 @@ def train(assembly: Assembly, *, force: bool = False, asked: Sequence[str] = ())
         stack.enter_context(compile_flags(compiling))
         run_dir = RunDir(Path(training.output_dir))
         run = EngineRun(config, run_dir.root, world, precision)
-        stack.enter_context(stop_on_signals(run.control.signalled))
+        stack.enter_context(stop_on_signals(run.control.signalled, lambda: run.control.parting()))
         for name in asked:
             run.control.stop(name)
         walltime = world.together(lambda: _walltime(training, started))
-        run.control.outside = Outside(walltime, run_dir=None)
 
         def plugin_failed(plugin: LoadedPlugin, hook: str, error: BaseException) -> None:
             run.log.warning(
@@ -141,6 +141,9 @@ def train(assembly: Assembly, *, force: bool = False, asked: Sequence[str] = ())
         # One store for the whole launch: what it has verified once it need not hash again.
         store = Store(run_dir.checkpoints)
         setup = Setup(assembly, run, calls, compiling, run_dir, store)
+        owner = Ownership(setup)
+        stack.callback(owner.release)
+        run.control.outside, run.control.parting = Outside(walltime, owner.asked_to_stop), owner.forced
         world.together(run_dir.check)
         resume = world.together(lambda: look(config, run_dir, force=force, store=store))
         try:
@@ -151,33 +154,32 @@ def train(assembly: Assembly, *, force: bool = False, asked: Sequence[str] = ())
             if resume.kind == "finished":
                 return finished(run, run_dir, resume)
             _leave_if_asked(run)
-            world.main_only(lambda: _claim(stack, setup, resume, force=force))
-            run.control.outside = Outside(walltime, run_dir if world.is_main else None)
-            return _own(stack, setup, resume, walltime, started)
+            world.main_only(lambda: owner.claim(resume, force=force))
+            return _own(stack, setup, owner, resume, walltime, started)
         except StopNow as stop:
             return stopped_early(run, store, resume, str(stop), time.monotonic() - started)
 
 
-def _own(stack: ExitStack, setup: Setup, resume: ResumePlan, walltime: Walltime | None, started: float) -> TrainResult:
+def _own(
+    stack: ExitStack, setup: Setup, owner: Ownership, resume: ResumePlan, walltime: Walltime | None, started: float
+) -> TrainResult:
     """Build and train, as the owner of the run directory, and leave a status that tells how it ended."""
     run, world, training = setup.run, setup.run.world, setup.run.config.training
-    status, begun = StatusFile(setup.run_dir), resume.state.get("step", 0)
+    status, begun = owner.status, resume.state.get("step", 0)
     try:
-        if world.is_main:
-            status.update(state="running", step=begun, max_steps=training.max_steps, force=True)
+        status.update(state="running", step=begun, max_steps=training.max_steps, force=True)
         with world.telling_peers(lambda: run.step), _leaving_at_once(run):
-            trainer = setup.build(resume, status, walltime=walltime)
+            trainer = setup.build(resume, owner, walltime=walltime)
             stack.callback(trainer.close)
-            run.run_id = world.main_only(lambda: _record(setup, resume))
+            run.run_id = world.main_only(lambda: owner.record(resume))
             return _train(trainer, setup, resume, setup.calls, started)
     except BaseException as error:
-        if world.is_main:
-            step = max(begun, run.step)
-            if isinstance(error, StopNow):
-                status.update(state="stopped", step=step, reason=str(error), force=True)
-            else:
-                state = "halted" if getattr(error, "exit_code", None) == ExitCode.HALTED else "failed"
-                status.update(state=state, step=step, error=f"{type(error).__name__}: {error}", force=True)
+        step = max(begun, run.step)
+        if isinstance(error, StopNow):
+            status.update(state="stopped", step=step, reason=str(error), force=True)
+        else:
+            state = "halted" if getattr(error, "exit_code", None) == ExitCode.HALTED else "failed"
+            status.update(state=state, step=step, error=f"{type(error).__name__}: {error}", force=True)
         raise
 
 
@@ -229,50 +231,14 @@ def _train(trainer: Trainer, setup: Setup, resume: ResumePlan, calls: Calls, sta
     if calls.on_run_end is not None:
         calls.on_run_end(run, RunEnd(status, run.step, run.tokens, reason, summary))
     if run.is_main:
-        write_json(setup.run_dir.summary_json, summary)
-        trainer.status.update(state=status, step=run.step, reason=reason, force=True)
+        _write_summary(setup, summary)
+    trainer.owner.status.update(state=status, step=run.step, reason=reason, force=True)
     return as_result(summary, run.output_dir)
 
 
-def _claim(stack: ExitStack, setup: Setup, resume: ResumePlan, *, force: bool) -> None:
-    """Become the owner of the run directory, and only then change anything in it."""
-    run_dir = setup.run_dir
-    run_dir.create()
-    stack.enter_context(RunLock(run_dir, setup.run.log.info))
-    store = setup.store
-    # It was meant for the process before, which is gone.
-    run_dir.stop_request.unlink(missing_ok=True)
-    store.sweep()
-    if force:
-        run_dir.remove_run_files()
-    elif list(resume.seen) != [found.path for found in store.list()]:
-        raise CheckpointError(f"another run has written to {run_dir.root} just now: start again to go on from it")
-    for path, reason in resume.skipped:
-        moved = store.quarantine(path, reason)
-        where = "stays where it is" if moved == path else f"is now {moved}"
-        setup.run.log.warning(f"{reason}; it {where}, and the one before it is used", name="checkpoint_skipped")
-    setup.dataset.tokenizer.save(run_dir.tokenizer)
-
-
-def _record(setup: Setup, resume: ResumePlan) -> str:
-    """Write down in run.json what runs, where, and from which checkpoint it goes on. Returns the run's id."""
-    run, origins = setup.run, setup.assembly.origins
-    facts = {
-        "version": __version__,
-        "config": flat(run.config),
-        "origins": {path: origin.where for path, origin in origins.by_path.items()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "plugins": {plugin.name: f"{plugin.distribution} {plugin.version}" for plugin in setup.assembly.host.plugins},
-        "run": run.facts(),
-        "data": setup.identity["data"],
-        "numerics": setup.identity["numerics"],
-        "promise": setup.promise,
-    }
-    source = resume.checkpoint.path if resume.checkpoint else None
-    record = RunRecord.load(setup.run_dir)
-    record.launched(facts, step=run.step, resumed_from=source)
-    return record.run_id
+def _write_summary(setup: Setup, summary: dict[str, Any]) -> None:
+    try:
+        write_json(setup.run_dir.summary_json, summary)
+    except OSError as error:
+        # The weights are saved: a disk that is full now is no reason to call the run failed.
+        setup.run.log.error(f"{setup.run_dir.summary_json} was not written: {error.strerror}", name="output_failed")

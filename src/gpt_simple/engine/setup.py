@@ -9,7 +9,7 @@ import inspect
 import platform
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import define, field
@@ -35,7 +35,9 @@ from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
 from gpt_simple.model.shape import padded
 from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.run_dir.status import StatusFile
+
+if TYPE_CHECKING:
+    from gpt_simple.engine.ownership import Ownership
 
 _MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which count samples from 0
 
@@ -85,7 +87,7 @@ class Setup:
             self.run._model = None
             report([finding for _, findings in found for finding in findings], self.run.log.warning)
 
-    def build(self, plan: ResumePlan, status: StatusFile, *, walltime: Walltime | None) -> Trainer:
+    def build(self, plan: ResumePlan, owner: Ownership, *, walltime: Walltime | None) -> Trainer:
         """Allocate everything and restore the state of ``plan``."""
         assembly, run, config = self.assembly, self.run, self.run.config
         with isolated_rng(stream(config.training.seed, _MODEL_STREAM), torch.device("cpu")):
@@ -127,7 +129,7 @@ class Setup:
             schedule=schedule.build(config.optimizer, config.training.max_steps),
             loader=run._loader,
             store=self.store,
-            status=status,
+            owner=owner,
             state=partial(self._state, model, optimizer),
             skips_on_device=alone,
             walltime=walltime,

@@ -7,14 +7,12 @@ nothing to save, so a stop then unwinds at once, from wherever the launch is: ``
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from attrs import define, field
 
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.errors import ConfigError
-from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.run_dir.stop_request import take_stop_request
 
 MAX_RUNTIME = "GPT_SIMPLE_MAX_RUNTIME"
 """Environment variable: seconds that a launch may take, for whoever starts one and cannot change its configuration."""
@@ -29,7 +27,7 @@ _FADING = 0.95
 """A slow step counts less with every one after it."""
 
 _LOOK_SECONDS = 1.0
-"""How often the run directory is looked at for a request: a remote file system answers slowly."""
+"""How often the run directory is looked at: a remote file system answers slowly."""
 
 
 class StopNow(BaseException):
@@ -105,20 +103,20 @@ class Walltime:
 class Outside:
     """Asked at every step and between the batches of an evaluation: a reason to stop, or nothing.
 
-    ``run_dir`` only in the process that owns it.
+    ``asked`` looks at the run directory, which on a remote file system takes a while.
     """
 
     walltime: Walltime | None
-    run_dir: RunDir | None
+    asked: Callable[[], str]
     _looked: float = field(factory=time.monotonic)
 
     def __call__(self) -> str:
         if self.walltime is not None and self.walltime.is_up():
             return str(self.walltime)
-        if self.run_dir is None or (now := time.monotonic()) - self._looked < _LOOK_SECONDS:
+        if (now := time.monotonic()) - self._looked < _LOOK_SECONDS:
             return ""
         self._looked = now
-        return take_stop_request(self.run_dir)
+        return self.asked()
 
 
 def _number(environment: Mapping[str, str], name: str) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import define, field
@@ -35,7 +36,9 @@ from gpt_simple.hooks.events import (
     StepEnd,
     StepStart,
 )
-from gpt_simple.run_dir.status import StatusFile
+
+if TYPE_CHECKING:
+    from gpt_simple.engine.ownership import Ownership
 
 GIB = 1024**3
 
@@ -58,7 +61,7 @@ class Trainer:
     schedule: Schedule
     loader: Loader
     store: Store
-    status: StatusFile
+    owner: Ownership
     state: Callable[[float | None], State]
     skips_on_device: bool
     walltime: Walltime | None = None
@@ -76,7 +79,13 @@ class Trainer:
         self._max_norm = config.optimizer.max_grad_norm
         self._first_step = True
         self._saving = Saving(
-            self.run, self.calls, self.model, self.store, lambda: self.state(self.best_val_loss), self.walltime
+            self.run,
+            self.calls,
+            self.model,
+            self.store,
+            lambda: self.state(self.best_val_loss),
+            self.walltime,
+            self.owner,
         )
         self._watch = Watch(config.training.max_skipped_steps)
 
@@ -258,8 +267,7 @@ class Trainer:
         self.last_train = floats
         if lap.timed_steps and lap.train_seconds > 0:
             self.rates.append(lap.timed_tokens / lap.train_seconds)
-        if run.is_main:
-            self._report_status()
+        self._report_status()
         if tell and calls.on_metrics is not None:
             calls.on_metrics(run, MetricsReady(run.step, run.tokens, floats))
         self._clock = Clock(waited_before=self.loader.wait_seconds)
@@ -319,7 +327,7 @@ class Trainer:
         rate = statistics.median(self.rates[-15:]) if self.rates else None
         left = run.config.training.max_steps - run.step
         per_step = run.known.get("tokens_per_step", 0)
-        self.status.update(
+        self.owner.status.update(
             state="running",
             step=run.step,
             max_steps=run.config.training.max_steps,

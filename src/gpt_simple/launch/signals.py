@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from gpt_simple.errors import ExitCode
 
@@ -23,22 +23,33 @@ ONE_PRESS_SECONDS = 0.3
 
 
 @contextmanager
-def stop_on_signals(stop: Callable[[str], None]) -> Iterator[None]:
+def stop_on_signals(stop: Callable[[str], None], parting: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Call ``stop`` with the name of a signal when one arrives; the handlers found are put back afterwards.
 
-    Does nothing outside the main thread, where Python allows no handlers.
+    ``parting`` is called, once, before a second Ctrl-C ends the process. Does nothing outside the main thread, where
+    Python allows no handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     pressed: list[float] = []
+    leaving = False
+
+    def leave() -> NoReturn:
+        nonlocal leaving
+        again, leaving = leaving, True
+        try:
+            if not again:
+                os.write(2, b"\nsecond Ctrl-C: leaving at once, without a checkpoint of the last steps\n")
+                parting()
+        finally:
+            os._exit(ExitCode.FORCED)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()
             if pressed and now - pressed[0] > ONE_PRESS_SECONDS:
-                os.write(2, b"\nsecond Ctrl-C: leaving at once, without a checkpoint of the last steps\n")
-                os._exit(ExitCode.FORCED)
+                leave()
             pressed.append(now)
         stop(signal.Signals(number).name)
 

@@ -21,21 +21,29 @@ if TYPE_CHECKING:
 
 _JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 
+_LIMIT = 1 << 24
+"""Bytes of rows that are kept while they cannot be written: some days of an ordinary run."""
+
 
 class Metrics(Plugin[NoConfig]):
-    """One unbuffered write a row: a kill loses nothing that was reported, and at most tears the last line."""
+    """One unbuffered write a row: a kill loses nothing that was reported, and at most tears the last line.
+
+    What cannot be written, because the disk is full, is kept and written with a later row.
+    """
 
     def __init__(self, config: NoConfig) -> None:
         super().__init__(config)
         self._file: FileIO | None = None
+        self._waiting = bytearray()
+        self._failing = False
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
         path = run.output_dir / "metrics.jsonl"
         torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
-        self._file = FileIO(path, "a")
+        self._file = FileIO(path, "a+")
         if torn:
-            self._file.write(b"\n")
+            self._waiting[:0] = b"\n"
         self._write(run, "event", {"name": "run_start", "message": event.promise})
 
     @hookimpl
@@ -48,6 +56,8 @@ class Metrics(Plugin[NoConfig]):
 
     @hookimpl
     def on_log(self, run: Run, event: ev.LogRecord) -> None:
+        if event.name == "output_gone":
+            self._open_anew(run)
         self._write(run, "event", {"name": event.name, "level": event.level, "message": event.message, **event.fields})
 
     @hookimpl
@@ -63,12 +73,13 @@ class Metrics(Plugin[NoConfig]):
     @hookimpl
     def on_close(self, run: Run, event: ev.Close) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            try:
+                self._flush(self._file)
+            finally:
+                self._file.close()
+                self._file = None
 
     def _write(self, run: Run, kind: str, values: Mapping[str, Any], *, step: int | None = None) -> None:
-        if self._file is None:
-            return
         row: dict[str, Any] = {
             "kind": kind,
             "step": run.step if step is None else step,
@@ -79,7 +90,32 @@ class Metrics(Plugin[NoConfig]):
         if nonfinite := [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
             row |= dict.fromkeys(nonfinite)
             row["nonfinite"] = nonfinite
-        self._file.write(_JSON.encode(row).encode() + b"\n")
+        self._waiting += _JSON.encode(row).encode() + b"\n"
+        if self._file is None:
+            return  # what is told before the run starts is written when it does
+        try:
+            self._flush(self._file)
+        except OSError as error:
+            del self._waiting[_LIMIT:]
+            if not self._failing:
+                self._failing = True  # first: the warning is a row as well
+                run.log.warning(f"{self._file.name}: {error.strerror}; the rows are kept and written later")
+        else:
+            self._failing = False
+
+    def _flush(self, file: FileIO) -> None:
+        while self._waiting:
+            del self._waiting[: file.write(self._waiting) or 0]
+
+    def _open_anew(self, run: Run) -> None:
+        """Somebody deleted the file: its content is there until it is closed, and goes to the new one."""
+        path = run.output_dir / "metrics.jsonl"
+        if self._file is None or path.exists():
+            return
+        with self._file as gone:
+            gone.seek(0)
+            self._waiting[:0] = gone.readall() or b""
+        self._file = FileIO(path, "a+")
 
 
 def _ends_with_newline(path: Any) -> bool:

@@ -61,6 +61,10 @@ class RunRecord:
                 "pid": os.getpid(),
             }
         )
+        self.write()
+
+    def write(self) -> None:
+        """Write the record, as it is known."""
         document = {"run_id": self.run_id, "lineage": self.lineage, "facts": self.facts}
         write_json(self.run_dir.run_json, document)
 

@@ -88,6 +88,7 @@ class RunLock:
     tell: Callable[[str], None] = lambda message: None
     """Called with a line for people before a long wait."""
     _descriptor: int | None = field(default=None, init=False)
+    _me: Owner | None = field(default=None, init=False)
     _released: threading.Event = field(factory=threading.Event, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
 
@@ -100,7 +101,7 @@ class RunLock:
             descriptor = _lock(self.run_dir.lock)
         except OSError as error:
             raise CheckpointError(f"{self.run_dir.lock} cannot be opened: {error.strerror}") from error
-        owner = _parse(descriptor or self.run_dir.lock)
+        owner = _owner(descriptor or self.run_dir.lock)
         if descriptor is None:
             who = owner or "another process"
             raise CheckpointError(
@@ -114,30 +115,58 @@ class RunLock:
             )
         me = Owner.this_process()
         content = json.dumps(asdict(me), indent=1).encode() + b"\n"
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, content, 0)
-        os.fsync(descriptor)
-        self._descriptor = descriptor
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, content, 0)
+            os.fsync(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            raise CheckpointError(f"{self.run_dir.lock} cannot be written: {error.strerror}") from error
+        self._descriptor, self._me = descriptor, me
         self._released.clear()
-        self._thread = threading.Thread(target=self._beat, args=(me,), name="lock-beat", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="lock-beat", daemon=True)
         self._thread.start()
+
+    def is_held(self) -> bool:
+        """Whether the directory is this process's: it was acquired, and nobody has deleted or taken the lock since."""
+        return self._descriptor is not None and not self.is_lost()
+
+    def is_lost(self) -> bool:
+        """Whether the lock was acquired, and then deleted or taken by another process."""
+        if self._descriptor is None:
+            return False
+        try:
+            return _parse(self.run_dir.lock.read_bytes()) != self._me
+        except OSError as error:
+            # A file system that does not answer for a while has not lost anything.
+            return isinstance(error, (FileNotFoundError, NotADirectoryError))
+
+    def renew(self) -> None:
+        """Acquire it again after it was lost. CheckpointError names the process that owns the directory now."""
+        self._forget()
+        self.acquire()
 
     def release(self) -> None:
         """Give the directory up; the file stays, empty. Does nothing if the lock is not held."""
-        if self._descriptor is None:
-            return
+        if self._descriptor is not None:
+            if self.is_held():
+                os.ftruncate(self._descriptor, 0)
+            self._forget()
+
+    def _forget(self) -> None:
         self._released.set()
         if self._thread is not None:
             self._thread.join()
-        os.ftruncate(self._descriptor, 0)
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
         self._descriptor = None
 
-    def _beat(self, me: Owner) -> None:
+    def _beat(self) -> None:
         """Touch the lock until it is released, or somebody else's because this process was silent for too long."""
-        while not self._released.wait(BEAT_SECONDS) and _parse(self.run_dir.lock) == me:
-            with contextlib.suppress(OSError):
-                os.utime(self.run_dir.lock)
+        while not self._released.wait(BEAT_SECONDS):
+            if self.is_held():
+                with contextlib.suppress(OSError):
+                    os.utime(self.run_dir.lock)
 
     def _beats(self, descriptor: int, owner: Owner) -> bool:
         """Whether somebody touches the lock within ``SILENCE_SECONDS``. Compares no clocks: theirs may differ."""
@@ -167,7 +196,7 @@ def owner_of(run_dir: RunDir) -> tuple[Owner | None, Liveness]:
     except OSError:
         return None, "gone"
     try:
-        owner = _parse(descriptor)
+        owner = _owner(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -200,13 +229,19 @@ def _lock(path: Path) -> int | None:
         os.close(descriptor)
 
 
-def _parse(source: int | Path) -> Owner | None:
-    """The owner written in the file; None if it is empty, torn or not ours."""
+def _owner(source: int | Path) -> Owner | None:
+    """The owner written in the file; None if it is empty, torn, not ours or cannot be read."""
     try:
-        text = os.pread(source, 65536, 0) if isinstance(source, int) else source.read_bytes()
+        return _parse(os.pread(source, 65536, 0) if isinstance(source, int) else source.read_bytes())
+    except OSError:
+        return None
+
+
+def _parse(text: bytes) -> Owner | None:
+    try:
         values: dict[str, Any] = json.loads(text)
         return Owner(**values)
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         return None
 
 
@@ -218,8 +253,10 @@ def _boot_id() -> str:
 
 
 def _start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks; 0 if there is none, or only what its parent has not taken notice of."""
     try:
         # The command, in parentheses, may hold spaces; the start time is the 20th field after it.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if fields[0] in "ZX" else int(fields[19])
     except (OSError, ValueError, IndexError):
         return 0

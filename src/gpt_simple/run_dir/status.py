@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,8 @@ class StatusFile:
     """Writes the status of the run that this process owns. A write that fails is tried again later."""
 
     run_dir: RunDir
+    may_write: Callable[[], bool] = lambda: True
+    """Whether the directory is still this process's."""
     # Of the fields of Status; not a Status, since most updates are never written.
     _known: dict[str, Any] = field(
         factory=lambda: {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}, init=False
@@ -61,7 +64,7 @@ class StatusFile:
         force = force or changes.get("state", self._known["state"]) != self._known["state"]
         self._known |= changes
         now = time.monotonic()
-        if not force and now - self._written < _INTERVAL:
+        if (not force and now - self._written < _INTERVAL) or not self.may_write():
             return
         try:
             status = Status(**self._known, time=time.time())

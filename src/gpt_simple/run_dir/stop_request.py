@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import time
 
+from attrs import asdict, evolve
+
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir, write_json
-from gpt_simple.run_dir.lock import Owner, owner_of
-from gpt_simple.run_dir.status import read_status
+from gpt_simple.run_dir.lock import Owner, RunLock, owner_of
+from gpt_simple.run_dir.status import StatusFile, read_status
+
+_DYING_SECONDS = 10.0
+"""How long a killed process may take to give its memory back."""
 
 
 def ask_to_stop(run_dir: RunDir, *, force: bool = False) -> str:
@@ -26,12 +32,31 @@ def ask_to_stop(run_dir: RunDir, *, force: bool = False) -> str:
         return f"nothing to stop: the run in {run_dir.root} is {state}"
     if _signal(owner, signal.SIGKILL if force else signal.SIGTERM):
         if force:
+            tell_forced(run_dir, f"gpt-simple stop --force on {socket.gethostname()}")
             return f"ended {owner}; the run goes on from its last checkpoint"
         return f"asked {owner} to stop: it saves a checkpoint and leaves after the step it is in"
     if force:
         raise CheckpointError(f"{owner} cannot be reached from here: run this on {owner.host}, or leave out --force")
     write_json(run_dir.stop_request, {"by": socket.gethostname(), "time": time.time()})
     return f"left a request for {owner}: it looks for one after every step"
+
+
+def tell_forced(run_dir: RunDir, reason: str) -> None:
+    """Write down why the owner of a run, which was killed on purpose just now, is gone.
+
+    Nothing is written if it said so itself, lives on, or was followed by another.
+    """
+    deadline = time.monotonic() + _DYING_SECONDS
+    while owner_of(run_dir)[1] != "gone" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with contextlib.suppress(CheckpointError):
+        left = read_status(run_dir)
+        if left.state == "crashed":
+            with RunLock(run_dir):
+                reason = f"{reason}: the steps since the last checkpoint are lost"
+                told = asdict(evolve(left, state="stopped", reason=reason, note=None))
+                del told["time"]
+                StatusFile(run_dir).update(force=True, **told)
 
 
 def take_stop_request(run_dir: RunDir) -> str:

@@ -117,7 +117,7 @@ class Rehearsal:
             schedule=lambda step: rate,
             loader=_any(made_up),
             store=_any(None),
-            status=_any(None),
+            owner=_any(None),
             state=_any(None),
             skips_on_device=True,
         )
