@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +20,11 @@ import pytest
 from gpt_simple import Plugin, hookimpl
 from gpt_simple.cli.main import BEGAN
 from gpt_simple.errors import GptSimpleError
+from gpt_simple.launch.signals import stop_on_signals
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import read_metrics
 from gpt_simple.run_dir.lock import Owner
+from gpt_simple.run_dir.status import read_status
 from gpt_simple.run_dir.stop_request import ask_to_stop
 from tests.conftest import Shell
 from tests.engine.conftest import TinyRun
@@ -210,6 +215,44 @@ def test_the_command_stops_a_run(here: Path, shell: Shell, force: bool) -> None:
     if force:
         assert "gpt-simple stop --force on" in shell("status", "out").out
     assert "nothing to stop" in shell("stop", "out").out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("progress", ["live", "lines"])
+def test_closing_the_terminal_is_a_stop_like_any_other(here: Path, shell: Shell, progress: str) -> None:
+    """Nothing can be printed any more, and that must not count."""
+    options = ["--training.max_steps", "1000000", "--training.logging_steps", "1", "--progress", progress]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [*PROGRAM, "run", "config.toml", *options])
+    draining = threading.Thread(target=drain, args=(terminal,))
+    draining.start()
+    wait_until(lambda: (here / "out/status.json").exists() and read_status(RunDir(here / "out")).step >= 3)
+    os.kill(pid, signal.SIGSTOP)
+    os.close(terminal)
+    os.kill(pid, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    draining.join()
+    status = read_status(RunDir(here / "out"))
+    assert (status.state, status.reason) == ("stopped", "SIGHUP")
+    assert (here / f"out/checkpoints/step-{status.step:08d}/MANIFEST.json").exists()
+
+
+def drain(terminal: int) -> None:
+    """Reads what a program shows, until the terminal is closed."""
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals(pytest.fail):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_while_the_program_loads_is_a_stop(here: Path) -> None:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -53,7 +54,8 @@ def _run(arguments: list[str]) -> int:
         outcome = _group().main(arguments, prog_name=PROGRAM, standalone_mode=False)
     except GptSimpleError as error:
         if not error.silent:
-            print(f"error: {error}", file=sys.stderr)
+            with suppress(OSError):  # the terminal is gone: the exit code is all that is left to say
+                print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
     except click.exceptions.Exit as leave:
         return leave.exit_code

@@ -8,7 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,9 @@ def closing_plugins(run: EngineRun, calls: Calls) -> Iterator[None]:
         if calls.on_close is not None:
             failures += calls.on_close(run, Close(ok))
         for failure in failures:
-            # The sinks are closed: nobody else could say it.
-            print(f"warning: {failure}", file=sys.stderr)
+            # The sinks are closed: nobody else could say it. Nor can we if the terminal is gone.
+            with suppress(OSError):
+                print(f"warning: {failure}", file=sys.stderr)
 
 
 def train(

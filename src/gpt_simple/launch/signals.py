@@ -16,10 +16,16 @@ from typing import Any, NoReturn
 
 from gpt_simple.errors import ExitCode
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 # A terminal's Ctrl-C can reach a process twice, from the terminal and from a launcher: that is one press.
 ONE_PRESS_SECONDS = 0.3
+
+
+def asking() -> tuple[signal.Signals, ...]:
+    """The signals that ask for a stop; not a hang-up that ``nohup`` has this process ignore."""
+    hung_up_is_nothing = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in STOPPING if number != signal.SIGHUP or not hung_up_is_nothing)
 
 
 @contextmanager
@@ -53,7 +59,7 @@ def stop_on_signals(stop: Callable[[str], None], parting: Callable[[], object] =
             pressed.append(now)
         stop(signal.Signals(number).name)
 
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in STOPPING}
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in asking()}
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from attrs import define, field, frozen
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
 from gpt_simple.launch.member import processes_here, under_torchrun
 from gpt_simple.launch.record import DIRECTORY, STARTED, Record, Records
-from gpt_simple.launch.signals import ONE_PRESS_SECONDS, STOPPING
+from gpt_simple.launch.signals import ONE_PRESS_SECONDS, asking
 
 
 class _Leave(BaseException):
@@ -157,7 +157,7 @@ class _Signals:
 def _forwarding(records: Records) -> Iterator[_Signals]:
     """Send every signal that asks for a stop on to the processes: they end by themselves, and the agent waits."""
     handler = _Signals(records)
-    before = {number: signal.signal(number, handler) for number in STOPPING}
+    before = {number: signal.signal(number, handler) for number in asking()}
     try:
         yield handler
     finally:
