@@ -2,10 +2,9 @@
 
 A field is ``name: Annotated[type, bounds, Doc("...")] = default``. That one line is where its help, its
 bounds, its command-line option and its JSON Schema come from. Sections are frozen: nothing changes a
-configuration after it is loaded. This module imports neither torch nor any other heavy package.
+configuration after it is loaded. This module imports neither torch nor any other heavy package. Its annotations are
+objects: as text (``from __future__ import annotations``) each would have to be compiled before a configuration is read.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
