@@ -30,6 +30,8 @@ import pytest
          "config.toml:3 (data.curriculum[0].mix): the weight of b is negative"),
         ("[[data.curriculum]]\nduration_tokens = 1\nmix = {a = 0}",
          "config.toml:3 (data.curriculum[0].mix): the mix needs at least one bucket with a positive weight"),
+        ("data.curriculum = [{duration_tokens = 1024, mix = {a = 1}}, {duration_tokens = 1, mix = {a = 1}}]",
+         "config.toml:1 (data.curriculum[0].duration_tokens), data.max_length: phase 1 lasts 1,024 tokens, half a row"),
         ("plugins.require = ['a', 'b']\nplugins.disable = ['b']",
          'config.toml:1 (plugins.require), config.toml:2 (plugins.disable): plugin "b" is both required and disabled'),
     ],

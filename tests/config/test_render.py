@@ -28,7 +28,7 @@ ODD = Config(
     model=ModelConfig(n_kv_head=3, norm_eps=1e-12, rope_base=1e16),
     data=DataConfig(
         path=("a b", 'quo"te', "new\nline", "\u2028\x7f\ufeff😀", "C:\\x"),
-        curriculum=(Phase(10, {"web": 0.1, "a.b": 1 / 3, "null": 1, "": 2}), Phase(20, {"x": 1e-7})),
+        curriculum=(Phase(9_999, {"web": 0.1, "a.b": 1 / 3, "null": 1, "": 2}), Phase(20, {"x": 1e-7})),
     ),
     optimizer=OptimizerConfig(max_grad_norm=None, learning_rate=1e-5),
     training=TrainingConfig(keep_last_k=None, save_steps=None, gradient_checkpointing=3, output_dir="no"),

@@ -92,12 +92,19 @@ def _packing(data: DataConfig) -> Iterator[Conflict]:
 
 def _curriculum(data: DataConfig) -> Iterator[Conflict]:
     for index, phase in enumerate(data.curriculum):
-        path = f"data.curriculum[{index}].mix"
+        path, duration = f"data.curriculum[{index}].mix", phase.duration_tokens
         negative = sorted(bucket for bucket, weight in phase.mix.items() if weight < 0)
         if negative:
             yield Conflict((path,), f"the weight of {', '.join(negative)} is negative; weights are >= 0")
         elif sum(phase.mix.values()) <= 0:
             yield Conflict((path,), "the mix needs at least one bucket with a positive weight")
+        # The last phase goes on as long as there are steps.
+        if index + 1 < len(data.curriculum) and not round(duration / data.max_length):
+            yield Conflict(
+                (f"data.curriculum[{index}].duration_tokens", "data.max_length"),
+                f"phase {index + 1} lasts {duration:,} tokens, half a row of max_length {data.max_length:,} or less: "
+                "nothing would be read in it; make it longer or leave it out",
+            )
 
 
 def _walltime(training: TrainingConfig) -> Iterator[Conflict]:
