@@ -123,8 +123,10 @@ def test_a_trained_tokenizer_is_the_same_too(run: Run, tmp_path: Path) -> None:
         manifest, _ = run(output, tokenizer="bpe", tokenizer_vocab_size=400)
         assert manifest.vocab_size == 400
     assert content(tmp_path / "one") == content(tmp_path / "two")
-    dataset = prepare(_config(tmp_path / "one"), builtin_registry())
-    assert dataset.tokenizer.vocab_size == 400
+    config = _config(tmp_path / "one")
+    assert prepare(config, builtin_registry()).tokenizer.vocab_size == 400
+    with pytest.raises(DataError, match=r'"bytes" has 257 ids, but .*one was made with .*tokenizer\.json, which has 400'):
+        prepare(evolve(config, data=evolve(config.data, tokenizer="bytes")), builtin_registry())
 
 
 def test_what_a_kill_left_is_used_and_what_changed_is_made_again(

@@ -13,7 +13,7 @@ from gpt_simple.data.nanogpt import TRAIN
 from gpt_simple.data.sources import Source, Stream
 from gpt_simple.data.sources.shards import Shards
 from gpt_simple.data.tokenizer import FILE as TOKENIZER_FILE
-from gpt_simple.data.tokenizer import Tokenizer, Train, load_tokenizer
+from gpt_simple.data.tokenizer import BYTE_IDS, Tokenizer, Train, load_tokenizer
 from gpt_simple.errors import ConfigError, DataError
 from gpt_simple.hooks.components import Registry
 
@@ -98,6 +98,11 @@ def tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registry
         raise DataError(
             f"{directory}: its tokens were made with the tokenizer {manifest.tokenizer[:12]}..., not with "
             f"{tokenizer.name} ({tokenizer.fingerprint[:12]}...); use the dataset's own{gone} or prepare the data again"
+        )
+    if data.tokenizer == "bytes" and tokenizer.vocab_size != BYTE_IDS:
+        raise DataError(
+            f'data.tokenizer: "bytes" has {BYTE_IDS} ids, but {directory} was made with {own / TOKENIZER_FILE}, '
+            f"which has {tokenizer.vocab_size:,}; leave data.tokenizer out, or prepare the data again"
         )
     return tokenizer
 

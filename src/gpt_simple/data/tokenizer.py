@@ -37,6 +37,8 @@ KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|i
 """What tokenizers of the field call the end of a document, in the order in which they are looked for."""
 
 FILE = "tokenizer.json"
+BYTE_IDS = 257
+"""Ids of `bytes`: one for each byte and one for the end of a document."""
 _IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 
 
@@ -153,7 +155,7 @@ def bpe(config: DataConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
 
 def bytes(config: DataConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
     """One id per byte of UTF-8, and one for the end of a document: 257 ids."""
-    return JsonTokenizer("bytes", _train(257, ()), 0)
+    return JsonTokenizer("bytes", _train(BYTE_IDS, ()), 0)
 
 
 def load_tokenizer(path: Path, name: str | None = None) -> JsonTokenizer:

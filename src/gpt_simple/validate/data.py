@@ -14,7 +14,7 @@ from gpt_simple.data.manifest import SplitRecord
 from gpt_simple.data.sources import Source
 from gpt_simple.data.sources.files import Files
 from gpt_simple.data.sources.shards import Shards
-from gpt_simple.data.tokenizer import load_tokenizer
+from gpt_simple.data.tokenizer import BYTE_IDS, load_tokenizer
 from gpt_simple.hooks.components import Registry
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _size(source: Source | Shards) -> int | None:
 
 def _vocab_size(data: DataConfig, registry: Registry) -> int | None:
     if data.tokenizer in ("bpe", "bytes"):
-        return data.tokenizer_vocab_size if data.tokenizer == "bpe" else 257
+        return data.tokenizer_vocab_size if data.tokenizer == "bpe" else BYTE_IDS
     return None if data.tokenizer in registry.names("tokenizer") else load_tokenizer(Path(data.tokenizer)).vocab_size
 
 
