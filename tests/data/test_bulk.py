@@ -125,7 +125,7 @@ def test_a_trained_tokenizer_is_the_same_too(run: Run, tmp_path: Path) -> None:
     assert content(tmp_path / "one") == content(tmp_path / "two")
     config = _config(tmp_path / "one")
     assert prepare(config, builtin_registry()).tokenizer.vocab_size == 400
-    with pytest.raises(DataError, match=r'"bytes" has 257 ids, but .*one was made with .*tokenizer\.json, which has 400'):
+    with pytest.raises(DataError, match=r'"bytes" has 257 ids, but .*/one was made with .*, which has 400'):
         prepare(evolve(config, data=evolve(config.data, tokenizer="bytes")), builtin_registry())
 
 
@@ -213,13 +213,17 @@ def test_bad_documents_are_skipped_counted_and_named(run: Run, raw: Path, tmp_pa
     (raw / "web/b.jsonl.gz").write_bytes(gzip.compress(good)[:-20])
     (raw / "books/deep/c.jsonl.zst").write_bytes(b"no frame")
     (raw / "books/d.md").write_bytes(b"ab\xff")
+    for name in ("e.txt", "books/f.jsonl", "web/g.jsonl.zst"):
+        (raw / name).write_bytes(b"")
     _, said = run()
     report = json.loads((tmp_path / "out/tokenize.json").read_text())
-    assert (report["skipped"], report["empty"]) == (7, 1)
+    assert (report["skipped"], report["empty"]) == (7, 4)
+    empty = [line.split("raw/")[1] for line in report["without_text"]]
+    assert empty == [f"{name}: no text" for name in ("e.txt", "books/f.jsonl", "web/a.jsonl:104", "web/g.jsonl.zst")]
     places = [error.split("raw/")[1].split(": ")[0] for error in report["errors"]]
     lines = [f"web/a.jsonl:{number}" for number in (101, 102, 105, 106)]
     assert sorted(places) == sorted(["books/d.md", "books/deep/c.jsonl.zst", *lines, "web/b.jsonl.gz"])
-    assert sum("skipped" in line for line in said) == 7
+    assert sum("skipped" in line for line in said) == 11
 
 
 def test_strict_stops_at_a_bad_document_also_at_one_that_was_skipped_before(run: Run, raw: Path) -> None:
@@ -227,6 +231,27 @@ def test_strict_stops_at_a_bad_document_also_at_one_that_was_skipped_before(run:
     for _ in range(2):
         with pytest.raises(DataError, match=r"a\.jsonl:4: not JSON"):
             run(strict=True)
+
+
+def test_strict_refuses_what_was_finished_without_it(run: Run, raw: Path) -> None:
+    (raw / "web/a.jsonl").write_bytes(json_lines(TEXTS[:3]) + b"{\n")
+    run()
+    with pytest.raises(
+        DataError, match=r"finished without --strict, 1 documents were skipped; the first: .*jsonl:4: not"
+    ):
+        run(strict=True)
+    (raw / "web/a.jsonl").write_bytes(json_lines(TEXTS[:3]))
+    run("good")
+    run("good", strict=True)
+
+
+def test_hidden_files_and_directories_are_no_data(run: Run, raw: Path) -> None:
+    for name in (".git/notes.txt", "web/.cache/a.jsonl", ".hidden.txt"):
+        (raw / name).parent.mkdir(exist_ok=True)
+        (raw / name).write_text("no data")
+    manifest, said = run()
+    assert sorted(manifest.splits["train"].buckets) == ["all", "books", "web"]
+    assert not said
 
 
 def test_when_nothing_can_be_read_it_says_why(run: Run, raw: Path) -> None:
@@ -339,8 +364,10 @@ def test_the_command_and_inspect_tell_what_there_is(raw: Path, shell: Shell, tmp
     assert (damaged.code, "its content is not what was prepared" in damaged.err) == (3, True)
 
 
-def test_a_val_split_without_a_row_is_told(raw: Path, shell: Shell) -> None:
-    ended = shell(
-        "tokenize", "--input_dir", "raw", "--output_dir", "out", "--tokenizer", "bytes", "--max_length", "999999"
-    )
-    assert (ended.code, "shorter than one row" in ended.err) == (3, True)
+def test_a_split_without_a_row_is_refused_before_anything_is_published(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the val split is shorter than one row: .*10,000; raise --val_fraction"):
+        run(max_length=10_000, val_fraction=1e-9)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]
+    run(max_length=10_000, val_fraction=0)
+    with pytest.raises(DataError, match=r"the train split is shorter than one row: .*; lower --val_fraction"):
+        run(max_length=10_000_000, val_fraction=0)

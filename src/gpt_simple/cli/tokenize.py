@@ -29,7 +29,7 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
     "--val_fraction", default=0.05, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Held out."
 )
 @click.option(
-    "--max_length", type=click.IntRange(2), help="Tell how many rows of this length there are, val has one at least."
+    "--max_length", type=click.IntRange(2), help="Tell how many rows of this length there are; none is an error."
 )
 @click.option("--num_workers", default=_CORES, show_default="all cores", type=click.IntRange(1), help="Processes.")
 @click.option("--strict", is_flag=True, help="Stop at a document that cannot be read instead of skipping it.")
@@ -51,7 +51,7 @@ def tokenize(
     result does not depend on --num_workers.
     """
     from gpt_simple.data.bulk import REPORT, Job, tokenize
-    from gpt_simple.data.inspect import require_row, summary
+    from gpt_simple.data.inspect import summary
 
     if tokenizer_path is not None and tokenizer not in ("bpe", tokenizer_path):
         raise click.UsageError(f"two tokenizers were given: --tokenizer {tokenizer} and {tokenizer_path}")
@@ -62,14 +62,13 @@ def tokenize(
         tokenizer_vocab_size=tokenizer_vocab_size,
         text_key=text_key,
         val_fraction=val_fraction,
+        max_length=max_length,
         num_workers=num_workers,
         strict=strict,
     )
     with _progress() as (log, progress):
         manifest = tokenize(job, log, progress)
     click.echo("\n".join(summary(output_dir, manifest, max_length)))
-    if max_length is not None:
-        require_row(manifest, max_length)
     report = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
     click.echo(f"skipped {report['skipped']:,} documents and {report['empty']:,} without text: {output_dir / REPORT}")
     click.echo(f"train on it: gpt-simple run CONFIG --data.path {output_dir}")

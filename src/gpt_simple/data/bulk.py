@@ -40,7 +40,10 @@ Progress = Callable[[int, int], None]
 
 @frozen
 class Job:
-    """What to tokenize and how. ``tokenizer`` is ``bpe`` (trained on the text), ``bytes`` or a path."""
+    """What to tokenize and how. ``tokenizer`` is ``bpe`` (trained on the text), ``bytes`` or a path.
+
+    ``max_length``: refuse a split that is wanted and shorter than one row of this many tokens.
+    """
 
     input_dir: Path
     output_dir: Path
@@ -48,6 +51,7 @@ class Job:
     tokenizer_vocab_size: int = 8192
     text_key: str = "text"
     val_fraction: float = 0.05
+    max_length: int | None = None
     num_workers: int = 1
     strict: bool = False
 
@@ -56,7 +60,7 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
     """Make the dataset, or go on with one that was begun; a finished one of the same input is left as it is.
 
     Documents that cannot be read are skipped, told and counted in ``tokenize.json``; ``strict`` makes the first of them
-    a DataError. DataError too if the output belongs to something else.
+    a DataError. DataError too if the output belongs to something else. After an error nothing was published.
     """
     units = find_units(job.input_dir)
     identity = _identity(job, units)
@@ -74,7 +78,14 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
                 "(what has not changed is not done again)"
             )
         manifest = _assemble(work / "build", job, units, settings)
-        report = {"identity": identity, "empty": skipped.empty, "skipped": skipped.bad, "errors": skipped.errors}
+        _require_rows(job, manifest)
+        report = {
+            "identity": identity,
+            "empty": skipped.empty,
+            "skipped": skipped.bad,
+            "errors": skipped.errors,
+            "without_text": skipped.without_text,
+        }
         (work / "build" / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         _publish(work / "build", job.output_dir)
         shutil.rmtree(work)
@@ -103,15 +114,32 @@ def _identity(job: Job, units: Sequence[Unit]) -> str:
 
 def _finished(job: Job, identity: str, log: Log) -> Manifest:
     manifest = read_manifest(job.output_dir)
-    report = job.output_dir / REPORT
-    if not report.exists() or json.loads(report.read_text(encoding="utf-8"))["identity"] != identity:
+    file = job.output_dir / REPORT
+    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if report.get("identity") != identity:
         raise DataError(
             f"--output_dir {job.output_dir} holds a finished dataset of other files or other options; "
             "name another directory, or delete this one"
         )
+    if job.strict and report["skipped"]:
+        raise DataError(
+            f"--output_dir {job.output_dir} was finished without --strict, {report['skipped']:,} documents were "
+            f"skipped; the first: {report['errors'][0]}"
+        )
+    _require_rows(job, manifest)
     shutil.rmtree(job.output_dir / WORK, ignore_errors=True)
     log(f"{job.output_dir} is finished already")
     return manifest
+
+
+def _require_rows(job: Job, manifest: Manifest) -> None:
+    """Raise a DataError if a split that is wanted has less than a row of ``max_length``."""
+    for name, split in manifest.splits.items():
+        if split.tokens < (job.max_length or 0) and (name == "train" or job.val_fraction):
+            raise DataError(
+                f"the {name} split is shorter than one row: {split.tokens:,} tokens, --max_length {job.max_length:,}; "
+                f"{'raise' if name == 'val' else 'lower'} --val_fraction, give more text, or lower --max_length"
+            )
 
 
 def _settings(job: Job, units: Sequence[Unit], work: Path, log: Log) -> Settings:
@@ -172,9 +200,10 @@ def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, p
         progress(done, total)
         if job.strict and skipped.errors:
             break
-        for error in skipped.errors[: max(0, SHOWN - told)]:
-            log(f"skipped {error}")
-        told += len(skipped.errors)
+        places = [*skipped.errors, *skipped.without_text]
+        for place in places[: max(0, SHOWN - told)]:
+            log(f"skipped {place}")
+        told += len(places)
     every = Skipped()
     for unit in units:
         part = open_part(unit, settings)
@@ -183,6 +212,7 @@ def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, p
             raise DataError(found.errors[0])
         every.empty, every.bad = every.empty + found.empty, every.bad + found.bad
         every.errors += found.errors
+        every.without_text += found.without_text
     return every
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from attrs import define, field, frozen
@@ -59,11 +59,17 @@ class Skipped:
     empty: int = 0
     bad: int = 0
     errors: list[str] = field(factory=list)
+    without_text: list[str] = field(factory=list)
 
     def add(self, error: DataError) -> None:
         self.bad += 1
         if len(self.errors) < SHOWN:
             self.errors.append(str(error))
+
+    def add_empty(self, place: files.Place) -> None:
+        self.empty += 1
+        if len(self.without_text) < SHOWN:
+            self.without_text.append(f"{place()}: no text")
 
 
 def find_units(root: Path) -> list[Unit]:
@@ -80,7 +86,7 @@ def find_units(root: Path) -> list[Unit]:
         name = file.relative_to(root)
         bucket = name.parts[0] if len(name.parts) > 1 else ALL
         step = wanted if file.name.endswith(".jsonl") else max(1, stat.st_size)
-        for begin in range(0, stat.st_size, step):
+        for begin in range(0, max(1, stat.st_size), step):
             end = min(begin + step, stat.st_size)
             state = json.dumps([name.as_posix(), stat.st_size, stat.st_mtime_ns, begin, end])
             pieces.setdefault(bucket, []).append((Piece(file, begin, end), state))
@@ -90,15 +96,16 @@ def find_units(root: Path) -> list[Unit]:
 def read(unit: Unit, text_key: str, skipped: Skipped) -> Iterator[str]:
     """The texts of a unit's documents, without those that are empty or cannot be read."""
     for piece in unit.pieces:
-        for text in _texts(piece, text_key, skipped.add):
+        for text, place in _texts(piece, text_key, skipped.add):
             if text:
                 yield text
             else:
-                skipped.empty += 1
+                skipped.add_empty(place)
 
 
-def _texts(piece: Piece, text_key: str, bad: Callable[[DataError], None]) -> Iterator[str]:
-    lines = files.holds_json_lines(piece.file)
+def _texts(piece: Piece, text_key: str, bad: files.Bad) -> Iterator[tuple[str, files.Place]]:
+    # A file of 0 bytes holds one document without text, whatever its suffix.
+    lines = files.holds_json_lines(piece.file) and piece.end > 0
     # Positions in a compressed file are not those of its text; it is one piece.
     part = (piece.begin, piece.end) if piece.file.name.endswith(".jsonl") else (0, None)
     return files.read(piece.file, text_key, json_lines=lines, bad=bad, begin=part[0], end=part[1])

@@ -33,16 +33,6 @@ def summary(directory: Path, manifest: Manifest, max_length: int | None = None) 
     return lines
 
 
-def require_row(manifest: Manifest, max_length: int) -> None:
-    """Raise a DataError if a split has less than a row of tokens."""
-    for name, split in manifest.splits.items():
-        if split.tokens < max_length:
-            raise DataError(
-                f"the {name} split is shorter than one row: {split.tokens:,} tokens, --max_length {max_length:,}; "
-                "raise --val_fraction, give more text or train with a lower data.max_length"
-            )
-
-
 def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
     """All lines about a dataset. Raises DataError if a file is missing, damaged, or not of this tokenizer."""
     manifest = read_manifest(directory)

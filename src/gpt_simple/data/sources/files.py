@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import IO, cast
@@ -45,12 +46,15 @@ class Files:
     def documents(self) -> Iterator[Document]:
         for file in self.files:
             lines = holds_json_lines(file) if self.json_lines is None else self.json_lines
-            for text in read(file, self.text_key, json_lines=lines, bad=_refuse):
+            for text, _ in read(file, self.text_key, json_lines=lines, bad=_refuse):
                 yield Document(text, key=text)
 
 
 Bad = Callable[[DataError], None]
 """What becomes of a document that cannot be read: it raises the error, or makes a note of it."""
+
+Place = Callable[[], str]
+"""Where a document is: its file, and the line if it is one."""
 
 
 def holds_json_lines(file: Path) -> bool:
@@ -59,11 +63,14 @@ def holds_json_lines(file: Path) -> bool:
 
 def read(
     file: Path, text_key: str, *, json_lines: bool, bad: Bad, begin: int = 0, end: int | None = None
-) -> Iterator[str]:
-    """The texts of a file's documents. ``begin`` and ``end``: only the JSON lines that begin at these bytes."""
+) -> Iterator[tuple[str, Place]]:
+    """The texts of a file's documents and where each is.
+
+    ``begin`` and ``end``: only the JSON lines that begin at these bytes.
+    """
     try:
         if not json_lines:
-            yield _decode(_read(file), str(file))
+            yield _decode(_read(file), str(file)), partial(str, file)
             return
         with _reading(file), _open(file) as stream:
             yield from _texts(stream, file, text_key, bad, begin, end)
@@ -71,7 +78,14 @@ def read(
         bad(error)
 
 
-def _texts(stream: IO[bytes], file: Path, text_key: str, bad: Bad, begin: int, end: int | None) -> Iterator[str]:
+def _texts(
+    stream: IO[bytes], file: Path, text_key: str, bad: Bad, begin: int, end: int | None
+) -> Iterator[tuple[str, Place]]:
+    lines_before = cache(lambda: _lines_before(file, begin))
+
+    def at(number: int) -> str:
+        return f"{file}:{lines_before() + number + 1}"
+
     position = begin
     if begin:
         # The line that holds the byte before belongs to whoever reads what comes before.
@@ -83,9 +97,9 @@ def _texts(stream: IO[bytes], file: Path, text_key: str, bad: Bad, begin: int, e
         position += len(line)
         if line.strip():
             try:
-                yield _text(line, text_key)
+                yield _text(line, text_key), partial(at, number)
             except DataError as error:
-                bad(DataError(f"{file}:{_lines_before(file, begin) + number + 1}: {error}"))
+                bad(DataError(f"{at(number)}: {error}"))
 
 
 def _lines_before(file: Path, begin: int) -> int:
@@ -167,10 +181,11 @@ def build(config: DataConfig, seed: int) -> Files:
 
 
 def find(path: Path, suffixes: tuple[str, ...] = TEXT + JSON_LINES, *, by_suffix: bool = True) -> list[Path]:
-    """A file, or all files with these suffixes below a directory, in sorted order."""
+    """A file, or all files with these suffixes below a directory, in sorted order, but none that is hidden."""
     wanted = " ".join(suffixes)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
+        named = (file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
+        found = sorted(file for file in named if not any(p.startswith(".") for p in file.relative_to(path).parts))
         if not found:
             raise DataError(f"data.path {path}: the directory holds none of {wanted}; name one that does")
         return found
