@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from gpt_simple.data.bulk import Job
 from gpt_simple.data.manifest import Manifest
 from gpt_simple.data.prepare import prepare
 from gpt_simple.data.sources.stories import Stories
-from gpt_simple.errors import DataError
+from gpt_simple.errors import DataError, ExitCode
 from gpt_simple.hooks.components import builtin_registry
 from tests.conftest import Shell
 
@@ -181,6 +183,23 @@ def test_killed_for_real_it_goes_on(raw: Path, tmp_path: Path) -> None:
     for output in ("out", "fresh"):
         subprocess.run([*arguments, str(tmp_path / output), "1"], check=True, stdout=subprocess.DEVNULL)
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_of_its_processes_ends_it_with_one_line(number: signal.Signals, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    (raw / "a.jsonl").write_bytes(json_lines(TEXTS[:200]) * 300)
+    command = [sys.executable, "-m", "gpt_simple", "tokenize", "--tokenizer", "bytes", "--num_workers", "2"]
+    arguments = [*command, "--input_dir", str(raw), "--output_dir", str(out)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob(".work/parts/*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.STOPPED
+    assert told == f"stopped: {number.name}; what is done is kept, the same command goes on\n"
 
 
 @pytest.mark.parametrize("step", range(6))

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import click
 
+from gpt_simple.errors import ExitCode
+from gpt_simple.launch.signals import stop_on_signals
+
 LINE_EVERY = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 
@@ -44,34 +47,51 @@ def tokenize(
     max_length: int | None,
     num_workers: int,
     strict: bool,
-) -> None:
+) -> int:
     """Tokenize .txt .md .py .jsonl .jsonl.gz .jsonl.zst files into a dataset that a run reads as data.path.
 
     Documents are kept whole: data.max_length is chosen by each run. Killed, the same command goes on where it was. The
-    result does not depend on --num_workers.
+    result does not depend on --num_workers. A signal ends it with exit code 75: stopped and resumable.
     """
-    from gpt_simple.data.bulk import REPORT, Job, tokenize
-    from gpt_simple.data.inspect import summary
-
     if tokenizer_path is not None and tokenizer not in ("bpe", tokenizer_path):
         raise click.UsageError(f"two tokenizers were given: --tokenizer {tokenizer} and {tokenizer_path}")
-    job = Job(
-        input_dir=input_dir,
-        output_dir=output_dir,
-        tokenizer=tokenizer_path or tokenizer,
-        tokenizer_vocab_size=tokenizer_vocab_size,
-        text_key=text_key,
-        val_fraction=val_fraction,
-        max_length=max_length,
-        num_workers=num_workers,
-        strict=strict,
-    )
-    with _progress() as (log, progress):
-        manifest = tokenize(job, log, progress)
+    try:
+        with stop_on_signals(_Once().leave), _progress() as (log, progress):
+            from gpt_simple.data.bulk import REPORT, Job, tokenize
+            from gpt_simple.data.inspect import summary
+
+            job = Job(
+                input_dir=input_dir,
+                output_dir=output_dir,
+                tokenizer=tokenizer_path or tokenizer,
+                tokenizer_vocab_size=tokenizer_vocab_size,
+                text_key=text_key,
+                val_fraction=val_fraction,
+                max_length=max_length,
+                num_workers=num_workers,
+                strict=strict,
+            )
+            manifest = tokenize(job, log, progress)
+    except KeyboardInterrupt as signal:
+        click.echo(f"stopped: {signal}; what is done is kept, the same command goes on", err=True)
+        return int(ExitCode.STOPPED)
     click.echo("\n".join(summary(output_dir, manifest, max_length)))
     report = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
     click.echo(f"skipped {report['skipped']:,} documents and {report['empty']:,} without text: {output_dir / REPORT}")
     click.echo(f"train on it: gpt-simple run CONFIG --data.path {output_dir}")
+    return int(ExitCode.COMPLETED)
+
+
+class _Once:
+    """Unwinds at the first signal; others, which schedulers send as well, must not break off what that one began."""
+
+    def __init__(self) -> None:
+        self._left = False
+
+    def leave(self, signal: str) -> None:
+        if not self._left:
+            self._left = True
+            raise KeyboardInterrupt(signal)
 
 
 @contextmanager

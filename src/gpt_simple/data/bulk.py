@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -195,15 +196,16 @@ def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, p
         log(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB were tokenized before")
     progress(done, total)
     told = 0
-    for unit, skipped in make_parts(missing, settings, job.num_workers):
-        done += unit.size
-        progress(done, total)
-        if job.strict and skipped.errors:
-            break
-        places = [*skipped.errors, *skipped.without_text]
-        for place in places[: max(0, SHOWN - told)]:
-            log(f"skipped {place}")
-        told += len(places)
+    with closing(make_parts(missing, settings, job.num_workers)) as made:
+        for unit, skipped in made:
+            done += unit.size
+            progress(done, total)
+            if job.strict and skipped.errors:
+                break
+            places = [*skipped.errors, *skipped.without_text]
+            for place in places[: max(0, SHOWN - told)]:
+                log(f"skipped {place}")
+            told += len(places)
     every = Skipped()
     for unit in units:
         part = open_part(unit, settings)

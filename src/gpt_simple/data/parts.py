@@ -11,9 +11,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -95,7 +96,7 @@ def make_part(unit: Unit, settings: Settings) -> Skipped:
     return skipped
 
 
-def make_parts(units: Sequence[Unit], settings: Settings, workers: int) -> Iterator[tuple[Unit, Skipped]]:
+def make_parts(units: Sequence[Unit], settings: Settings, workers: int) -> Generator[tuple[Unit, Skipped], None, None]:
     """Encode units in ``workers`` processes; each with what was left out, in the order in which they are finished."""
     if workers == 1 or len(units) <= 1:
         for unit in units:
@@ -105,7 +106,8 @@ def make_parts(units: Sequence[Unit], settings: Settings, workers: int) -> Itera
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(units)), context, initializer=_start)
     try:
-        jobs = {pool.submit(make_part, unit, settings): unit for unit in units}
+        with _signals_blocked():
+            jobs = {pool.submit(make_part, unit, settings): unit for unit in units}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
     except BrokenProcessPool as error:
@@ -114,16 +116,26 @@ def make_parts(units: Sequence[Unit], settings: Settings, workers: int) -> Itera
             "run the command again, with a lower --num_workers if need be"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # A part is whole or not there, so nothing is lost; and to wait for the end leaves no semaphore behind.
         for process in multiprocessing.active_children():
             if process not in others:
-                process.terminate()
+                process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that are started meanwhile hear no signal that a terminal or a scheduler sends to all of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start() -> None:
-    """In a new process: one thread of encoding, a silent end on Ctrl-C, and no life after the parent's death."""
+    """In a new process: one thread of encoding, and no life after the parent's death."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
