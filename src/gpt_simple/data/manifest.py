@@ -159,6 +159,12 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+def content(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def verify_checksums(directory: Path, manifest: Manifest, seen: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """Compare each file's content with the manifest; return (size, mtime in ns) of all for the next call.
 
@@ -171,8 +177,7 @@ def verify_checksums(directory: Path, manifest: Manifest, seen: Mapping[str, lis
         now[name] = [stat.st_size, stat.st_mtime_ns]
         if seen.get(name) == now[name]:
             continue
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = content(path)
         if found != expected.sha256:
             raise DataError(
                 f"{path}: its content is not what was prepared (sha256 {found[:12]}..., {FILE} says "

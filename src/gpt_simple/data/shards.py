@@ -17,7 +17,7 @@ import numpy as np
 from attrs import define, field, frozen
 from numpy.typing import DTypeLike, NDArray
 
-from gpt_simple.data.manifest import FileRecord, Manifest, ShardRecord
+from gpt_simple.data.manifest import FileRecord, Manifest, ShardRecord, content
 from gpt_simple.errors import DataError
 
 SHARD_TOKENS = 1 << 28
@@ -33,8 +33,12 @@ class Shard:
     starts: NDArray[np.int64]
     vocab_size: int
     eod_id: int
-    state: tuple[int, int]
-    """Size and time (ns) of the file when it was opened."""
+    record: ShardRecord
+    _seen: dict[Path, tuple[int, int]] = field(factory=dict, init=False, repr=False)
+    """Size and time (ns) of each file when its content was known to be that of ``record``."""
+
+    def __attrs_post_init__(self) -> None:
+        self._seen.update((path, _state(path)) for path in self._files())
 
     @property
     def targets(self) -> int:
@@ -42,12 +46,23 @@ class Shard:
         return len(self.tokens) - 1
 
     def require_unchanged(self) -> None:
-        """Raise a DataError if the file was changed since; reading one that was cut off would kill the process."""
-        if _state(self.path) != self.state:
-            raise DataError(
-                f"{self.path}: has changed, or is gone, since the run began; put it back as it was, or prepare the "
-                "data again and start a new run"
-            )
+        """Raise a DataError if a file was changed since; reading one that was cut off would kill the process.
+
+        One that only has another time than before is read to compare its content.
+        """
+        for path, record in self._files().items():
+            state = _state(path)
+            if state == self._seen[path]:
+                continue
+            if state[0] != record.size or content(path) != record.sha256:
+                raise DataError(
+                    f"{path}: has changed, or is gone, since the run began; put it back as it was, or prepare the "
+                    "data again and start a new run"
+                )
+            self._seen[path] = state
+
+    def _files(self) -> dict[Path, FileRecord]:
+        return {self.path: self.record.bin, self.path.with_suffix(".idx"): self.record.idx}
 
     def check(self, values: NDArray[Any], position: Callable[[int], int]) -> None:
         """Refuse ids that the tokenizer does not have; ``position`` tells where in the file a flat index comes from."""
@@ -66,7 +81,7 @@ def open_shard(directory: Path, record: ShardRecord, manifest: Manifest) -> Shar
     starts = np.asarray(np.memmap(path.with_suffix(".idx"), "<i8", "r"))
     if len(tokens) != record.tokens + 1 or len(starts) != record.documents + 1 or starts[-1] != len(tokens):
         raise DataError(f"{path}: does not hold the {record.documents} documents that dataset.json says; prepare again")
-    return Shard(path, tokens, starts, manifest.vocab_size, manifest.eod_id, _state(path))
+    return Shard(path, tokens, starts, manifest.vocab_size, manifest.eod_id, record)
 
 
 def _state(path: Path) -> tuple[int, int]:
