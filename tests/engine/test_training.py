@@ -271,6 +271,33 @@ def test_the_guard_against_host_reads_catches_one(tiny: TinyRun, monkeypatch: py
             guard.mode.__exit__(None, None, None)
 
 
+def test_data_that_end_early_are_told_before_the_first_step_and_at_the_end(tiny: TinyRun) -> None:
+    seen: list[str] = []
+
+    class Records(Everywhere):
+        @hookimpl
+        def on_log(self, run: Any, event: Any) -> None:
+            seen.append(f"{run.step} {event.name} {event.message}")
+
+        @hookimpl
+        def on_eval_end(self, run: Any, event: Any) -> None:
+            seen.append("evaluation")
+
+    short = {"data__max_documents": 12, "data__val_fraction": 0, "training__eval_steps": 0}
+    result = tiny(plugins=[Records(None)], data__on_exhaustion="halt", training__max_steps=1000, **short)
+    told = [line for line in seen if "data_end_early" in line]
+    assert len(told) == 1
+    assert told[0].startswith(
+        f"0 data_end_early the data end after step {result.steps} of 1,000, and the run with them"
+    )
+    assert "evaluation" not in seen
+    assert result.status == "completed"
+    assert result.summary["next"] == "train(...) with data.on_exhaustion repeat goes on from here"
+    more = tiny(training__max_steps=result.steps + 2, **short)
+    assert more.steps == result.steps + 2
+    assert more.summary["next"].startswith("train(...) with training.max_steps")
+
+
 def test_order_of_the_boundary(tiny: TinyRun) -> None:
     """Metrics, then checkpoint, then evaluation; a stop writes the checkpoint and skips the evaluation."""
 

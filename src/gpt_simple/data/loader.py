@@ -147,8 +147,13 @@ class Loader:
         self._steps = self._make_steps(consumed)
 
     def samples_total(self) -> int | None:
-        """Number of samples in the order; None: endless, or unknown. Only whole steps are made."""
+        """Number of samples in the order; None: endless, or unknown."""
         return None if self._order is None else self._order.total
+
+    def steps_after(self, consumed: int) -> int | None:
+        """Whole steps after so many samples; None: endless, or unknown."""
+        total = self.samples_total()
+        return None if total is None else max(0, total - consumed) // self._samples
 
     def next_step(self) -> StepData:
         """The next step. Raises DataExhausted after the last one, and whatever went wrong in a thread."""
@@ -210,12 +215,11 @@ class Loader:
         return min(max(per_chunk, 1), CHUNK_STEPS)
 
     def _chunks(self, first: int) -> Iterator[Callable[[], _Chunk | None]]:
-        total = self.samples_total()
         while True:
-            steps = self._steps_of_chunk()
-            if total is not None:
-                steps = min(steps, (total - first) // self._samples)
-            if steps <= 0:
+            steps, left = self._steps_of_chunk(), self.steps_after(first)
+            if left is not None:
+                steps = min(steps, left)
+            if not steps:
                 return
             yield partial(self._chunk, first, steps)
             first += steps * self._samples

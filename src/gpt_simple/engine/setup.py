@@ -108,14 +108,17 @@ class Setup:
         self._restore(plan, model, optimizer)
         run._wrapped = run.world.wrap(model)
         compile_model(model, self.compiling)
+        consumed = plan.state["samples"] if plan.checkpoint else 0
         run._loader = Loader(
-            self.dataset,
-            config,
-            world_size=run.world_size,
-            rank=run.rank,
-            device=run.device,
-            consumed=plan.state["samples"] if plan.checkpoint else 0,
+            self.dataset, config, world_size=run.world_size, rank=run.rank, device=run.device, consumed=consumed
         )
+        left, steps = run._loader.steps_after(consumed), config.training.max_steps
+        if left is not None and run.step + left < steps:
+            run.log.warning(
+                f"the data end after step {run.step + left:,} of {steps:,}, and the run with them"
+                f' (data.on_exhaustion = "{config.data.on_exhaustion}")',
+                name="data_end_early",
+            )
         self._gather_facts(model)
         if walltime is not None:
             walltime.expect_save_of(3 * sum(parameter.nbytes for parameter in model.parameters()))

@@ -38,7 +38,15 @@ def summarise(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, se
     run, newest = trainer.run, trainer.store.list()
     path, steps = run.known["config_path"], run.config.training.max_steps
     command = f"gpt-simple run {path}" if path else "train(...)"
-    more = f"{command} --training.max_steps {2 * steps}" if path else f"train(...) with training.max_steps {2 * steps}"
+    # What leads further: more steps, data that do not end (there were fewer steps than were wanted), or nothing else.
+    change: tuple[str, object] | None = None
+    if status == "completed" and run.step >= steps:
+        change = ("training.max_steps", 2 * steps)
+    elif status == "completed" and run.config.data.on_exhaustion != "repeat":
+        change = ("data.on_exhaustion", "repeat")
+    again = f"{command} again"
+    if change is not None:
+        again = f"{command} --{change[0]} {change[1]}" if path else f"{command} with {change[0]} {change[1]}"
     host = setup.assembly.host
     return {
         "status": status,
@@ -57,7 +65,7 @@ def summarise(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, se
         "checkpoint": str(newest[-1].path) if newest else None,
         "plugins": host.describe(),
         "plugin_seconds": {plugin.name: round(plugin.seconds, 4) for plugin in host.plugins},
-        "next": f"{more} goes on from here" if status == "completed" else f"{command} again goes on from here",
+        "next": f"{again} goes on from here",
     }
 
 

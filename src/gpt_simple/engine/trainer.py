@@ -318,7 +318,8 @@ class Trainer:
             self._log(tell=True)
         if not self._save(reason, must_succeed=True):
             return "halted", self._saving.not_finite(self.run.step)
-        self._evaluate()
+        if self.run.config.training.eval_steps:
+            self._evaluate()
         return "completed", reason
 
     def _report_status(self) -> None:
