@@ -11,6 +11,7 @@ import pytest
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.dataset import IGNORED, Dataset
+from gpt_simple.data.inspect import inspect
 from gpt_simple.data.locate import check, find
 from gpt_simple.data.prepare import prepare
 from gpt_simple.data.tokenizer import bpe, load_tokenizer
@@ -50,6 +51,18 @@ def test_every_token_but_the_first_is_a_target_once(packing: str, opened: Callab
     sizes = dataset.tokenizer.token_bytes()
     assert split.bytes == sizes[TRAIN[1:]].sum()
     assert dataset.val.targets == 9
+
+
+def test_inspect_tells_what_the_files_say(directory: Path) -> None:
+    about, train, val = inspect(directory, sample_tokens=5, log=print)
+    assert "nanoGPT's files of uint16 ids" in about
+    assert (train, val) == (
+        "train.bin: 17 tokens, the largest id is 300",
+        "val.bin: 10 tokens, the largest id is 9",
+    )
+    (directory / "val.bin").write_bytes(b"abc")
+    with pytest.raises(DataError, match=r"val\.bin: 3 bytes are no row of uint16 ids"):
+        inspect(directory, sample_tokens=5, log=print)
 
 
 def test_the_files_are_neither_copied_nor_changed_and_read_once(

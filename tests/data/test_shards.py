@@ -11,6 +11,7 @@ import pytest
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.dataset import Dataset
+from gpt_simple.data.inspect import inspect
 from gpt_simple.data.manifest import Manifest, read_manifest
 from gpt_simple.data.prepare import prepare
 from gpt_simple.data.shards import ShardWriter, open_shard
@@ -112,7 +113,8 @@ def test_a_truncated_or_missing_shard_is_named(suffix: str, directory: Path, ope
         ({"format": "other"}, "not a manifest of token shards"),
         ({"version": 2}, "version 2 of the format, this program reads 1"),
         ({"dtype": "uint32"}, "dtype uint32, but 257 ids are stored as uint16"),
-        ({"splits": None}, "damaged"),
+        ({"splits": None}, r"damaged \(splits: expected a table of tables, got null\)"),
+        ({"vocab_size": None}, r"damaged \(vocab_size: expected an integer, got null\)"),
     ],
 )
 def test_a_manifest_of_another_kind_is_refused(change: dict[str, object], message: str, directory: Path) -> None:
@@ -120,6 +122,19 @@ def test_a_manifest_of_another_kind_is_refused(change: dict[str, object], messag
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(DataError, match=message):
         read_manifest(directory)
+
+
+def test_totals_that_are_not_those_of_the_shards_are_refused(directory: Path) -> None:
+    file = directory / "dataset.json"
+    file.write_text(file.read_text().replace('"tokens": 34,', '"tokens": 43,', 1))
+    with pytest.raises(DataError, match=r"damaged \(splits\.train\.tokens is 43, but its shards have 34\)"):
+        read_manifest(directory)
+
+
+def test_inspect_shows_the_first_document_that_has_text(write_dataset: WriteDataset) -> None:
+    directory = write_dataset(train={"all": [[], [40], [7] * 9]}, val=VAL)
+    *_, told, text = inspect(directory, sample_tokens=5, log=print)
+    assert (told, len(text)) == ("the first document begins (1 token):", 1)
 
 
 def test_a_manifest_that_is_cut_off_is_refused(directory: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt_simple.data.cache import Log
 from gpt_simple.data.manifest import FILE, TOKENIZER, Manifest, SplitRecord, read_manifest, verify_checksums
+from gpt_simple.data.nanogpt import TRAIN, NanoGpt
 from gpt_simple.data.shards import Shard, open_shard
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.errors import DataError
@@ -35,6 +36,8 @@ def summary(directory: Path, manifest: Manifest, max_length: int | None = None) 
 
 def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
     """All lines about a dataset. Raises DataError if a file is missing, damaged, or not of this tokenizer."""
+    if (directory / TRAIN).is_file() and not (directory / FILE).exists():
+        return NanoGpt(directory).describe()
     manifest = read_manifest(directory)
     tokenizer = load_tokenizer(directory / TOKENIZER)
     if tokenizer.fingerprint != manifest.tokenizer:
@@ -58,14 +61,19 @@ def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
     first = next((s for split in manifest.splits.values() for s in split.buckets.values()), None)
     if first and sample_tokens:
         ids = _beginning(open_shard(directory, first[0], manifest), sample_tokens)
-        lines += [f"the first {len(ids):,} tokens:", tokenizer.decode(ids)]
+        lines += [
+            f"the first document begins ({len(ids):,} token{'s' if len(ids) != 1 else ''}):",
+            tokenizer.decode(ids),
+        ]
     return lines
 
 
 def _beginning(shard: Shard, count: int) -> list[int]:
-    ids = shard.tokens[1 : min(int(shard.starts[1]) - 1, 1 + count)]
-    shard.check(ids, lambda flat: 1 + flat)
-    return [int(index) for index in ids]
+    """The beginning of the first document that is more than its EOD."""
+    first = int(np.argmax(np.diff(shard.starts) > 1))
+    begin, end = shard.starts[first : first + 2].tolist()
+    ids: list[int] = shard.tokens[begin : min(end, begin + count)].tolist()
+    return ids[:-1] if ids[-1] == shard.eod_id else ids
 
 
 def _rows(split: SplitRecord, max_length: int) -> int:

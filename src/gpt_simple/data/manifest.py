@@ -14,13 +14,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import attrs
-import cattrs
 from attrs import frozen
 
+from gpt_simple.config.convert import converter, errors_of
 from gpt_simple.errors import DataError
 
 FILE = "dataset.json"
@@ -111,6 +112,9 @@ class Manifest:
                     yield f"{shard.name}.idx", shard.idx
 
 
+_FIELDS = [field.name for field in attrs.fields(Manifest)]
+
+
 def token_dtype(vocab_size: int) -> Dtype:
     """The smaller of uint16 and uint32, little-endian, that holds every id."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
@@ -139,10 +143,22 @@ def read_manifest(directory: Path) -> Manifest:
             f"{file}: version {record.get('version')} of the format, this program reads {VERSION}; "
             "prepare the data again"
         )
+    mend = f"copy it again, or delete {directory} and prepare the data again"
     try:
-        manifest = cattrs.structure(record, Manifest)
+        manifest = converter().structure({key: record.get(key) for key in _FIELDS}, Manifest)
     except Exception as error:  # cattrs raises groups of many types
-        raise DataError(f"{file}: damaged ({error}); delete {directory} and prepare the data again") from error
+        wrong = "; ".join(f"{path}: {single}" for path, single in islice(errors_of(error, ""), 3))
+        raise DataError(f"{file}: damaged ({wrong}); {mend}") from error
+    for name, split in manifest.splits.items():
+        shards = [shard for bucket in split.buckets.values() for shard in bucket]
+        for what, told, there in (
+            ("documents", split.documents, sum(shard.documents for shard in shards)),
+            ("tokens", split.tokens, sum(shard.tokens for shard in shards)),
+        ):
+            if told != there:
+                raise DataError(
+                    f"{file}: damaged (splits.{name}.{what} is {told:,}, but its shards have {there:,}); {mend}"
+                )
     if record.get("dtype") != manifest.dtype_name:
         raise DataError(
             f"{file}: dtype {record.get('dtype')}, but {manifest.vocab_size} ids are stored as {manifest.dtype_name}"
@@ -152,10 +168,7 @@ def read_manifest(directory: Path) -> Manifest:
         size = path.stat().st_size if path.is_file() else None
         if size != expected.size:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise DataError(
-                f"{path}: {found}, {FILE} says {expected.size}; copy it again, "
-                f"or delete {directory} and prepare the data again"
-            )
+            raise DataError(f"{path}: {found}, {FILE} says {expected.size}; {mend}")
     return manifest
 
 

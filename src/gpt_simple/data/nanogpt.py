@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attrs import frozen
 
@@ -26,6 +27,10 @@ from gpt_simple.data.manifest import (
 )
 from gpt_simple.data.tokenizer import Tokenizer
 from gpt_simple.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 TRAIN, VAL = "train.bin", "val.bin"
 
@@ -57,17 +62,31 @@ class NanoGpt:
         tokenizer.save(target / TOKENIZER)
         (target / FILE).write_text(manifest.text, encoding="utf-8")
 
+    def describe(self) -> list[str]:
+        """Lines about the files, for people. Raises DataError for one that was cut off."""
+        lines = [f"{self.directory}: nanoGPT's files of uint16 ids; what they mean, data.tokenizer must say"]
+        for file in self._files():
+            tokens = _tokens(file)
+            lines.append(f"{file.name}: {len(tokens):,} tokens, the largest id is {int(tokens.max()):,}")
+        return lines
+
     def _files(self) -> list[Path]:
         return [file for name in (TRAIN, VAL) if (file := self.directory / name).is_file()]
+
+
+def _tokens(file: Path) -> NDArray[np.uint16]:
+    import numpy as np
+
+    size = file.stat().st_size
+    if size % 2 or size < 4:
+        raise DataError(f"{file}: {size:,} bytes are no row of uint16 ids; the file was cut off, copy it again")
+    return np.asarray(np.memmap(file, "<u2", "r"))
 
 
 def _link(file: Path, target: Path, tokenizer: Tokenizer) -> SplitRecord:
     import numpy as np  # looking at the directory needs none
 
-    size = file.stat().st_size
-    if size % 2 or size < 4:
-        raise DataError(f"{file}: {size:,} bytes are no row of uint16 ids; the file was cut off, copy it again")
-    tokens = np.asarray(np.memmap(file, "<u2", "r"))
+    tokens = _tokens(file)
     digest, counts, ends = hashlib.sha256(), np.zeros(tokenizer.vocab_size, np.int64), []
     for begin in range(0, len(tokens), BLOCK):
         block = tokens[begin : begin + BLOCK]
@@ -89,7 +108,7 @@ def _link(file: Path, target: Path, tokenizer: Tokenizer) -> SplitRecord:
     index = starts.tobytes()
     path.with_suffix(".idx").write_bytes(index)
     documents = len(starts) - 1
-    records = FileRecord(size, digest.hexdigest()), FileRecord(len(index), hashlib.sha256(index).hexdigest())
+    records = FileRecord(tokens.nbytes, digest.hexdigest()), FileRecord(len(index), hashlib.sha256(index).hexdigest())
     shard = ShardRecord(name, documents, len(tokens) - 1, *records)
     text_bytes = int(counts @ tokenizer.token_bytes())
     return SplitRecord(documents, len(tokens) - 1, text_bytes, None, {ALL: (shard,)})
