@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -55,8 +55,9 @@ def tokenize(
     """
     if tokenizer_path is not None and tokenizer not in ("bpe", tokenizer_path):
         raise click.UsageError(f"two tokenizers were given: --tokenizer {tokenizer} and {tokenizer_path}")
+    stop = _Stop()
     try:
-        with stop_on_signals(_Once().leave), _progress() as (log, progress):
+        with stop_on_signals(stop.by), _progress() as (log, progress):
             from gpt_simple.data.bulk import REPORT, Job, tokenize
             from gpt_simple.data.inspect import summary
 
@@ -72,8 +73,11 @@ def tokenize(
                 strict=strict,
             )
             manifest = tokenize(job, log, progress)
-    except KeyboardInterrupt as signal:
-        click.echo(f"stopped: {signal}; what is done is kept, the same command goes on", err=True)
+    except (KeyboardInterrupt, OSError):
+        if not stop.signal:
+            raise
+        with suppress(OSError):  # the terminal may be gone, and the bar that was on it
+            click.echo(f"stopped: {stop.signal}; what is done is kept, the same command goes on", err=True)
         return int(ExitCode.STOPPED)
     click.echo("\n".join(summary(output_dir, manifest, max_length)))
     report = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
@@ -82,16 +86,15 @@ def tokenize(
     return int(ExitCode.COMPLETED)
 
 
-class _Once:
+class _Stop:
     """Unwinds at the first signal; others, which schedulers send as well, must not break off what that one began."""
 
-    def __init__(self) -> None:
-        self._left = False
+    signal = ""
 
-    def leave(self, signal: str) -> None:
-        if not self._left:
-            self._left = True
-            raise KeyboardInterrupt(signal)
+    def by(self, signal: str) -> None:
+        if not self.signal:
+            self.signal = signal
+            raise KeyboardInterrupt
 
 
 @contextmanager
