@@ -124,6 +124,65 @@ def test_metrics_of_two_processes_meet_by_name(tmp_path: Path) -> None:
     assert {(row["x/a"], row["x/b"]) for row in rows} == {(1.0, 100.0)}
 
 
+def test_metrics_that_not_every_process_tells_are_reduced_over_those_that_do(tmp_path: Path) -> None:
+    class Uneven(Plugin[NoConfig]):
+        """More than fit at once on the second process, and a name that the first one leaves to its neighbour."""
+
+        ranks = "all"
+
+        def told(self, run: Run) -> dict[str, Metric]:
+            if run.is_main:
+                return {"x/all": Metric(1.0, reduce="sum"), "x/first": Metric(torch.tensor(3.0))}
+            many = {f"y/{index}": Metric(1.0 * index) for index in range(100)}
+            return {
+                "x/all": Metric(2.0, reduce="sum"),
+                "x/last": Metric(5.0, reduce="last"),
+                "x/shared": Metric(7),
+                **many,
+            }
+
+        @hookimpl
+        def collect_metrics(self, run: Run, event: Any) -> dict[str, Metric]:
+            return self.told(run)
+
+        @hookimpl
+        def evaluate(self, run: Run, event: Any) -> dict[str, Metric]:
+            return self.told(run)
+
+    class Zealous(Plugin[NoConfig]):
+        @hookimpl
+        def collect_metrics(self, run: Run, event: Any) -> dict[str, Metric]:
+            return {"x/shared": Metric(11.0)}
+
+    outcomes = train_on_ranks(Uneven, Zealous, output_dir=tmp_path, timeout=30)
+    assert [outcome.error for outcome in outcomes] == ["", ""]
+    rows = list(read_metrics(tmp_path / "metrics.jsonl"))
+    for row in (row for row in rows if row["kind"] in ("train", "eval")):
+        assert (row["x/all"], row["x/first"], row["x/last"], row["y/99"]) == (3.0, 3.0, 5.0, 99.0)
+        assert row["x/shared"] == 7
+        assert row.get("x/shared@zealous", 11) == 11
+    assert {row["kind"] for row in rows} >= {"train", "eval"}
+
+
+def test_nobody_takes_a_metric_from_the_engine_or_from_a_built_in(tmp_path: Path) -> None:
+    class Aaa(Plugin[NoConfig]):
+        @hookimpl
+        def collect_metrics(self, run: Run, event: Any) -> dict[str, Metric]:
+            return {"train/loss": Metric(-1.0)}
+
+        @hookimpl
+        def evaluate(self, run: Run, event: Any) -> dict[str, Metric]:
+            return {"eval/loss": Metric(-1.0)}
+
+    trained = train(Aaa, output_dir=tmp_path)
+    assert trained.result.final_loss > 0
+    assert trained.result.best_val_loss > 0
+    rows = list(read_metrics(tmp_path / "metrics.jsonl"))
+    for name in ("train/loss", "eval/loss"):
+        assert all(row[name] >= 0 for row in rows if name in row)
+        assert {row[f"{name}@aaa"] for row in rows if name in row} == {-1.0}
+
+
 def test_two_processes_train_one_model() -> None:
     class Sums(Plugin[NoConfig]):
         ranks = "all"

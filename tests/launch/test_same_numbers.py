@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_simple import Plugin, hookimpl
+from gpt_simple import Metric, Plugin, hookimpl
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.launch.conftest import Ranks, tiny
 
@@ -136,6 +136,24 @@ def test_a_step_has_one_host_all_reduce_and_reduces_gradients_once(ranks: Ranks,
 
     # The tiny model is one bucket of gradients; two micro-batches share its reduction.
     assert ranks(2, work) == [{"gloo:all_reduce": 2}] * 2
+
+
+def test_a_step_that_is_logged_has_one_collective_more_also_when_one_process_tells_more(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    class Chatty(Everywhere):
+        @hookimpl
+        def collect_metrics(self, run: Any, event: Any) -> dict[str, Metric]:
+            return {} if run.is_main else {"x/one": Metric(1.0)}
+
+    def work(rank: int) -> dict[str, int]:
+        counts = CountsCollectives(3)
+        tiny(tmp_path / "run", plugins=[counts, Chatty()], training__logging_steps=1)
+        return counts.counts
+
+    first, second = ranks(2, work)
+    assert first == second
+    assert sum(first.values()) == 3
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Control:
     ended_reason: str = ""
     skip: torch.Tensor | None = None
     plugins: tuple[str, ...] = ()
-    """Names of the active plugins, in one order everywhere."""
+    """Names of the active plugins, in one order everywhere: whose metric has a name first."""
     outside: Callable[[], str] | None = None
     """Tells a reason to stop that no signal brought: the clock, a request in the run directory."""
     parting: Callable[[], None] = lambda: None

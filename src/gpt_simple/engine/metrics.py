@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from attrs import define, field
@@ -136,10 +135,19 @@ class Clock:
         )
 
 
-def flatten(contributions: list[tuple[str, Any]]) -> dict[str, Metric]:
-    """One mapping from what several plugins returned; a later plugin does not overwrite an earlier one's name."""
-    merged: dict[str, Metric] = {}
-    for owner, metrics in contributions:
-        for name, metric in metrics.items():
-            merged[name if name not in merged else f"{name}@{owner}"] = metric
-    return merged
+def labelled(contributions: list[tuple[str, Mapping[str, Metric]]]) -> dict[str, Metric]:
+    """What several plugins told, under names that keep two plugins apart: ``name@plugin``."""
+    return {f"{name}@{owner}": metric for owner, metrics in contributions for name, metric in metrics.items()}
+
+
+def settled(values: Mapping[str, float], owners: Sequence[str]) -> dict[str, float]:
+    """Names without their owners, the engine's own first, then in the order of ``owners``.
+
+    Of a name that several tell the first one keeps it; nobody can take one from the engine or from an earlier plugin.
+    """
+    places = {owner: place for place, owner in enumerate(owners)}
+    told: dict[str, float] = {}
+    for label in sorted(values, key=lambda label: places.get(label.rpartition("@")[2], -1)):
+        name = label.rpartition("@")[0] or label
+        told[name if name not in told else label] = values[label]
+    return told

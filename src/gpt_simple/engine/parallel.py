@@ -25,6 +25,8 @@ from gpt_simple.errors import ConfigError, GptSimpleError
 from gpt_simple.hooks.answers import Metric
 
 T = TypeVar("T")
+Layout = tuple[tuple[str, str], ...]
+"""Names of metrics and how each is reduced."""
 
 _PATIENCE = timedelta(days=7)
 """How long others wait while the main process prepares data or writes a checkpoint; if it dies they know at once."""
@@ -57,6 +59,9 @@ class World:
     _patient_group: Any = None
     _peers: Peers | None = None
     _threads: int = field(factory=torch.get_num_threads)
+    _room: int = 128
+    """Numbers that a process can tell in one collective; the same everywhere."""
+    _layouts: dict[int, Layout] = field(factory=dict)
 
     @classmethod
     def join(cls, timeout: float) -> World:
@@ -216,33 +221,61 @@ class World:
                 raise
             raise explained from error
 
-    def reduce(self, metrics: dict[str, Metric]) -> dict[str, float]:
+    def reduce(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
         """All metrics as floats, over all processes, in one collective and one read of the device.
 
-        Metrics of one name meet, in whatever order each process tells them.
+        Metrics of one name meet. One that not every process tells is reduced over those that do, in the way that the
+        first of them wants.
         """
-        # Values and weights in turn; those that are on the host already need no tensor.
         ordered = sorted(metrics)
+        layout = tuple((name, str(metrics[name].reduce)) for name in ordered)
+        # Values and weights in turn; those that are on the host already need no tensor.
         parts = [part for name in ordered for part in (metrics[name].value, metrics[name].weight)]
         waiting = [index for index, part in enumerate(parts) if isinstance(part, torch.Tensor)]
         born = [parts[index].detach().to(self.device, torch.float64) for index in waiting]  # type: ignore[union-attr]
         if self.size == 1:
             for index, value in zip(waiting, torch.stack(born).tolist() if born else [], strict=True):
                 parts[index] = value
-            rows = [parts]
+            told = [(layout, [float(part) for part in parts])]
         else:
             known = [0.0 if isinstance(part, torch.Tensor) else float(part) for part in parts]
-            packed = torch.tensor(known, dtype=torch.float64).to(self.device, non_blocking=True)
+            numbers = torch.tensor(known, dtype=torch.float64).to(self.device, non_blocking=True)
             if born:
-                packed[waiting] = torch.stack(born)
-            gathered = packed.new_empty(self.size * len(parts))
+                numbers[waiting] = torch.stack(born)
+            told = self._exchange(layout, numbers)
+        ways: dict[str, str] = {}
+        pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in metrics}
+        for names, row in told:
+            for index, (name, way) in enumerate(names):
+                ways.setdefault(name, way)
+                pairs.setdefault(name, []).append((row[2 * index], row[2 * index + 1]))
+        return {name: _combine(ways[name], values) for name, values in pairs.items()}
+
+    def _exchange(self, layout: Layout, numbers: torch.Tensor) -> list[tuple[Layout, list[float]]]:
+        """Every process's layout and numbers, in the order of ranks.
+
+        In one collective, whose size nobody's metrics can change. Only when processes tell different metrics, which
+        they never did before, do they ask each other which.
+        """
+        mine = int(_digest(layout)[:12], 16)  # exact as a float64
+        while True:
+            head = torch.tensor([mine, len(numbers)], dtype=torch.float64).to(self.device, non_blocking=True)
+            packed = torch.cat([head, numbers[: self._room], numbers.new_zeros(max(0, self._room - len(numbers)))])
+            gathered = packed.new_empty(self.size * len(packed))
             dist.all_gather_single(gathered, packed)
             rows = gathered.view(self.size, -1).tolist()
-        reduced = {
-            name: _combine(metrics[name].reduce, [(float(row[2 * i]), float(row[2 * i + 1])) for row in rows])
-            for i, name in enumerate(ordered)
-        }
-        return {name: reduced[name] for name in metrics}
+            needed = int(max(row[1] for row in rows))
+            if needed <= self._room:
+                break
+            self._room = needed
+        digests = {int(row[0]) for row in rows}
+        # The same everywhere, as it only ever comes from all processes.
+        if len(digests) > 1 and not digests <= self._layouts.keys():
+            answers: list[Any] = [None] * self.size
+            dist.all_gather_object(answers, (mine, layout), group=self._host_group)
+            self._layouts |= dict(answers)
+        layouts = {mine: layout, **self._layouts}
+        return [(layouts[int(row[0])], row[2:]) for row in rows]
 
     def leave(self) -> None:
         """Undo what joining changed. The group stays: Accelerate keeps one per process for ever."""
@@ -255,7 +288,7 @@ def disband() -> None:
         dist.destroy_process_group()
 
 
-def _digest(facts: Mapping[str, Any]) -> str:
+def _digest(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -130,7 +130,7 @@ def train(
             )
             run.control.switch_off(plugin.name)
 
-        run.control.plugins = tuple(plugin.name for plugin in assembly.host.plugins)
+        run.control.plugins = assembly.host.names
         assembly.host.wrap = assembly.host.wrap or keeps_torch_state
         calls = run.calls = assembly.host.calls(world.is_main, plugin_failed, world_size=world.size)
         stack.enter_context(closing_plugins(run, calls))

@@ -18,7 +18,7 @@ from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.loader import Batch, DataExhausted, Loader
 from gpt_simple.engine.control import Verdict
 from gpt_simple.engine.memory import peak_bytes
-from gpt_simple.engine.metrics import Clock, Interval, flatten
+from gpt_simple.engine.metrics import Clock, Interval, labelled, settled
 from gpt_simple.engine.numerics import Watch
 from gpt_simple.engine.randomness import Reseeder
 from gpt_simple.engine.run import EngineRun, EvaluationAbandoned
@@ -250,8 +250,8 @@ class Trainer:
         metrics, steps = self._interval.read(self.schedule(run.step), run.world_size)
         if tell and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):
-                metrics |= flatten(calls.collect_metrics(run, lap))
-        floats = run.world.reduce(metrics)
+                metrics |= labelled(calls.collect_metrics(run, lap))
+        floats = settled(run.world.reduce(metrics), run.control.plugins)
         skipped = floats.pop("train/skipped_steps")
         if skipped:
             floats["train/skipped_steps"] = skipped
@@ -279,11 +279,11 @@ class Trainer:
             return
         try:
             with run.evaluating(), run.comm.during("evaluate"):
-                metrics = flatten(calls.evaluate(run, Evaluate(run.step)))
+                metrics = labelled(calls.evaluate(run, Evaluate(run.step)))
         except EvaluationAbandoned:
             run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
             return
-        floats = run.world.reduce(metrics)
+        floats = settled(run.world.reduce(metrics), run.control.plugins)
         loss = floats.get("eval/loss")
         if loss is not None and (self.best_val_loss is None or loss < self.best_val_loss):
             self.best_val_loss = loss

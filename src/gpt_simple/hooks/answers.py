@@ -20,8 +20,8 @@ class Metric:
     """A number for the log, and how the values of several processes become one.
 
     ``value`` and ``weight`` may be floats or 0-d tensors on the device: they are read once, in one
-    collective, when somebody looks. ``mean`` is weighted by ``weight``; ``last`` takes the main process's
-    value.
+    collective, when somebody looks. ``mean`` is weighted by ``weight``; ``last`` takes the value of the main
+    process. Only processes that tell the metric count; without the main one ``last`` is of the next that does.
     """
 
     value: float | torch.Tensor

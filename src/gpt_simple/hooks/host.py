@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, evolve, field
 from pluggy import HookimplOpts, PluginManager, PluginValidationError
 
+from gpt_simple._names import DISTRIBUTION
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.activation import Decision, Switches, Wishes, decide
 from gpt_simple.hooks.answers import Finding
@@ -113,6 +114,12 @@ class PluginHost:
             raise PluginError("\n".join(mistakes))
         broken = tuple(record.detail for record in everything if record.problem)
         return cls(tuple(ordered(loaded)), decisions, validated, tuple(notes), broken, wishes.strict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The plugins' names in call order, but the built-in ones first."""
+        strangers_last = sorted(self.plugins, key=lambda plugin: plugin.distribution != DISTRIBUTION)
+        return tuple(plugin.name for plugin in strangers_last)
 
     def config_classes(self) -> dict[str, type]:
         """Plugin -> its config class, for all whose table is to be structured."""

@@ -206,8 +206,9 @@ class HookSpecs:
     def collect_metrics(self, run: Run, event: events.CollectMetrics) -> Mapping[str, Metric]:
         """Contribute to the log, every ``training.logging_steps``.
 
-        Return the same names on every process: all values are reduced in one collective, by name. Values may stay
-        0-d tensors on the device::
+        All values are reduced in one collective, by name, each over the processes that tell it. Of a name that several
+        plugins tell only the first keeps it: the engine, then built-in plugins, then the others in call order; the rest
+        become ``name@plugin``. Values may stay 0-d tensors on the device::
 
             @hookimpl
             def collect_metrics(self, run, event):
@@ -252,8 +253,8 @@ class HookSpecs:
     def evaluate(self, run: Run, event: events.Evaluate) -> Mapping[str, Metric]:
         """An evaluation is due or was asked for: contribute to it.
 
-        Eval mode, no_grad and an RNG of its own are set by the engine. Return the same names on every process;
-        collectives are allowed (``run.comm``)::
+        Eval mode, no_grad and an RNG of its own are set by the engine. Names meet as in ``collect_metrics``;
+        collectives are allowed (``run.comm``), where all processes must come::
 
             @hookimpl
             def evaluate(self, run, event):
