@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import threading
 import time
@@ -129,6 +131,51 @@ def test_nothing_of_the_process_is_left_changed() -> None:
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() is torch.float32
     assert threading.active_count() == threads
+
+
+def test_what_one_plugin_is_told_no_other_can_change() -> None:
+    refused: list[str] = []
+
+    class Aaa(Plugin[Any]):
+        """Is told everything first."""
+
+        before = ("metrics", "recorder")
+
+        def try_on(self, told: Any) -> None:
+            for change in (lambda: told.update(x=1), lambda: told.clear(), lambda: told.__setitem__("x", 1)):
+                with pytest.raises(TypeError, match="cannot be changed"):
+                    change()
+            json.dumps(told)
+            assert {**told} == told == copy.deepcopy(told)
+            refused.append("yes")
+
+        @hookimpl
+        def on_run_start(self, run: Any, event: Any) -> None:
+            self.try_on(event.facts)
+            self.try_on(event.facts["data"])
+            run.facts()["data"]["vocab_size"] = -1
+            assert run.facts()["data"]["vocab_size"] > 0
+
+        @hookimpl
+        def on_metrics(self, run: Any, event: Any) -> None:
+            self.try_on(event.metrics)
+
+        @hookimpl
+        def on_eval_end(self, run: Any, event: Any) -> None:
+            self.try_on(event.metrics)
+
+        @hookimpl
+        def on_log(self, run: Any, event: Any) -> None:
+            self.try_on(event.fields)
+
+        @hookimpl
+        def on_run_end(self, run: Any, event: Any) -> None:
+            run.log.info("told", rows=[1])
+            self.try_on(event.summary)
+            self.try_on(event.summary["plugins"])
+
+    assert run(Aaa).failed == []
+    assert len(refused) >= 8
 
 
 def test_the_failure_itself_is_told_and_not_what_it_left_behind() -> None:

@@ -23,6 +23,7 @@ from cattrs import (
     IterableValidationNote,
 )
 
+from gpt_simple.config.frozen import FrozenDict
 from gpt_simple.config.mistakes import closest, show
 from gpt_simple.config.origin import join
 from gpt_simple.config.types import Bound, describe, fields_of, members, unwrap, violates
@@ -159,7 +160,7 @@ def _mapping_hook(type_: Any) -> Hook:
     def mapping(value: Any, _: Any) -> Any:
         if not isinstance(value, Mapping):
             raise Mismatch(type_, value)
-        return dict(_each(value.items(), item, item_type, type_))
+        return FrozenDict(_each(value.items(), item, item_type, type_))
 
     return mapping
 

@@ -13,6 +13,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from attrs import field, frozen
 from typing_extensions import Doc
 
+from gpt_simple.config.frozen import frozen_dict
+
 Precision = Literal["auto", "bf16", "fp16", "no"]
 
 
@@ -211,7 +213,7 @@ class PluginsConfig:
     strict: Annotated[bool, Doc("any plugin problem ends the run, also of plugins that would only be switched off")] = (
         False
     )
-    tables: Mapping[str, Any] = field(factory=dict, metadata={"is_key": False})
+    tables: Mapping[str, Any] = field(factory=dict, converter=frozen_dict, metadata={"is_key": False})
 
 
 @frozen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -163,7 +164,7 @@ class EngineRun:
         return _built(self._tokenizer, "tokenizer")
 
     def facts(self) -> dict[str, Any]:
-        return dict(self.known)
+        return deepcopy(self.known)
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import field, frozen
 
+from gpt_simple.config.frozen import frozen_dict
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,7 +39,7 @@ class RunStart:
     tokens: int
     resumed_from: Path | None
     promise: str
-    facts: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(converter=frozen_dict)
 
 
 @frozen
@@ -98,7 +100,7 @@ class MetricsReady:
 
     step: int
     tokens: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = field(converter=frozen_dict)
 
 
 @frozen
@@ -114,7 +116,7 @@ class EvalEnd:
 
     step: int
     tokens: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = field(converter=frozen_dict)
     seconds: float
 
 
@@ -153,7 +155,7 @@ class LogRecord:
     message: str
     step: int
     name: str
-    fields: Mapping[str, Any] = field(factory=dict)
+    fields: Mapping[str, Any] = field(factory=dict, converter=frozen_dict)
 
 
 @frozen
@@ -167,7 +169,7 @@ class RunEnd:
     step: int
     tokens: int
     reason: str
-    summary: Mapping[str, Any]
+    summary: Mapping[str, Any] = field(converter=frozen_dict)
 
 
 @frozen

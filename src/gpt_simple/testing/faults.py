@@ -10,28 +10,34 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from gpt_simple import Plugin, hookimpl
+from gpt_simple import Config, Plugin, hookimpl
 from gpt_simple.hooks import HOOKS
 
 
-def _raise() -> None:
+def _raise(_: object) -> None:
     raise RuntimeError("this plugin fails on purpose")
 
 
-def _exit() -> None:
+def _exit(_: object) -> None:
     raise SystemExit(3)
 
 
-def _draw_random_numbers() -> None:
+def _draw_random_numbers(_: object) -> None:
     torch.manual_seed(0)
     torch.randn(7)
 
 
+def _change_the_config(config: Config | None) -> None:
+    if config is not None:
+        config.plugins.tables["misbehaving"] = {}  # type: ignore[index]
+
+
 @frozen
 class Misbehaviour:
-    """What is done, and whether a well-guarded run takes it for a failure of the plugin."""
+    """What is done, given the configuration where there is one, and whether a well-guarded run takes it for a failure
+    of the plugin."""
 
-    act: Callable[[], Any]
+    act: Callable[[Config | None], Any]
     fails: bool = True
 
 
@@ -39,11 +45,12 @@ MISBEHAVIOURS = MappingProxyType(
     {
         "raises": Misbehaviour(_raise),
         "exits": Misbehaviour(_exit),
-        "returns garbage": Misbehaviour(lambda: "garbage"),
-        "leaves gradients off": Misbehaviour(lambda: torch.set_grad_enabled(False) and None),
-        "changes the default dtype": Misbehaviour(lambda: torch.set_default_dtype(torch.float64)),
+        "returns garbage": Misbehaviour(lambda _: "garbage"),
+        "leaves gradients off": Misbehaviour(lambda _: torch.set_grad_enabled(False) and None),
+        "changes the default dtype": Misbehaviour(lambda _: torch.set_default_dtype(torch.float64)),
+        "changes the configuration": Misbehaviour(_change_the_config),
         "draws random numbers": Misbehaviour(_draw_random_numbers, fails=False),
-        "is slow": Misbehaviour(lambda: time.sleep(0.01), fails=False),
+        "is slow": Misbehaviour(lambda _: time.sleep(0.01), fails=False),
     }
 )
 
@@ -59,23 +66,23 @@ def misbehaving(
     info, act = HOOKS[hook], MISBEHAVIOURS[how].act
     answer: Any = {"none": None, "metrics": {}, "findings": []}[info.returns]
 
-    def misbehave(run: Any = None) -> Any:
+    def misbehave(config: Config | None, run: Any = None) -> Any:
         if rank is not None and run is not None and run.rank != rank:
             return answer
-        result = act()
+        result = act(config)
         return answer if result is None else result
 
     def of_config(self: Any, config: Any) -> Any:
-        return misbehave()
+        return misbehave(config)
 
     def of_run(self: Any, run: Any) -> Any:
-        return misbehave(run)
+        return misbehave(run.config, run)
 
     def of_event(self: Any, run: Any, event: Any) -> Any:
-        return misbehave(run)
+        return misbehave(run.config, run)
 
     def of_registry(cls: Any, registry: Any) -> Any:
-        return misbehave()
+        return misbehave(None)
 
     implementations: dict[tuple[str, ...], Any] = {
         ("registry",): classmethod(hookimpl(of_registry)),
