@@ -139,6 +139,51 @@ def test_a_checkpoint_is_not_lost_to_a_logger_that_cannot_save(activate: Activat
     assert [plugin.failed for plugin in host.plugins] == [True, False, True]
 
 
+def test_keys_that_look_like_paths_do_not_meet(activate: Activate) -> None:
+    state = {"a/b": torch.zeros(1), "a": {"b": torch.ones(1)}, "a~1b": torch.full((1,), 2.0)}
+    tensors: dict[str, torch.Tensor] = {}
+    back = unpack(json.loads(json.dumps(pack(state, "p", tensors))), tensors)
+    assert [back["a/b"].item(), back["a"]["b"].item(), back["a~1b"].item()] == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("garbage", [[1, 2], "text", 3, None, {"a": {1, 2}}], ids=repr)
+def test_state_that_could_not_come_back_is_its_plugins_failure_when_it_is_saved(
+    activate: Activate, garbage: Any
+) -> None:
+    odd = named("Odd", Plugin, state_dict=lambda self: garbage)
+    host = ready(activate(odd, Counter))
+    assert host.state()[0].keys() == {"counter"}
+    assert [plugin.failed for plugin in host.plugins] == [False, True]
+    odd.on_error = "abort"
+    with pytest.raises(PluginError, match=r"plugin odd \(.*test_state.py\): .*state"):
+        ready(activate(odd)).state()
+
+
+class Fragile(Counter):
+    """As Counter, but switched off when it fails; its state can change in place, as an average of weights does."""
+
+    on_error = "disable"
+    aliases = ("counter",)
+
+
+@pytest.mark.parametrize("saved_under", ["counter", "fragile"])
+def test_a_plugin_that_was_switched_off_keeps_its_last_good_state(activate: Activate, saved_under: str) -> None:
+    records, tensors = ready(activate(named(saved_under.title(), Fragile, aliases=()))).state()
+    host = ready(activate(Fragile))
+    host.load_state(records, tensors)
+    plugin = host.plugins[0]
+    for count in (3, 4):  # as it was loaded, then as it was saved
+        plugin.failed = True
+        plugin.instance.state["count"] = count + 1
+        plugin.instance.state["ema"].add_(1)
+        later = ready(activate(Fragile))
+        later.load_state(*host.state())
+        state, _ = later.plugins[0].instance.loaded
+        assert (state["count"], state["ema"].tolist()) == (count, [count - 2.0] * 2)
+        plugin.failed = False
+        host.state()
+
+
 def test_state_that_cannot_be_taken_back_ends_the_run(activate: Activate) -> None:
     class Bad(Plugin):
         def state_dict(self) -> dict[str, Any]:

@@ -29,10 +29,12 @@ FLOAT = "$float"
 
 @define(eq=False)
 class PluginStates:
-    """Saves and restores the state of plugins; keeps the records of those that are not here."""
+    """Saves and restores the state of plugins; keeps the records of those that are not here or were switched off."""
 
     carried: dict[str, Record] = field(factory=dict)
     carried_tensors: Tensors = field(factory=dict)
+    _last: dict[str, tuple[str, Record, Tensors]] = field(factory=dict)
+    """Plugin -> name, record and tensors of its latest state, in case it is switched off before the next save."""
 
     def save(self, plugins: Iterable[LoadedPlugin], guarded: Guarded) -> tuple[dict[str, Record], Tensors]:
         """Records by plugin, and tensors by ``plugin/path``. ``guarded`` applies the failure policy."""
@@ -40,6 +42,12 @@ class PluginStates:
         for plugin in plugins:
             if packed := guarded(plugin, "state_dict", lambda: _pack_plugin(plugin)):  # noqa: B023
                 records[plugin.name], own = packed
+                tensors.update(own)
+                self._remember(plugin, plugin.name, *packed)
+            elif not plugin.failed:
+                self._last.pop(plugin.name, None)
+            elif plugin.name in self._last:
+                name, records[name], own = self._last[plugin.name]
                 tensors.update(own)
         return records, tensors
 
@@ -66,12 +74,19 @@ class PluginStates:
         for name, record in records.items():
             if (plugin := owners.get(name)) is None:
                 self.carried[name] = dict(record)
-                self.carried_tensors.update({k: t for k, t in tensors.items() if k.startswith(f"{name}/")})
+                self.carried_tensors.update(_of(name, tensors))
             elif is_main or plugin.ranks == "all":
+                if is_main:
+                    self._remember(plugin, name, dict(record), _of(name, tensors))
                 try:
                     plugin.active.load_state_dict(unpack(record["state"], tensors), record["version"])
                 except FAILURES as error:
                     raise plugin.failure("load_state_dict", error) from error
+
+    def _remember(self, plugin: LoadedPlugin, name: str, record: Record, tensors: Mapping[str, torch.Tensor]) -> None:
+        if plugin.on_error == "disable":  # else its failure ends the run
+            copies = {path: tensor.detach().to("cpu", copy=True) for path, tensor in tensors.items()}
+            self._last[plugin.name] = name, record, copies
 
 
 def pack(state: Any, path: str, tensors: Tensors) -> Any:
@@ -87,7 +102,9 @@ def pack(state: Any, path: str, tensors: Tensors) -> Any:
     if isinstance(state, Mapping):
         if bad := [key for key in state if not isinstance(key, str) or key in (TENSOR, FLOAT)]:
             raise PluginError(f"the state's {path} has the key {bad[0]!r}; expected text that has no $ in front")
-        return {key: pack(value, f"{path}/{key}", tensors) for key, value in state.items()}
+        # Escaped as in a JSON pointer, so that no key looks like a path.
+        steps = {key: key.replace("~", "~0").replace("/", "~1") for key in state}
+        return {key: pack(value, f"{path}/{steps[key]}", tensors) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return [pack(value, f"{path}/{index}", tensors) for index, value in enumerate(state)]
     raise PluginError(
@@ -109,9 +126,19 @@ def unpack(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return document
 
 
+def _of(name: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    return {path: tensor for path, tensor in tensors.items() if path.startswith(f"{name}/")}
+
+
 def _pack_plugin(plugin: LoadedPlugin) -> tuple[Record, Tensors] | None:
     tensors: Tensors = {}
     state = plugin.active.state_dict()
+    try:
+        if not isinstance(state, Mapping):
+            raise PluginError(f"state_dict returned a {type(state).__name__}; expected a mapping")
+        packed = pack(state, plugin.name, tensors)
+    except PluginError as error:
+        raise PluginError(f"plugin {plugin.label}: {error}") from None
     if not state:
         return None
     record = {
@@ -119,6 +146,6 @@ def _pack_plugin(plugin: LoadedPlugin) -> tuple[Record, Tensors] | None:
         "required": plugin.cls.state_required,
         "distribution": plugin.distribution,
         "distribution_version": plugin.version,
-        "state": pack(state, plugin.name, tensors),
+        "state": packed,
     }
     return record, tensors
