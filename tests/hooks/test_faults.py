@@ -126,11 +126,32 @@ def _culprit(hook: str) -> int:
 
 def test_nothing_of_the_process_is_left_changed() -> None:
     threads = threading.active_count()
-    run(misbehaving("on_step_start", "leaves gradients off"))
-    run(misbehaving("on_batch", "changes the default dtype"))
+    for index, how in enumerate(MISBEHAVIOURS):
+        run(misbehaving(("on_step_start", "on_batch", "evaluate")[index % 3], how))
     assert torch.is_grad_enabled()
-    assert torch.get_default_dtype() is torch.float32
+    assert not torch.is_inference_mode_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    assert (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()) == (1, 0)
+    assert (torch.get_default_dtype(), torch.empty(0).device.type) == (torch.float32, "cpu")
     assert threading.active_count() == threads
+
+
+def test_a_device_that_is_entered_or_autocast_that_is_doubled_in_an_evaluation_is_noticed() -> None:
+    class Enters(Plugin[Any]):
+        @hookimpl
+        def on_step_end(self, run: Any, event: Any) -> None:
+            torch.device("meta").__enter__()
+
+    class Doubles(Plugin[Any]):
+        @hookimpl
+        def evaluate(self, run: Any, event: Any) -> dict[str, Any]:
+            torch.autocast("cpu", torch.bfloat16).__enter__()
+            return {}
+
+    trained = train(Enters, Doubles, max_steps=2, overrides={"training.mixed_precision": "bf16"})
+    assert trained.failed == ["doubles", "enters"]
+    assert torch.empty(0).device.type == "cpu"
+    assert (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()) == (1, 0)
 
 
 def test_what_one_plugin_is_told_no_other_can_change() -> None:

@@ -27,9 +27,17 @@ def _draw_random_numbers(_: object) -> None:
     torch.randn(7)
 
 
+def _enter(mode: Any) -> None:
+    _entered.append(mode)  # an inference mode that is forgotten would end by itself
+    mode.__enter__()
+
+
 def _change_the_config(config: Config | None) -> None:
     if config is not None:
         config.plugins.tables["misbehaving"] = {}  # type: ignore[index]
+
+
+_entered: list[Any] = []
 
 
 @frozen
@@ -48,6 +56,9 @@ MISBEHAVIOURS = MappingProxyType(
         "returns garbage": Misbehaviour(lambda _: "garbage"),
         "leaves gradients off": Misbehaviour(lambda _: torch.set_grad_enabled(False) and None),
         "changes the default dtype": Misbehaviour(lambda _: torch.set_default_dtype(torch.float64)),
+        "leaves autocast on": Misbehaviour(lambda _: _enter(torch.autocast("cpu", torch.bfloat16))),
+        "leaves inference mode on": Misbehaviour(lambda _: _enter(torch.inference_mode())),
+        "changes the default device": Misbehaviour(lambda _: torch.set_default_device("meta")),
         "changes the configuration": Misbehaviour(_change_the_config),
         "draws random numbers": Misbehaviour(_draw_random_numbers, fails=False),
         "is slow": Misbehaviour(lambda _: time.sleep(0.01), fails=False),
