@@ -35,6 +35,20 @@ def test_in_a_pipe_every_line_is_plain_text_that_can_be_grepped(shell: Shell, mo
         assert word in out
 
 
+def test_the_end_tells_what_each_plugin_cost(shell: Shell, here: Path) -> None:
+    (here / "slow.py").write_text(
+        "import time\nfrom gpt_simple import Plugin, hookimpl\n"
+        "class Slow(Plugin):\n    @hookimpl\n    def on_run_start(self, run, event):\n        time.sleep(0.3)\n"
+    )
+    out = shell("run", "config.toml", "-p", "./slow.py").out
+    told = re.search(r"^  time in plugins +((?:.*,\n)*.*)$", out, re.MULTILINE)
+    assert told is not None, out
+    costs = {name: float(cost) for name, cost in re.findall(r"(\w+) (\d+\.\d\d) s", told[1])}
+    assert {"slow", "console", "metrics", "checkpoint"} <= costs.keys()
+    assert costs["slow"] >= 0.3
+    assert list(costs.values()) == sorted(costs.values(), reverse=True)
+
+
 def test_json_is_one_object_a_line_from_start_to_end(shell: Shell) -> None:
     rows = [
         json.loads(line) for line in shell("run", "config.toml", "--plugins.console.progress", "json").out.splitlines()

@@ -98,6 +98,7 @@ def summary_lines(run: Run, event: ev.RunEnd) -> list[str]:
         ("median tokens/s", f"{summary['tokens_per_second']:,.0f}" if summary["tokens_per_second"] else "-"),
         ("peak memory", f"{summary['peak_memory_gib']:.2f} GiB"),
         ("time", duration(summary["seconds"])),
+        ("time in plugins", _costs(summary["plugin_seconds"])),
         ("checkpoint", summary["checkpoint"] or "-"),
     ]
     lines = ["", f"{event.status}: {event.reason}"]
@@ -115,6 +116,14 @@ def wrapped(text: str) -> str:
     """Lines of readable width; control characters, which a young model writes, must not reach the terminal."""
     lines = (textwrap.fill(line, 100) for line in text.splitlines())
     return "\n".join("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in line) for line in lines)
+
+
+def _costs(seconds: Mapping[str, float]) -> str:
+    """What each plugin cost, the dearest first."""
+    dearest_first = sorted(seconds.items(), key=lambda cost: -cost[1])
+    return textwrap.fill(
+        ", ".join(f"{name} {cost:.2f} s" for name, cost in dearest_first), 96, subsequent_indent=" " * 24
+    )
 
 
 def _number(value: float | None) -> str:
