@@ -82,6 +82,15 @@ def test_list_for_a_configuration_says_what_runs_why_and_in_which_order(
     assert found["raises", "b-import"] == "broken"
     assert found["sample", "gpt-simple-trainer"] == found["evaluate", "gpt-simple-trainer"] == "disabled"
     assert found["console", "b-thief"] == "shadowed"
+    assert found["old", "b-old"] == "incompatible"
+    assert found["twice", "b-one"] == found["twice", "b-two"] == "broken"
+    assert found.keys() == statuses().keys()
+    found = statuses("--config", str(config), "-p", "twice", "-p", "no:old")
+    assert (found["twice", "b-one"], found["twice", "b-two"], found["old", "b-old"]) == (
+        "broken",
+        "broken",
+        "incompatible",
+    )
     rows = json.loads(cli("list", "--json", "--config", str(config)).output)["plugins"]
     active = [row for row in rows if row["order"]]
     assert [row["order"] for row in active] == list(range(1, len(active) + 1))

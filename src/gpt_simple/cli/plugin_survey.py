@@ -35,7 +35,7 @@ def survey_run(config: str, switches: Switches) -> list[PluginRow]:
             except PluginError as error:
                 broken[name] = str(error)
     order = [plugin.name for plugin in ordered(loaded.values())]
-    rows = [row_of(record) for record in everything if record.problem == "shadowed"]
+    rows = [row_of(record) for record in everything if record is not records.get(record.name)]
     for name, decision in decisions.items():
         row = row_of(records[name]) if name in records else _row_of_file(name)
         rows.append(_decided(row, decision, loaded.get(name), broken.get(name, ""), order))
@@ -57,6 +57,8 @@ def _decided(
 ) -> PluginRow:
     if mistake:
         return evolve(row, status="incompatible" if row.status == "incompatible" else "broken", why=mistake)
+    if loaded is None and row.status in ("broken", "incompatible"):
+        return row
     if loaded is None:
         switched_off = decision.why != "not asked for"
         return evolve(row, status="disabled" if switched_off else "available", why=decision.why)
