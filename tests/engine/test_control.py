@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
+
 from gpt_simple.engine.control import Control
+from gpt_simple.errors import PluginError
 
 
 def test_nothing_asked_for_is_nothing_decided() -> None:
@@ -25,6 +29,23 @@ def test_a_stop_stays() -> None:
     control = Control()
     control.stop("SIGTERM")
     assert [control.vote(None).stop, control.vote(None).stop] == ["SIGTERM", "SIGTERM"]
+
+
+@pytest.mark.parametrize("flag", ["yes", 1, True, torch.ones(()), torch.tensor([True]), torch.ones((), device="meta")])
+def test_a_flag_that_is_none_is_refused(flag: Any) -> None:
+    control = Control()
+    with pytest.raises(PluginError, match=r"skip_step was given a .*; expected a 0-d bool tensor"):
+        control.skip_step(flag)
+    assert control.skip is None
+
+
+@pytest.mark.parametrize("wish", ["save", "evaluate", "stop", "halt"])
+@pytest.mark.parametrize("reason", [None, "", 3, True])
+def test_a_wish_without_a_reason_is_refused(wish: str, reason: Any) -> None:
+    control = Control()
+    with pytest.raises(PluginError, match="as a reason; expected text that says why"):
+        getattr(control, wish)(reason)
+    assert control.vote(None) == Control().vote(None)
 
 
 class Others:

@@ -13,6 +13,7 @@ import torch
 from attrs import define, field, frozen
 
 from gpt_simple.engine.stopping import StopNow
+from gpt_simple.errors import PluginError
 
 
 @frozen
@@ -68,13 +69,13 @@ class Control:
     _any: bool = field(default=False, alias="any")
 
     def save(self, reason: str) -> None:
-        self.save_reason, self._any = self.save_reason or reason, True
+        self.save_reason, self._any = self.save_reason or _words(reason), True
 
     def evaluate(self, reason: str) -> None:
-        self.evaluate_reason, self._any = self.evaluate_reason or reason, True
+        self.evaluate_reason, self._any = self.evaluate_reason or _words(reason), True
 
     def stop(self, reason: str) -> None:
-        self.stop_reason, self._any = self.stop_reason or reason, True
+        self.stop_reason, self._any = self.stop_reason or _words(reason), True
 
     def signalled(self, reason: str) -> None:
         """Called by the handlers of signals, at any moment."""
@@ -84,13 +85,16 @@ class Control:
             raise StopNow(reason)
 
     def halt(self, reason: str) -> None:
-        self.halt_reason, self._any = self.halt_reason or reason, True
+        self.halt_reason, self._any = self.halt_reason or _words(reason), True
 
     def end(self, reason: str) -> None:
         """The data are used up: the run is complete, whatever ``max_steps`` says."""
         self.ended_reason, self._any = self.ended_reason or reason, True
 
     def skip_step(self, flag: torch.Tensor) -> None:
+        if not isinstance(flag, torch.Tensor) or flag.shape or flag.dtype is not torch.bool or flag.is_meta:
+            given = f"{list(flag.shape)} {flag.dtype}" if isinstance(flag, torch.Tensor) else type(flag).__name__
+            raise PluginError(f"run.control.skip_step was given a {given}; expected a 0-d bool tensor on the device")
         self.skip = flag if self.skip is None else self.skip | flag
 
     def switch_off(self, plugin: str) -> None:
@@ -125,3 +129,9 @@ class Control:
         self._any = bool(self.ended_reason)
         save, evaluate, stop, halt, ended = mine
         return Verdict(save, evaluate, stop, halt, ended, off)
+
+
+def _words(reason: str) -> str:
+    if not isinstance(reason, str) or not reason:
+        raise PluginError(f"run.control was given {reason!r} as a reason; expected text that says why")
+    return reason
