@@ -98,6 +98,30 @@ def test_a_hook_takes_exactly_run_and_event(signature: str) -> None:
     assert len(lint(hook_with(signature))) == 1
 
 
+def test_the_message_shows_the_signature_as_it_was_written() -> None:
+    assert lint(hook_with("self, run, *, event"))[0].endswith("it takes (self, run, *, event)")
+    assert lint(hook_with("self, run, event, /"))[0].endswith("it takes (self, run, event, /)")
+
+
+def test_a_misspelt_hook_is_found_without_a_decorator_and_a_helper_is_not_taken_for_one() -> None:
+    class P(Plugin):
+        def on_metrcs(self, run, event):
+            pass
+
+        def on_metric(self, value):
+            pass
+
+        def _on_metrics(self, run, event):
+            pass
+
+        def render(self, run, event):
+            pass
+
+    assert lint(P) == [
+        "on_metrcs looks like on_metrics misspelt, and without @hookimpl; if it is no hook, call it _on_metrcs"
+    ]
+
+
 @pytest.mark.parametrize("option", ["wrapper", "hookwrapper", "tryfirst", "trylast"])
 def test_order_is_no_matter_of_a_single_hook(option: str) -> None:
     class P(Plugin):

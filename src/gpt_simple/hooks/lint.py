@@ -53,6 +53,8 @@ def _hook_mistakes(cls: type) -> Iterator[str]:
         if options is None:
             if name in HOOKS and callable(getattr(cls, name)):
                 yield f"{name} is the name of a hook but is not marked: write @hookimpl above it"
+            elif (meant := _probably_a_hook(name, member)) is not None:
+                yield f"{name} looks like {meant} misspelt, and without @hookimpl; if it is no hook, call it _{name}"
         elif name in HOOKS:
             yield from _implementation_mistakes(name, member, options)
         elif name in PLAIN_METHODS:
@@ -60,6 +62,15 @@ def _hook_mistakes(cls: type) -> Iterator[str]:
         elif not options.get("optionalhook"):
             close = difflib.get_close_matches(name, HOOKS, 1)
             yield f"there is no hook {name}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _probably_a_hook(name: str, member: object) -> str | None:
+    """The hook that an unmarked method is named almost like and takes the arguments of."""
+    close = None if name.startswith("_") else next(iter(difflib.get_close_matches(name, HOOKS, 1, 0.8)), None)
+    function = getattr(member, "__func__", member)
+    if close is None or not inspect.isfunction(function):
+        return None
+    return close if tuple(inspect.signature(function).parameters)[1:] == HOOKS[close].arguments else None
 
 
 def _implementation_mistakes(name: str, member: object, options: Mapping[str, Any]) -> Iterator[str]:
@@ -83,10 +94,10 @@ def _implementation_mistakes(name: str, member: object, options: Mapping[str, An
     plain = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
     if not plain or tuple(p.name for p in parameters[1:]) != expected:
         first = "cls" if name in CLASS_HOOKS else "self"
-        given = ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
+        given = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
         yield (
             f"{name} must take exactly ({', '.join((first, *expected))}), without defaults, * or "
-            f"keyword-only arguments; it takes ({given})"
+            f"keyword-only arguments; it takes {given}"
         )
 
 
