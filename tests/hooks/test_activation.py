@@ -82,8 +82,16 @@ def test_all_unknown_names_are_told_with_their_places() -> None:
 
 
 def test_a_required_plugin_that_is_off_stops_the_run() -> None:
-    with pytest.raises(ConfigError, match=r"'acme' is required but not active \(--no-plugins\)"):
-        active({"acme": {}, "require": ["acme"]}, no_plugins=True)
+    for needed, table, switches, advice in (
+        ("acme", {}, ("--no-plugins",), r"\(--no-plugins\): leave that out, or add -p acme"),
+        ("acme", {}, ("no:acme",), r"\(-p no:acme\): leave out -p no:acme$"),
+        ("acme", {"disable": ["acme"]}, (), r"\(plugins.disable\): take it out of that list, or add -p acme"),
+        ("memory", {}, (), r"\(not asked for\): add \[plugins.memory\], or add -p memory"),
+        ("wandb", {}, (), r"\(training.wandb_project is unset\): set training.wandb_project, or add -p wandb"),
+    ):
+        words, bare = (word for word in switches if ":" in word), "--no-plugins" in switches
+        with pytest.raises(ConfigError, match=f"'{needed}' is required but not active {advice}"):
+            active({"acme": {}, "require": [needed], **table}, *words, no_plugins=bare)
     assert active({"acme": {}, "require": ["acme"]})["acme"] == "[plugins.acme]"
 
 

@@ -103,7 +103,7 @@ def decide(
         raise ConfigError(
             "\n".join(
                 f"{wishes.place('plugins.require')}: plugin {decision.name!r} is required but not active "
-                f"({decision.why}): add [plugins.{decision.name}] or -p {decision.name}"
+                f"({decision.why}): {_remedy(decision)}"
                 for decision in off
             )
         )
@@ -138,6 +138,18 @@ def _decide(
     if name in switches.disable:
         decision = Decision(name, False, f"-p no:{name}")
     return decision
+
+
+def _remedy(decision: Decision) -> str:
+    name, why = decision.name, decision.why
+    if why == f"-p no:{name}":
+        return f"leave out {why}"
+    remedies = {
+        "--no-plugins": "leave that out",
+        "plugins.disable": "take it out of that list",
+        "not asked for": f"add [plugins.{name}]",
+    }
+    return f"{remedies.get(why) or f'set {ENABLED_BY[name]}'}, or add -p {name}"
 
 
 def _unknown_names(known: set[str], wishes: Wishes, switches: Switches) -> Iterable[str]:

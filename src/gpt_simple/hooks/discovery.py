@@ -158,7 +158,7 @@ def _judge(record: PluginRecord, namesakes: list[PluginRecord]) -> PluginRecord:
         return evolve(record, problem="shadowed", detail=detail)
     if others:
         packages = " and ".join(f"{other.distribution} {other.version}" for other in namesakes)
-        detail = f"the name {record.name!r} is claimed by {packages}: uninstall all but one of them"
+        detail = f"{record.name!r} is claimed by {packages}: uninstall all but one of them"
         return evolve(record, problem="duplicate", detail=detail)
     if problem := name_problem(record.name):
         return evolve(record, problem="bad name", detail=f"{record.label}: {problem}")
