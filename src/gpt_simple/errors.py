@@ -53,6 +53,8 @@ class PluginError(GptSimpleError):
     """A plugin is broken. The message names plugin, distribution, version, file, hook and step where known."""
 
     exit_code = ExitCode.PLUGIN
+    blamed = False
+    """Whether the message says whose failure in which hook it is. Such an error ends the run through any other hook."""
 
 
 class Halted(GptSimpleError):

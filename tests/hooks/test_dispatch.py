@@ -175,6 +175,24 @@ def test_an_error_that_is_a_sentence_already_keeps_its_class(activate: Activate)
         calls.on_metrics(RUN, METRICS)
 
 
+def test_a_failure_that_ends_the_run_is_nobody_elses_on_its_way_out(activate: Activate) -> None:
+    holder: list[Calls] = []
+    fatal = plugin("Fatal", "on_log", failing(ValueError("boom")), on_error="abort")
+    talks = plugin("Talks", "on_metrics", lambda: holder[0].on_log(RUN, METRICS))
+    calls, off = started(activate(fatal, talks))
+    holder.append(calls)
+    with pytest.raises(PluginError, match=r"^plugin fatal .*failed in on_log at step 7: ValueError: boom$"):
+        calls.on_metrics(RUN, METRICS)
+    assert off == []
+
+
+def test_a_sentence_of_the_engine_gets_the_plugins_name(activate: Activate) -> None:
+    error = PluginError("run.comm was used where it would hang")
+    calls, _ = started(activate(plugin("Bad", "on_metrics", failing(error), on_error="abort")))
+    with pytest.raises(PluginError, match=r"^plugin bad .*failed in on_metrics at step 7: run.comm was used"):
+        calls.on_metrics(RUN, METRICS)
+
+
 def test_control_c_is_nobodys_failure(activate: Activate) -> None:
     calls, off = started(activate(plugin("Any", "on_metrics", failing(KeyboardInterrupt()))))
     with pytest.raises(KeyboardInterrupt):
@@ -198,7 +216,7 @@ def test_control_c_is_nobodys_failure(activate: Activate) -> None:
 )
 def test_garbage_is_a_failure_of_the_plugin(activate: Activate, hook: str, garbage: object) -> None:
     calls, _ = started(activate(plugin("Bad", hook, lambda: garbage, on_error="abort")))
-    with pytest.raises(PluginError, match=rf"plugin bad .*{hook} returned .*expected"):
+    with pytest.raises(PluginError, match=rf"plugin bad .*failed in {hook}.*: it returned .*expected"):
         call(calls, hook, COLLECT)
 
 

@@ -50,7 +50,12 @@ def test_a_sink_that_misbehaves_changes_nothing_for_anybody(alone: Trained, hook
         assert torch.equal(value, trained.weights[name])
     warnings = [event.message for event in trained.recorder.events("on_log") if event.name == "plugin_failed"]
     assert len(warnings) == MISBEHAVIOURS[how].fails
-    assert all(hook in warning and "misbehaving" in warning for warning in warnings)
+    for warning in warnings:
+        assert re.fullmatch(
+            rf"plugin misbehaving \(.*\) failed in {hook}( at step \d)?: .*; it is switched off", warning
+        )
+        assert warning.count("plugin misbehaving") == 1
+        assert (" at step " in warning) == hasattr(HOOKS[hook].event, "step")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_the_contract_lists_everything_that_is_broken() -> None:
         check_contract(Bad)
     text = str(caught.value)
     for part in (
-        "on_eval_end failed with ValueError: boom",
+        "failed in on_eval_end at step 2: ValueError: boom",
         "on_step_end makes the device wait",
         "left.txt is still open",
         "stopped and resumed ends with other weights",
@@ -74,6 +74,16 @@ def test_the_contract_lists_everything_that_is_broken() -> None:
         "differ from those of a run without it",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("method", "answer"),
+    [("describe", ["x"]), ("describe", {"x": object()}), ("state_dict", [1]), ("state_dict", None)],
+)
+def test_the_contract_tries_plain_methods_too(method: str, answer: Any) -> None:
+    bad = type("Bad", (Plugin,), {method: lambda self: answer})
+    with pytest.raises(AssertionError, match=rf"failed in {method}: .*(expected a mapping|not JSON serializable)"):
+        check_contract(bad)
 
 
 def test_the_contract_begins_with_the_lint() -> None:

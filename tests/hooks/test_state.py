@@ -107,6 +107,15 @@ def test_state_that_is_required_is_not_dropped_in_silence(activate: Activate) ->
         ready(activate()).load_state(records, tensors)
 
 
+def test_a_plugin_without_a_package_is_not_told_to_be_installed(activate: Activate) -> None:
+    records, tensors = ready(activate(named("Vital", state_required=True))).state()
+    with pytest.raises(
+        CheckpointError, match=r"must not go on: pass it again, with -p ./vital.py or plugins="
+    ) as caught:
+        ready(activate()).load_state(records, tensors)
+    assert "install" not in str(caught.value)
+
+
 def test_a_renamed_plugin_finds_its_state(activate: Activate) -> None:
     records, tensors = ready(activate(Counter)).state()
     host = ready(activate(named("Renamed", aliases=("counter",))))
@@ -155,7 +164,7 @@ def test_state_that_could_not_come_back_is_its_plugins_failure_when_it_is_saved(
     assert host.state()[0].keys() == {"counter"}
     assert [plugin.failed for plugin in host.plugins] == [False, True]
     odd.on_error = "abort"
-    with pytest.raises(PluginError, match=r"plugin odd \(.*test_state.py\): .*state"):
+    with pytest.raises(PluginError, match=r"plugin odd \(.*test_state.py\) failed in state_dict: .*expected"):
         ready(activate(odd)).state()
 
 

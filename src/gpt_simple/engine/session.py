@@ -122,12 +122,8 @@ def train(
             run.control.stop(name)
         walltime = world.together(lambda: _walltime(training, started))
 
-        def plugin_failed(plugin: LoadedPlugin, hook: str, error: BaseException) -> None:
-            run.log.warning(
-                f"plugin {plugin.label} is switched off: {hook} failed with {type(error).__name__}: {error}",
-                name="plugin_failed",
-                plugin=plugin.name,
-            )
+        def plugin_failed(plugin: LoadedPlugin, hook: str, error: PluginError) -> None:
+            run.log.warning(f"{error}; it is switched off", name="plugin_failed", plugin=plugin.name, hook=hook)
             run.control.switch_off(plugin.name)
 
         run.control.plugins = assembly.host.names

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Implementation = Callable[..., Any]
 Listener = tuple[Implementation, LoadedPlugin]
-OnFailure = Callable[[LoadedPlugin, str, BaseException], None]
+OnFailure = Callable[[LoadedPlugin, str, PluginError], None]
 
 DISPATCHED = tuple(name for name in HOOKS if name not in ("register_components", "check_config"))
 """Hooks of a running engine; the other two are called by the host itself, before there is one."""
@@ -106,17 +106,20 @@ class Calls:
 
     def fail(self, plugin: LoadedPlugin, hook: str, event: object, error: BaseException) -> None:
         """Apply the policy to a failure: switch the plugin off and go on, or raise what ends the run."""
+        failure = plugin.failure(hook, error, getattr(event, "step", None))
+        if failure is error:
+            raise error  # another plugin's, called from this hook, that was to end the run
         if not self.policy.disables(plugin, hook):
-            if isinstance(error, GptSimpleError):
+            if isinstance(error, GptSimpleError) and not isinstance(error, PluginError):
                 raise error
-            raise plugin.failure(hook, error, getattr(event, "step", None)) from error
+            raise failure from error
         plugin.failed = True
         for name in DISPATCHED:
             # Where other processes may be waiting the plugin goes on until all of them have agreed
             # (``disable``).
             if self.policy.alone or HOOKS[name].ranks != "all":
                 self._drop(name, plugin.name)
-        self.policy.on_failure(plugin, hook, error)
+        self.policy.on_failure(plugin, hook, failure)
 
     def _drop(self, hook: str, name: str) -> None:
         cell = self._listeners.get(hook)
@@ -127,7 +130,7 @@ class Calls:
             setattr(self, hook, None)
 
 
-def checked(plugin: LoadedPlugin, info: HookInfo, result: Any) -> Any:
+def checked(info: HookInfo, result: Any) -> Any:
     """The result of a hook, or a PluginError when it is not what the hook promises."""
     if info.returns == "metrics":
         if isinstance(result, Mapping) and all(
@@ -150,7 +153,7 @@ def checked(plugin: LoadedPlugin, info: HookInfo, result: Any) -> Any:
         if result is None:
             return None
         expected = "None, since a hook named on_* only notifies"
-    raise PluginError(f"plugin {plugin.label}: {info.name} returned {_describe(result)}; expected {expected}")
+    raise PluginError(f"it returned {_describe(result)}; expected {expected}")
 
 
 def _compile(info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls) -> Callable[..., Any]:
@@ -169,7 +172,7 @@ def _compile_notification(info: HookInfo, cell: list[tuple[Listener, ...]], call
         for implementation, plugin in cell[0]:
             try:
                 if (result := implementation(run, event)) is not None:
-                    checked(plugin, info, result)
+                    checked(info, result)
             except FAILURES as error:
                 calls.fail(plugin, hook, event, error)
             # One clock reading serves as the end of this plugin and the start of the next.
@@ -184,16 +187,16 @@ def _compile_notification(info: HookInfo, cell: list[tuple[Listener, ...]], call
 def _compile_question(
     info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls
 ) -> Callable[..., list[tuple[str, Any]]]:
-    hook, arity = info.name, len(info.arguments)
+    hook, has_event = info.name, "event" in info.arguments
 
     def ask(*arguments: Any) -> list[tuple[str, Any]]:
         answers = []
         for implementation, plugin in cell[0]:
             start = perf_counter()
             try:
-                answers.append((plugin.name, checked(plugin, info, implementation(*arguments))))
+                answers.append((plugin.name, checked(info, implementation(*arguments))))
             except FAILURES as error:
-                calls.fail(plugin, hook, arguments[arity - 1], error)
+                calls.fail(plugin, hook, arguments[-1] if has_event else None, error)
             plugin.seconds += perf_counter() - start
             plugin.calls += 1
         return answers
@@ -207,7 +210,7 @@ def _compile_last_words(info: HookInfo, cell: list[tuple[Listener, ...]]) -> Cal
         for implementation, plugin in cell[0]:
             start = perf_counter()
             try:
-                checked(plugin, info, implementation(run, event))
+                checked(info, implementation(run, event))
             except FAILURES as error:
                 failures.append(plugin.failure(info.name, error, getattr(event, "step", None)))
             plugin.seconds += perf_counter() - start

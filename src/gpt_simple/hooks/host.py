@@ -154,9 +154,7 @@ class PluginHost:
         findings: list[Finding] = []
         for implementation, plugin in self._listeners("check_config"):
             try:
-                found = checked(plugin, HOOKS["check_config"], implementation(config))
-            except PluginError:
-                raise
+                found = checked(HOOKS["check_config"], implementation(config))
             except FAILURES as error:
                 raise plugin.failure("check_config", error) from error
             findings += [f if f.place else evolve(f, place=f"plugins.{plugin.name}") for f in found]
@@ -218,7 +216,7 @@ def _described(plugin: LoadedPlugin) -> Mapping[str, Any]:
     """What a plugin says of itself, which must be something that can be written down."""
     facts = plugin.active.describe()
     if not isinstance(facts, Mapping):
-        raise PluginError(f"plugin {plugin.label}: describe returned a {type(facts).__name__}; expected a mapping")
+        raise PluginError(f"it returned a {type(facts).__name__}; expected a mapping")
     json.dumps(facts)
     return facts
 

@@ -67,9 +67,13 @@ class LoadedPlugin:
         return self.instance
 
     def failure(self, where: str, error: BaseException, step: int | None = None) -> PluginError:
-        """The sentence for an exception in a hook or method of this plugin."""
+        """The sentence for an exception in a hook or method of this plugin; what is such a sentence stays as it is."""
+        if isinstance(error, PluginError) and error.blamed:
+            return error
         at = "" if step is None else f" at step {step}"
-        return PluginError(f"plugin {self.label} failed in {where}{at}: {_cause(error)}")
+        failure = PluginError(f"plugin {self.label} failed in {where}{at}: {_cause(error)}")
+        failure.blamed = True
+        return failure
 
 
 def load_plugin(name: str, passed: object | None, record: PluginRecord | None, why: str) -> LoadedPlugin:
@@ -202,12 +206,16 @@ def collecting(mistakes: list[str]) -> Iterator[None]:
         mistakes.append(str(error))
 
 
-def install_line(distribution: str, version: str) -> str:
-    """How to get this very plugin back."""
-    return f"pip install {distribution}=={version}" if distribution else "it was passed with -p or plugins=[...]"
+def way_back(name: str, distribution: str, version: str) -> str:
+    """How to get this very plugin back into a run."""
+    if not distribution:
+        return f"pass it again, with -p ./{name}.py or plugins=[...]"
+    return f"activate it with -p {name} (to install it: pip install {distribution}=={version})"
 
 
 def _cause(error: BaseException) -> str:
+    if isinstance(error, PluginError):  # a sentence already
+        return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

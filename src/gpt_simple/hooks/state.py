@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 
 from gpt_simple.errors import CheckpointError, PluginError
-from gpt_simple.hooks.loading import FAILURES, LoadedPlugin, install_line
+from gpt_simple.hooks.loading import FAILURES, LoadedPlugin, way_back
 
 if TYPE_CHECKING:
     import torch
@@ -66,10 +66,9 @@ class PluginStates:
         owners = {name: plugin for plugin in plugins for name in (*plugin.cls.aliases, plugin.name)}
         for name, record in records.items():
             if name not in owners and record["required"]:
-                line = install_line(record["distribution"], record["distribution_version"])
                 raise CheckpointError(
                     f"the checkpoint holds state of plugin {name!r}, without which the run must not go on: "
-                    f"activate it with -p {name} (to install it: {line})"
+                    + way_back(name, record["distribution"], record["distribution_version"])
                 )
         for name, record in records.items():
             if (plugin := owners.get(name)) is None:
@@ -133,12 +132,9 @@ def _of(name: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
 def _pack_plugin(plugin: LoadedPlugin) -> tuple[Record, Tensors] | None:
     tensors: Tensors = {}
     state = plugin.active.state_dict()
-    try:
-        if not isinstance(state, Mapping):
-            raise PluginError(f"state_dict returned a {type(state).__name__}; expected a mapping")
-        packed = pack(state, plugin.name, tensors)
-    except PluginError as error:
-        raise PluginError(f"plugin {plugin.label}: {error}") from None
+    if not isinstance(state, Mapping):
+        raise PluginError(f"it returned a {type(state).__name__}; expected a mapping")
+    packed = pack(state, plugin.name, tensors)
     if not state:
         return None
     record = {
