@@ -11,6 +11,7 @@ nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 CONSTRAINTS = ("-c", "constraints.txt")
+WALK = "tests/hooks/test_docs.py::test_the_tutorial_works_as_it_is_written"
 
 
 def _install(session: nox.Session, *extras: str) -> None:
@@ -34,9 +35,16 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def slow(session: nox.Session) -> None:
-    """Tests that take minutes: long fault injection, the tutorial as typed, the quickstart as a newcomer runs it."""
+    """Tests that take minutes: long fault injection, the quickstart as a newcomer runs it."""
     _install(session, "test")
-    session.run("pytest", "-m", "slow", *session.posargs)
+    session.run("pytest", "-m", "slow", "--deselect", WALK, *session.posargs)
+
+
+@nox.session
+def walk(session: nox.Session) -> None:
+    """From an empty directory to a logger of one's own: the tutorial as typed, with its package, tests and runs."""
+    _install(session, "test")
+    session.run("pytest", WALK, *session.posargs)
 
 
 @nox.session

@@ -38,7 +38,7 @@ def test_new_packages_install_run_and_pass_their_own_tests(tmp_path: Path, monke
         record = usable(installed())[name]
         assert (record.origin, record.problem) == ("external", "")
         assert train(enable=(name,)).failed == []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     environment = {"PYTHONPATH": str(target), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     done = subprocess.run([*command, *projects], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout

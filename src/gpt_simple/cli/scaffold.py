@@ -61,7 +61,8 @@ def scaffold(name: str, template: str, directory: str) -> list[str]:
 def _templates(template: str, package: str) -> Iterator[tuple[PurePosixPath, str]]:
     """Relative paths with the package's own name in them, and texts."""
     for path, file in _walk(files("gpt_simple") / "templates" / template, PurePosixPath()):
-        parts = [package if part == "package" else part for part in path.parts]
+        # Test files too: tests of two packages that are run together must not have one name.
+        parts = [part.replace("package", package) for part in path.parts]
         yield PurePosixPath(*parts), file.read_text(encoding="utf-8")
 
 
