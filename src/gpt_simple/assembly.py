@@ -13,6 +13,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
+from gpt_simple.config.convert import null_words
 from gpt_simple.config.load import RawConfig, read
 from gpt_simple.config.origin import Origins
 from gpt_simple.config.schema import Config
@@ -20,7 +21,7 @@ from gpt_simple.config.structure import structure, with_other_mistakes
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.answers import Finding
-from gpt_simple.hooks.components import CONFIG_KEY, Kind, Registry, builtin_registry
+from gpt_simple.hooks.components import BUILTIN, CONFIG_KEY, SCHEDULE_FIELDS, Kind, Registry, builtin_registry
 from gpt_simple.hooks.discovery import installed
 from gpt_simple.hooks.host import PluginHost
 
@@ -105,6 +106,7 @@ def assemble(
     host.register_components(registry)
     classes = _section_classes(raw, registry, host)
     config = structure(raw, sections=classes, plugin_configs=host.config_classes())
+    _check_schedule(config, registry)
     host.instantiate(config)
     return Assembly(config, raw.origins, host, registry, Path(path) if path is not None else None, raw.notes)
 
@@ -122,7 +124,7 @@ def _section_classes(raw: RawConfig, registry: Registry, host: PluginHost) -> di
     unknown: dict[str, Kind] = {}
     for kind, section in _SECTION_OF.items():
         name = raw.get(CONFIG_KEY[kind])
-        if not isinstance(name, str):
+        if not isinstance(name, str) or (kind == "source" and name in null_words(str | None)):
             continue  # left at its default, or a mistake that the structuring will name
         try:
             part = registry.get(kind, name, raw.origins.place(CONFIG_KEY[kind]))
@@ -135,6 +137,13 @@ def _section_classes(raw: RawConfig, registry: Registry, host: PluginHost) -> di
         unchecked = [_SECTION_OF[kind] for kind in unknown.values() if kind != "schedule"]
         raise with_other_mistakes(ConfigError("\n".join(unknown)), raw, unchecked=unchecked)
     return classes
+
+
+def _check_schedule(config: Config, registry: Registry) -> None:
+    """A built-in schedule reads the optimizer's section, which may have the optimizer's own class."""
+    name = config.optimizer.schedule
+    if registry.get("schedule", name).owner == BUILTIN:
+        registry.get("optimizer", config.optimizer.name).require(SCHEDULE_FIELDS, f"the schedule {name!r}")
 
 
 def _who_might_bring_it(host: PluginHost) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,15 +93,25 @@ def test_a_preset_reads_back_to_itself(cli, preset, suffix):
         assert not any(raw.origins.is_default(f"{name}.{key}") for key in section)
 
 
-def test_a_written_preset_can_be_switched_on_key_by_key(cli):
-    text = cli("init", "-o", "-")[0]
-    everything = [line.lstrip("#") if line[:1] == "#" and line[1:2] != " " else line for line in text.splitlines()]
-    Path("all.toml").write_text("\n".join(everything))
-    raw = read("all.toml", environ={})
-    config = structure(raw, plugin_configs=builtin_configs())
-    assert config.training == structure(read(None, environ={}, sections=PRESETS["small"])).training
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("suffix", [".toml", ".yaml"])
+def test_a_written_preset_with_every_key_switched_on_is_the_same_configuration(cli, preset, suffix):
+    cli("init", "--preset", preset, "-o", f"c{suffix}")
+    everything = Path(f"all{suffix}")
+    everything.write_text(re.sub(r"^( *)#(?! )", r"\1", Path(f"c{suffix}").read_text(), flags=re.MULTILINE))
+    raw = read(everything, environ={})
     for name, cls in SECTIONS.items():
         assert not any(raw.origins.is_default(f"{name}.{spec.name}") for spec in fields_of(cls))
+    assert cli("config", "show", str(everything), "--json") == cli("config", "show", f"c{suffix}", "--json")
+
+
+@pytest.mark.parametrize("word", ["null", "none"])
+def test_no_source_can_be_said_in_words_everywhere(cli, monkeypatch, word):
+    plain = cli("config", "show")[0]
+    assert cli("config", "show", "--data.source", word)[0] == plain
+    monkeypatch.setenv("GPT_SIMPLE__DATA__SOURCE", word)
+    assert cli("config", "show")[0] == plain
+    assert "there is no model 'null'" in cli("config", "show", "--model.name", "null", code=2)[1]
 
 
 def test_init_never_overwrites_by_itself(cli):

@@ -176,8 +176,3 @@ def test_a_field_that_no_configuration_can_hold_is_the_plugin_authors_mistake():
 
     with pytest.raises(PluginError, match=r"Unsupported\.where: a configuration cannot hold"):
         structure(read(None, environ={}), plugin_configs={"bad": Unsupported})
-
-
-def test_the_class_of_a_section_must_have_the_key_by_which_it_was_chosen():
-    with pytest.raises(PluginError, match=r"CsvConfig: the class of the section \[model\] needs a field `name: str`"):
-        structure(read(None, environ={}), sections={"model": CsvConfig})

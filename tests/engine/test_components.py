@@ -125,6 +125,13 @@ def boom(*arguments: Any, **named: Any) -> Any:
     raise ValueError("boom")
 
 
+class Nameless:
+    """A tokenizer but for its name."""
+
+    vocab_size, eod_id, fingerprint = 257, 0, "f"
+    encode = encode_batch = decode = token_bytes = save = boom
+
+
 class Defects(Plugin[NoConfig]):
     @classmethod
     @hookimpl
@@ -135,6 +142,10 @@ class Defects(Plugin[NoConfig]):
         registry.add("schedule", "none", lambda config, max_steps: None)
         registry.add("tokenizer", "none", lambda config, texts: None)
         registry.add("source", "empty", lambda config, seed: None)
+        registry.add("tokenizer", "nameless", lambda config, texts: Nameless())
+        registry.add("schedule", "raising", lambda config, max_steps: boom)
+        registry.add("schedule", "text", lambda config, max_steps: lambda step: "0.1")
+        registry.add("schedule", "nan", lambda config, max_steps: lambda step: float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -143,15 +154,97 @@ class Defects(Plugin[NoConfig]):
         (
             "model.name",
             "boom",
-            r"model 'boom' of the plugin defects could not be made: ValueError: boom \(.*\.py:\d+\)",
+            r"model 'boom' of the plugin defects \(.*\.py\) could not be made: ValueError: boom \(.*\.py:\d+\)",
         ),
         ("model.name", "lost", "model 'lost' .* ModuleNotFoundError: No module named 'no_such_module'"),
         ("optimizer.name", "none", "optimizer 'none' .* a NoneType, which has no param_groups, step"),
         ("optimizer.schedule", "none", "schedule 'none' .* a NoneType, which has no __call__"),
-        ("data.tokenizer", "none", "tokenizer 'none' .* a NoneType, which has no vocab_size"),
+        ("data.tokenizer", "none", "tokenizer 'none' .* a NoneType, which has no name, vocab_size"),
         ("data.source", "empty", "source 'empty' .* a NoneType, which has no fingerprint"),
+        ("data.tokenizer", "nameless", "tokenizer 'nameless' .* a Nameless, which has no name"),
+        (
+            "optimizer.schedule",
+            "raising",
+            r"schedule 'raising' .* gives no rate for step 1: ValueError: boom \(.*:\d+\)",
+        ),
+        ("optimizer.schedule", "text", "schedule 'text' of the plugin defects .* gives the rate '0.1' for step 1"),
+        ("optimizer.schedule", "nan", "schedule 'nan' .* gives the rate nan for step 1; expected a finite number"),
     ],
 )
 def test_a_part_that_cannot_be_made_is_its_plugins_defect(tmp_path: Path, key: str, name: str, message: str) -> None:
     with pytest.raises(PluginError, match=message):
         train(Defects, output_dir=tmp_path, overrides={key: name})
+
+
+@frozen
+class Bare:
+    width: int = 1
+
+
+@frozen
+class LionConfig:
+    name: str = "lion"
+    schedule: str = "flat"
+    max_grad_norm: float | None = 1.0
+    learning_rate: float = 1e-3
+
+
+@frozen
+class ComplexConfig(LionConfig):
+    beta: complex = 0j
+
+
+def brings(kind: Any, config: Any) -> type[Plugin[NoConfig]]:
+    class Lion(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            registry.add("schedule", "flat", lambda config, max_steps: lambda step: config.learning_rate)
+            registry.add(kind, "lion", sgd, config=config)
+
+    return Lion
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("model", Bare, "Bare has no field name, which the engine reads"),
+        ("optimizer", Bare, "Bare has no field name, schedule, max_grad_norm, which the engine reads"),
+        ("source", BigramConfig, "BigramConfig has no field source, tokenizer, .* overlap_size, "),
+        ("optimizer", ComplexConfig, r"ComplexConfig\.beta: a configuration cannot hold"),
+        ("optimizer", {"name": "lion"}, "config= must be a frozen attrs class, not {'name': 'lion'}"),
+        ("schedule", OptimizerConfig, r"takes no config=: only the optimizer brings the class of \[optimizer\]"),
+        ("tokenizer", DataConfig, r"takes no config=: only the source brings the class of \[data\]"),
+    ],
+)
+def test_a_class_that_cannot_be_a_section_is_refused_when_it_is_registered(
+    kind: str, config: Any, message: str
+) -> None:
+    with pytest.raises(PluginError, match=rf"{kind} 'lion' of the plugin lion \(.*\.py\):? .*{message}"):
+        train(brings(kind, config))
+
+
+def test_a_built_in_schedule_needs_its_fields_of_an_optimizers_own_class_once_it_is_chosen(tmp_path: Path) -> None:
+    plugin, lion = brings("optimizer", LionConfig), {"name": "lion"}
+    done = train(plugin, output_dir=tmp_path, max_steps=1, overrides={"optimizer": lion})
+    assert done.recorder.events("on_metrics")[0].metrics["train/lr"] == 1e-3
+    wanted = r"lion \(.*\.py\): LionConfig has no field warmup_steps, decay_steps, min_lr_ratio, .* schedule 'wsd'"
+    with pytest.raises(PluginError, match=wanted):
+        train(plugin, overrides={"optimizer": {**lion, "schedule": "wsd"}})
+
+
+@frozen
+class WebConfig(DataConfig):
+    source: str = "web"
+    url: str = "example.org"
+
+
+def test_a_source_may_inherit_the_section_and_add_to_it(tmp_path: Path) -> None:
+    class Web(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            registry.add("source", "web", lambda config, seed: Counting(), config=WebConfig)
+
+    data = {"source": "web", "url": "there", "tokenizer": "bytes", "max_length": 32, "val_fraction": 0.3}
+    assert train(Web, output_dir=tmp_path, max_steps=1, overrides={"data": data}).result.steps == 1

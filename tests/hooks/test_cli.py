@@ -199,6 +199,25 @@ def test_check_lints_and_runs(fake_package: FakePackage, tmp_path: Path) -> None
     assert cli("check", str(file), "--lint-only").return_value == 0
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [("config=Own", "Own has no field source, tokenizer"), ("", "could not be imported: ModuleNotFoundError")],
+)
+def test_check_sees_components_that_cannot_serve(tmp_path: Path, config: str, message: str) -> None:
+    file = tmp_path / "web.py"
+    lines = ("    @classmethod", "    @hookimpl", "    def register_components(cls, registry):")
+    file.write_text(
+        "from attrs import frozen\nfrom gpt_simple import Plugin, hookimpl\n@frozen\nclass Own:\n    url: str = ''\n"
+        "class Web(Plugin):\n"
+        + "\n".join(lines)
+        + f"\n        registry.add('source', 'web', 'nowhere:build', {config})\n"
+    )
+    broken = cli("check", str(file))
+    assert broken.return_value == 5
+    assert f"source 'web' of the plugin web ({file})" in broken.output
+    assert message in broken.output
+
+
 def test_check_without_a_name_is_for_plugins_of_other_packages(fake_package: FakePackage) -> None:
     assert "no plugin of another package" in cli("check").output
     install_broken(fake_package)

@@ -206,7 +206,8 @@ class Parts(Plugin):
 def test_components_belong_to_who_adds_them(activate: Activate) -> None:
     registry = Registry()
     activate(Parts).register_components(registry)
-    assert registry.get("schedule", "flat") == Component("schedule", "flat", "nowhere:flat", None, "parts")
+    owner = f"parts ({__file__})"
+    assert registry.get("schedule", "flat") == Component("schedule", "flat", "nowhere:flat", None, owner)
 
 
 def test_a_component_that_exists_names_both_owners(activate: Activate) -> None:

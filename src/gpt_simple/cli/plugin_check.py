@@ -11,6 +11,7 @@ from gpt_simple._names import PROGRAM
 from gpt_simple.cli.plugin_details import find
 from gpt_simple.errors import ExitCode, PluginError
 from gpt_simple.hooks.activation import is_file
+from gpt_simple.hooks.components import BUILTIN, builtin_registry
 from gpt_simple.hooks.discovery import installed, usable
 
 
@@ -26,7 +27,11 @@ def check_plugins(name: str | None, *, smoke: bool) -> int:
 def _check(name: str, *, smoke: bool) -> bool:
     try:
         plugin, _ = find(name)
+        plugin.register_components(registry := builtin_registry())
         if smoke:
+            for part in registry.parts.values():
+                if part.owner != BUILTIN:
+                    part.load()
             _try(name, plugin.cls)
     except (PluginError, AssertionError) as error:
         click.echo(f"{name}: broken\n{error}")

@@ -81,9 +81,9 @@ def _hooks(plugin: LoadedPlugin) -> Iterator[str]:
 
 
 def _parts(plugin: LoadedPlugin) -> Iterator[str]:
-    registry = Registry(owner=plugin.name)
+    registry = Registry()
     if "register_components" in hooks_of(plugin.cls):
-        plugin.cls.register_components(registry)
+        plugin.register_components(registry)
         yield ""
         yield "components"
     for part in registry.parts.values():

@@ -22,7 +22,7 @@ from gpt_simple.config.schema import (
     TrainingConfig,
 )
 from gpt_simple.config.types import fields_of, members
-from gpt_simple.errors import ConfigError, PluginError
+from gpt_simple.errors import ConfigError
 
 SECTIONS: Mapping[str, type] = {
     "model": ModelConfig,
@@ -30,7 +30,6 @@ SECTIONS: Mapping[str, type] = {
     "optimizer": OptimizerConfig,
     "training": TrainingConfig,
 }
-_COMPONENT_KEYS = {"model": "name", "data": "source", "optimizer": "name"}
 _MANY_KEYS = 8
 SWITCHES = tuple(spec.name for spec in fields_of(PluginsConfig))
 
@@ -45,11 +44,8 @@ def structure(
 
     ``sections`` replaces the class of a section, for a component that brings its own. ``plugin_configs`` maps
     plugin name to config class: ``[plugins.NAME]`` becomes an instance of it, with its defaults if there is
-    no such table. Tables of other plugins stay as they are. A class that cannot serve is a PluginError.
+    no such table. Tables of other plugins stay as they are.
     """
-    for name, cls in (sections or {}).items():
-        if (key := _COMPONENT_KEYS.get(name)) and key not in {spec.name for spec in fields_of(cls)}:
-            raise PluginError(f"{cls.__qualname__}: the class of the section [{name}] needs a field `{key}: str`")
     return _Structuring(raw, {**SECTIONS, **(sections or {})}, plugin_configs or {}).run()
 
 

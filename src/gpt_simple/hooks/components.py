@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
+import attrs
 from attrs import evolve, field, frozen
 
 from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
+from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
 
 Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source"]
@@ -32,11 +36,29 @@ CONFIG_KEY: dict[Kind, str] = {
 BUILTIN = "gpt-simple"
 """The owner of the parts that are always there."""
 
+SECTION_FIELDS: dict[Kind, tuple[str, ...]] = {
+    "model": ("name",),
+    "optimizer": ("name", "schedule", "max_grad_norm"),
+    "source": (
+        *("source", "tokenizer", "tokenizer_vocab_size", "max_documents", "max_length", "packing", "overlap_size"),
+        *("document_mask", "val_fraction", "num_workers", "seed", "curriculum", "on_exhaustion"),
+    ),
+}
+"""What the engine reads of the section that a kind may bring a class for; the class must have these fields."""
+
+SCHEDULE_FIELDS = ("learning_rate", "warmup_steps", "decay_steps", "min_lr_ratio")
+"""What the built-in schedules read of ``[optimizer]``: an optimizer's class must have them if one of these is used."""
+
+_BASE: dict[Kind, type] = {"model": ModelConfig, "optimizer": OptimizerConfig, "source": DataConfig}
+
 _NEEDED: dict[Kind, tuple[str, ...]] = {
     "model": ("forward", "parameters", "state_dict"),
     "optimizer": ("param_groups", "step", "zero_grad"),
     "schedule": ("__call__",),
-    "tokenizer": ("vocab_size", "eod_id", "fingerprint", "encode_batch", "decode", "save"),
+    "tokenizer": (
+        *("name", "vocab_size", "eod_id", "fingerprint"),
+        *("encode", "encode_batch", "decode", "token_bytes", "save"),
+    ),
     "source": ("fingerprint",),
 }
 
@@ -51,33 +73,82 @@ class Component:
     config: type | None = None
     owner: str = BUILTIN
 
+    def __attrs_post_init__(self) -> None:
+        """Refuse a class that the section of this kind cannot have, before anything is made of it."""
+        if self.config is None:
+            return
+        if self.kind not in SECTION_FIELDS:
+            section, owner = ("optimizer", "optimizer") if self.kind == "schedule" else ("data", "source")
+            raise PluginError(f"{self.label} takes no config=: only the {owner} brings the class of [{section}]")
+        if not (isinstance(self.config, type) and attrs.has(self.config)):
+            raise PluginError(f"{self.label}: config= must be a frozen attrs class, not {self.config!r}")
+        self.require(SECTION_FIELDS[self.kind], "the engine")
+
+    def require(self, fields: Sequence[str], reader: str) -> None:
+        """Raise PluginError unless the component's own class, if it brings one, has these fields."""
+        if self.config is None:
+            return
+        try:
+            known = {spec.name for spec in fields_of(self.config)}
+        except PluginError as error:
+            raise PluginError(f"{self.label}: {error}") from error
+        if missing := [name for name in fields if name not in known]:
+            raise PluginError(
+                f"{self.label}: {self.config.__qualname__} has no field {', '.join(missing)}, which {reader} reads;"
+                f" inherit from gpt_simple.{_BASE[self.kind].__name__}, or declare it as there"
+            )
+
     def load(self) -> Callable[..., Any]:
         """The factory, imported now if it was given as ``module:attribute``."""
         if not isinstance(self.target, str):
             return self.target
         module, _, attribute = self.target.partition(":")
-        factory: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+        try:
+            factory: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            if self.owner == BUILTIN:
+                raise
+            raise PluginError(f"{self.label} could not be imported: {type(error).__name__}: {error}") from error
         return factory
 
     def build(self, *arguments: Any, **named: Any) -> Any:
         """The part itself. A defect in a plugin's factory is a PluginError that names it; a user's mistake passes."""
+        factory = self.load()
         if self.owner == BUILTIN:
-            return self.load()(*arguments, **named)
+            return factory(*arguments, **named)
         try:
-            part = self.load()(*arguments, **named)
+            part = factory(*arguments, **named)
         except GptSimpleError:
             raise
         except Exception as error:
-            *_, last = traceback.extract_tb(error.__traceback__)
-            place = f"{last.filename}:{last.lineno}"
-            raise PluginError(f"{self._label} could not be made: {type(error).__name__}: {error} ({place})") from error
+            raise self._failure("could not be made", error) from error
         if missing := [name for name in _NEEDED[self.kind] if not hasattr(part, name)]:
-            raise PluginError(f"{self._label} is made as a {type(part).__name__}, which has no {', '.join(missing)}")
-        return part
+            raise PluginError(f"{self.label} is made as a {type(part).__name__}, which has no {', '.join(missing)}")
+        return self._checked(part) if self.kind == "schedule" else part
 
     @property
-    def _label(self) -> str:
+    def label(self) -> str:
+        """``model 'bigram' of the plugin bigram (./bigram.py)``: who is to blame, in messages."""
         return f"{self.kind} {self.name!r} of the plugin {self.owner}"
+
+    def _checked(self, rate: Callable[[int], Any]) -> Callable[[int], float]:
+        """The schedule, whose answer is a finite number or its plugin's defect."""
+
+        def checked(step: int) -> float:
+            try:
+                answer = rate(step)
+            except Exception as error:
+                raise self._failure(f"gives no rate for step {step}", error) from error
+            with suppress(TypeError):
+                if math.isfinite(answer):
+                    return float(answer)
+            raise PluginError(f"{self.label} gives the rate {answer!r} for step {step}; expected a finite number")
+
+        return checked
+
+    def _failure(self, what: str, error: Exception) -> PluginError:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        return PluginError(f"{self.label} {what}: {type(error).__name__}: {error} ({last.filename}:{last.lineno})")
 
 
 @frozen

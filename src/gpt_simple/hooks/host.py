@@ -127,15 +127,9 @@ class PluginHost:
         return {**self.validated, **active}
 
     def register_components(self, registry: Registry) -> None:
-        """Let every plugin add its parts, each under its own name as owner."""
+        """Let every plugin add its parts, each as their owner."""
         for plugin in self.plugins:
-            if (register := getattr(plugin.cls, "register_components", None)) is not None:
-                try:
-                    register(registry.owned_by(plugin.name))
-                except PluginError as error:
-                    raise PluginError(f"plugin {plugin.label}: {error}") from error
-                except FAILURES as error:
-                    raise plugin.failure("register_components", error) from error
+            plugin.register_components(registry)
 
     def instantiate(self, config: Config) -> None:
         """Make every plugin with its own configuration; pluggy keeps it and checks it against the specs."""

@@ -10,14 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
-from gpt_simple.errors import ConfigError, PluginError
+from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
 from gpt_simple.hooks.discovery import PluginRecord, name_problem
 from gpt_simple.hooks.lint import lint
 from gpt_simple.hooks.plugin import OnError, Plugin
+
+if TYPE_CHECKING:
+    from gpt_simple.hooks.components import Registry
 
 PassedPlugin = Plugin[Any] | type[Plugin[Any]]
 
@@ -65,6 +68,16 @@ class LoadedPlugin:
         if self.instance is None:
             raise RuntimeError(f"plugin {self.name} is used before it was made")
         return self.instance
+
+    def register_components(self, registry: Registry) -> None:
+        """Let the plugin add its parts. What it does wrong there is a PluginError that names it."""
+        if (register := getattr(self.cls, "register_components", None)) is not None:
+            try:
+                register(registry.owned_by(self.label))
+            except GptSimpleError:
+                raise
+            except FAILURES as error:
+                raise self.failure("register_components", error) from error
 
     def failure(self, where: str, error: BaseException, step: int | None = None) -> PluginError:
         """The sentence for an exception in a hook or method of this plugin; what is such a sentence stays as it is."""

@@ -107,7 +107,7 @@ class Rehearsal:
         calls = run.calls = Calls(Policy(_no_plugin))
         accumulation = config.training.gradient_accumulation_steps
         made_up = MadeUpRows(config, min(vocab_size, rows), device, accumulation)
-        rate = config.optimizer.learning_rate
+        rate = optimizer.param_groups[0].get("lr", 0.0)
         trainer = Trainer(
             run=run,
             calls=calls,
