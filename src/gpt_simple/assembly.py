@@ -59,6 +59,8 @@ class Assembly:
     registry: Registry
     source: Path | None
     notes: Sequence[str] = ()
+    arguments: Sequence[str] = ()
+    """What followed the program's name on the command line that asked for it: ``run``, ``config.toml``, ..."""
 
     def check_config(self, questions: Questions) -> list[Finding]:
         """The findings of all plugins, with the places of keys as the user knows them."""

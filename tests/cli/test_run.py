@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -72,6 +74,33 @@ def test_force_removes_nothing_when_the_new_run_is_refused(shell: Shell, here: P
     assert shell("run", "config.toml", "--force", "--data.source", "files", "--data.path", "missing").code == 3
     assert shell("run", "config.toml", "--force", "--model.n_head", "5").code == 2
     assert sorted(str(path) for path in (here / "out").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("--training.output_dir", "my runs", "--training.max_steps=2"),
+         "gpt-simple run config.toml --training.output_dir 'my runs' --training.max_steps 4"),
+        (("-p", "no:sample", "--force", "--training.max_steps", "2", "--training.resume=scratch"),
+         "gpt-simple run config.toml -p no:sample --training.max_steps 4"),
+    ],
+)  # fmt: skip
+def test_the_command_that_it_tells_goes_on_from_there(
+    shell: Shell, here: Path, arguments: tuple[str, ...], wanted: str
+) -> None:
+    told = re.search(r"^next: (.*) goes on from here$", shell("run", "config.toml", *arguments).out, re.MULTILINE)
+    assert told
+    assert told[1] == wanted
+    again = shell(*shlex.split(told[1])[1:])
+    assert again.code == 0
+    assert "resumed from step 2: " in again.out
+
+
+def test_a_file_that_says_scratch_is_told_how_to_go_on(shell: Shell, here: Path) -> None:
+    (here / "config.toml").write_text((here / "config.toml").read_text().replace('"out"', '"out"\nresume = "scratch"'))
+    told = re.search(r"^next: (.*) goes on from here$", shell("run", "config.toml").out, re.MULTILINE)
+    assert told
+    assert told[1] == "gpt-simple run config.toml --training.max_steps 8 --training.resume auto"
 
 
 def test_another_model_is_refused_with_the_difference(shell: Shell, here: Path) -> None:

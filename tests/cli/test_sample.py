@@ -75,6 +75,47 @@ def test_the_summary_says_how(shell: Shell) -> None:
     assert "gpt-simple sample out --prompt" in shell("run", "config.toml").out
 
 
+BIGRAM = """\
+from attrs import frozen
+from torch import nn
+from torch.nn.functional import cross_entropy
+from gpt_simple import Plugin, hookimpl
+
+@frozen
+class Config:
+    name: str = "bigram"
+
+class Model(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.table = nn.Embedding(size, size)
+
+    def forward(self, ids, labels=None):
+        logits = self.table(ids)
+        return logits if labels is None else cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+class Bigram(Plugin):
+    @classmethod
+    @hookimpl
+    def register_components(cls, registry):
+        registry.add("model", "bigram", lambda config, vocab_size, max_length: Model(vocab_size), config=Config)
+"""
+
+
+def test_a_model_that_a_file_brought_is_sampled_with_the_file(here: Path, shell: Shell) -> None:
+    file = here / "bigram.py"
+    file.write_text(BIGRAM)
+    config = here / "config.toml"
+    config.write_text('[model]\nname = "bigram"\n' + config.read_text().split("n_head = 2\n")[1])
+    out = shell("run", "config.toml", "-p", "./bigram.py", "--training.max_steps", "2").out
+    assert f'gpt-simple sample out -p {file} --prompt "Once" lets the model write' in out
+    ended = shell("sample", "out", "-p", "./bigram.py", *GREEDY)
+    assert ended.code == 0, ended.err
+    unknown = shell("sample", "out")
+    assert unknown.code == 2
+    assert f"nothing here brings its model 'bigram'; of the run's plugins are missing bigram ({file})" in unknown.err
+
+
 def test_the_record_of_the_run_is_enough(trained: Path, shell: Shell, here: Path) -> None:
     """The configuration file may be gone or changed."""
     (here / "config.toml").unlink()

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from gpt_simple.cli.fields import ConfiguredCommand
+from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
 
-_PLUGINS = click.option("-p", "plugins", multiple=True, metavar="NAME", help="As for `run`.")
+_PLUGINS = plugins_option("As for `run`.")
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
 from click.shell_completion import CompletionItem
@@ -16,6 +16,7 @@ from gpt_simple.config.structure import SECTIONS
 from gpt_simple.config.types import FieldSpec, fields_of, members
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import CONFIG_KEY, builtin_registry
+from gpt_simple.hooks.discovery import installed, usable
 
 _WIDTH = 110
 _AWAITED = "gpt_simple.awaited"
@@ -49,10 +50,20 @@ class ConfiguredCommand(click.Command):
         return [*super().shell_complete(context, incomplete), *complete(incomplete, builtin_configs())]
 
 
+def plugins_option(help: str) -> Callable[[Any], Any]:
+    """``-p``, which completes the names of plugins and files."""
+    return click.option("-p", "plugins", multiple=True, metavar="NAME", help=help, shell_complete=_complete_plugin)
+
+
+def _complete_plugin(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    names = list(usable(installed()))
+    found = [word for word in (*names, *(f"no:{name}" for name in names)) if word.startswith(incomplete)]
+    return [CompletionItem(word) for word in found] or [CompletionItem(incomplete, type="file")]
+
+
 def builtin_configs() -> dict[str, type]:
     """Built-in plugin -> its config class."""
     from gpt_simple.hooks.activation import Switches
-    from gpt_simple.hooks.discovery import installed
     from gpt_simple.hooks.host import PluginHost
 
     names = tuple(record.name for record in installed() if record.origin == "builtin")

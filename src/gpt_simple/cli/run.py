@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from attrs import evolve
 
 from gpt_simple.assembly import Assembly, assemble
-from gpt_simple.cli.fields import ConfiguredCommand
+from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
 from gpt_simple.cli.main import BEGAN
 from gpt_simple.errors import ExitCode
 from gpt_simple.hooks.activation import Switches
@@ -59,7 +60,8 @@ def _train(
 
     def check(*more: tuple[str, str]) -> Assembly:
         switches = Switches.parse(plugins, no_plugins=no_plugins)
-        return assemble(path or option, overrides=[*overrides, *more], switches=switches)
+        assembly = assemble(path or option, overrides=[*overrides, *more], switches=switches)
+        return evolve(assembly, arguments=[context.info_name or "run", *context.meta[_GIVEN]])
 
     def work() -> int:
         asked: list[str] = []
@@ -112,13 +114,7 @@ _OPTIONS = (
     click.argument("path", metavar="[CONFIG]", type=click.Path(), required=False),
     click.option("-c", "--config", "option", metavar="FILE", type=click.Path(), help="The same as CONFIG."),
     click.option("--force", is_flag=True, help="Discard the run in output_dir, once the new one is validated."),
-    click.option(
-        "-p",
-        "plugins",
-        multiple=True,
-        metavar="NAME",
-        help="Switch a plugin on (NAME, ./file.py) or off (no:NAME).",
-    ),
+    plugins_option("Switch a plugin on (NAME, ./file.py) or off (no:NAME)."),
     click.option("--no-plugins", is_flag=True, help="Only built-in plugins, whatever the configuration says."),
     click.option(
         "--progress",

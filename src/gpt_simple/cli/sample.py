@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gpt_simple.cli.fields import plugins_option
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="The same seed, the same text.")
 @click.option("--count", default=1, show_default=True, type=click.IntRange(1), help="Texts, with seeds from --seed on.")
 @click.option("--step", type=click.IntRange(1), help="The checkpoint of this step; unset: the newest.")
+@plugins_option("Switch a plugin on, the file that brings the model: NAME, ./file.py.")
 @click.option("--device", help="For example cpu or cuda:1; unset: a GPU if there is one.")
 def sample(
     run: Path,
@@ -37,6 +40,7 @@ def sample(
     seed: int,
     count: int,
     step: int | None,
+    plugins: tuple[str, ...],
     device: str | None,
 ) -> None:
     """Print text from the model of the run in directory RUN, the prompt included."""
@@ -49,7 +53,7 @@ def sample(
     from gpt_simple.run_dir.layout import RunDir
 
     place = _device(device)
-    restored = restore(RunDir(run), place, step=step)
+    restored = restore(RunDir(run), place, step=step, plugins=plugins)
     for index in range(count):
         with torch.no_grad(), resolve(None, place).autocast():
             text = generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from gpt_simple.assembly import Questions, assemble
-from gpt_simple.cli.fields import ConfiguredCommand
+from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
 from gpt_simple.errors import GptSimpleError
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.answers import Finding
@@ -17,7 +17,7 @@ from gpt_simple.validate.findings import exit_code, from_error, to_json, to_tabl
 )
 @click.argument("path", metavar="[CONFIG]", type=click.Path(), required=False)
 @click.option("-c", "--config", "option", metavar="FILE", type=click.Path(), help="The same as CONFIG.")
-@click.option("-p", "plugins", multiple=True, metavar="NAME", help="As for `run`.")
+@plugins_option("As for `run`.")
 @click.option("--no-plugins", is_flag=True, help="As for `run`.")
 @click.option("--force", is_flag=True, help="As if the run were started with --force.")
 @click.option(

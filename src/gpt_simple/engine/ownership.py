@@ -125,7 +125,7 @@ def _facts(setup: Setup) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
-        "plugins": {plugin.name: f"{plugin.distribution} {plugin.version}" for plugin in setup.assembly.host.plugins},
+        "plugins": {p.name: f"{p.distribution} {p.version}".strip() or p.file for p in setup.assembly.host.plugins},
         "run": run.facts(),
         "data": setup.identity["data"],
         "numerics": setup.identity["numerics"],

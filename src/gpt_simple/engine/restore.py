@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from gpt_simple.assembly import assemble
 from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.data.tokenizer import load_tokenizer
-from gpt_simple.errors import CheckpointError
+from gpt_simple.errors import CheckpointError, ConfigError
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.discovery import installed, usable
 from gpt_simple.model.shape import padded
@@ -33,16 +33,28 @@ class Restored:
     checkpoint: Checkpoint
 
 
-def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None) -> Restored:
+def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None, plugins: Sequence[str] = ()) -> Restored:
     """The model of the checkpoint of ``step``, or of the newest one that is whole. Changes nothing on disk.
 
-    Raises CheckpointError if there is no such run or checkpoint.
+    ``plugins`` are switched on as by ``-p``, beside those of the run that are installed: a file is never run because
+    of what a run.json says. Raises CheckpointError if there is no such run or checkpoint, and ConfigError if what
+    brought its model is not here.
     """
     checkpoint = _find(Store(run_dir.checkpoints), run_dir, step)
     facts = _facts(run_dir)
     values, tokenizer = facts["config"], load_tokenizer(run_dir.tokenizer)
     sections = {"model": _section(values, "model"), "data": {"max_length": values["data.max_length"]}}
-    assembly = assemble(None, sections=sections, switches=Switches(enable=_brought_by(facts["plugins"])))
+    switches = Switches.parse((*_installed(facts["plugins"]), *plugins))
+    try:
+        assembly = assemble(None, sections=sections, switches=switches)
+    except ConfigError as error:
+        gone = [f"{name} ({origin})" for name, origin in facts["plugins"].items() if name not in usable(installed())]
+        if "there is no model" not in str(error) or not gone:
+            raise
+        raise ConfigError(
+            f"{run_dir.root}: nothing here brings its model {values['model.name']!r}; of the run's plugins are missing"
+            f" {', '.join(gone)}: install what brings the model, or name its file with -p ./FILE.py"
+        ) from error
     config = assembly.config
     rows = getattr(config.model, "vocab_size", None) or padded(tokenizer.vocab_size)
     part = assembly.registry.get("model", config.model.name)
@@ -80,7 +92,7 @@ def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
 
 
-def _brought_by(plugins: Mapping[str, str]) -> tuple[str, ...]:
+def _installed(plugins: Mapping[str, str]) -> tuple[str, ...]:
     """Plugins of other packages that the run had and that are here: one of them may have brought the model."""
     here = usable(installed())
     return tuple(name for name, origin in plugins.items() if name in here and not origin.startswith(DISTRIBUTION))

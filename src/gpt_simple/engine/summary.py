@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from gpt_simple._names import PROGRAM
+from gpt_simple.assembly import Assembly
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.config.load import split_overrides
 from gpt_simple.engine.result import TrainResult
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.run import EngineRun
@@ -36,17 +42,13 @@ _SHARED = (
 def summarise(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, seconds: float) -> dict[str, Any]:
     """What ``summary.json`` holds. Losses are in nats per target token."""
     run, newest = trainer.run, trainer.store.list()
-    path, steps = run.known["config_path"], run.config.training.max_steps
-    command = f"gpt-simple run {path}" if path else "train(...)"
+    steps = run.config.training.max_steps
     # What leads further: more steps, data that do not end (there were fewer steps than were wanted), or nothing else.
-    change: tuple[str, object] | None = None
+    change: dict[str, str] = {}
     if status == "completed" and run.step >= steps:
-        change = ("training.max_steps", 2 * steps)
+        change = {"training.max_steps": str(2 * steps)}
     elif status == "completed" and run.config.data.on_exhaustion != "repeat":
-        change = ("data.on_exhaustion", "repeat")
-    again = f"{command} again"
-    if change is not None:
-        again = f"{command} --{change[0]} {change[1]}" if path else f"{command} with {change[0]} {change[1]}"
+        change = {"data.on_exhaustion": "repeat"}
     host = setup.assembly.host
     return {
         "status": status,
@@ -65,8 +67,32 @@ def summarise(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, se
         "checkpoint": str(newest[-1].path) if newest else None,
         "plugins": host.describe(),
         "plugin_seconds": {plugin.name: round(plugin.seconds, 4) for plugin in host.plugins},
-        "next": f"{again} goes on from here",
+        "next": f"{_again(setup.assembly, change)} goes on from here",
+        "sample": _sample(setup.assembly),
     }
+
+
+def _again(assembly: Assembly, change: Mapping[str, str]) -> str:
+    """The command as it was given, but never one that begins anew, and with other values of some dotted keys."""
+    if not assembly.arguments:
+        return f"train(...) {' '.join(['with', *chain(*change.items())]) if change else 'again'}"
+    given, words = split_overrides(assembly.arguments)
+    overrides = {key: text for key, text in given if (key, text) != ("training.resume", "scratch")} | dict(change)
+    places = assembly.origins.chain("training.resume")
+    if assembly.config.training.resume == "scratch" and places != ["--training.resume"]:
+        overrides["training.resume"] = "auto"
+    command = [PROGRAM, *(word for word in words if word not in ("--force", "--"))]
+    for key, text in overrides.items():
+        command += [f"--{key}={text}"] if text.startswith("--") else [f"--{key}", text]
+    return shlex.join(command)
+
+
+def _sample(assembly: Assembly) -> str:
+    """What lets the model write."""
+    owner = assembly.registry.get("model", assembly.config.model.name).owner
+    files = [p.file for p in assembly.host.plugins if p.label == owner and not p.distribution]
+    words = ["sample", assembly.config.training.output_dir, *(word for file in files for word in ("-p", file))]
+    return f'{PROGRAM} {shlex.join(words)} --prompt "Once"'
 
 
 def finished(run: EngineRun, run_dir: RunDir, resume: ResumePlan) -> TrainResult:

@@ -108,7 +108,7 @@ def summary_lines(run: Run, event: ev.RunEnd) -> list[str]:
             lines += ["  the model writes", textwrap.indent(wrapped(facts["sample"]), "    ")]
     lines += ["", f"next: {summary['next']}"]
     if summary["checkpoint"]:
-        lines.append(f'      gpt-simple sample {run.output_dir} --prompt "Once" lets the model write')
+        lines.append(f"      {summary['sample']} lets the model write")
     return lines
 
 
