@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from gpt_simple.config.structure import structure, with_other_mistakes
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.answers import Finding
-from gpt_simple.hooks.components import BUILTIN, CONFIG_KEY, SCHEDULE_FIELDS, Kind, Registry, builtin_registry
+from gpt_simple.hooks.components import (
+    BUILTIN,
+    CONFIG_KEY,
+    SCHEDULE_FIELDS,
+    Component,
+    Kind,
+    Registry,
+    builtin_registry,
+)
 from gpt_simple.hooks.discovery import installed
 from gpt_simple.hooks.host import PluginHost
 
@@ -61,6 +70,12 @@ class Assembly:
     notes: Sequence[str] = ()
     arguments: Sequence[str] = ()
     """What followed the program's name on the command line that asked for it: ``run``, ``config.toml``, ..."""
+
+    @property
+    def components(self) -> list[Component]:
+        """The chosen parts: what the engine will build. A tokenizer that is a file is none, nor is an unset source."""
+        names = {kind: attrgetter(key)(self.config) for kind, key in CONFIG_KEY.items()}
+        return [part for (kind, name), part in self.registry.parts.items() if names[kind] == name]
 
     def check_config(self, questions: Questions) -> list[Finding]:
         """The findings of all plugins, with the places of keys as the user knows them."""

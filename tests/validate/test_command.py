@@ -33,6 +33,30 @@ def test_a_good_configuration_has_no_errors_and_nothing_is_changed(shell: Shell,
     assert snapshot(here) == before
 
 
+COMPONENTS = """
+from gpt_simple import Plugin, hookimpl
+
+class Parts(Plugin):
+    @classmethod
+    @hookimpl
+    def register_components(cls, registry):
+        for kind in ("model", "optimizer", "schedule", "tokenizer", "source"):
+            registry.add(kind, "lost", "nowhere:build")
+"""
+
+
+@pytest.mark.parametrize("key", ["model.name", "optimizer.name", "optimizer.schedule", "data.tokenizer", "data.source"])
+def test_a_component_that_cannot_be_imported_is_its_plugins_error(
+    check: Check, shell: Shell, here: Path, key: str
+) -> None:
+    (here / "parts.py").write_text(COMPONENTS)
+    arguments = ("-p", "./parts.py", f"--{key}", "lost")
+    (error,) = (finding for finding in check(*arguments, code=5).values() if finding["severity"] == "error")
+    assert f"of the plugin parts ({here / 'parts.py'}) could not be imported: ModuleNotFoundError" in error["message"]
+    assert shell("run", "config.toml", *arguments, "--force").code == 5
+    assert not (here / "out").exists()
+
+
 def test_it_imports_no_torch(here: Path) -> None:
     code = (
         "import sys\nfrom gpt_simple.cli.main import main\ntry: main(['validate', 'config.toml'])\n"
@@ -50,6 +74,10 @@ def test_it_imports_no_torch(here: Path) -> None:
         (["--training.keep_milestone_every", "3"], "milestones-missed", "training.keep_milestone_every"),
         (["--optimizer.learning_rate", "1.5"], "learning-rate-high", "optimizer.learning_rate"),
         (["--training.resume=scratch", "--training.max_runtime_seconds=99"], "stops-for-good", "training.resume"),
+        (["--model.rope_scaling_type", "ntk"], "without-effect", "model.rope_scaling_type"),
+        (["--model.position=learned", "--model.rope_base=1e6"], "without-effect", "model.rope_base"),
+        (["--data.path", "."], "without-effect", "data.path"),
+        (["--data.format", "text"], "without-effect", "data.format"),
     ],
 )
 def test_what_runs_but_surprises_is_a_warning_with_its_place(

@@ -76,6 +76,8 @@ class Setup:
 
     def check(self, plan: ResumePlan) -> None:
         """Refuse what cannot work, with the model known but nothing allocated."""
+        for part in self.assembly.components:
+            part.load()
         if plan.kind == "resume":
             self.promise = f"resumed from step {plan.state['step']}: {promise(plan.state['run'], self.identity)}"
         elif plan.kind == "finished":

@@ -78,11 +78,17 @@ class Component:
         if self.config is None:
             return
         if self.kind not in SECTION_FIELDS:
-            section, owner = ("optimizer", "optimizer") if self.kind == "schedule" else ("data", "source")
+            section = self.key.partition(".")[0]
+            owner = "optimizer" if self.kind == "schedule" else "source"
             raise PluginError(f"{self.label} takes no config=: only the {owner} brings the class of [{section}]")
         if not (isinstance(self.config, type) and attrs.has(self.config)):
             raise PluginError(f"{self.label}: config= must be a frozen attrs class, not {self.config!r}")
         self.require(SECTION_FIELDS[self.kind], "the engine")
+
+    @property
+    def key(self) -> str:
+        """The field that chooses it: ``model.name``."""
+        return CONFIG_KEY[self.kind]
 
     def require(self, fields: Sequence[str], reader: str) -> None:
         """Raise PluginError unless the component's own class, if it brings one, has these fields."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import gpt_simple
-from gpt_simple import Finding, GptSimpleError, OptimizerConfig
+from gpt_simple import Finding, GptSimpleError, ModelConfig, OptimizerConfig
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _DATA, _CHECKPOINT, _PLUGIN = 3, 4, 5
+_WITHOUT_FILES = ("stories", "python_stdlib")
+"""Sources that read neither data.path nor data.format."""
+
 _EVALUATION_SHARE = 0.25
 """More of the time than this in evaluation is worth a warning; a forward pass is a third of a training step."""
 
@@ -35,9 +38,10 @@ class Validate(Plugin[NoConfig]):
     @hookimpl
     def check_config(self, config: Config) -> list[Finding]:
         outlook = gpt_simple.outlook(config)
-        findings = [*_steps(outlook), *_schedule(outlook), *_checkpoints(outlook)]
+        findings = [*_steps(outlook), *_schedule(outlook), *_checkpoints(outlook), *_idle(outlook)]
         if not outlook.questions.launching:
-            findings += [*_summary(outlook), *_guarded("data", "data.path", _data, outlook)]
+            findings += [*_components(outlook), *_summary(outlook)]
+            findings += [*_guarded("data", "data.path", _data, outlook)]
             findings += [*_guarded("resume", "training.resume", _resume, outlook), *_environment(outlook)]
             if outlook.questions.probe or outlook.questions.device:
                 findings += _guarded("runtime", "training", _runtime, outlook)
@@ -105,6 +109,33 @@ def _checkpoints(outlook: Outlook) -> Iterator[Finding]:
     if every and training.max_steps / every > 50 and training.keep_last_k is None:
         message = f"keep_last_k null keeps all {training.max_steps // every} checkpoints"
         yield Finding("warning", "keeps-everything", message, "training.keep_last_k")
+
+
+def _idle(outlook: Outlook) -> Iterator[Finding]:
+    """What somebody set and nothing reads."""
+    model, data = outlook.config.model, outlook.config.data
+    idle: dict[str, str] = {}
+    if type(model) is ModelConfig:
+        if model.rope_scaling_type is not None and model.rope_scaling_factor == 1:
+            idle["model.rope_scaling_type"] = "rope_scaling_factor is 1"
+        if model.position == "learned" and not outlook.is_default("model.rope_base"):
+            idle["model.rope_base"] = 'position is "learned"'
+    if data.source in _WITHOUT_FILES:
+        for name in ("path", "format"):
+            if getattr(data, name, None) is not None:
+                idle[f"data.{name}"] = f"the source {data.source} brings its own text"
+    for key, why in idle.items():
+        yield Finding("warning", "without-effect", f"{key.partition('.')[2]} has no effect: {why}", key)
+
+
+def _components(outlook: Outlook) -> Iterator[Finding]:
+    """Plugins' parts are imported, which no check but this one does before a run; the data ask for their source."""
+    for part in outlook.components:
+        try:
+            if part.kind != "source":
+                part.load()
+        except GptSimpleError as error:
+            yield Finding("error", "component-refused", str(error), part.key, exit_code=int(error.exit_code))
 
 
 def _summary(outlook: Outlook) -> Iterator[Finding]:

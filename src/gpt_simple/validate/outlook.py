@@ -13,7 +13,7 @@ from attrs import field, frozen
 
 from gpt_simple.assembly import Assembly, Questions, under_check
 from gpt_simple.config.schema import Config
-from gpt_simple.hooks.components import Registry, builtin_registry
+from gpt_simple.hooks.components import BUILTIN, Component, Registry, builtin_registry
 
 if TYPE_CHECKING:
     from gpt_simple.model.shape import Shape
@@ -50,6 +50,12 @@ class Outlook:
         """The plugins that the run loads, in call order, each with its distribution and version."""
         loaded = self._assembly.host.plugins if self._assembly is not None else ()
         return {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in loaded}
+
+    @property
+    def components(self) -> list[Component]:
+        """The chosen parts that plugins bring."""
+        chosen = self._assembly.components if self._assembly is not None else ()
+        return [part for part in chosen if part.owner != BUILTIN]
 
     def is_default(self, key: str) -> bool:
         """Whether nobody set this dotted key."""
