@@ -160,6 +160,18 @@ def test_a_shell_gets_dotted_keys(cli, monkeypatch):
         ("validate c.toml --plugins.console.progress li", {"plain,live", "plain,lines"}),
         ("run c.toml --data.path co", {"file,co"}),
         ("run con", {"file,con"}),
+        ("run --training.compile_scope ", {"plain,model", "plain,blocks"}),
+        ("train --config c.yaml --training.compile_scope m", {"plain,model"}),
+        ("train --config c.yaml --training.compile_scope = m", {"plain,model"}),
+        (
+            "run --training.compile_scope=",
+            {"plain,--training.compile_scope=model", "plain,--training.compile_scope=blocks"},
+        ),
+        ("run c.toml --model.norm=r", {"plain,--model.norm=rmsnorm"}),
+        ("run --training.seed 3 con", {"file,con"}),
+        ("run -p eval", {"plain,evaluate"}),
+        ("config show c.toml -p no:eval", {"plain,no:evaluate"}),
+        ("validate -p ./mine", {"file,./mine"}),
         ("run -c con", {"file,con"}),
     ],
 )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from typing import Any, Literal, get_args, get_origin
 
 import click
-from click.shell_completion import CompletionItem
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem, split_arg_string
 
-from gpt_simple.config.load import split_overrides
+from gpt_simple.config.load import OVERRIDE, split_overrides
 from gpt_simple.config.render import field_help
 from gpt_simple.config.schema import PluginsConfig
 from gpt_simple.config.structure import SECTIONS
@@ -29,25 +30,46 @@ class ConfiguredCommand(click.Command):
     """
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        awaited, args = _awaited(args) if context.resilient_parsing else (None, args)
         try:
             context.obj, rest = split_overrides(args)
         except ConfigError:
             if not context.resilient_parsing:
                 raise
-            # A shell asks for completions: the last value is not there yet.
-            context.meta[_AWAITED], context.obj, rest = args[-1].removeprefix("--"), [], []
-            with suppress(ConfigError):
-                context.obj, rest = split_overrides(args[:-1])
-        return super().parse_args(context, rest)
+            context.obj, rest = [], []
+        left = super().parse_args(context, rest)
+        if awaited is not None:
+            context.meta[_AWAITED] = awaited
+            # Else click would complete the argument CONFIG, if it is not there, and not ask this command.
+            for parameter in self.params:
+                context.set_parameter_source(str(parameter.name), ParameterSource.COMMANDLINE)
+        return left
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_epilog(context, formatter)
         formatter.write("\n" + option_help(builtin_configs()))
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
-        if (key := context.meta.get(_AWAITED)) and not incomplete.startswith("--"):
-            return complete_value(key, incomplete, builtin_configs())
+        key, before = context.meta.get(_AWAITED, ("", ""))
+        if key and not incomplete.startswith("--"):
+            found = complete_value(key, incomplete, builtin_configs())
+            return [CompletionItem(before + item.value, item.type) for item in found]
         return [*super().shell_complete(context, incomplete), *complete(incomplete, builtin_configs())]
+
+
+def _awaited(args: list[str]) -> tuple[tuple[str, str] | None, list[str]]:
+    """The field whose value a shell asks for, with what of the word stands before it; and the words that are complete.
+
+    Shells make one word of ``--key=value`` or three. Of one word click hands on the value alone.
+    """
+    words, position = split_arg_string(os.environ.get("COMP_WORDS", "")), os.environ.get("COMP_CWORD", "")
+    word = "".join(words[int(position) : int(position) + 1]) if position.isdigit() else position
+    if (found := OVERRIDE.fullmatch(word)) and found[2] is not None:
+        return (found[1], f"--{found[1]}="), args
+    before = args[:-1] if args[-1:] == ["="] else args
+    if before and (found := OVERRIDE.fullmatch(before[-1])) and found[2] is None:
+        return (found[1], ""), before[:-1]
+    return None, args
 
 
 def plugins_option(help: str) -> Callable[[Any], Any]:

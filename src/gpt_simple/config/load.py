@@ -25,7 +25,8 @@ from gpt_simple.config.parsed import Parsed
 from gpt_simple.config.schema import Config, PluginsConfig
 from gpt_simple.errors import ConfigError
 
-_OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
+OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
+"""``--section.key`` or ``--section.key=value``."""
 _ALMOST_ENV = re.compile(rf"GPT_SIMPLE_({'|'.join(a.name.upper() for a in attrs.fields(Config))})_+(\w+)")
 """A variable that nobody else would have named so: an underscore is missing."""
 _PYTHON = Origin("python", "train(...)")
@@ -100,7 +101,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], li
         argument = remaining.pop(0)
         if argument == "--":
             return overrides, [*rest, argument, *remaining]
-        if not (found := _OVERRIDE.fullmatch(argument)):
+        if not (found := OVERRIDE.fullmatch(argument)):
             rest.append(argument)
             continue
         key, text = found.groups()
