@@ -78,14 +78,15 @@ def plugins(session: nox.Session) -> None:
 
 @nox.session
 def schema(session: nox.Session) -> None:
-    """The JSON Schema in the hands of a real linter: our files pass, a wrong one does not."""
+    """The JSON Schema in the hands of real linters: our files pass, a wrong one does not."""
     _install(session)
-    session.install("tombi")
+    session.install("tombi", "check-jsonschema")
     directory = Path(session.create_tmp()).resolve()
     schema = session.run("gpt-simple", "config", "schema", silent=True)
     (directory / "schema.json").write_text(str(schema))
     for preset in ("tiny", "small", "medium", "large"):
-        session.run("gpt-simple", "init", "--preset", preset, "-o", str(directory / f"{preset}.toml"), "--force")
+        for suffix in (".toml", ".yaml"):
+            session.run("gpt-simple", "init", "--preset", preset, "-o", str(directory / f"{preset}{suffix}"), "--force")
     for example in Path("examples").glob("*.toml"):
         (directory / example.name).write_text(example.read_text())
     for path in directory.glob("*.toml"):
@@ -94,6 +95,11 @@ def schema(session: nox.Session) -> None:
     (directory / "wrong.toml").write_text("#:schema ./schema.json\n[training]\nmax_step = 5\n")
     session.run("tombi", "lint", "--offline", str(directory / "wrong.toml"), success_codes=[1])
     (directory / "wrong.toml").unlink()
+    check = ("check-jsonschema", "--schemafile", str(directory / "schema.json"))
+    session.run(*check, *map(str, sorted(directory.glob("*.yaml"))))
+    (directory / "wrong.yaml").write_text("training:\n  max_step: 5\n")
+    session.run(*check, str(directory / "wrong.yaml"), success_codes=[1])
+    (directory / "wrong.yaml").unlink()
 
 
 @nox.session

@@ -217,9 +217,16 @@ def test_an_old_key_beside_the_new_one_gives_way_and_says_so(bench):
     raw = bench.raw("model: {attention_mode: causal}\ndata: {document_mask: true}", ".yaml")
     assert raw.notes[0].startswith("config.yaml:1: model.attention_mode causal is ignored: data.document_mask is given")
     assert raw.get("data.document_mask") is True
+    raw = bench.raw("data:\n  on_exhaustion: halt\n  allow_bucket_exhaustion: true", ".yaml")
+    assert raw.notes == ("config.yaml:3: data.allow_bucket_exhaustion true is ignored: data.on_exhaustion is given",)
+    assert (raw.get("data.on_exhaustion"), raw.origins.of("data.on_exhaustion").line) == ("halt", 2)
 
 
 def test_an_old_key_with_a_value_that_was_never_known_is_a_mistake(bench):
-    assert bench.mistakes("model: {attention_mode: paged}", ".yaml")[0].startswith(
-        "config.yaml:1: model.attention_mode: unknown key"
-    )
+    text = "model: {attention_mode: flash}\ndata: {allow_bucket_exhaustion: 1}"
+    assert bench.mistakes(text, ".yaml") == [
+        "config.yaml:1: model.attention_mode: expected causal, sdpa_mask or flex (of the earlier YAML tool), "
+        "or data.document_mask",
+        "config.yaml:2: data.allow_bucket_exhaustion: expected true or false (of the earlier YAML tool), "
+        "or data.on_exhaustion",
+    ]

@@ -221,3 +221,11 @@ def test_a_variable_that_names_no_key_is_named(bench, variable):
 def test_a_variable_with_an_underscore_too_few_is_told(bench):
     raw = bench.raw("", environ={"GPT_SIMPLE_MODEL_N_EMBD": "3", "GPT_SIMPLE_CACHE": "x", "GPT_SIMPLE_TRAINING": "x"})
     assert raw.notes == ("$GPT_SIMPLE_MODEL_N_EMBD is not read; did you mean $GPT_SIMPLE__MODEL__N_EMBD?",)
+
+
+def test_an_option_takes_a_list_of_tables_as_toml_and_as_json(bench):
+    phases = [("data.curriculum", '[{"duration_tokens": 5, "mix": {"a": 1}}]')]
+    as_toml = [("data.curriculum", "[{duration_tokens = 5, mix = {a = 1}}]")]
+    assert bench.config(overrides=phases) == bench.config(overrides=as_toml)
+    assert bench.config(overrides=phases).data.curriculum[0].mix == {"a": 1}
+    assert bench.config(overrides=[("training.output_dir", "{run}")]).training.output_dir == "{run}"

@@ -113,6 +113,22 @@ def test_a_key_of_no_section_is_sent_home(bench):
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("training.epochs", "unknown key; a run is as long as training.max_steps says"),
+        ("training.num_train_epochs", "unknown key; a run is as long as training.max_steps says"),
+        ("training.lr", "unknown key; did you mean optimizer.learning_rate?"),
+        ("training.max_lenght", "unknown key; did you mean data.max_length?"),
+        ("seed", "unknown key; did you mean data.seed or training.seed?"),
+        ("model.seed", "unknown key; did you mean data.seed or training.seed?"),
+        ("training.momentum", "unknown key; all keys are in `gpt-simple run --help`"),
+    ],
+)
+def test_a_guess_in_another_section_is_a_sure_one_and_names_every_section(bench, key, message):
+    assert bench.mistakes(f"{key} = 1") == [f"config.toml:1: {key}: {message}"]
+
+
 def test_mistakes_of_environment_and_command_line_name_their_place(bench):
     assert bench.mistakes(
         environ={"GPT_SIMPLE__TRAINING__SEDE": "1", "GPT_SIMPLE__TRAINING": "1"},

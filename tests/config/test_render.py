@@ -17,6 +17,7 @@ from attrs import evolve, frozen
 from gpt_simple import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from gpt_simple.config.json_schema import json_schema
 from gpt_simple.config.load import read
+from gpt_simple.config.origin import Origins
 from gpt_simple.config.render import to_json, to_toml, to_yaml
 from gpt_simple.config.schema import Config, Phase, PluginsConfig
 from gpt_simple.config.structure import SECTIONS, structure
@@ -135,6 +136,14 @@ def accepts(schema: Mapping[str, object], value: object) -> bool:
 def test_the_schema_accepts_what_is_written(config):
     for document in (tomli.loads(to_toml(config)), json.loads(to_json(config))):
         assert accepts(json_schema(), document)
+
+
+def test_the_schema_accepts_a_section_below_which_everything_is_a_comment(bench):
+    text = to_yaml(structure(bench.raw(), plugin_configs={"sink": SinkConfig}), chosen=Origins())
+    document = yaml.safe_load(text)
+    assert document["training"] is document["plugins"]["sink"] is None
+    assert accepts(json_schema({"sink": SinkConfig}), document)
+    assert bench.config(text, ".yaml").training == Config().training
 
 
 @pytest.mark.parametrize(

@@ -33,23 +33,24 @@ def json_schema(
     ``sections`` replaces the class of a section, for a component that brings its own.
     """
     classes = {**SECTIONS, **(sections or {})}
-    plugins = _table(PluginsConfig)
-    plugins["properties"] |= {name: _table(cls) for name, cls in sorted((plugin_configs or {}).items())}
+    plugins = _table(PluginsConfig, nullable=True)
+    plugins["properties"] |= {name: _table(cls, nullable=True) for name, cls in sorted((plugin_configs or {}).items())}
     plugins["additionalProperties"] = {"type": ["object", "null"]}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "gpt-simple configuration",
         "type": "object",
-        "properties": {name: _table(cls) for name, cls in classes.items()} | {"plugins": plugins},
+        "properties": {name: _table(cls, nullable=True) for name, cls in classes.items()} | {"plugins": plugins},
         "additionalProperties": False,
     }
 
 
-def _table(cls: type) -> dict[str, Any]:
+def _table(cls: type, *, nullable: bool = False) -> dict[str, Any]:
+    """``nullable``: nothing may stand below its name, which is null in YAML and an empty table."""
     specs = fields_of(cls)
     required = [spec.name for spec in specs if spec.default is attrs.NOTHING]
     return {
-        "type": "object",
+        "type": ["object", "null"] if nullable else "object",
         "description": summary(cls),
         "properties": {spec.name: _field(spec) for spec in specs},
         "additionalProperties": False,

@@ -12,6 +12,13 @@ from typing import Any
 
 from attrs import frozen
 
+OLD_VALUES = {
+    "model.attention_mode": "expected causal, sdpa_mask or flex (of the earlier YAML tool), or data.document_mask",
+    "data.allow_bucket_exhaustion": "expected true or false (of the earlier YAML tool), or data.on_exhaustion",
+    "data.allow_budget_mismatch": "expected true or false (of the earlier YAML tool); it has no effect here",
+}
+"""What to say of an old key whose value is not one of the earlier tool's."""
+
 _GIVEN = "data.document_mask is given, and the attention kernel is chosen by device"
 
 
@@ -58,12 +65,13 @@ def _attention_mode(model: dict[str, Any], data: dict[str, Any]) -> Iterator[Ren
 def _exhaustion(data: dict[str, Any]) -> Iterator[Renamed]:
     if isinstance(allowed := data.get("allow_bucket_exhaustion"), bool):
         del data["allow_bucket_exhaustion"]
-        policy = data.setdefault("on_exhaustion", "renormalise" if allowed else "halt")
-        yield Renamed(
-            "data.allow_bucket_exhaustion",
-            ("data.on_exhaustion",),
-            f"data.allow_bucket_exhaustion {_boolean(allowed)} is read as data.on_exhaustion {policy}",
-        )
+        old = f"data.allow_bucket_exhaustion {_boolean(allowed)}"
+        if "on_exhaustion" in data:
+            yield Renamed("data.allow_bucket_exhaustion", (), f"{old} is ignored: data.on_exhaustion is given")
+        else:
+            data["on_exhaustion"] = policy = "renormalise" if allowed else "halt"
+            note = f"{old} is read as data.on_exhaustion {policy}"
+            yield Renamed("data.allow_bucket_exhaustion", ("data.on_exhaustion",), note)
     if isinstance(allowed := data.get("allow_budget_mismatch"), bool):
         del data["allow_budget_mismatch"]
         yield Renamed(

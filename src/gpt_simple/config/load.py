@@ -8,6 +8,7 @@ mistakes that were collected on the way. In between, whoever loads the configura
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,7 @@ def read(
 ) -> RawConfig:
     """Merge a file, ``sections`` given in Python, ``GPT_SIMPLE__SECTION__KEY`` variables and overrides.
 
-    ``overrides`` are (dotted key, text); the text is read as a TOML value, else it is taken as it is. A
+    ``overrides`` are (dotted key, text); the text is read as a TOML value or as JSON, else it is taken as it is. A
     section given in Python (an instance of its class, or a mapping) replaces the file's whole section.
     ``environ`` defaults to the process's environment. ``values`` maps dotted keys to Python values and is
     strongest. A file that is missing or that cannot be read to its end is a ConfigError.
@@ -233,14 +234,18 @@ def _parse(path: Path) -> Parsed:
 
 
 def _literal(text: str) -> Any:
-    """The text as a TOML value, or as it is if it is none."""
+    """The text as a TOML value, a list or table also as JSON, or as it is if it is none."""
     import tomli
 
     try:
         document = tomli.loads(f"value = {text}")
+        return document["value"] if len(document) == 1 else text
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return json.loads(text) if text.lstrip()[:1] in ("[", "{") else text
     except (ValueError, RecursionError):
         return text
-    return document["value"] if len(document) == 1 else text
 
 
 def _plain(section: object) -> Any:

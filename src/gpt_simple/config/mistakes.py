@@ -59,13 +59,13 @@ def show(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 
-def closest(word: str, words: Iterable[str]) -> str | None:
+def closest(word: str, words: Iterable[str], *, cutoff: float = 0.65) -> str | None:
     """The word that was probably meant: spelt alike, a part of it, or its initials (lr, batch_size)."""
     import difflib
 
     word = word.lower()
     by_lower = {candidate.lower(): candidate for candidate in words}
-    if match := difflib.get_close_matches(word, by_lower, 1, cutoff=0.65):
+    if match := difflib.get_close_matches(word, by_lower, 1, cutoff):
         return by_lower[match[0]]
     for lower, candidate in by_lower.items():
         if (len(word) > 3 and word in lower) or word == "".join(part[:1] for part in lower.split("_")):

@@ -53,6 +53,11 @@ class Origins:
             return origin.where
         return path if origin.kind == "default" else f"{origin.where} ({path})"
 
+    def placed(self, message: str) -> str:
+        """A message that begins with a key, with the place of the key in its stead."""
+        key = re.match(r"\w+\.\w+", message)
+        return self.place(key[0]) + message[key.end() :] if key else message
+
     def chain(self, path: str) -> list[str]:
         """The places that set this value, the strongest first: ``["--training.seed", "config.toml:4"]``."""
         origin: Origin | None = self.of(path)

@@ -10,6 +10,7 @@ import attrs
 from gpt_simple._names import PROGRAM
 from gpt_simple.config.convert import Mismatch, UnknownKey, converter, errors_of
 from gpt_simple.config.cross_checks import conflicts
+from gpt_simple.config.legacy import OLD_VALUES
 from gpt_simple.config.load import RawConfig
 from gpt_simple.config.mistakes import Mistake, closest, config_error, mistake
 from gpt_simple.config.origin import Origin, Origins
@@ -142,17 +143,21 @@ class _Structuring:
         names = [*self.sections, "plugins"]
         if meant := closest(name, names):
             return f"unknown section; did you mean [{meant}]?"
-        if not isinstance(value, Mapping) and (home := self._elsewhere(name)):
+        if not isinstance(value, Mapping) and (home := self._homes(name) or self._elsewhere(name)):
             return f"unknown key; did you mean {home}?"
         return f"unknown section; expected one of {', '.join(names)}"
 
     def _unknown_key(self, path: str, cls: type) -> str:
         """The key may belong to another section, or be misspelt, or both."""
+        if path in OLD_VALUES:
+            return OLD_VALUES[path]
         table, _, key = path.rpartition(".")
-        here = [spec.name for spec in fields_of(cls)]
+        here = _names(cls)
         near = closest(key, here)
-        if meant := self._all_keys().get(key) or (near and f"{table}.{near}") or self._elsewhere(key):
+        if meant := self._homes(key) or (near and f"{table}.{near}") or self._elsewhere(key):
             return f"unknown key; did you mean {meant}?"
+        if "epoch" in key:
+            return "unknown key; a run is as long as training.max_steps says"
         if cls is PluginsConfig:
             return f"expected a table [{path}] or one of {', '.join(here)}"
         if not here:
@@ -161,18 +166,19 @@ class _Structuring:
             return f"unknown key; all keys are in `{PROGRAM} run --help`"
         return f"unknown key; expected one of {', '.join(here)}"
 
-    def _all_keys(self) -> dict[str, str]:
-        """Key -> its full path, the first section that has it."""
-        keys = {switch: f"plugins.{switch}" for switch in SWITCHES}
+    def _homes(self, key: str) -> str | None:
+        """Where a key belongs: the paths in all sections that have it, or else in the plugins' tables."""
         plugins = {f"plugins.{name}": cls for name, cls in self.plugin_configs.items()}
-        for table, cls in {**self.sections, **plugins}.items():
-            for spec in fields_of(cls):
-                keys.setdefault(spec.name, f"{table}.{spec.name}")
-        return keys
+        for tables in ({**self.sections, "plugins": PluginsConfig}, plugins):
+            if found := [f"{table}.{key}" for table, cls in tables.items() if key in _names(cls)]:
+                return " or ".join(found)
+        return None
 
     def _elsewhere(self, key: str) -> str | None:
-        keys = self._all_keys()
-        return keys.get(key) or keys.get(closest(key, keys) or "")
+        """A guess in another section must be a sure one: what it names does something else."""
+        classes = (*self.sections.values(), PluginsConfig, *self.plugin_configs.values())
+        near = closest(key, dict.fromkeys(name for cls in classes for name in _names(cls)), cutoff=0.8)
+        return self._homes(near) if near else None
 
     def _report(self, path: str, message: str) -> None:
         self.mistakes.append(mistake(self.raw.origins, path, message))
@@ -185,6 +191,10 @@ def _conflict(origins: Origins, paths: tuple[str, ...], message: str) -> Mistake
     set_ = [origin for origin in map(origins.of, paths) if origin.kind != "default"]
     first = min(set_, key=lambda origin: (origin.kind != "file", origin.line))
     return Mistake(Origin(first.kind, places, line=first.line), "", message)
+
+
+def _names(cls: type) -> list[str]:
+    return [spec.name for spec in fields_of(cls)]
 
 
 def _first_key(path: str) -> str:

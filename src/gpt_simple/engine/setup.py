@@ -59,11 +59,7 @@ class Setup:
     def read_data(self) -> None:
         """Prepare the data, or find them prepared; only the cache is written."""
         config, run = self.run.config, self.run
-        self.dataset = run.world.main_first(
-            lambda: prepare(
-                config, self.assembly.registry, log=run.log.info, require_val=bool(config.training.eval_steps)
-            )
-        )
+        self.dataset = run.world.main_first(self._prepare)
         run._tokenizer = self.dataset.tokenizer
         self.identity = identity(
             config,
@@ -73,6 +69,14 @@ class Setup:
             },
             numerics=_numerics(run, self.compiling),
         )
+
+    def _prepare(self) -> Dataset:
+        config, log = self.run.config, self.run.log.info
+        try:
+            return prepare(config, self.assembly.registry, log=log, require_val=bool(config.training.eval_steps))
+        except GptSimpleError as error:
+            error.args = (self.assembly.origins.placed(str(error)),)
+            raise
 
     def check(self, plan: ResumePlan) -> None:
         """Refuse what cannot work, with the model known but nothing allocated."""
