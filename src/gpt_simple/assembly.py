@@ -22,15 +22,7 @@ from gpt_simple.config.structure import structure, with_other_mistakes
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.answers import Finding
-from gpt_simple.hooks.components import (
-    BUILTIN,
-    CONFIG_KEY,
-    SCHEDULE_FIELDS,
-    Component,
-    Kind,
-    Registry,
-    builtin_registry,
-)
+from gpt_simple.hooks.components import CONFIG_KEY, Component, Kind, Registry, builtin_registry
 from gpt_simple.hooks.discovery import installed
 from gpt_simple.hooks.host import PluginHost
 
@@ -123,7 +115,7 @@ def assemble(
     host.register_components(registry)
     classes = _section_classes(raw, registry, host)
     config = structure(raw, sections=classes, plugin_configs=host.config_classes())
-    _check_schedule(config, registry)
+    registry.pair(config.optimizer.name, config.optimizer.schedule)
     host.instantiate(config)
     return Assembly(config, raw.origins, host, registry, Path(path) if path is not None else None, raw.notes)
 
@@ -154,13 +146,6 @@ def _section_classes(raw: RawConfig, registry: Registry, host: PluginHost) -> di
         unchecked = [_SECTION_OF[kind] for kind in unknown.values() if kind != "schedule"]
         raise with_other_mistakes(ConfigError("\n".join(unknown)), raw, unchecked=unchecked)
     return classes
-
-
-def _check_schedule(config: Config, registry: Registry) -> None:
-    """A built-in schedule reads the optimizer's section, which may have the optimizer's own class."""
-    name = config.optimizer.schedule
-    if registry.get("schedule", name).owner == BUILTIN:
-        registry.get("optimizer", config.optimizer.name).require(SCHEDULE_FIELDS, f"the schedule {name!r}")
 
 
 def _who_might_bring_it(host: PluginHost) -> str:

@@ -199,22 +199,38 @@ def test_check_lints_and_runs(fake_package: FakePackage, tmp_path: Path) -> None
     assert cli("check", str(file), "--lint-only").return_value == 0
 
 
+COMPONENT = """
+from attrs import frozen
+from gpt_simple import Plugin, hookimpl
+
+@frozen
+class Own:
+    name: str = "mine"
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+
+class Parts(Plugin):
+    @classmethod
+    @hookimpl
+    def register_components(cls, registry):
+        registry.add({arguments})
+"""
+
+
 @pytest.mark.parametrize(
-    ("config", "message"),
-    [("config=Own", "Own has no field source, tokenizer"), ("", "could not be imported: ModuleNotFoundError")],
+    ("arguments", "message"),
+    [
+        ("'source', 'mine', 'nowhere:build', config=Own", "Own has no field source, tokenizer"),
+        ("'optimizer', 'mine', 'nowhere:build', config=Own", "Own has no field learning_rate, warmup_steps"),
+        ("'schedule', 'mine', 'nowhere:build'", "could not be imported: ModuleNotFoundError"),
+    ],
 )
-def test_check_sees_components_that_cannot_serve(tmp_path: Path, config: str, message: str) -> None:
-    file = tmp_path / "web.py"
-    lines = ("    @classmethod", "    @hookimpl", "    def register_components(cls, registry):")
-    file.write_text(
-        "from attrs import frozen\nfrom gpt_simple import Plugin, hookimpl\n@frozen\nclass Own:\n    url: str = ''\n"
-        "class Web(Plugin):\n"
-        + "\n".join(lines)
-        + f"\n        registry.add('source', 'web', 'nowhere:build', {config})\n"
-    )
+def test_check_sees_components_that_cannot_serve(tmp_path: Path, arguments: str, message: str) -> None:
+    file = tmp_path / "parts.py"
+    file.write_text(COMPONENT.format(arguments=arguments))
     broken = cli("check", str(file))
     assert broken.return_value == 5
-    assert f"source 'web' of the plugin web ({file})" in broken.output
+    assert f"'mine' of the plugin parts ({file})" in broken.output
     assert message in broken.output
 
 

@@ -9,10 +9,12 @@ import click
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.plugin_details import find
+from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ExitCode, PluginError
 from gpt_simple.hooks.activation import is_file
 from gpt_simple.hooks.components import BUILTIN, builtin_registry
 from gpt_simple.hooks.discovery import installed, usable
+from gpt_simple.hooks.loading import LoadedPlugin
 
 
 def check_plugins(name: str | None, *, smoke: bool) -> int:
@@ -27,17 +29,28 @@ def check_plugins(name: str | None, *, smoke: bool) -> int:
 def _check(name: str, *, smoke: bool) -> bool:
     try:
         plugin, _ = find(name)
-        plugin.register_components(registry := builtin_registry())
+        _components(plugin, load=smoke)
         if smoke:
-            for part in registry.parts.values():
-                if part.owner != BUILTIN:
-                    part.load()
             _try(name, plugin.cls)
     except (PluginError, AssertionError) as error:
         click.echo(f"{name}: broken\n{error}")
         return False
     click.echo(f"{name}: ok ({'lint and tiny runs' if smoke else 'lint'})")
     return True
+
+
+def _components(plugin: LoadedPlugin, *, load: bool) -> None:
+    """Raise PluginError for a part that could not be used as it is registered."""
+    plugin.register_components(registry := builtin_registry())
+    for part in registry.parts.values():
+        if part.owner == BUILTIN:
+            continue
+        if part.kind == "optimizer" and part.config is not None:
+            schedule = next(spec.default for spec in fields_of(part.config) if spec.name == "schedule")
+            if schedule in registry.names("schedule"):
+                registry.pair(part.name, schedule)
+        if load:
+            part.load()
 
 
 def _try(name: str, cls: type) -> None:

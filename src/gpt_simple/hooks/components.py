@@ -180,6 +180,11 @@ class Registry:
             )
         self.parts[kind, name] = Component(kind, name, target, config, self.owner)
 
+    def pair(self, optimizer: str, schedule: str) -> None:
+        """Raise PluginError if the optimizer's own class lacks what the schedule, a built-in one, reads of it."""
+        if self.get("schedule", schedule).owner == BUILTIN:
+            self.get("optimizer", optimizer).require(SCHEDULE_FIELDS, f"the schedule {schedule!r}")
+
     def names(self, kind: Kind) -> list[str]:
         """The names of a kind, sorted."""
         return sorted(name for part_kind, name in self.parts if part_kind == kind)
