@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gpt_simple import ConfigError, Document, Plugin, PluginError, hookimpl
+from gpt_simple.assembly import Questions, assemble
 from gpt_simple.config.schema import DataConfig, OptimizerConfig
+from gpt_simple.config.types import fields_of
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.hooks import NoConfig, Registry
+from gpt_simple.hooks.components import SECTION_FIELDS
 from gpt_simple.testing import Trained, train
 
 
@@ -248,3 +251,35 @@ def test_a_source_may_inherit_the_section_and_add_to_it(tmp_path: Path) -> None:
 
     data = {"source": "web", "url": "there", "tokenizer": "bytes", "max_length": 32, "val_fraction": 0.3}
     assert train(Web, output_dir=tmp_path, max_steps=1, overrides={"data": data}).result.steps == 1
+
+
+def least(kind: Any, base: type, **own: str) -> type:
+    """A class with the fields that the engine reads of a section, and no other."""
+    fields = {spec.name: spec for spec in fields_of(base) if spec.name in SECTION_FIELDS[kind]}
+    values = {name: own.get(name, spec.default) for name, spec in fields.items()}
+    return frozen(type("Least", (), {"__annotations__": {n: s.type for n, s in fields.items()}, **values}))
+
+
+def test_the_fields_that_are_required_are_all_that_a_run_and_its_checks_read(tmp_path: Path) -> None:
+    class Least(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            data = least("source", DataConfig, source="least")
+            optimizer = least("optimizer", OptimizerConfig, name="least", schedule="flat")
+            registry.add("source", "least", lambda config, seed: Counting(), config=data)
+            registry.add(
+                "optimizer",
+                "least",
+                lambda model, config, device: torch.optim.SGD(model.parameters()),
+                config=optimizer,
+            )
+            registry.add("schedule", "flat", lambda config, max_steps: lambda step: 0.5)
+
+    sections = {
+        "data": {"source": "least", "tokenizer": "bytes", "max_length": 32, "val_fraction": 0.3},
+        "optimizer": {"name": "least"},
+    }
+    assert train(Least, output_dir=tmp_path, max_steps=2, overrides=sections).result.steps == 2
+    findings = assemble(None, sections=sections, plugins=[Least]).check_config(Questions())
+    assert {finding.code for finding in findings} >= {"data", "epochs", "config"}
