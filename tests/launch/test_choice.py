@@ -12,6 +12,7 @@ import pytest
 
 from gpt_simple.errors import ConfigError, GptSimpleError
 from gpt_simple.launch import member
+from gpt_simple.launch.member import is_member
 from gpt_simple.launch.record import DIRECTORY, Record, Records
 from gpt_simple.launch.torchrun import Launch, _outcome, _Signals
 
@@ -125,6 +126,25 @@ def test_a_process_without_a_word_is_named_by_how_it_ended() -> None:
     for status, how in ((-9, "SIGKILL"), (-11, "SIGSEGV"), (134, "status 134")):
         with pytest.raises(GptSimpleError, match=rf"^process 1 .*{how}"):
             outcome(echo, Record(1, 2), failures={0: failure(1, 2.0), 1: failure(status)})
+
+
+def test_a_process_that_left_as_if_all_were_done_is_named() -> None:
+    echo = Record(0, 1, 1, "a process died in step 3", silent=True)
+    with pytest.raises(GptSimpleError, match=r"^process 1 left without a word; start again"):
+        outcome(echo, Record(1, 2), failures={0: failure(1)})
+
+
+@pytest.mark.parametrize("endpoint", ["nohost.invalid:29500", "localhost:soon", ":29500"])
+def test_a_meeting_point_that_cannot_be_is_refused_at_once(endpoint: str) -> None:
+    launch = Launch.asked("1", "2", endpoint, None)
+    assert launch is not None
+    with pytest.raises(ConfigError, match=rf"--rdzv_endpoint {endpoint}: (expected HOST:PORT|the host .* cannot be)"):
+        launch.run(["unused"])
+
+
+def test_a_variable_that_is_no_number_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"\$WORLD_SIZE is 'many': expected a number of processes"):
+        is_member({"WORLD_SIZE": "many"})
 
 
 def test_a_process_that_hung_is_named_by_those_that_waited() -> None:

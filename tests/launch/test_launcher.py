@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_simple.launch.member import GRACE_SECONDS
 from tests.conftest import CONFIG
 
 PROGRAM = [sys.executable, "-P", "-m", "gpt_simple"]
@@ -143,6 +144,19 @@ def test_processes_save_and_leave_when_their_launcher_is_killed(here: Path) -> N
         assert gone(processes, 20)
     assert status(here)["state"] == "stopped"
     assert (here / f"out/checkpoints/step-{status(here)['step']:08d}/MANIFEST.json").exists()
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_as_they_begin_do_not_stay(here: Path) -> None:
+    command = [*PROGRAM, "run", "config.toml", "--nproc_per_node", "2", *LONG]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+        deadline = time.monotonic() + 60
+        while len(processes := children.read_text().split()) < 2:
+            assert time.monotonic() < deadline
+        launcher.kill()
+        launcher.wait()
+    assert gone([int(pid) for pid in processes], GRACE_SECONDS + 15)
 
 
 def test_a_process_that_is_killed_is_named(here: Path) -> None:

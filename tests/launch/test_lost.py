@@ -111,6 +111,41 @@ def test_a_process_that_hangs_is_named_after_the_timeout(ranks: Ranks, tmp_path:
     assert text.startswith("process 2 did not come to the end of step 3: waited 3 s")
 
 
+def test_a_process_that_hangs_before_a_checkpoint_is_named_too(ranks: Ranks, tmp_path: Path) -> None:
+    """The main process may take its time to write one; that all come there is another matter."""
+
+    class Hangs(Everywhere):
+        @hookimpl
+        def on_checkpoint_saving(self, run: Any, event: Any) -> None:
+            if run.rank == 1:
+                time.sleep(8)
+                os._exit(0)
+
+    options: dict[str, Any] = {"plugins": [Hangs()], "training__peer_timeout_seconds": 3.0, "training__save_steps": 2}
+    answers = ranks(2, lambda rank: tiny(tmp_path / "run", **options).status)
+    assert answers[1] is None
+    ((rank, error, text),) = told(answers)
+    assert (rank, error) == (0, "PeerFailed")
+    assert text.startswith("process 1 did not come to the end of step 3: waited 3 s")
+
+
+def test_the_process_whose_loss_is_no_number_is_named(ranks: Ranks, tmp_path: Path) -> None:
+    class Spoils(Everywhere):
+        @hookimpl
+        def on_run_start(self, run: Any, event: Any) -> None:
+            if run.rank == 1:
+                run.model.register_forward_hook(lambda module, given, answer: answer * float("nan"))
+
+    def work(rank: int) -> Any:
+        options = {"training__max_skipped_steps": 2, "training__logging_steps": 1}
+        return tiny(tmp_path / "run", plugins=[Spoils()], **options).reason
+
+    answers = ranks(2, work)
+    assert answers[0].endswith("; the loss was not finite in process 1")
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    assert "were skipped; the loss was not finite in process 1" in text
+
+
 class OneGradient(Everywhere):
     """One process spoils its gradient, or wishes to skip the step."""
 
@@ -199,7 +234,7 @@ def test_a_collective_raises_in_every_hook_that_not_all_processes_run(
             text = capsys.readouterr().err
         except gpt_simple.GptSimpleError as error:
             text = str(error)
-        assert "in a hook that not every process runs" in text or hook == "on_run_error", hook
+        assert "in a hook that not every process runs at once" in text or hook == "on_run_error", hook
 
 
 def test_a_collective_works_in_every_hook_that_all_processes_run(ranks: Ranks, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def _run(arguments: list[str]) -> int:
     except GptSimpleError as error:
         if not error.silent:
             with suppress(OSError):  # the terminal is gone: the exit code is all that is left to say
-                print(f"error: {error}", file=sys.stderr)
+                sys.stderr.write(f"error: {error}\n")  # in one piece: other processes may write there too
         return int(error.exit_code)
     except click.exceptions.Exit as leave:
         return leave.exit_code

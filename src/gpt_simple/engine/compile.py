@@ -27,6 +27,8 @@ class CompilePlan:
     backend: str
     ddp_optimizer: DdpOptimizer | None
     warning: str = ""
+    note: str = ""
+    """What is done to torch's splitter of graphs under DDP, or why nothing is."""
 
 
 def plan(config: TrainingConfig, device: torch.device, world_size: int, *, wished: bool, place: str) -> CompilePlan:
@@ -42,7 +44,16 @@ def plan(config: TrainingConfig, device: torch.device, world_size: int, *, wishe
         raise ConfigError(f"{place}: {missing}, or set training.compile to false")
     if missing:
         return CompilePlan(False, config.compile_scope, config.compile_backend, None, f"running eager: {missing}")
-    return CompilePlan(True, config.compile_scope, config.compile_backend, _ddp_optimizer(config, world_size))
+    flag = _ddp_optimizer(config, world_size)
+    note = ""
+    if flag is not None:
+        asked = config.ddp_optimizer != "auto"
+        why = "training.ddp_optimizer" if asked else "compile, DDP and gradient checkpointing together"
+        note = f"torch._dynamo.config.optimize_ddp is {flag!r} until the run ends ({why})"
+    elif config.ddp_optimizer != "auto":
+        why = "there is one process" if world_size == 1 else 'training.compile_scope is "blocks"'
+        note = f'training.ddp_optimizer "{config.ddp_optimizer}" changes nothing: {why}'
+    return CompilePlan(True, config.compile_scope, config.compile_backend, flag, note=note)
 
 
 def _missing_compiler(device: torch.device) -> str:

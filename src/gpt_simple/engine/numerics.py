@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from attrs import define, field, frozen
 
+from gpt_simple.hooks.answers import Metric
+
 _WARM_UP = 20
 """Steps until a loss can be called unusual."""
 
@@ -88,6 +90,12 @@ class Watch:
         self._usual += weight * moved
         self._spread = math.sqrt((1 - weight) * (self._spread**2 + weight * moved**2))
         return spike
+
+
+def not_finite_in(steps: Iterable[MadeStep], rank: int) -> Metric:
+    """The first process whose own loss was no number in a step that was skipped; infinity if it was one in all."""
+    seen = any(made.skipped and not math.isfinite(made.loss) for made in steps)
+    return Metric(rank if seen else math.inf, reduce="min")
 
 
 def samples_of(steps: Sequence[MadeStep]) -> str:

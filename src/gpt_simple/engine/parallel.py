@@ -182,14 +182,17 @@ class World:
     def main_only(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the main process while the others wait; its result on every process.
 
-        When it fails its error is raised there, and the others leave with PeerFailed.
+        When it fails its error is raised there, and the others leave with PeerFailed. All must come within the timeout;
+        only what the main process does then may take its time.
         """
+        self.barrier()
         result = self.together(lambda: work() if self.is_main else None)
         found: T = self.gather(result)[0]
         return found
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the main process, then on the others, which find what it left on disk."""
+        self.barrier()
         first = self.together(lambda: work() if self.is_main else None)
         return self.together(lambda: work() if first is None else first)
 

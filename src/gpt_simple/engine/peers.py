@@ -16,12 +16,12 @@ from attrs import frozen
 from torch.distributed.distributed_c10d import PrefixStore
 
 from gpt_simple.errors import ExitCode, GptSimpleError, PluginError
+from gpt_simple.launch.member import AGAIN
 
 _CONTACT = re.compile(r"gloo|NCCL|c10d|TCPStore|connection|socket", re.IGNORECASE)
 _COLLECTIVE = re.compile(r"gloo|NCCL|c10d")
 _ROLL_CALL_SECONDS = 3.0
 _SEE_OFF_SECONDS = 10.0
-_AGAIN = "start again with the same command: the run goes on from its last checkpoint"
 
 
 class PeerFailed(GptSimpleError):
@@ -60,7 +60,7 @@ class Peers:
         except (RuntimeError, ValueError):
             # The store has gone with its process: torchrun's agent, or else process 0, which has the message then.
             return PeerFailed(
-                f"lost the other processes in step {step + 1} ({_short(error)}); {_AGAIN}", silent=not _has_agent()
+                f"lost the other processes in step {step + 1} ({_short(error)}); {AGAIN}", silent=not _has_agent()
             )
 
     def _see_off(self) -> None:
@@ -84,13 +84,13 @@ class Peers:
             return PeerFailed(f"process {rank} failed: {text}", exit_code=code)
         if "timed out" not in str(error).lower():
             first = self._store.add("mourners", 1) == 1
-            return PeerFailed(f"a process died in step {step + 1} ({_short(error)}); {_AGAIN}", silent=not first)
+            return PeerFailed(f"a process died in step {step + 1} ({_short(error)}); {AGAIN}", silent=not first)
         missing = self._roll_call()
         if not missing:
             return error
         names = f"process {missing[0]}" if len(missing) == 1 else f"processes {', '.join(map(str, missing))}"
         there = min(rank for rank in range(self.size) if rank not in missing)
-        message = f"{names} did not come to the end of step {step + 1}: waited {self.timeout:g} s; {_AGAIN}"
+        message = f"{names} did not come to the end of step {step + 1}: waited {self.timeout:g} s; {AGAIN}"
         return PeerFailed(message, silent=self.rank != there)
 
     def _roll_call(self) -> list[int]:

@@ -90,7 +90,7 @@ class EngineComm:
     def check(self, what: str) -> None:
         """Raise PluginError where a collective would wait for processes that never come; with one process too."""
         if not self._hook:
-            raise PluginError(f"{what} was used in a hook that not every process runs, where it would hang")
+            raise PluginError(f"{what} was used in a hook that not every process runs at once, where it would hang")
 
 
 @define

@@ -117,6 +117,7 @@ def train(
         stack.enter_context(compile_flags(compiling))
         run_dir = RunDir(Path(training.output_dir))
         run = EngineRun(config, run_dir.root, world, precision)
+        stack.enter_context(world.telling_peers(lambda: run.step))
         stack.enter_context(stop_on_signals(run.control.signalled, lambda: run.control.parting()))
         for name in asked:
             run.control.stop(name)
@@ -132,6 +133,8 @@ def train(
         stack.enter_context(closing_plugins(run, calls))
         for note in (*assembly.notes, *assembly.host.notes, *filter(None, [compiling.warning])):
             run.log.warning(note)
+        if compiling.note:
+            run.log.info(compiling.note, name="ddp_optimizer")
         questions = Questions(launching=True, force=force, world_size=world.size)
         world.main_only(lambda: report(assembly.check_config(questions), run.log.warning))
 

@@ -6,6 +6,7 @@ Between logging points nothing here reads a device tensor on the host.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from gpt_simple.data.loader import Batch, DataExhausted, Loader
 from gpt_simple.engine.control import Verdict
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.metrics import Clock, Interval, labelled, settled
-from gpt_simple.engine.numerics import Watch
+from gpt_simple.engine.numerics import Watch, not_finite_in
 from gpt_simple.engine.randomness import Reseeder
 from gpt_simple.engine.run import EngineRun, EvaluationAbandoned
 from gpt_simple.engine.saving import Saving, State
@@ -251,19 +252,22 @@ class Trainer:
         if tell and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):
                 metrics |= labelled(calls.collect_metrics(run, lap))
+        metrics["train/not_finite_in"] = not_finite_in(steps, run.rank)
         floats = settled(run.world.reduce(metrics), run.control.plugins)
+        first = floats.pop("train/not_finite_in")
+        where = f"; the loss was not finite in process {first:.0f}" if run.world.size > 1 and first < math.inf else ""
         skipped = floats.pop("train/skipped_steps")
         if skipped:
             floats["train/skipped_steps"] = skipped
             run.log.warning(
-                f"{int(skipped)} of the last {lap.steps} steps had a non-finite gradient and were skipped",
+                f"{int(skipped)} of the last {lap.steps} steps had a non-finite gradient and were skipped{where}",
                 name="skipped_steps",
                 count=int(skipped),
             )
         if spike := self._watch.spike(steps):
             run.log.warning(str(spike), name="loss_spike", at=spike.made.step, loss=spike.made.loss, usual=spike.usual)
         if streak := self._watch.streak(steps):
-            run.control.halt(streak)
+            run.control.halt(streak + where)
         self.last_train = floats
         if lap.timed_steps and lap.train_seconds > 0:
             self.rates.append(lap.timed_tokens / lap.train_seconds)

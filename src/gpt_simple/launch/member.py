@@ -15,10 +15,13 @@ from typing import NoReturn
 from attrs import evolve
 
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
-from gpt_simple.launch.record import STARTED, Record, Records
+from gpt_simple.launch.record import LAUNCHER, STARTED, Record, Records
 
 GRACE_SECONDS = 30
 """What is left to a process for its last checkpoint when its launcher was killed."""
+
+AGAIN = "start again with the same command, without --force: the run goes on from its last checkpoint, if it has one"
+"""What to do after a crash."""
 
 _ORDINARY = (ExitCode.COMPLETED, ExitCode.STOPPED, ExitCode.HALTED)
 """Ends that all processes agreed on; a restart would not be what anybody wants."""
@@ -26,16 +29,26 @@ _ORDINARY = (ExitCode.COMPLETED, ExitCode.STOPPED, ExitCode.HALTED)
 
 def under_torchrun(environment: Mapping[str, str]) -> bool:
     """Whether torchrun, or what sets the same variables, started this process; one of one counts too."""
-    return "TORCHELASTIC_RUN_ID" in environment or int(environment.get("WORLD_SIZE", "1")) > 1
+    return "TORCHELASTIC_RUN_ID" in environment or _count(environment, "WORLD_SIZE") > 1
 
 
 def processes_here(environment: Mapping[str, str]) -> int | None:
     """How many processes torchrun or srun started on this machine; None if neither did."""
     if under_torchrun(environment):
-        return int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"]))
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _count(environment, "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    if _count(environment, "SLURM_STEP_NUM_TASKS") > 1:
         return int(re.split(r"\D", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
     return None
+
+
+def _count(environment: Mapping[str, str], *names: str) -> int:
+    """The number of processes in the first of the variables that is set; 1 if none is. Raises ConfigError."""
+    for name in names:
+        if text := environment.get(name):
+            if not text.isdecimal():
+                raise ConfigError(f"${name} is {text!r}: expected a number of processes, as torchrun sets it")
+            return int(text)
+    return 1
 
 
 def is_member(environment: MutableMapping[str, str]) -> bool:
@@ -87,7 +100,7 @@ def live(work: Callable[[], int]) -> NoReturn:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     records = Records.of_this_launch(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _never_outlive(os.getppid())
+        _never_outlive(int(os.environ.get(LAUNCHER, os.getppid())))
     if records is None:
         _leave(work())
     record = records.begin(int(os.environ["RANK"]))

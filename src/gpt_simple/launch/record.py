@@ -16,6 +16,9 @@ from attrs import asdict, evolve, frozen
 DIRECTORY = "GPT_SIMPLE_LAUNCH"
 """Environment variable: the directory of the records, set by our own launcher for the processes that it starts."""
 
+LAUNCHER = "GPT_SIMPLE_LAUNCHER"
+"""Environment variable: the launcher's process, which may be gone by the time that one which it started asks."""
+
 STARTED = "GPT_SIMPLE_LAUNCHED_AT"
 """Environment variable: when the launcher began, in seconds since the epoch."""
 

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import tempfile
 import time
 import uuid
@@ -22,8 +23,8 @@ from typing import Any
 from attrs import define, field, frozen
 
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
-from gpt_simple.launch.member import processes_here, under_torchrun
-from gpt_simple.launch.record import DIRECTORY, STARTED, Record, Records
+from gpt_simple.launch.member import AGAIN, processes_here, under_torchrun
+from gpt_simple.launch.record import DIRECTORY, LAUNCHER, STARTED, Record, Records
 from gpt_simple.launch.signals import ONE_PRESS_SECONDS, asking
 
 
@@ -77,6 +78,7 @@ class Launch:
 
         Raises the error of the process that has something to say.
         """
+        _check_endpoint(self.rdzv_endpoint)
         with tempfile.TemporaryDirectory(prefix="gpt-simple-launch-", ignore_cleanup_errors=True) as directory:
             records = Records(Path(directory))
             with _forwarding(records) as signals:
@@ -88,16 +90,19 @@ class Launch:
 
     def _agent(self, command: Sequence[str], directory: str) -> Mapping[int, Any]:
         """Run torchrun's agent to its end. Returns what it knows of the processes that failed, by rank."""
+        # Its stack traces of a meeting that fails.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         import torch
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous import RendezvousError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
         # What it would say is said once, by us.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         count = max(1, torch.cuda.device_count()) if self.nproc_per_node == "auto" else int(self.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-        os.environ |= {DIRECTORY: directory, STARTED: str(time.time())}
+        os.environ |= {DIRECTORY: directory, LAUNCHER: str(os.getpid()), STARTED: str(time.time())}
         if self.max_restarts:
             # A shared store would show processes that were restarted the addresses of those before them.
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -119,13 +124,24 @@ class Launch:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
             return error.failures
-        except (RuntimeError, OSError) as error:
+        except (RendezvousError, RuntimeError, OSError) as error:
             where = self.rdzv_endpoint or "this machine"
-            raise GptSimpleError(f"the processes could not meet at {where}: {error}") from error
+            raise GptSimpleError(f"the processes could not meet at {where}: {str(error).splitlines()[0]}") from error
         finally:
-            for name in (DIRECTORY, STARTED, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+            for name in (DIRECTORY, LAUNCHER, STARTED, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
                 os.environ.pop(name, None)
         return {}
+
+
+def _check_endpoint(endpoint: str) -> None:
+    """Refuse at once what torch would try to reach for minutes."""
+    host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "")
+    if endpoint and (not host or (port and not port.isdecimal())):
+        raise ConfigError(f"--rdzv_endpoint {endpoint}: expected HOST:PORT, the same on every machine")
+    try:
+        socket.getaddrinfo(host.strip("[]") or None, port or "0")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--rdzv_endpoint {endpoint}: the host {host} cannot be found ({error})") from None
 
 
 @define
@@ -179,6 +195,8 @@ def _outcome(records: Sequence[Record], failures: Mapping[int, Any], signals: _S
     if lost := [rank for rank in failures if rank not in {record.rank for record in ended}]:
         raise GptSimpleError(_death(lost, failures, echoes=[record.message for record in told]))
     if told:
+        if silent := [record.rank for record in records if record.code is None]:
+            raise GptSimpleError(f"process {silent[0]} left without a word; {AGAIN}")
         raise _error(told[0], len(records))
     return max((record.code or 0 for record in ended), default=ExitCode.FAILURE)
 
@@ -197,8 +215,7 @@ def _death(ranks: Sequence[int], failures: Mapping[int, Any], echoes: Sequence[s
     if status in (-signal.SIGTERM, -signal.SIGKILL) and any("waited" in echo for echo in echoes):
         # It hung: the agent ended it when the others had given up.
         return next(echo for echo in echoes if "waited" in echo)
-    again = "start again with the same command: the run goes on from its last checkpoint"
     if status == -signal.SIGKILL:
-        return f"process {first} was killed (SIGKILL: the system does that when memory runs out); {again}"
+        return f"process {first} was killed (SIGKILL: the system does that when memory runs out); {AGAIN}"
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    return f"process {first} {how} and left no word; {again}"
+    return f"process {first} {how} and left no word; {AGAIN}"

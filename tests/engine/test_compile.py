@@ -1,0 +1,24 @@
+"""What is decided about compilation, and said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpt_simple.config.schema import TrainingConfig
+from gpt_simple.engine.compile import plan
+
+
+def note(processes: int, **changes: Any) -> str:
+    config = TrainingConfig(compile=True, compile_backend="eager", **changes)
+    return plan(config, torch.device("cpu"), processes, wished=True, place="").note
+
+
+def test_what_is_done_to_the_splitter_of_graphs_is_said() -> None:
+    flag = "torch._dynamo.config.optimize_ddp is"
+    assert note(2) == f"{flag} False until the run ends (compile, DDP and gradient checkpointing together)"
+    assert note(2, ddp_optimizer="split") == f"{flag} True until the run ends (training.ddp_optimizer)"
+    assert note(2, gradient_checkpointing=False) == note(1) == ""
+    assert note(1, ddp_optimizer="off") == 'training.ddp_optimizer "off" changes nothing: there is one process'
+    assert note(2, ddp_optimizer="off", compile_scope="blocks").endswith('training.compile_scope is "blocks"')
