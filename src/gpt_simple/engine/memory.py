@@ -7,32 +7,40 @@ import sys
 
 import torch
 
-# Dense peak in FLOP/s by a part of the device's name and the dtype, from the vendors' data sheets (without sparsity).
-# Longer names first: "H100 PCIe" is another chip than "H100".
-_PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
-    ("H200", {"bf16": 989e12, "fp16": 989e12, "no": 67e12}),
-    ("H100 PCIe", {"bf16": 756e12, "fp16": 756e12, "no": 51e12}),
-    ("H100", {"bf16": 989e12, "fp16": 989e12, "no": 67e12}),
-    ("A100", {"bf16": 312e12, "fp16": 312e12, "no": 19.5e12}),
-    ("L40S", {"bf16": 362e12, "fp16": 362e12, "no": 91.6e12}),
-    ("L4", {"bf16": 121e12, "fp16": 121e12, "no": 30.3e12}),
-    ("A10G", {"bf16": 70e12, "fp16": 70e12, "no": 31.5e12}),
-    ("V100", {"fp16": 125e12, "no": 15.7e12}),
-    ("T4", {"fp16": 65e12, "no": 8.1e12}),
-    ("RTX 4090", {"bf16": 165.2e12, "fp16": 165.2e12, "no": 82.6e12}),
-    ("RTX 3090", {"bf16": 71e12, "fp16": 71e12, "no": 35.6e12}),
-)
+_PEAK_FLOPS: dict[str, tuple[float | None, float, float]] = {
+    "H200": (989e12, 989e12, 494e12),
+    "H100 80GB HBM3": (989e12, 989e12, 494e12),
+    "H100 PCIe": (756e12, 756e12, 378e12),
+    **dict.fromkeys(
+        ("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100-PCIE-80GB", "A100 80GB PCIe"),
+        (312e12, 312e12, 156e12),
+    ),
+    "L40S": (362e12, 362e12, 183e12),
+    "L4": (121e12, 121e12, 60e12),
+    "A10G": (70e12, 70e12, 35e12),
+    "Tesla V100-SXM2-16GB": (None, 125e12, 15.7e12),
+    "Tesla V100-SXM2-32GB": (None, 125e12, 15.7e12),
+    "Tesla V100-PCIE-16GB": (None, 112e12, 14e12),
+    "Tesla V100-PCIE-32GB": (None, 112e12, 14e12),
+    "Tesla T4": (None, 65e12, 8.1e12),
+    "GeForce RTX 4090": (165.2e12, 165.2e12, 82.6e12),
+    "GeForce RTX 3090": (71e12, 71e12, 35.6e12),
+}
+"""Peak FLOP/s in bf16, fp16 and "no", by the whole name of a device: similar cards and slices of one (MIG) are others.
+
+Dense, with fp32 accumulation, from NVIDIA's data sheets (the GeForces: the Ada and GA102 white papers), most of which
+print the double for sparse matrices. "no" is TF32, in which a run without mixed precision multiplies, or fp32 where
+there is none (before Ampere).
+"""
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Peak FLOP/s of ``device`` in ``precision``, or None: an unknown device has no MFU instead of a wrong one."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for part, by_dtype in _PEAK_FLOPS:
-        if part in name:
-            return by_dtype.get(precision)
-    return None
+    # Drivers before 470 leave the vendor out.
+    known = _PEAK_FLOPS.get(torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
+    return None if known is None else dict(zip(("bf16", "fp16", "no"), known, strict=True))[precision]
 
 
 def peak_bytes(device: torch.device) -> int:
