@@ -31,7 +31,17 @@ def test_it_writes_what_the_model_in_training_would_have_written(here: Path, she
     options = ("--prompt", "Once", "--tokens", "40", "--temperature", "0.7", "--top-k", "9", "--seed", "5")
     ended = shell("sample", "out", *options, "--device", "cpu")
     assert ended.code == 0, ended.err
-    assert ended.out.endswith(AsksAtTheEnd.text + "\n")
+    assert ended.out.endswith(
+        "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in AsksAtTheEnd.text) + "\n"
+    )
+
+
+def test_no_control_character_reaches_a_terminal_or_a_file(
+    trained: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a\tb\nc\u3000é"
+    monkeypatch.setattr("gpt_simple.model.generate.generate", lambda *_, **__: f"{text}\x1b[31m\x00\r\x7f\x9b")
+    assert shell("sample", "out").out == f"{text}\ufffd[31m\ufffd\ufffd\ufffd\ufffd\n"
 
 
 def test_a_seed_is_one_text_and_another_seed_another(trained: Path, shell: Shell) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,9 @@ from gpt_simple.cli.fields import plugins_option
 
 if TYPE_CHECKING:
     import torch
+
+_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\n\t")}, "\ufffd")
+"""Control characters, which a young model writes, must not reach a terminal, now or when a file is looked at."""
 
 
 @click.command()
@@ -66,7 +68,7 @@ def sample(
                 top_p=top_p,
                 seed=seed + index,
             )
-        click.echo(("\n" if index else "") + (_printable(text) if sys.stdout.isatty() else text))
+        click.echo(("\n" if index else "") + text.translate(_CONTROLS))
 
 
 def _device(name: str | None) -> torch.device:
@@ -78,8 +80,3 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
     return device
-
-
-def _printable(text: str) -> str:
-    """Control characters, which a young model writes, must not reach the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
