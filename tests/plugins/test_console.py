@@ -24,9 +24,12 @@ from tests.conftest import Shell
 ESCAPE = "\x1b"
 
 
-def test_in_a_pipe_every_line_is_plain_text_that_can_be_grepped(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("progress", [(), ("--progress", "live")])
+def test_in_a_pipe_every_line_is_plain_text_that_can_be_grepped(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, progress: tuple[str, ...]
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    out = shell("run", "config.toml").out
+    out = shell("run", "config.toml", *progress).out
     assert ESCAPE not in out
     steps = [dict(pair.split("=") for pair in line.split()) for line in out.splitlines() if " loss=" in line]
     assert [int(pairs["step"]) for pairs in steps] == [2, 4]
@@ -65,6 +68,26 @@ def test_json_is_one_object_a_line_from_start_to_end(shell: Shell) -> None:
     ]
     assert next(row for row in rows if row["kind"] == "train")["train/loss"] > 0
     assert rows[-1]["status"] == "completed"
+
+
+def test_json_has_no_nan_and_says_what_there_was(capsys: pytest.CaptureFixture[str]) -> None:
+    run: Any = SimpleNamespace(step=1, config=SimpleNamespace(training=SimpleNamespace(max_steps=2)))
+    metrics = {"train/loss": 1.0, "train/grad_norm": float("inf")}
+    Console(ConsoleConfig(progress="json")).on_metrics(run, MetricsReady(step=1, tokens=64, metrics=metrics))
+    row = json.loads(capsys.readouterr().out)
+    assert (row["train/loss"], row["train/grad_norm"]) == (1.0, None)
+    assert row["nonfinite"] == {"train/grad_norm": "inf"}
+
+
+@pytest.mark.parametrize("output", ["> /dev/full", "| head -2", ">&-"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_fails_is_told_once_on_standard_error_and_training_goes_on(here: Path, output: str) -> None:
+    command = f"({sys.executable} -m gpt_simple run config.toml; echo code=$? >&2) {output}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert "code=0\n" in done.stderr
+    assert json.loads((here / "out/summary.json").read_text())["steps"] == 4
+    assert done.stderr.count("warning: standard output cannot be written") == (output != ">&-")
+    assert "Exception" not in done.stderr
 
 
 def test_quiet_says_nothing_but_warnings(shell: Shell, here: Path) -> None:
@@ -150,6 +173,13 @@ def test_a_narrow_terminal_gets_whole_facts_and_no_wrapped_lines() -> None:
     assert len(lines) == 3
     assert all(len(line) <= 36 for line in lines)
     assert lines[2].rstrip() == "tokens/s 12,345   lr 0.001"
+
+
+def test_the_step_is_the_last_thing_that_a_narrow_terminal_loses() -> None:
+    for width in range(14, 60):
+        progress = _drawn(_view(), width)[0]
+        assert progress.startswith("step 250/1,000")
+        assert "…" not in progress
 
 
 def test_sparklines_stand_between_their_own_extremes() -> None:

@@ -270,7 +270,8 @@ def test_upload_replays_the_run_once_and_in_order(tiny: TinyRun, shell: Shell) -
         "time": 1e9,
         "train/loss": None,
         "train/lr": 1.0,
-        "nonfinite": ["train/loss"],
+        "train/grad_norm": None,
+        "nonfinite": {"train/loss": "nan", "train/grad_norm": "-inf"},
     }
     metrics.write_text(metrics.read_text() + json.dumps(again) + "\n")
     refused = shell("wandb", "upload", str(result.output_dir), "--offline")
@@ -282,6 +283,7 @@ def test_upload_replays_the_run_once_and_in_order(tiny: TinyRun, shell: Shell) -
     trained = [row for row in launch.rows if "train/lr" in row]
     assert [row["step"] for row in trained] == [2, 4]
     assert (trained[-1]["train/loss"], trained[-1]["train/lr"], trained[-1]["_timestamp"]) == ("NaN", 1.0, 1e9)
+    assert trained[-1]["train/grad_norm"] == "-Infinity"
     assert [row["step"] for row in launch.rows if "eval/loss" in row] == [2, 4]
     assert launch.config["training"]["max_steps"] == 4
     assert launch.summary["status"] == "completed"

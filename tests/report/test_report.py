@@ -120,7 +120,7 @@ def test_resumes_and_skipped_steps_are_marked_on_every_axis(make: Make) -> None:
 
 
 def test_nan_and_a_run_that_has_only_begun_leave_gaps_and_no_errors(make: Make) -> None:
-    rows = [train(1, **{"train/loss": None, "nonfinite": ["train/loss"]}), train(2)]
+    rows = [train(1, **{"train/loss": None, "nonfinite": {"train/loss": "nan"}}), train(2)]
     assert read_history(make("a", rows), "a").points("train/loss", 100).y == [2.5]
     parsed(page([read_history(make("b", rows[:1]), "b")]))
     parsed(page([read_history(make("c", []), "c")]))

@@ -53,7 +53,7 @@ def test_the_last_row_of_a_kind_and_step_counts(tmp_path: Path) -> None:
         {"kind": "event", "step": 20, "name": "skipped"},
         {"kind": "train", "step": 30, "train/loss": 9.0},
         {"kind": "train", "step": 20, "train/loss": 2.5},
-        {"kind": "train", "step": 30, "train/loss": None, "nonfinite": ["train/loss"]},
+        {"kind": "train", "step": 30, "train/loss": None, "nonfinite": {"train/loss": "nan"}},
     ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

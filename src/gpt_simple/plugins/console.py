@@ -12,6 +12,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from attrs import frozen
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from gpt_simple.plugins.console_live import LiveView
 
 _INTERVALS = 15
+_GONE = "standard output cannot be written ({}): training goes on and shows no more; metrics.jsonl has all of it"
 
 
 @frozen
@@ -41,8 +43,8 @@ class ConsoleConfig:
 
     progress: Annotated[
         Literal["auto", "live", "lines", "json", "off"],
-        Doc("live: a view that is redrawn; lines: plain text; json: an object a line; off: warnings only; auto: live "
-            "on a terminal, else lines"),
+        Doc("live: a view that is redrawn, on a terminal (elsewhere lines); lines: plain text; json: an object a line; "
+            "off: warnings only; auto: live"),
     ] = "auto"  # fmt: skip
 
 
@@ -54,9 +56,10 @@ class Console(Plugin[ConsoleConfig]):
     def __init__(self, config: ConsoleConfig) -> None:
         super().__init__(config)
         self._mode = config.progress
-        if self._mode == "auto":
-            # Not left to rich, which FORCE_COLOR makes write escapes into files.
-            self._mode = "live" if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else "lines"
+        if self._mode in ("auto", "live"):
+            # Not left to rich, which FORCE_COLOR makes write escapes into files. There is no output after `>&-`.
+            is_terminal = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+            self._mode = "live" if is_terminal else "lines"
         self._view: LiveView | None = None
         self._best: float | None = None
         self._step_ms: deque[float] = deque(maxlen=_INTERVALS)
@@ -143,15 +146,23 @@ class Console(Plugin[ConsoleConfig]):
         """Say something in the way that was asked for: as lines of text, or as one object of ``kind``."""
         if self._mode == "json":
             row = {**facts, "kind": kind}
-            values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-            lines = [json.dumps(values, default=str)]
+            # As in metrics.jsonl.
+            if nonfinite := {k: str(v) for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}:
+                row |= {**dict.fromkeys(nonfinite), "nonfinite": nonfinite}
+            lines = [json.dumps(row, default=str)]
         elif self._mode == "off" and not urgent:
             return
         text = "\n".join(lines)
-        if self._view is not None:
-            self._view.print(text)
-        else:
-            print(text, flush=True)
+        try:
+            if self._view is not None:
+                self._view.print(text)
+            else:
+                print(text, flush=True)
+        except OSError as error:
+            # Now this plugin is switched off, and nobody else would say so.
+            with suppress(OSError):
+                print(f"warning: {_GONE.format(error.strerror)}", file=sys.stderr)
+            raise
 
     def _close_view(self) -> None:
         if self._view is not None:

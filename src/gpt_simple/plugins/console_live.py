@@ -92,25 +92,27 @@ class LiveView:
         self.saving = None
 
     def __rich_console__(self, console: Terminal, options: ConsoleOptions) -> RenderResult:
-        yield self._progress()
+        yield self._progress(options.max_width)
         for facts in (self._learning(), self._speed(), self._state()):
             if facts:
                 yield _row(facts, options.max_width)
 
-    def _progress(self) -> Table:
+    def _progress(self, width: int) -> Table | Text:
         step = self._step()
         done = f"step {step:,}/{self._max_steps:,}"
         elapsed = duration(time.monotonic() - self._started)
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(ratio=1)
-        grid.add_column(no_wrap=True)
         if self._compiles and step == self._begun:
             what = "compiling"
         elif self.saving == step:
             what = "saving a checkpoint"
         else:
             what = f"{duration(self._left())} left, {elapsed} so far"
+        if cell_len(f"{done}  {what}") > width:
+            return Text(done, "bold", no_wrap=True, overflow="crop")
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(no_wrap=True)
+        grid.add_column(ratio=1)
+        grid.add_column(no_wrap=True)
         grid.add_row(Text(done, "bold"), ProgressBar(total=self._max_steps, completed=step), Text(what))
         return grid
 

@@ -87,9 +87,8 @@ class Metrics(Plugin[NoConfig]):
             "time": round(time.time(), 3),
         }
         row |= values
-        if nonfinite := [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
-            row |= dict.fromkeys(nonfinite)
-            row["nonfinite"] = nonfinite
+        if nonfinite := {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}:
+            row |= {**dict.fromkeys(nonfinite), "nonfinite": nonfinite}
         self._waiting += _JSON.encode(row).encode() + b"\n"
         if self._file is None:
             return  # what is told before the run starts is written when it does

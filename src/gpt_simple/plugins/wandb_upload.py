@@ -90,7 +90,7 @@ def _config(values: Mapping[str, Any]) -> WandbConfig:
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:
     """What the plugin would have logged, at the time at which it would have."""
-    missing = dict.fromkeys(row.get("nonfinite", ()), float("nan"))
+    missing = {name: float(value) for name, value in row.get("nonfinite", {}).items()}
     own = {key: value for key, value in row.items() if key not in ("kind", "time", "nonfinite") and value is not None}
     return {**own, **missing, "_timestamp": row["time"]}
 
