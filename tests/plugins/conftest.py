@@ -1,7 +1,19 @@
-"""The tiny run of the engine's tests, and the command line."""
+"""The tiny run of the engine's tests, the command line, and a W&B that does not know its user."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 
 from tests.engine.conftest import tiny
 
 __all__ = ["tiny"]
+
+
+@pytest.fixture(autouse=True)
+def away_from_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key and no settings but those of the test."""
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attrs import frozen
 
 from gpt_simple import Config, ConfigError, Plugin, TrainingConfig, hookimpl, read_metrics, redacted
 from gpt_simple.config.schema import PluginsConfig
@@ -17,56 +16,11 @@ from gpt_simple.hooks import LogRecord, StepEnd
 from gpt_simple.testing import check_contract
 from tests.conftest import Shell
 from tests.engine.conftest import TinyRun
+from tests.plugins.offline import files, read, sent
 
 wandb = pytest.importorskip("wandb")
 
 OFFLINE = {"training__wandb_project": "stories", "plugins__wandb__mode": "offline"}
-
-
-@pytest.fixture(autouse=True)
-def away_from_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No key and no settings but those of the test."""
-    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-
-
-@frozen
-class Sent:
-    """What one launch gave to W&B."""
-
-    id: str
-    config: dict[str, Any]
-    rows: list[dict[str, Any]]
-    summary: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    exit_code: int | None
-
-
-def sent(directory: Path) -> list[Sent]:
-    """The launches of a run in their order."""
-    return [_read(file) for file in _files(directory)]
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(directory.glob("wandb/*run-*/run-*.wandb"))
-
-
-def _read(file: Path) -> Sent:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    records: dict[str, list[Any]] = {}
-    for record in map(json.loads, lines):
-        records.setdefault(record["type"], []).append(record.get(record["type"]))
-    config: dict[str, Any] = {}
-    for update in (*records["run"], *records.get("config", ())):
-        config |= update.get("config", update).get("update", {})
-    summary: dict[str, Any] = {}
-    for update in records.get("summary", ()):
-        summary |= update.get("update", {})
-    rows = [row["item"] for row in records.get("history", ())]
-    codes = [exit.get("exit_code", 0) for exit in records.get("exit", ())]
-    return Sent(records["run"][0]["run_id"], config, rows, summary, records["metric"], codes[0] if codes else None)
 
 
 class Says(Plugin[Any]):
@@ -194,7 +148,7 @@ def test_without_a_network_training_goes_on_with_one_warning(tiny: TinyRun, monk
 
 def test_data_that_could_not_be_sent_at_the_end_are_told(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     class LostItsNetwork:
-        offline = False
+        offline = disabled = False
         url = "https://wandb.example/run"
         summary: dict[str, Any] = {}
 
@@ -205,11 +159,13 @@ def test_data_that_could_not_be_sent_at_the_end_are_told(tiny: TinyRun, monkeypa
 
     monkeypatch.setattr("gpt_simple.plugins.wandb.open_run", lambda *_, **__: LostItsNetwork())
     says = Says()
-    assert tiny(training__wandb_project="p", plugins=[says]).status == "completed"
+    result = tiny(training__wandb_project="p", plugins=[says])
+    assert result.status == "completed"
     assert any(record.message == "W&B: https://wandb.example/run" for record in says.records)
     (warning,) = [record.message for record in says.records if record.level == "warning"]
     assert "not everything was sent" in warning
-    assert "gpt-simple wandb upload" in warning
+    run_id = json.loads((result.output_dir / "run.json").read_text())["run_id"]
+    assert f"gpt-simple wandb upload {result.output_dir} --id {run_id}-upload" in warning, "W&B has a part of the run"
 
 
 KILLS = """
@@ -255,44 +211,23 @@ def test_a_killed_service_costs_one_warning_and_the_run_goes_on_under_its_id(
     assert json.loads((here / "out/summary.json").read_text())["steps"] == 4
     again = shell("run", "config.toml", *wish, "--training.logging_steps", "1", "--training.max_steps", "6")
     assert again.code == 0, again.err
-    *_, resumed = _files(here / "out")  # of the killed one perhaps not even a file had reached the disk
-    assert _read(resumed).id == json.loads((here / "out/run.json").read_text())["run_id"]
-    assert [row["step"] for row in _read(resumed).rows if "train/loss" in row] == [5, 6]
+    *_, resumed = files(here / "out")  # of the killed one perhaps not even a file had reached the disk
+    assert read(resumed).id == json.loads((here / "out/run.json").read_text())["run_id"]
+    assert [row["step"] for row in read(resumed).rows if "train/loss" in row] == [5, 6]
 
 
-def test_upload_replays_the_run_once_and_in_order(tiny: TinyRun, shell: Shell) -> None:
-    result = tiny(training__max_steps=4, training__eval_steps=2)
-    metrics = result.output_dir / "metrics.jsonl"
-    again = {
-        "kind": "train",
-        "step": 4,
-        "tokens": 9,
-        "time": 1e9,
-        "train/loss": None,
-        "train/lr": 1.0,
-        "train/grad_norm": None,
-        "nonfinite": {"train/loss": "nan", "train/grad_norm": "-inf"},
-    }
-    metrics.write_text(metrics.read_text() + json.dumps(again) + "\n")
-    refused = shell("wandb", "upload", str(result.output_dir), "--offline")
-    assert (refused.code, "--project" in refused.err) == (2, True)
-    done = shell("wandb", "upload", str(result.output_dir), "--offline", "--project", "p", "--name", "n")
-    assert done.code == 0, done.err
-    (launch,) = sent(result.output_dir)
-    assert launch.id == json.loads((result.output_dir / "run.json").read_text())["run_id"]
-    trained = [row for row in launch.rows if "train/lr" in row]
-    assert [row["step"] for row in trained] == [2, 4]
-    assert (trained[-1]["train/loss"], trained[-1]["train/lr"], trained[-1]["_timestamp"]) == ("NaN", 1.0, 1e9)
-    assert trained[-1]["train/grad_norm"] == "-Infinity"
-    assert [row["step"] for row in launch.rows if "eval/loss" in row] == [2, 4]
-    assert launch.config["training"]["max_steps"] == 4
-    assert launch.summary["status"] == "completed"
-
-
-def test_upload_of_no_run_exits_4(shell: Shell) -> None:
-    ended = shell("wandb", "upload", "nowhere")
-    assert ended.code == 4
-    assert "there is no run in nowhere" in ended.err
+def test_a_mode_of_the_environment_is_said_and_a_mistyped_one_is_named(
+    here: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    refused = shell("run", "config.toml", "--training.wandb_project", "p")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "WANDB_MODE: expected online, offline or disabled, got 'nonsense'" in refused.err
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    ended = shell("run", "config.toml", "--training.wandb_project", "p")
+    assert "W&B is disabled by WANDB_MODE=disabled: later `gpt-simple wandb upload out` sends the run" in ended.out
+    assert "None" not in ended.out
+    assert not (here / "out/wandb").exists()
 
 
 def test_a_missing_package_is_one_line_with_the_command(

@@ -31,6 +31,7 @@ Mode = Literal["online", "offline"]
 
 _INSTALL = 'pip install "wandb>=0.31"'
 _INIT_SECONDS, _FINISH_SECONDS = 30.0, 60.0
+_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 _FACTS = ("device", "precision", "compile", "parameters", "flops_per_token", "tokens_per_step", "floor", "data")
 
 
@@ -64,6 +65,9 @@ class Wandb(Plugin[WandbConfig]):
         if not is_installed():
             message = "Weights & Biases is asked for, but the package wandb is not installed"
             return [Finding("error", "wandb-missing", message, place, f"install it: {_INSTALL}")]
+        if (mode := os.environ.get("WANDB_MODE", "online")) not in _MODES:
+            message = f"expected online, offline or disabled, got {mode!r}"
+            return [Finding("error", "wandb-mode", message, "WANDB_MODE", "unset this environment variable")]
         if config.training.wandb_project is None:
             return [Finding("error", "wandb-project", "expected the name of a W&B project, and it is unset", place)]
         return []
@@ -121,17 +125,22 @@ class Wandb(Plugin[WandbConfig]):
             self._give_up(run, error)
 
     def _give_up(self, run: Run, error: Exception) -> None:
-        self._wandb = None
+        has_a_part, self._wandb = self._wandb is not None and not self._wandb.offline, None
         if _is_dead(error):
             # Without this W&B's handler at exit prints a traceback.
             import wandb
 
             with suppress(Exception):
                 wandb.teardown()
+        upload, how = f"gpt-simple wandb upload {run.output_dir}", "sends them"
+        if has_a_part:
+            upload, how = (
+                f"{upload} --id {another(self._id)}",
+                "sends all of it as another run, for W&B has a part",
+            )
         run.log.warning(
             f"W&B does not work ({_first_line(error)}); training goes on without it, the"
-            f" metrics are in {run.output_dir / 'metrics.jsonl'}: later `gpt-simple wandb upload {run.output_dir}`"
-            " sends them",
+            f" metrics are in {run.output_dir / 'metrics.jsonl'}: later `{upload}` {how}",
             name="wandb_failed",
         )
 
@@ -170,7 +179,7 @@ def open_run(
             resume=resume,
             # The one process of W&B for all runs of this one may stand in another working directory.
             dir=directory.resolve(),
-            mode=config.mode or _default_mode(),
+            mode=config.mode or _default_mode(),  # type: ignore[arg-type]  # checked in check_config
             settings=wandb.Settings(
                 console="off",
                 silent=True,
@@ -194,16 +203,22 @@ def open_run(
     return run
 
 
+def another(run_id: str) -> str:
+    """An id to upload a run under if W&B has it already: it takes nothing more for points that it has."""
+    return f"{run_id}-upload"
+
+
 def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's summary is worth a column in W&B's table of runs."""
     return {name: value for name, value in summary.items() if name == "status" or isinstance(value, (int, float))}
 
 
-def _default_mode() -> Mode | None:
+def _default_mode() -> str | None:
     import wandb
 
-    if os.environ.get("WANDB_MODE") or wandb.login(prompt=False, verify=False):
-        return None
+    # Said again, because W&B looks at its variables only once in a process.
+    if (mode := os.environ.get("WANDB_MODE")) or wandb.login(prompt=False, verify=False):
+        return mode
     return "offline"
 
 
@@ -218,10 +233,11 @@ def _interpreter_hooks_kept() -> Iterator[None]:
 
 
 def _where(wandb: Any, output_dir: Path, *, asked: Mode | None) -> str:
-    if not wandb.offline:
+    if not wandb.offline and not wandb.disabled:
         return f"W&B: {wandb.url}"
-    why = "" if asked or os.environ.get("WANDB_MODE") else " because it knows no API key (`wandb login` stores one)"
-    return f"W&B is offline{why}: later `gpt-simple wandb upload {output_dir}` sends the run"
+    what, mode = "disabled" if wandb.disabled else "offline", os.environ.get("WANDB_MODE")
+    why = "because it knows no API key (`wandb login` stores one)" if mode is None else f"by WANDB_MODE={mode}"
+    return f"W&B is {what}{'' if asked else f' {why}'}: later `gpt-simple wandb upload {output_dir}` sends the run"
 
 
 def _is_dead(error: Exception) -> bool:

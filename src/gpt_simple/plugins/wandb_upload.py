@@ -7,6 +7,7 @@ sent once.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import click
 from attrs import evolve
 
 from gpt_simple import CheckpointError, ConfigError, GptSimpleError, read_metrics, redacted
-from gpt_simple.plugins.wandb import WandbConfig, figures, is_installed, open_run
+from gpt_simple.plugins.wandb import WandbConfig, another, figures, is_installed, open_run
 
 
 @click.group()
@@ -62,12 +63,22 @@ def upload(
             sink.summary.update(figures(_read(summary)))
         sink.finish()
     except Exception as error:
+        if "already exists" in str(error):  # so W&B says it in words; the class of the error has other reasons too
+            raise GptSimpleError(
+                f"W&B has a run {run_id} in {project} already, with what was sent while it trained or later, and takes"
+                f" no second one: add --id {another(run_id)}, which sends all of it as another run"
+            ) from error
         raise GptSimpleError(
-            f"W&B did not take the run: {error}\nif it has run {run_id} already, add --id with another one; without an"
-            " API key use `wandb login` first; without a network use --offline"
+            f"W&B did not take the run: {error}\nwithout an API key use `wandb login` first; without a network use"
+            f" --offline; if W&B had run {run_id} and it was deleted there, add --id with another one"
         ) from error
-    where = f"in {run / 'wandb'}: `wandb sync` sends it" if sink.offline else f"at {sink.url}"
-    click.echo(f"{len(rows)} rows of run {run_id} are {where}")
+    if not sink.offline:
+        click.echo(f"{len(rows)} rows of run {run_id} are at {sink.url}")
+        return
+    written = Path(sink.settings.sync_dir)
+    click.echo(f"{len(rows)} rows of run {run_id} are written: `wandb sync {shlex.quote(str(written))}` sends them")
+    if others := sum(path != written for path in written.parent.glob("*run-*-*")):
+        click.echo(f"sync only this one: the {others} before it there hold what single launches reported, parts of it")
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
