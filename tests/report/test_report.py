@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -16,7 +17,7 @@ from gpt_simple.report.chart import Drawing, Line, Range
 from gpt_simple.report.history import read_history, thin
 from gpt_simple.report.page import page
 from tests.conftest import Shell
-from tests.report.conftest import Make, train
+from tests.report.conftest import Make, event, train
 
 
 def parsed(html: str) -> ElementTree.Element:
@@ -47,7 +48,7 @@ def test_a_real_run_becomes_a_page_that_stands_alone(shell: Shell, here: Path) -
     assert "all 4 steps are made" in texts(root)
     assert "Samples over time" in texts(root)
     assert "perplexity" in texts(root)
-    assert re.search(r"time in plugins\s+[\d.]+ s \(\w+ [\d.]+ s, ", texts(root))
+    assert re.search(r"its time in plugins\s+[\d.]+ s \(\w+ [\d.]+ s, ", texts(root))
 
 
 def test_html_parsers_agree_about_the_nesting(make: Make) -> None:
@@ -101,6 +102,36 @@ def test_several_runs_are_overlaid_and_their_configurations_compared(shell: Shel
     assert "optimizer.learning_rate" in tables[1]
     assert "0.0003" in tables[1]
     assert "max_steps" not in tables[1]
+
+
+def test_a_run_that_is_named_twice_is_shown_once_and_that_is_said(
+    shell: Shell, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make("one").parent)
+    ended = shell("report", "one", "./one/", "two/../one")
+    assert (ended.code, ended.out.split(" ")[0]) == (0, "one/report.html"), ended.err
+    assert ended.err == "a run that is named twice is shown once\n"
+
+
+def test_figures_are_of_all_processes_unless_they_say_otherwise(make: Make) -> None:
+    root = make("a", [train(step, **{"perf/tokens_per_second": 10.0 * step}) for step in range(10, 101, 10)])
+    summary = {"seconds": 65.0, "tokens_per_second": 1.0, "peak_memory_gib": 0.1, "plugin_seconds": {"sample": 2.0}}
+    (root / "summary.json").write_text(json.dumps(summary))
+    table = next(parsed(page([read_history(root, "a")])).iter("table"))
+    facts = {str(row.findtext("th")): row.findtext("td") for row in table.iter("tr")}
+    assert facts["median tokens/s"] == "550"
+    assert facts["peak memory"] == "0.50 GiB"
+    assert facts["time to the last training row"] == "100 s"
+    assert facts["time of the last process"] == "65 s"
+    assert facts["its time in plugins"] == "2 s (sample 2 s)"
+
+
+def test_samples_that_are_left_out_are_counted(make: Make) -> None:
+    rows = [train(100), *(event(step, "sample", "Once") for step in range(1, 17))]
+    root = parsed(page([read_history(make("a", rows), "a")]))
+    assert len(list(root.iter("details"))) == 12
+    assert "12 of 16, evenly spread." in texts(root)
+    assert "evenly" not in texts(parsed(page([read_history(make("b"), "b")])))
 
 
 def test_pauses_and_lost_steps_are_no_time(make: Make) -> None:

@@ -24,7 +24,9 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
 
     The file needs nothing else: it can be sent, archived and printed. Secrets of the configuration are left out.
     """
-    directories = list(dict.fromkeys(runs))
+    directories = list({path.resolve(): path for path in reversed(runs)}.values())[::-1]
+    if len(directories) < len(runs):
+        click.echo("a run that is named twice is shown once", err=True)
     histories = [read_history(root, label) for root, label in zip(directories, _labels(directories), strict=True)]
     target = output or (directories[0] if len(directories) == 1 else Path()) / "report.html"
     try:

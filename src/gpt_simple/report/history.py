@@ -70,10 +70,13 @@ class History:
         index = self._launch_at(time)
         return self._bases[index] + time - self.launches[index].time
 
+    def values(self, metric: str) -> list[float]:
+        """A metric of training or evaluation, in the order of its steps."""
+        return [row[metric] for row in self._rows_with(metric)]
+
     def points(self, metric: str, most: int) -> Points:
         """A metric of training or evaluation, thinned to about ``most`` points that keep every peak."""
-        rows = self.rows["eval" if metric.startswith("eval/") else "train"]
-        found = [row for row in rows if row.get(metric) is not None]
+        found = self._rows_with(metric)
         kept = thin([row[metric] for row in found], most)
         picked = [found[index] for index in kept]
         places = [self.place(row) for row in picked]
@@ -90,6 +93,10 @@ class History:
     def warnings(self) -> list[Row]:
         """What the run warned of."""
         return [row for row in self.rows["event"] if row.get("level") in ("warning", "error")]
+
+    def _rows_with(self, metric: str) -> list[Row]:
+        rows = self.rows["eval" if metric.startswith("eval/") else "train"]
+        return [row for row in rows if row.get(metric) is not None]
 
     def _launch_at(self, time: float) -> int:
         return max(0, bisect_right([launch.time for launch in self.launches], time) - 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -61,11 +62,14 @@ def _runs(histories: Sequence[History]) -> str:
 
 
 def _facts(history: History) -> dict[str, str]:
-    """What one looks at first. Numbers come from the summary, or from the latest rows while there is none."""
-    summary, facts, status = history.summary, history.facts, history.status
+    """What one looks at first: from the rows of all processes, but for what only the last one's summary tells."""
+    facts, status = history.facts, history.status
+    # Of a run that goes on or was lost it is an earlier process's.
+    summary = history.summary if status.state in ("completed", "stopped") else {}
     train = history.rows["train"][-1] if history.rows["train"] else {}
-    evals = [row["eval/loss"] for row in history.rows["eval"] if row.get("eval/loss") is not None]
+    evals = history.values("eval/loss")
     best = min(evals) if evals else None
+    bits, rates, memory = map(history.values, ("eval/bits_per_byte", "perf/tokens_per_second", "memory/peak_gib"))
     values = {
         "status": status.state + (f": {status.reason}" if status.reason else ""),
         "steps": f"{status.step:,}" + (f" of {status.max_steps:,}" if status.max_steps else ""),
@@ -75,12 +79,13 @@ def _facts(history: History) -> dict[str, str]:
         "best validation loss": _number(best),
         "perplexity": f"{math.exp(min(evals[-1], 99)):.4g}" if evals else None,
         "floor": _number(facts.get("floor")),
-        "bits per byte": _number(summary.get("bits_per_byte")),
-        "median tokens/s": si(summary["tokens_per_second"]) if summary.get("tokens_per_second") else None,
-        "peak memory": f"{summary['peak_memory_gib']:.2f} GiB" if summary.get("peak_memory_gib") else None,
-        "running time": duration(history.elapsed(train["time"])) if train else None,
-        "time in plugins": _plugins(summary.get("plugin_seconds", {})),
+        "bits per byte": _number(bits[-1] if bits else None),
+        "median tokens/s": si(statistics.median(rates)) if rates else None,
+        "peak memory": f"{max(memory):.2f} GiB" if memory else None,
+        "time to the last training row": duration(history.elapsed(train["time"])) if train else None,
         "processes started": str(len(history.launches)),
+        "time of the last process": duration(summary["seconds"]) if summary.get("seconds") else None,
+        "its time in plugins": _plugins(summary.get("plugin_seconds", {})),
         "parameters": f"{facts['parameters']:,}" if facts.get("parameters") else None,
         "device": facts.get("device"),
         "precision": facts.get("precision"),
@@ -142,7 +147,8 @@ def _samples(history: History) -> str:
         f"<pre>{_text(row['message'])}</pre></details>"
         for row in picked
     )
-    return f"<h2>Samples over time: {_text(history.label)}</h2>{items}"
+    note = f"<p>{len(picked)} of {len(found)}, evenly spread.</p>" if len(picked) < len(found) else ""
+    return f"<h2>Samples over time: {_text(history.label)}</h2>{note}{items}"
 
 
 def _events(history: History) -> str:
