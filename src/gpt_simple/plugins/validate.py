@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gpt_simple import Config, Outlook
     from gpt_simple.hooks import Run
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 _DATA, _CHECKPOINT, _PLUGIN = 3, 4, 5
 _WITHOUT_FILES = ("stories", "python_stdlib")
 """Sources that read neither data.path nor data.format."""
@@ -246,15 +246,20 @@ def _output(outlook: Outlook) -> Iterator[Finding]:
     output = outlook.output
     if output.checkpoint_bytes is None or output.needed is None:
         return
-    sizes = f"{output.needed / _GIB:.2f} GiB for up to {output.most} checkpoints of {output.checkpoint_bytes:,} bytes"
+    size, free = _size(output.checkpoint_bytes), _size(output.free)
+    sizes = f"{_size(output.needed)} for up to {_count(output.most, 'checkpoint')} of at most {size}"
     fields = {"checkpoint_bytes": output.checkpoint_bytes, "needed": output.needed, "free": output.free}
-    if output.needed > output.free:
-        message = f"the run writes {sizes}, and {output.free / _GIB:.2f} GiB are free"
-        hint = "lower keep_last_k, or choose another output_dir"
+    hint = "choose another output_dir, or make room"
+    if not output.holds_one:
+        message = f"a checkpoint has {size}, and {free} are free: the run could save nothing"
+        yield Finding("error", "space-short", message, "training.output_dir", hint, _CHECKPOINT, fields)
+    elif output.needed > output.free:
+        message = f"the run writes {sizes}, and {free} are free"
         # No error: a run that prunes, or that is stopped in time, may do with less.
+        hint = f"lower keep_last_k, {hint}"
         yield Finding("warning", "space-short", message, "training.output_dir", hint, _CHECKPOINT, fields)
     elif not outlook.questions.launching:
-        message = f"{output.directory}: {sizes}; {output.free / _GIB:.1f} GiB are free"
+        message = f"{output.directory}: {sizes}; {free} are free"
         yield Finding("info", "output", message, fields=fields)
 
 
@@ -339,6 +344,14 @@ def _precision(run: Run) -> Iterator[Finding]:
     if run.device.type == "cuda" and run.config.training.mixed_precision == "no":
         message = 'mixed_precision "no" leaves the matrix units of the GPU to TF32: bf16 is about twice as fast'
         yield Finding("warning", "precision-slow", message, "training.mixed_precision", 'use "auto"')
+
+
+def _size(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB else f"{size / _MIB:.2f} MiB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +12,7 @@ from attrs import frozen
 
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import OptimizerConfig, TrainingConfig
+from gpt_simple.engine.resume import flat
 from gpt_simple.errors import CheckpointError, GptSimpleError
 from gpt_simple.model.flops import parameter_count, tensor_count
 from gpt_simple.run_dir.layout import RunDir
@@ -18,23 +21,33 @@ from gpt_simple.run_dir.lock import owner_of
 if TYPE_CHECKING:
     from gpt_simple.validate.outlook import Outlook
 
-DOCUMENTS = 8192, 1024
-"""Bytes of a checkpoint beside its tensors: in all, and for each parameter's entries in headers and manifest."""
+DOCUMENTS = 8192, 1280, 48
+"""At most so many bytes of a checkpoint are no tensors: in all (beside the configuration, which is in it), for the names
+and layouts of a parameter in headers, manifest and state, and for each evaluation. Plugins of other packages keep more.
+"""
 
 
 @frozen
 class OutputOutlook:
     """``checkpoint_bytes`` is None where the model or the optimizer is a plugin's and none was written yet.
 
-    ``most`` is how many checkpoints the run has on disk at once at most, with the one being written; ``needed`` the
-    bytes that it adds to what is there, ``free`` what the file system has.
+    ``tensor_bytes`` of it are certain. ``most`` is how many checkpoints the run has on disk at once at most, with the
+    one being written; ``needed`` the bytes that it adds to what is there, ``free`` what the file system has, and
+    ``freed`` what ``--force`` gives back before the first step.
     """
 
     directory: Path
     checkpoint_bytes: int | None
+    tensor_bytes: int
     most: int
     needed: int | None
     free: int
+    freed: int
+
+    @property
+    def holds_one(self) -> bool:
+        """Whether there is room for a checkpoint, or none is to be written."""
+        return not self.needed or self.tensor_bytes <= self.free + self.freed
 
 
 def look(outlook: Outlook) -> OutputOutlook:
@@ -47,40 +60,55 @@ def look(outlook: Outlook) -> OutputOutlook:
         who = owner or "another process"
         raise CheckpointError(f"{run_dir.root} is in use by {who}: stop it, or choose another training.output_dir")
     existing = Store(run_dir.checkpoints).list()
-    size = _checkpoint_bytes(outlook)
-    if size is None and existing:
-        size = _tree_bytes(existing[-1].path)
+    tensors, documents = _sizes(outlook)
+    if not tensors and existing:
+        tensors = _tree_bytes(existing[-1].path)
+    size = tensors + documents or None
+    there = sum(_tree_bytes(checkpoint.path) for checkpoint in existing)
+    freed = there if outlook.questions.force else 0
     most = most_checkpoints(training)
-    needed = None
-    if size is not None:
-        there = sum(_tree_bytes(checkpoint.path) for checkpoint in existing)
-        needed = max(size if training.max_steps else 0, most * size - there)
+    needed = None if size is None else max(size - freed, most * size - there)
+    if existing and training.resume == "auto" and not freed and existing[-1].step >= training.max_steps:
+        needed = 0
     nearest = next(path for path in (run_dir.root, *run_dir.root.absolute().parents) if path.exists())
-    return OutputOutlook(run_dir.root, size, most, needed, shutil.disk_usage(nearest).free)
+    return OutputOutlook(run_dir.root, size, tensors, most, needed, shutil.disk_usage(nearest).free, freed)
 
 
 def most_checkpoints(training: TrainingConfig) -> int:
-    """The most checkpoints at one time: the newest, the best, milestones, and the one that is being written."""
+    """The most checkpoints at one time: while the last is written, the newest, older milestones, and the best."""
     every, steps = training.save_steps or training.max_steps, training.max_steps
     saves = -(-steps // every)
     if training.keep_last_k is None:
         return saves
-    milestones = steps // training.keep_milestone_every if training.keep_milestone_every else 0
-    best = 1 if training.eval_steps else 0
-    return min(saves, max(2, training.keep_last_k) + milestones + best + 1)
+    newest = max(2, training.keep_last_k)
+    older = max(0, saves - 1 - newest)
+
+    def among_older(interval: int | None) -> int:
+        return older * every // math.lcm(every, interval) if interval else 0
+
+    milestones = among_older(training.keep_milestone_every)
+    best = milestones < older and among_older(training.eval_steps) > 0
+    return min(saves, newest + milestones + best + 1)
 
 
-def _checkpoint_bytes(outlook: Outlook) -> int | None:
-    """Weights and both moments in fp32, AdamW's step counters, and the documents; None for parts of plugins."""
+def _sizes(outlook: Outlook) -> tuple[int, int]:
+    """Bytes of a checkpoint's tensors, and the most of everything else; 0 and 0 for parts of plugins.
+
+    Tensors are weights and both moments in fp32, and AdamW's step counters.
+    """
+    training = outlook.config.training
     try:
         shape = outlook.shape
     except GptSimpleError:
-        return None  # a finding of its own
+        return 0, 0  # a finding of its own
     if shape is None or type(outlook.config.optimizer) is not OptimizerConfig:
-        return None
-    tensors = tensor_count(shape)
-    per_all, per_tensor = DOCUMENTS
-    return 12 * parameter_count(shape) + (4 + per_tensor) * tensors + per_all
+        return 0, 0
+    in_all, per_parameter, per_evaluation = DOCUMENTS
+    evaluations = training.max_steps // training.eval_steps if training.eval_steps else 0
+    config = len(json.dumps(flat(outlook.config), indent=4))
+    count = tensor_count(shape)
+    tensors = 12 * parameter_count(shape) + 4 * count
+    return tensors, in_all + config + per_parameter * count + per_evaluation * evaluations
 
 
 def _tree_bytes(directory: Path) -> int:
