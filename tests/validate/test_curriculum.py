@@ -66,6 +66,16 @@ def test_a_phase_that_the_run_does_not_reach_is_a_warning(check: Check, two_buck
     assert "phase-never-reached" not in check("--training.max_steps=11")
 
 
+def test_every_phase_is_told_with_what_it_reads_and_the_first_that_is_not_reached(
+    check: Check, two_buckets: Path
+) -> None:
+    phase = check("--training.max_steps=50")["phase"]["fields"]
+    assert phase == {"phase": 2, "tokens": {"web": (100 - 20) * 32}, "there": {"web": 171 * 32}}
+    third = "--data.curriculum=[" + "{duration_tokens = 640, mix = {web = 1}}, " * 3 + "]"
+    assert "before phase 2 of 3" in check("--training.max_steps=10", third)["phase-never-reached"]["message"]
+    assert "before phase 3 of 3" in check("--training.max_steps=20", third)["phase-never-reached"]["message"]
+
+
 def test_a_bucket_that_does_not_exist_is_an_error(check: Check, two_buckets: Path) -> None:
     config = Path("config.toml")
     config.write_text(config.read_text().replace("mix = {web = 1}", "mix = {webb = 1}"))
@@ -75,6 +85,7 @@ def test_a_bucket_that_does_not_exist_is_an_error(check: Check, two_buckets: Pat
 def test_halting_data_that_end_early_are_told(check: Check, two_buckets: Path) -> None:
     found = check("--training.max_steps=50", "--data.on_exhaustion=halt")
     assert "the data end after step" in found["data-end-early"]["message"]
+    assert found["epochs"]["fields"]["epochs"] < 0.2
 
 
 def test_a_damaged_dataset_is_an_error_of_the_data(check: Check, two_buckets: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gpt_simple
 from gpt_simple import Finding, GptSimpleError, ModelConfig, OptimizerConfig
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
+from gpt_simple.plugins.validate_data import data_findings
 
 if TYPE_CHECKING:
     from gpt_simple import Config, Outlook
@@ -22,10 +23,6 @@ _MIB, _GIB = 2**20, 2**30
 _DATA, _CHECKPOINT, _PLUGIN = 3, 4, 5
 _WITHOUT_FILES = ("stories", "python_stdlib")
 """Sources that read neither data.path nor data.format."""
-
-_EVALUATION_SHARE = 0.25
-"""More of the time than this in evaluation is worth a warning; a forward pass is a third of a training step."""
-
 
 Check = Callable[["Outlook"], Iterator[Finding]]
 
@@ -41,7 +38,7 @@ class Validate(Plugin[NoConfig]):
         findings = [*_steps(outlook), *_schedule(outlook), *_checkpoints(outlook), *_idle(outlook)]
         if not outlook.questions.launching:
             findings += [*_components(outlook), *_summary(outlook)]
-            findings += [*_guarded("data", "data.path", _data, outlook)]
+            findings += [*_guarded("data", "data.path", data_findings, outlook)]
             findings += [*_guarded("resume", "training.resume", _resume, outlook), *_environment(outlook)]
             if outlook.questions.probe or outlook.questions.device:
                 findings += _guarded("runtime", "training", _runtime, outlook)
@@ -147,82 +144,6 @@ def _summary(outlook: Outlook) -> Iterator[Finding]:
     )
     fields = {"steps": config.training.max_steps, "tokens_per_step": tokens}
     yield Finding("info", "config", message, fields=fields)
-
-
-def _data(outlook: Outlook) -> Iterator[Finding]:
-    config, data = outlook.config, outlook.data
-    where = f" in {data.directory}" if data.directory else ""
-    about = "about " if data.estimated else ""
-    size = "of unknown size until they are prepared"
-    if data.train_tokens is not None:
-        size = f"{about}{data.train_tokens:,} tokens to train on, {about}{data.val_tokens:,} held out"
-    fields = {
-        "train_tokens": data.train_tokens,
-        "val_tokens": data.val_tokens,
-        "vocab_size": data.vocab_size,
-        "estimated": data.estimated,
-        "buckets": dict(data.buckets),
-        "fingerprints": dict(data.fingerprints or {}),
-    }
-    yield Finding("info", "data", f"{data.source}{where}: {size}", fields=fields)
-    wanted = getattr(config.model, "vocab_size", None)
-    if wanted is not None and data.vocab_size is not None and wanted < data.vocab_size and not data.estimated:
-        message = f"the tokenizer has {data.vocab_size} tokens, more than {wanted}"
-        yield Finding("error", "vocabulary-too-small", message, "model.vocab_size", "leave it out or raise it")
-    yield from _epochs(outlook)
-    yield from _validation(outlook)
-
-
-def _epochs(outlook: Outlook) -> Iterator[Finding]:
-    config, data = outlook.config, outlook.data
-    steps, rows, length = config.training.max_steps, outlook.rows_per_step, config.data.max_length
-    if data.train_tokens is None:
-        return
-    epochs = steps * rows * length / max(1, data.train_tokens)
-    message = f"the run reads the data {'about ' if data.estimated else ''}{epochs:.2f} times"
-    yield Finding("info", "epochs", message, fields={"epochs": epochs})
-    needed, total = steps * rows, data.total
-    if total is not None and total < needed:
-        message = (
-            f"the data end after step {total // rows:,} of {steps:,} (on_exhaustion {config.data.on_exhaustion!r})"
-        )
-        hint = 'lower training.max_steps, or set "repeat"'
-        yield Finding("warning", "data-end-early", message, "data.on_exhaustion", hint, _DATA)
-        needed = total
-    if data.order is None:
-        return
-    taken = dict(zip(data.buckets, data.order.taken(needed), strict=True))
-    shares = {name: taken[name] / max(1, rows) for name, rows in data.buckets.items()}
-    message = "buckets read: " + ", ".join(f"{name} {share:.2f} times" for name, share in shares.items())
-    yield Finding("info", "buckets", message, fields={"epochs": shares})
-    for name, sample in data.ends(needed).items():
-        message = f"bucket {name!r} ({data.buckets[name]:,} rows) has been read whole at step {sample // rows + 1:,}"
-        yield Finding("info", "bucket-ends", message, fields={"bucket": name, "step": sample // rows + 1})
-    before = sum(phase.duration_tokens for phase in config.data.curriculum[:-1])
-    if before >= steps * rows * length:
-        message = f"the run ends before its last phase begins, after {before:,} tokens"
-        yield Finding("warning", "phase-never-reached", message, "data.curriculum", "raise training.max_steps")
-
-
-def _validation(outlook: Outlook) -> Iterator[Finding]:
-    config, data = outlook.config, outlook.data
-    training, length = config.training, config.data.max_length
-    if not training.eval_steps or data.val_tokens is None:
-        return
-    if data.val_tokens < length and not data.estimated:
-        message = f"the validation split has {data.val_tokens:,} tokens, and a sample is data.max_length {length:,}"
-        hint = "raise val_fraction, lower max_length, give more text, or set training.eval_steps = 0"
-        yield Finding("error", "validation-too-short", message, "data.val_fraction", hint, _DATA)
-        return
-    rows = data.val_rows
-    if training.max_eval_batches is not None:
-        rows = min(rows, training.max_eval_batches * training.per_device_batch_size)
-    evaluating, stepping = rows / 3, min(training.eval_steps, training.max_steps) * outlook.rows_per_step
-    share = evaluating / (evaluating + stepping)
-    if share > _EVALUATION_SHARE:
-        message = f"evaluating {rows:,} rows every {training.eval_steps} steps takes about {share:.0%} of the time"
-        hint = "set training.max_eval_batches or raise training.eval_steps"
-        yield Finding("warning", "evaluation-heavy", message, "training.eval_steps", hint)
 
 
 def _resume(outlook: Outlook) -> Iterator[Finding]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import frozen
+from attrs import evolve, frozen
 
+from gpt_simple._names import PROGRAM
 from gpt_simple.config.schema import Config, DataConfig
 from gpt_simple.data.locate import check, find, order_seed
-from gpt_simple.data.manifest import SplitRecord
+from gpt_simple.data.manifest import ALL, SplitRecord
 from gpt_simple.data.sources import Source
-from gpt_simple.data.sources.files import Files
+from gpt_simple.data.sources.files import Files, holds_json_lines
 from gpt_simple.data.sources.shards import Shards
 from gpt_simple.data.tokenizer import BYTE_IDS, load_tokenizer
+from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import Registry
 
 if TYPE_CHECKING:
@@ -23,8 +27,15 @@ if TYPE_CHECKING:
 HASHED = 64 * 2**20
 """Raw files up to this many bytes are hashed to see whether they were prepared before (some hundredths of a second)."""
 
-BYTES_PER_TOKEN = 3.5
-"""English under a byte-level BPE of some thousand ids; larger vocabularies reach 4.5."""
+SAMPLED = 100
+"""Lines of JSON that are looked at, for mistakes in them and for how much of them is text."""
+
+COMPRESSED = (".gz", ".zst")
+COMPRESSION = 3
+"""Bytes of text in a byte of a compressed file."""
+
+LONGEST_TOKEN = 4.5
+"""Bytes of English or code for each token of a large vocabulary."""
 
 
 @frozen
@@ -32,8 +43,9 @@ class DataOutlook:
     """What is known of the data. ``estimated``: nothing is prepared yet, so numbers of tokens are guesses.
 
     ``vocab_size`` is that of the tokenizer, at most, and None where only training it would tell. ``train_tokens`` and
-    ``val_tokens`` count targets, None where nobody knows. ``total`` is the number of rows there are to read, None where
-    they are read again or nobody knows; ``order`` is the order of a curriculum.
+    ``val_tokens`` count targets, None where nobody knows; a val split has at most ``val_at_most``. ``total`` is the
+    number of rows there are to read, None where they are read again or nobody knows; ``order`` is the order of a
+    curriculum.
     """
 
     source: str
@@ -46,24 +58,29 @@ class DataOutlook:
     buckets: Mapping[str, int]
     val_rows: int
     fingerprints: Mapping[str, str] | None
+    val_at_most: int | None = None
     total: int | None = None
     order: Mixture | None = None
 
     def ends(self, samples: int) -> dict[str, int]:
         """Buckets without an unread row after ``samples`` samples, each with the first sample at which it had none."""
-        assert self.order is not None
-        taken = self.order.taken(samples)
+        taken = self.taken(samples)
         return {
-            name: self._first_without(number, rows, samples)
-            for number, (name, rows) in enumerate(self.buckets.items())
-            if rows and taken[number] >= rows
+            name: self._first_without(name, rows, samples)
+            for name, rows in self.buckets.items()
+            if rows and taken[name] >= rows
         }
 
-    def _first_without(self, bucket: int, rows: int, samples: int) -> int:
+    def taken(self, samples: int) -> dict[str, int]:
+        """Rows that the first ``samples`` samples of a curriculum take of each bucket."""
+        assert self.order is not None
+        return dict(zip(self.buckets, self.order.taken(samples), strict=True))
+
+    def _first_without(self, bucket: str, rows: int, samples: int) -> int:
         low, high = 0, samples
         while low < high:
             middle = (low + high) // 2
-            if self.order is not None and self.order.taken(middle)[bucket] >= rows:
+            if self.taken(middle)[bucket] >= rows:
                 high = middle
             else:
                 low = middle + 1
@@ -71,7 +88,7 @@ class DataOutlook:
 
 
 def look(config: Config, registry: Registry) -> DataOutlook:
-    """The data that ``config`` names; reads no text. Raises what a run would raise before reading any."""
+    """The data that ``config`` names; reads no more text than a few lines. Raises what a run would raise."""
     source = check(config, registry)
     size = _size(source)
     found = None if size is not None and size > HASHED else find(source, config, registry)
@@ -96,6 +113,7 @@ def look(config: Config, registry: Registry) -> DataOutlook:
         val_tokens=val.tokens,
         buckets=buckets,
         val_rows=sum(_rows(val, data).values()),
+        val_at_most=val.tokens,
         fingerprints={"dataset": manifest.fingerprint, "tokenizer": manifest.tokenizer},
         total=total,
         order=order,
@@ -103,13 +121,18 @@ def look(config: Config, registry: Registry) -> DataOutlook:
 
 
 def _unprepared(source: Source | Shards, size: int | None, config: Config, registry: Registry) -> DataOutlook:
-    data = config.data
-    tokens = None if size is None else int(size / (1 if data.tokenizer == "bytes" else BYTES_PER_TOKEN))
+    data, vocab_size = config.data, _vocab_size(config.data, registry)
+    _refuse_other_buckets(data)
+    tokens = None if size is None else int(size * _text_share(source, data) / _bytes_per_token(vocab_size))
     val = None if tokens is None else int(tokens * data.val_fraction)
+    at_most = _at_most(source, size)
+    if data.val_fraction == 0 and not isinstance(source, Shards):
+        val = at_most = 0
+    rows = None if tokens is None or val is None else (tokens - val) // data.max_length
     return DataOutlook(
         source=_name(source, data),
         directory=None,
-        vocab_size=_vocab_size(data, registry),
+        vocab_size=vocab_size,
         estimated=True,
         text_bytes=size,
         train_tokens=None if tokens is None or val is None else tokens - val,
@@ -117,7 +140,48 @@ def _unprepared(source: Source | Shards, size: int | None, config: Config, regis
         buckets={},
         val_rows=0 if val is None else val // data.max_length,
         fingerprints=None,
+        val_at_most=at_most,
+        total=None if data.on_exhaustion == "repeat" else rows,
     )
+
+
+def _refuse_other_buckets(data: DataConfig) -> None:
+    """What is prepared at the start of a run is one bucket, whatever directories its files are in."""
+    for number, phase in enumerate(data.curriculum, 1):
+        if others := [name for name in phase.mix if name != ALL]:
+            raise ConfigError(
+                f"data.curriculum, phase {number}: there is no bucket {others[0]!r}; data that a run prepares are"
+                f" one, {ALL!r}: make buckets of sub-directories with `{PROGRAM} tokenize`"
+            )
+
+
+def _text_share(source: Source | Shards, data: DataConfig) -> float:
+    """Bytes of text in a byte of the files, judged by the first lines. Raises DataError for lines that are not read."""
+    if not isinstance(source, Files):
+        return 1.0
+    wanted = source.json_lines
+    file = next((file for file in source.files if (holds_json_lines(file) if wanted is None else wanted)), None)
+    if file is None:
+        return 1.0
+    most = min(SAMPLED, data.max_documents or SAMPLED)
+    text = sum(len(document.text.encode()) for document in islice(evolve(source, files=(file,)).documents(), most))
+    if file.suffix in COMPRESSED:
+        return COMPRESSION
+    with file.open("rb") as stream:
+        size = sum(len(line) for line in islice((line for line in stream if line.strip()), most))
+    return text / max(1, size)
+
+
+def _bytes_per_token(vocab_size: int | None) -> float:
+    """1 for bytes, and more with each doubling of the vocabulary; English and Python were measured."""
+    return min(LONGEST_TOKEN, 1 + 0.8 * math.log2(max(1, (vocab_size or 8192) / 257)))
+
+
+def _at_most(source: Source | Shards, size: int | None) -> int | None:
+    """A token stands for at least a byte, and each document has one more; None where that tells nothing."""
+    if not isinstance(source, Files) or size is None or any(file.suffix in COMPRESSED for file in source.files):
+        return None
+    return size + len(source.files)
 
 
 def _order(buckets: Mapping[str, int], config: Config) -> Mixture:

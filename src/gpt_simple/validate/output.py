@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from gpt_simple.validate.outlook import Outlook
 
 DOCUMENTS = 8192, 1280, 48
-"""At most so many bytes of a checkpoint are no tensors: in all (beside the configuration, which is in it), for the names
-and layouts of a parameter in headers, manifest and state, and for each evaluation. Plugins of other packages keep more.
+"""At most so many bytes of a checkpoint are no tensors: in all (beside the configuration, which is in it), for the
+names and layouts of a parameter in headers, manifest and state, and for each evaluation. Plugins may keep more.
 """
 
 

@@ -1,0 +1,127 @@
+"""What `validate` says about the data: whether there are any, how often a run reads them, and what it holds out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from gpt_simple import Finding
+
+if TYPE_CHECKING:
+    from gpt_simple import Outlook
+
+_DATA = 3
+_EVALUATION_SHARE = 0.25
+"""More of the time than this in evaluation is worth a warning; a forward pass is a third of a training step."""
+
+
+def data_findings(outlook: Outlook) -> Iterator[Finding]:
+    """What is there, and how far it reaches; raises what ``outlook.data`` raises."""
+    config, data = outlook.config, outlook.data
+    where = f" in {data.directory}" if data.directory else ""
+    about = "about " if data.estimated else ""
+    size = "of unknown size until they are prepared"
+    if data.train_tokens is not None:
+        size = f"{about}{data.train_tokens:,} tokens to train on, {about}{data.val_tokens:,} held out"
+    fields = {
+        "train_tokens": data.train_tokens,
+        "val_tokens": data.val_tokens,
+        "vocab_size": data.vocab_size,
+        "estimated": data.estimated,
+        "buckets": dict(data.buckets),
+        "fingerprints": dict(data.fingerprints or {}),
+    }
+    yield Finding("info", "data", f"{data.source}{where}: {size}", fields=fields)
+    wanted = getattr(config.model, "vocab_size", None)
+    if wanted is not None and data.vocab_size is not None and wanted < data.vocab_size:
+        hint = "leave it out or raise it"
+        if data.estimated and config.data.tokenizer == "bpe":  # fewer come out if the text has no more pairs
+            message = f"the tokenizer will have up to {data.vocab_size} tokens, more than {wanted}"
+            yield Finding("warning", "vocabulary-too-small", message, "model.vocab_size", hint)
+        else:
+            message = f"the tokenizer has {data.vocab_size} tokens, more than {wanted}"
+            yield Finding("error", "vocabulary-too-small", message, "model.vocab_size", hint)
+    yield from _epochs(outlook)
+    yield from _validation(outlook)
+
+
+def _epochs(outlook: Outlook) -> Iterator[Finding]:
+    config, data = outlook.config, outlook.data
+    steps, rows, length = config.training.max_steps, outlook.rows_per_step, config.data.max_length
+    if data.train_tokens is None:
+        return
+    about = "about " if data.estimated else ""
+    needed, total = steps * rows, data.total
+    if total is not None and total < needed:
+        exhausted = f"on_exhaustion {config.data.on_exhaustion!r}"
+        message = f"the data end after {about}step {total // rows:,} of {steps:,} ({exhausted})"
+        hint = 'lower training.max_steps, or set "repeat"'
+        yield Finding("warning", "data-end-early", message, "data.on_exhaustion", hint, _DATA)
+        needed = total
+    epochs = needed * length / max(1, data.train_tokens)
+    message = f"the run reads the data {about}{epochs:.2f} times"
+    yield Finding("info", "epochs", message, fields={"epochs": epochs})
+    if data.order is not None:
+        yield from _buckets(outlook, needed)
+        yield from _ends(outlook, needed)
+
+
+def _buckets(outlook: Outlook, needed: int) -> Iterator[Finding]:
+    """What the first ``needed`` rows take of each bucket, in all and in each phase."""
+    data, length = outlook.data, outlook.config.data.max_length
+    shares = {name: taken / max(1, data.buckets[name]) for name, taken in data.taken(needed).items()}
+    message = "buckets read: " + ", ".join(f"{name} {share:.2f} times" for name, share in shares.items())
+    yield Finding("info", "buckets", message, fields={"epochs": shares})
+    begin, phases = 0, outlook.config.data.curriculum
+    for number, phase in enumerate(phases, 1):
+        if begin >= needed:
+            message = f"the run ends before phase {number} of {len(phases)} begins, after {begin * length:,} tokens"
+            yield Finding("warning", "phase-never-reached", message, "data.curriculum", "raise training.max_steps")
+            return
+        end = needed if number == len(phases) else min(needed, begin + round(phase.duration_tokens / length))
+        before, after = data.taken(begin), data.taken(end)
+        tokens = {name: (after[name] - before[name]) * length for name in phase.mix}
+        there = {name: data.buckets[name] * length for name in phase.mix}
+        parts = ", ".join(f"{name} {tokens[name]:,} of {there[name]:,}" for name in phase.mix)
+        message = f"phase {number} of {len(phases)} reads {(end - begin) * length:,} tokens: {parts}"
+        yield Finding("info", "phase", message, fields={"phase": number, "tokens": tokens, "there": there})
+        begin = end
+
+
+def _ends(outlook: Outlook, needed: int) -> Iterator[Finding]:
+    for name, sample in outlook.data.ends(needed).items():
+        step = sample // outlook.rows_per_step + 1
+        message = f"bucket {name!r} ({outlook.data.buckets[name]:,} rows) has been read whole at step {step:,}"
+        yield Finding("info", "bucket-ends", message, fields={"bucket": name, "step": step})
+
+
+def _validation(outlook: Outlook) -> Iterator[Finding]:
+    config, data = outlook.config, outlook.data
+    training, length = config.training, config.data.max_length
+    if not training.eval_steps:
+        return
+    hint = "raise val_fraction, lower max_length, give more text, or set training.eval_steps = 0"
+    if data.val_at_most is not None and data.val_at_most < length:
+        most = "at most " if data.estimated and data.val_at_most else ""
+        tokens = f"{most}{data.val_at_most:,} tokens"
+        message = f"the validation split has {tokens}, and a sample is data.max_length {length:,}"
+        yield Finding("error", "validation-too-short", message, "data.val_fraction", hint, _DATA)
+        return
+    if data.val_tokens is None:
+        return
+    if data.val_tokens < length:
+        message = (
+            f"the validation split has about {data.val_tokens:,} tokens, an estimate, and a sample is data.max_length"
+            f" {length:,}"
+        )
+        yield Finding("warning", "validation-too-short", message, "data.val_fraction", hint, _DATA)
+        return
+    rows = data.val_rows
+    if training.max_eval_batches is not None:
+        rows = min(rows, training.max_eval_batches * training.per_device_batch_size)
+    evaluating, stepping = rows / 3, min(training.eval_steps, training.max_steps) * outlook.rows_per_step
+    share = evaluating / (evaluating + stepping)
+    if share > _EVALUATION_SHARE:
+        message = f"evaluating {rows:,} rows every {training.eval_steps} steps takes about {share:.0%} of the time"
+        hint = "set training.max_eval_batches or raise training.eval_steps"
+        yield Finding("warning", "evaluation-heavy", message, "training.eval_steps", hint)
