@@ -10,24 +10,26 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from operator import attrgetter
 from pathlib import Path
+from re import fullmatch
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from gpt_simple.config.convert import null_words
 from gpt_simple.config.load import RawConfig, read
 from gpt_simple.config.origin import Origins
 from gpt_simple.config.schema import Config
-from gpt_simple.config.structure import structure, with_other_mistakes
-from gpt_simple.errors import ConfigError
+from gpt_simple.config.secret import secrets_in, without
+from gpt_simple.config.structure import structure
+from gpt_simple.errors import ConfigError, GptSimpleError, collecting, raise_all
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.answers import Finding
 from gpt_simple.hooks.components import CONFIG_KEY, Component, Kind, Registry, builtin_registry
 from gpt_simple.hooks.discovery import installed
 from gpt_simple.hooks.host import PluginHost
 
-# Kinds whose name stands in the configuration itself; a tokenizer may also be a file, which the data look for.
-_SECTION_OF: dict[Kind, str] = {"model": "model", "optimizer": "optimizer", "schedule": "optimizer", "source": "data"}
+# The section that a kind may bring a class for.
+_SECTION_OF: dict[Kind, str] = {"model": "model", "optimizer": "optimizer", "source": "data"}
 
 
 @frozen
@@ -62,6 +64,8 @@ class Assembly:
     notes: Sequence[str] = ()
     arguments: Sequence[str] = ()
     """What followed the program's name on the command line that asked for it: ``run``, ``config.toml``, ..."""
+    secrets: Sequence[str] = field(default=(), repr=False)
+    """Values that no message may show."""
 
     @property
     def components(self) -> list[Component]:
@@ -76,7 +80,15 @@ class Assembly:
             findings = self.host.check_config(self.config)
         finally:
             _UNDER_CHECK.reset(token)
-        return [evolve(finding, place=self.origins.place(finding.place)) for finding in findings]
+        return [self._shown(finding) for finding in findings]
+
+    def _shown(self, finding: Finding) -> Finding:
+        """With the place of its key, or of the one that its message begins with, and without the values of secrets."""
+        key, _, rest = finding.message.partition(": ")
+        if finding.severity == "error" and fullmatch(r"(?:--)?(?:model|data|optimizer|training|plugins)\.[\w.]+", key):
+            finding = evolve(finding, place=key, message=rest)
+        message, hint = without(finding.message, self.secrets), without(finding.hint, self.secrets)
+        return evolve(finding, place=self.origins.place(finding.place), message=message, hint=hint)
 
 
 _UNDER_CHECK: ContextVar[tuple[Assembly, Questions] | None] = ContextVar("under_check", default=None)
@@ -95,57 +107,95 @@ def assemble(
     sections: Mapping[str, object] | None = None,
     plugins: Sequence[Any] = (),
 ) -> Assembly:
-    """Read, import the active plugins, structure, check.
+    """Read, import the active plugins, structure, check. All mistakes are one error, of the type of the worst.
 
     ``overrides`` are (dotted key, text) pairs from a command line; ``sections`` are values given in Python, which
     replace the file's sections; ``plugins`` are plugin classes or instances given in Python.
     """
+    assembly, errors = attempt(path, overrides=overrides, switches=switches, sections=sections, plugins=plugins)
+    raise_all(errors)
+    assert assembly is not None, "without errors there is one"
+    return assembly
+
+
+def attempt(
+    path: str | Path | None,
+    *,
+    overrides: Sequence[tuple[str, str]] = (),
+    switches: Switches | None = None,
+    sections: Mapping[str, object] | None = None,
+    plugins: Sequence[Any] = (),
+) -> tuple[Assembly | None, Sequence[GptSimpleError]]:
+    """As ``assemble``, but what is wrong with plugins and the configuration is handed out, first the configuration.
+
+    There is an assembly whenever the configuration itself is sound; it has the plugins that are.
+    """
     raw = read(path, overrides=overrides, sections=sections)
-    try:
-        host = PluginHost.activate(
-            _plugins_table(raw),
-            set_keys=raw.is_set,
-            switches=switches or Switches(),
-            extra=plugins,
-            place=raw.origins.place,
-        )
-    except ConfigError as error:
-        raise with_other_mistakes(error, raw) from None
-    registry = builtin_registry()
-    host.register_components(registry)
-    classes = _section_classes(raw, registry, host)
-    config = structure(raw, sections=classes, plugin_configs=host.config_classes())
-    registry.pair(config.optimizer.name, config.optimizer.schedule)
-    host.instantiate(config)
-    return Assembly(config, raw.origins, host, registry, Path(path) if path is not None else None, raw.notes)
-
-
-def _plugins_table(raw: RawConfig) -> Mapping[str, Any]:
+    errors: list[GptSimpleError] = []
     table = raw.values.get("plugins", {})
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{raw.origins.place('plugins')}: expected a table, got {table!r}")
-    return table
-
-
-def _section_classes(raw: RawConfig, registry: Registry, host: PluginHost) -> dict[str, type]:
-    """The class of each section whose component brings its own, so that its fields are validated by it."""
-    classes: dict[str, type] = {}
-    unknown: dict[str, Kind] = {}
-    for kind, section in _SECTION_OF.items():
-        name = raw.get(CONFIG_KEY[kind])
-        if not isinstance(name, str) or (kind == "source" and name in null_words(str | None)):
-            continue  # left at its default, or a mistake that the structuring will name
-        try:
-            part = registry.get(kind, name, raw.origins.place(CONFIG_KEY[kind]))
-        except ConfigError as error:
-            unknown[f"{error}{_who_might_bring_it(host) if 'did you mean' not in str(error) else ''}"] = kind
-        else:
-            if part.config is not None:
-                classes[section] = part.config
+    host = PluginHost.activate(
+        table if isinstance(table, Mapping) else {},  # the structuring will name it
+        set_keys=raw.is_set,
+        switches=switches or Switches(),
+        extra=plugins,
+        place=raw.origins.place,
+        errors=errors,
+    )
+    registry = builtin_registry()
+    with collecting(errors):
+        host.register_components(registry)
+    classes, unchecked, unknown = _section_classes(raw, registry, host)
+    checked = evolve(raw, values={name: values for name, values in raw.values.items() if name not in unchecked})
+    secrets = sorted(set(secrets_in(raw.values)))
+    try:
+        config = structure(checked, sections=classes, plugin_configs=host.config_classes())
+    except GptSimpleError as error:
+        return None, [error, *unknown, *errors]
     if unknown:
-        unchecked = [_SECTION_OF[kind] for kind in unknown.values() if kind != "schedule"]
-        raise with_other_mistakes(ConfigError("\n".join(unknown)), raw, unchecked=unchecked)
-    return classes
+        return None, [*unknown, *errors]
+    with collecting(errors):
+        registry.pair(config.optimizer.name, config.optimizer.schedule)
+    with collecting(errors):
+        host.instantiate(config)
+    source = Path(path) if path is not None else None
+    shown = [type(error)(without(str(error), secrets)) for error in errors]
+    return Assembly(config, raw.origins, host, registry, source, raw.notes, secrets=secrets), shown
+
+
+def _section_classes(
+    raw: RawConfig, registry: Registry, host: PluginHost
+) -> tuple[dict[str, type], set[str], list[GptSimpleError]]:
+    """The class of each section whose component brings its own, so that its fields are validated by it.
+
+    Also the sections whose class is not known, and the errors that say why.
+    """
+    classes: dict[str, type] = {}
+    unchecked: set[str] = set()
+    unknown: list[GptSimpleError] = []
+    for kind, key in CONFIG_KEY.items():
+        name, section = raw.get(key), _SECTION_OF.get(kind)
+        if not isinstance(name, str) or (kind == "tokenizer" and _is_file(name)):
+            continue  # not a name, which the structuring or the data will look at
+        if kind == "source" and name in null_words(str | None):
+            continue
+        part: Component | None
+        try:
+            part = registry.get(kind, name, raw.origins.place(key))
+        except ConfigError as error:
+            part = registry.closest(kind, name)
+            more = ", or the path of a tokenizer.json" if kind == "tokenizer" else ""
+            unknown.append(ConfigError(f"{error}{more}{_who_might_bring_it(host) if part is None else ''}"))
+        if section and part is None:
+            unchecked.add(section)
+        elif section and part is not None and part.config is not None:
+            classes[section] = part.config
+    return classes, unchecked, unknown
+
+
+def _is_file(tokenizer: str) -> bool:
+    """Whether a tokenizer that has no name among the components is meant as a path, which the data look for."""
+    path = Path(tokenizer)
+    return path.exists() or bool(path.suffix) or len(path.parts) > 1
 
 
 def _who_might_bring_it(host: PluginHost) -> str:

@@ -6,6 +6,8 @@ these has left the disk as it found it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -61,3 +63,20 @@ class Halted(GptSimpleError):
     """The run stopped itself because going on would be useless; a person must look."""
 
     exit_code = ExitCode.HALTED
+
+
+@contextmanager
+def collecting(errors: list[GptSimpleError]) -> Iterator[None]:
+    """Keep an error and go on behind the block, so that all of them are told at once."""
+    try:
+        yield
+    except GptSimpleError as error:
+        errors.append(error)
+
+
+def raise_all(errors: Sequence[GptSimpleError]) -> None:
+    """Raise the errors as one, of the type of the worst; nothing if there are none."""
+    if errors:
+        worst = max(errors, key=lambda error: error.exit_code)
+        lines = dict.fromkeys(line for error in errors for line in str(error).splitlines())
+        raise worst if len(errors) == 1 else type(worst)("\n".join(lines))

@@ -75,19 +75,97 @@ def test_all_errors_of_a_file_come_at_once_with_their_lines(shell: Shell, here: 
     assert "bad.yaml:6" not in ended.err, "1e-4 is a number in YAML 1.2"
 
 
-def test_unknown_plugins_and_components_do_not_hide_other_errors(shell: Shell, here: Path) -> None:
-    (here / "bad.toml").write_text(
-        '[model]\nname = "gtp"\n[optimizer]\nschedule = "cosin"\n[training]\nmax_step = 5\n[plugins.consle]\n'
-    )
-    first = shell("run", "bad.toml")
-    assert first.code == 2
-    assert "bad.toml:6" in first.err
-    assert "consle" in first.err
-    second = shell("run", "bad.toml", "--plugins.sample.seed", "1", "-p", "no:sample")
-    assert "consle" in second.err
-    (here / "bad.toml").write_text((here / "bad.toml").read_text().replace("[plugins.consle]", ""))
-    third = shell("run", "bad.toml")
-    assert [word in third.err for word in ("bad.toml:2", "bad.toml:4", "bad.toml:6")] == [True] * 3
+EVERYTHING = """\
+[model]
+name = "gtp"
+n_layers = 2
+[optimizer]
+schedule = "cosin"
+[data]
+source = "storiez"
+tokenizer = "bytez"
+[training]
+max_step = 5
+[plugins.consle]
+[plugins.console]
+progres = "lines"
+[plugins]
+require = ["memory"]
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "validate"])
+def test_no_mistake_hides_another(shell: Shell, here: Path, command: str) -> None:
+    (here / "bad.toml").write_text(EVERYTHING)
+    (here / "broken.py").write_text("import no_such_module\n")
+    ended = shell(command, "bad.toml", "-p", "./broken.py", "--plugins.broken.x=1")
+    assert ended.code == 5, "a plugin's defect is the worst class"
+    words = [f"bad.toml:{line}" for line in (2, 3, 5, 7, 8, 10, 11, 13, 15)]
+    said = " ".join((ended.out + ended.err).split())  # a table is wrapped
+    for word in [*words, "did you mean 'bytes'?", "No module named 'no_such_module'"]:
+        assert word in said
+    assert "'broken' is installed" not in said
+
+
+def test_a_plugin_that_fails_in_its_check_hides_nothing(shell: Shell, here: Path) -> None:
+    hook = "    @hookimpl\n    def check_config(self, config):\n        raise ValueError('boom')\n"
+    (here / "bad.py").write_text(f"from gpt_simple import Plugin, hookimpl\nclass Bad(Plugin):\n{hook}")
+    (here / "afile").touch()
+    for command in ("run", "validate"):
+        ended = shell(command, "config.toml", "-p", "./bad.py", "--training.output_dir=afile")
+        assert ended.code == 5
+        assert "ValueError: boom" in ended.out + ended.err
+        assert "afile" in ended.out + ended.err
+
+
+def test_validate_goes_on_without_a_plugin_that_cannot_be_used(shell: Shell, here: Path) -> None:
+    (here / "broken.py").write_text("import no_such_module\n")
+    ended = shell("validate", "config.toml", "-p", "./broken.py", "--data.path=nowhere", "--data.source=files")
+    assert ended.code == 5
+    assert "no_such_module" in ended.out
+    assert "nowhere" in ended.out
+
+
+SECRETIVE = """\
+from attrs import frozen
+from gpt_simple import Finding, Plugin, hookimpl
+
+@frozen
+class Settings:
+    api_key: str = ""
+    token: int = 3
+
+class Secretive(Plugin[Settings]):
+    Config = Settings
+    {hook}
+"""
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["api_key = ['sekret9']", "token = 'sekret9'", "api_key = 'sekret9' foo", "api_key = sekret9", "api_key: sekret9"],
+)
+def test_a_secret_is_not_shown_where_it_is_wrong(shell: Shell, here: Path, table: str) -> None:
+    (here / "secretive.py").write_text(SECRETIVE.format(hook=""))
+    (here / "bad.toml").write_text(f"{CONFIG}[plugins.secretive]\n{table}\n")
+    ended = shell("run", "bad.toml", "-p", "./secretive.py")
+    assert ended.code == 2
+    assert f"bad.toml:{2 + CONFIG.count(chr(10))}" in ended.err
+    assert "not shown" in ended.err
+    assert "sekret" not in ended.err
+
+
+@pytest.mark.parametrize("hook", ["__init__", "check_config"])
+def test_a_secret_is_not_shown_by_a_plugin_that_fails(shell: Shell, here: Path, hook: str) -> None:
+    marker = "" if hook == "__init__" else "@hookimpl\n    "
+    body = f"{marker}def {hook}(self, config): raise ValueError('no such key: ' + "
+    body += "config.api_key)" if hook == "__init__" else "self.config.api_key)"
+    (here / "secretive.py").write_text(SECRETIVE.format(hook=body))
+    for command in ("run", "validate"):
+        ended = shell(command, "config.toml", "-p", "./secretive.py", "--plugins.secretive.api_key=sekret9")
+        assert ended.code == 5
+        assert "no such key: (redacted)" in ended.out + ended.err
+        assert "sekret" not in ended.out + ended.err
 
 
 def test_a_missing_configuration(shell: Shell) -> None:

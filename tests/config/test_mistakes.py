@@ -6,7 +6,7 @@ import pytest
 from attrs import field, frozen, validators
 
 from gpt_simple.config.load import read
-from gpt_simple.config.structure import structure, with_other_mistakes
+from gpt_simple.config.structure import structure
 from gpt_simple.errors import ConfigError, PluginError
 
 SEVEN = """\
@@ -172,17 +172,6 @@ def test_a_component_brings_the_class_of_its_section(bench):
         structure(bench.raw("[model]\nn_embd = 16\n"), sections={"model": TinyModel})
     made = read(None, environ={}, sections={"model": TinyModel()})
     assert made.get("model.name") == "tiny", "the name decides which class is used"
-
-
-def test_an_unknown_plugin_or_component_does_not_hide_the_other_mistakes(bench):
-    raw = bench.raw("[model]\nname = 'gptt'\nwidth = 3\n[training]\nmax_step = 1\nseed = True\n")
-    error = with_other_mistakes(ConfigError("no model 'gptt'"), raw, unchecked=["model"])
-    assert str(error).splitlines() == [
-        "config.toml:5: training.max_step: unknown key; did you mean training.max_steps?",
-        "config.toml:6:8: write true, not True",
-        "no model 'gptt'",
-    ]
-    assert with_other_mistakes(error, bench.raw("[training]\nseed = 1\n")) is error
 
 
 def test_a_field_that_no_configuration_can_hold_is_the_plugin_authors_mistake():

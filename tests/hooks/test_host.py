@@ -192,8 +192,9 @@ def test_check_config_must_return_findings(activate: Activate, answer: object, p
 
     host = activate(Bad)
     host.instantiate(Config())
-    with pytest.raises(PluginError, match=part):
-        host.check_config(Config())
+    (finding,) = host.check_config(Config())
+    assert (finding.severity, finding.exit_code) == ("error", 5)
+    assert part in finding.message
 
 
 class Parts(Plugin):

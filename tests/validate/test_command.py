@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,32 @@ def test_all_mistakes_of_a_configuration_are_findings(check: Check, shell: Shell
     assert "config.toml:13" in ended.out
     assert "2 errors" in ended.out
     assert check(code=2)["config"]["severity"] == "error"
+
+
+def test_a_mistake_has_its_place_and_hint_apart(shell: Shell, here: Path) -> None:
+    (here / "config.toml").write_text(CONFIG.replace("n_layer = 1", "n_layers = 1").replace("n_head = 2", "n_head = 5"))
+    ended = shell("validate", "config.toml", "--json", "--training.seed=x", "--data.tokenizer=bytez")
+    findings = json.loads(ended.out)["findings"]
+    assert [(f["place"], f["message"].split(",")[0]) for f in findings] == [
+        ("config.toml:2 (model.n_embd), config.toml:4 (model.n_head)", "n_embd 32 is not a multiple of n_head 5"),
+        ("config.toml:3 (model.n_layers)", "unknown key"),
+        ("--training.seed", "expected an integer >= 0"),
+        ("--data.tokenizer", "there is no tokenizer 'bytez' (did you mean 'bytes'?)"),
+    ]
+    assert findings[1]["hint"] == "did you mean model.n_layer?"
+
+
+def test_what_is_only_told_has_no_exit_code(check: Check) -> None:
+    assert {finding["exit_code"] for finding in check().values() if finding["severity"] == "info"} == {0}
+
+
+@pytest.mark.parametrize("arguments", [["config.toml", "--bogus"], [], ["config.toml", "--training.seed"]])
+def test_a_mistake_in_the_options_is_json_too(shell: Shell, arguments: list[str]) -> None:
+    ended = shell("validate", "--json", *arguments)
+    assert ended.code == 2
+    (finding,) = json.loads(ended.out)["findings"]
+    assert (finding["code"], finding["severity"]) == ("usage", "error")
+    assert ended.err == ""
 
 
 def test_a_check_of_a_plugin_counts_like_any_other(check: Check, here: Path) -> None:

@@ -21,7 +21,7 @@ from tests.validate.conftest import Check
     [
         (["--data.source=files", "--data.path=nowhere"], 3, "nowhere"),
         (["--data.format=pretokenized", "--data.source=shards", "--data.path=."], 3, "dataset.json"),
-        (["--data.tokenizer", "gpt2"], 2, "gpt2"),
+        (["--data.tokenizer", "gpt2.json"], 3, "gpt2.json"),
     ],
 )
 def test_missing_data_are_an_error_of_their_class(check: Check, arguments: list[str], code: int, words: str) -> None:

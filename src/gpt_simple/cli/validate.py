@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-import click
+from typing import Any
 
-from gpt_simple.assembly import Questions, assemble
+import click
+from attrs import evolve
+
+from gpt_simple.assembly import Questions, attempt
 from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
-from gpt_simple.errors import GptSimpleError
+from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.answers import Finding
 from gpt_simple.validate.findings import exit_code, from_error, to_json, to_table
 
 
-@click.command(
-    cls=ConfiguredCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+class _Validate(ConfiguredCommand):
+    """Tells a mistake in its own options as JSON too, if that is asked for."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        as_json = "--json" in args
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except (click.UsageError, ConfigError) as error:
+            if not as_json:
+                raise
+            raise _told(error) from error
+
+
+@click.command(cls=_Validate, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("path", metavar="[CONFIG]", type=click.Path(), required=False)
 @click.option("-c", "--config", "option", metavar="FILE", type=click.Path(), help="The same as CONFIG.")
 @plugins_option("As for `run`.")
@@ -57,10 +73,14 @@ def validate(
 
     Exit code 0 without errors, else that of the worst: 2 configuration, 3 data, 4 checkpoint, 5 plugin.
     """
+    problem = ""
     if path and option and path != option:
-        raise click.UsageError(f"two configurations were given: {path} and --config {option}")
-    if not (path or option or overrides):
-        raise click.UsageError("a configuration is missing: gpt-simple validate config.toml")
+        problem = f"two configurations were given: {path} and --config {option}"
+    elif not (path or option or overrides):
+        problem = "a configuration is missing: gpt-simple validate config.toml"
+    mistake = click.UsageError(problem)
+    if problem:
+        raise _told(mistake) if as_json else mistake
     memory = memory or fit or device is not None
     questions = Questions(
         force=force,
@@ -74,11 +94,22 @@ def validate(
     switches = Switches.parse((*plugins, *(["memory"] if memory else [])), no_plugins=no_plugins)
     findings: list[Finding] = []
     try:
-        assembly = assemble(path or option, overrides=overrides, switches=switches)
-        findings += [Finding("warning", "note", note) for note in (*assembly.notes, *assembly.host.notes)]
-        findings += assembly.check_config(questions)
+        assembly, errors = attempt(path or option, overrides=overrides, switches=switches)
+        for error in errors:
+            findings += from_error(error)
+        if assembly is not None:
+            findings += [Finding("warning", "note", note) for note in (*assembly.notes, *assembly.host.notes)]
+            findings += assembly.check_config(questions)
     except GptSimpleError as error:
-        findings += from_error(error, error.exit_code.name.lower())
+        findings += from_error(error)
     code = exit_code(findings, strict=strict)
     click.echo(to_json(findings, code) if as_json else to_table(findings))
     return code
+
+
+def _told(error: click.UsageError | ConfigError) -> click.exceptions.Exit:
+    """How to leave after a mistake in the options was told as JSON."""
+    text = error.format_message() if isinstance(error, click.UsageError) else str(error)
+    findings = [evolve(finding, code="usage") for finding in from_error(ConfigError(text))]
+    click.echo(to_json(findings, ExitCode.CONFIG))
+    return click.exceptions.Exit(ExitCode.CONFIG)

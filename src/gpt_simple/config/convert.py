@@ -34,11 +34,13 @@ _LARGEST = 2**63 - 1
 
 
 class Mismatch(ValueError):
-    """A value that is not what its field wants; ``value`` is that value."""
+    """A value that is not what its field wants; ``value`` is that value, ``discreet`` the message without it."""
 
     def __init__(self, type_: Any, value: Any, expected: str | None = None) -> None:
         self.value = value
-        super().__init__(f"expected {expected or describe(type_)}, got {show(value)}{_hint(type_, value)}")
+        wanted = f"expected {expected or describe(type_)}"
+        self.discreet = f"{wanted}, got something else, which is not shown"
+        super().__init__(f"{wanted}, got {show(value)}{_hint(type_, value)}")
 
 
 class MissingKey(ValueError):

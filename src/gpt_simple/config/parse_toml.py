@@ -15,6 +15,7 @@ from attrs import frozen
 
 from gpt_simple.config.origin import join
 from gpt_simple.config.parsed import Parsed, SyntaxMistake
+from gpt_simple.config.secret import is_secret
 
 _MOST_REPAIRS = 100
 _WORD = re.compile(r"[^,\]}#\n]*")
@@ -31,6 +32,8 @@ def parse_toml(text: str) -> Parsed:
         except tomli.TOMLDecodeError as error:
             repair = _mend(text, error)
             message = repair.hint if repair else _opened_twice(text, error) or _first_lower(error.msg)
+            if repair and _names_a_secret(text, error):
+                message = "expected one value in quotes; what is there is not shown"
             mistakes.append(SyntaxMistake(error.lineno, error.colno, message))
             if repair is None:
                 break
@@ -41,6 +44,13 @@ def parse_toml(text: str) -> Parsed:
         else:
             return Parsed(values, _Scanner(text).scan(), tuple(mistakes))
     return Parsed(None, {}, tuple(mistakes))
+
+
+def _names_a_secret(text: str, error: tomli.TOMLDecodeError) -> bool:
+    """Whether the line with the mistake sets a key whose value is not for everybody's eyes."""
+    table = re.findall(r"^\s*\[+([^\]\n]*)", text[: error.pos], re.MULTILINE)[-1:]
+    keys = re.findall(r"""([\w.-]+)["']?\s*[=:]""", _line_of(text, error))
+    return any(is_secret(".".join([*table, key])) for key in keys)
 
 
 @frozen

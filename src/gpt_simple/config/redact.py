@@ -8,13 +8,8 @@ from typing import Any
 
 from gpt_simple.config.render import plain
 from gpt_simple.config.schema import Config
+from gpt_simple.config.secret import HIDDEN, is_secret
 
-_HIDDEN = "(redacted)"
-_SECRET = re.compile(
-    r"(?:^|_)(?:token|secret|password|passwd|passphrase|credentials?|auth|authorization|webhook|"
-    r"(?:api|access|private|secret)_?key)(?:$|_)",
-    re.IGNORECASE,
-)
 _PASSWORD_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -34,11 +29,11 @@ def _redact(key: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_redact(key, item) for item in value]
     if isinstance(value, str) and value:
-        return _HIDDEN if _SECRET.search(key) else _PASSWORD_IN_URL.sub(f"{_HIDDEN}@", value)
+        return HIDDEN if is_secret(key) else _PASSWORD_IN_URL.sub(f"{HIDDEN}@", value)
     return value
 
 
 def _under(parent: str, name: str) -> str:
     """The key to judge a value by: what stands in a table of secrets is one, whatever its own key."""
     own = name.rpartition(".")[2]
-    return parent if _SECRET.search(parent) else own
+    return parent if is_secret(parent) else own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -22,8 +22,8 @@ from gpt_simple.config.schema import (
     PluginsConfig,
     TrainingConfig,
 )
+from gpt_simple.config.secret import is_secret
 from gpt_simple.config.types import fields_of, members
-from gpt_simple.errors import ConfigError
 
 SECTIONS: Mapping[str, type] = {
     "model": ModelConfig,
@@ -48,19 +48,6 @@ def structure(
     no such table. Tables of other plugins stay as they are.
     """
     return _Structuring(raw, {**SECTIONS, **(sections or {})}, plugin_configs or {}).run()
-
-
-def with_other_mistakes(error: ConfigError, raw: RawConfig, *, unchecked: Collection[str] = ()) -> ConfigError:
-    """An error that came before the structuring could begin, together with every mistake that it would hide.
-
-    ``unchecked`` are sections whose class is not known because of the error.
-    """
-    known = {name: section for name, section in raw.values.items() if name not in unchecked}
-    try:
-        structure(attrs.evolve(raw, values=known))
-    except ConfigError as others:
-        return ConfigError(f"{others}\n{error}")
-    return error
 
 
 class _Structuring:
@@ -103,6 +90,8 @@ class _Structuring:
             for place, single in errors_of(error, path):
                 if isinstance(single, UnknownKey):
                     self._report(place, self._unknown_key(place, single.table))
+                elif isinstance(single, Mismatch) and is_secret(place):
+                    self._report(place, single.discreet)
                 else:
                     self._report(place, str(single) or type(single).__name__)
                 wrong.add(_first_key(place.removeprefix(f"{path}.")))

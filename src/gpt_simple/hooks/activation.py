@@ -13,7 +13,7 @@ from typing import Any
 from attrs import field, frozen
 
 from gpt_simple._names import PROGRAM
-from gpt_simple.errors import ConfigError
+from gpt_simple.errors import ConfigError, GptSimpleError
 from gpt_simple.hooks.discovery import DEFAULT_ON, ENABLED_BY, RESERVED, PluginRecord
 
 
@@ -87,26 +87,28 @@ def decide(
     is_set: Callable[[str], bool],
     switches: Switches,
     given: Sequence[str] = (),
+    errors: list[GptSimpleError] | None = None,
 ) -> dict[str, Decision]:
     """A decision for every known plugin, sorted by name. ``given``: names of passed classes and files, always
     known.
 
-    Raises ConfigError, one line per mistake, for names that do not exist and for a required plugin that is
-    off.
+    Names that do not exist and a required plugin that is off are a ConfigError, one line per mistake: raised, or
+    put into ``errors`` if there is such a list.
     """
     known = {*records, *given}
-    if mistakes := list(_unknown_names(known, wishes, switches)):
-        raise ConfigError("\n".join(mistakes))
     decisions = {name: _decide(name, records.get(name), wishes, is_set, switches, given) for name in sorted(known)}
-    off = [decisions[name] for name in wishes.require if not decisions[name].active]
-    if off:
-        raise ConfigError(
-            "\n".join(
-                f"{wishes.place('plugins.require')}: plugin {decision.name!r} is required but not active "
-                f"({decision.why}): {_remedy(decision)}"
-                for decision in off
-            )
-        )
+    mistakes = list(_unknown_names(known, wishes, switches))
+    mistakes += [
+        f"{wishes.place('plugins.require')}: plugin {name!r} is required but not active "
+        f"({decisions[name].why}): {_remedy(decisions[name])}"
+        for name in wishes.require
+        if name in decisions and not decisions[name].active
+    ]
+    if mistakes:
+        error = ConfigError("\n".join(mistakes))
+        if errors is None:
+            raise error
+        errors.append(error)
     return decisions
 
 

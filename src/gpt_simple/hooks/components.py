@@ -189,13 +189,17 @@ class Registry:
         """The names of a kind, sorted."""
         return sorted(name for part_kind, name in self.parts if part_kind == kind)
 
+    def closest(self, kind: Kind, name: str) -> Component | None:
+        """The part that was probably meant by a name that none has."""
+        close = difflib.get_close_matches(name, self.names(kind), 1)
+        return self.parts[kind, close[0]] if close else None
+
     def get(self, kind: Kind, name: str, place: str = "") -> Component:
         """The part, or a ConfigError with the names that exist; ``place`` is where the name was written."""
         if (part := self.parts.get((kind, name))) is not None:
             return part
-        names = self.names(kind)
-        close = difflib.get_close_matches(name, names, 1)
-        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        names, close = self.names(kind), self.closest(kind, name)
+        meant = f" (did you mean {close.name!r}?)" if close else ""
         where = place or CONFIG_KEY[kind]
         raise ConfigError(f"{where}: there is no {kind} {name!r}{meant}; expected one of {', '.join(names)}")
 

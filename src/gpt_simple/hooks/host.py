@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, evolve, field
 from pluggy import HookimplOpts, PluginManager, PluginValidationError
 
 from gpt_simple._names import DISTRIBUTION
-from gpt_simple.errors import PluginError
+from gpt_simple.errors import GptSimpleError, PluginError, collecting, raise_all
 from gpt_simple.hooks.activation import Decision, Switches, Wishes, decide
 from gpt_simple.hooks.answers import Finding
 from gpt_simple.hooks.components import Registry
@@ -25,7 +26,6 @@ from gpt_simple.hooks.loading import (
     FAILURES,
     LoadedPlugin,
     PassedPlugin,
-    collecting,
     load_file,
     load_plugin,
     name_passed,
@@ -79,41 +79,50 @@ class PluginHost:
         switches: Switches | None = None,
         extra: Sequence[PassedPlugin] = (),
         place: Callable[[str], str] = str,
+        errors: list[GptSimpleError] | None = None,
     ) -> PluginHost:
         """Decide which plugins are on, import exactly those and check them.
 
         ``raw_plugins`` is the ``[plugins]`` table as it was read; ``set_keys`` tells whether a dotted key of
         the configuration has a value; ``extra`` are classes or instances from Python, named like their class
-        in lower case; ``place`` turns a dotted key into where it was written. Raises ConfigError for names
-        that do not exist, PluginError with one line per mistake of a plugin that the run uses.
+        in lower case; ``place`` turns a dotted key into where it was written. Names that do not exist are a
+        ConfigError, each mistake of a plugin that the run uses is a line of a PluginError: raised, or put into
+        ``errors`` if there is such a list; the host then has the other plugins.
         """
+        found: list[GptSimpleError] = []
         switches = switches or Switches()
         everything = installed()
         records = usable(everything)
         wishes = Wishes.read(raw_plugins, place)
         given = name_passed(extra, records, wishes.tables)
-        mistakes: list[str] = []
         for path in switches.files:
-            with collecting(mistakes):
+            with collecting(found):
                 given.update([load_file(path)])
-        decisions = decide(records, wishes, set_keys, switches, tuple(given))
+        broken_files = {Path(path).stem for path in switches.files} - given.keys()
+        decisions = decide(records, wishes, set_keys, switches, (*given, *broken_files), found)
         loaded: list[LoadedPlugin] = []
         validated: dict[str, type] = {}
         notes: list[str] = []
         for name, decision in decisions.items():
             record = records.get(name)
+            if name in broken_files:
+                continue
             if decision.active:
-                with collecting(mistakes):
+                with collecting(found):
                     loaded.append(load_plugin(name, given.get(name), record, decision.why))
             elif name in wishes.tables and decision.why != "--no-plugins":
-                problems: list[str] = []
+                problems: list[GptSimpleError] = []
                 with collecting(problems):
                     validated[name] = load_plugin(name, given.get(name), record, decision.why).cls.Config
                 notes += [f"[plugins.{name}] is off and was not checked: {problem}" for problem in problems]
-        if mistakes:
-            raise PluginError("\n".join(mistakes))
+        with collecting(found):
+            loaded = ordered(loaded)
+        if errors is None:
+            raise_all(found)
+        else:
+            errors += found
         broken = tuple(record.detail for record in everything if record.problem)
-        return cls(tuple(ordered(loaded)), decisions, validated, tuple(notes), broken, wishes.strict)
+        return cls(tuple(loaded), decisions, validated, tuple(notes), broken, wishes.strict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,30 +136,43 @@ class PluginHost:
         return {**self.validated, **active}
 
     def register_components(self, registry: Registry) -> None:
-        """Let every plugin add its parts, each as their owner."""
+        """Let every plugin add its parts, each under its own name as owner. Raises the errors of all of them."""
+        errors: list[GptSimpleError] = []
         for plugin in self.plugins:
-            plugin.register_components(registry)
+            with collecting(errors):
+                plugin.register_components(registry)
+        raise_all(errors)
 
     def instantiate(self, config: Config) -> None:
-        """Make every plugin with its own configuration; pluggy keeps it and checks it against the specs."""
+        """Make every plugin with its own configuration; pluggy keeps it and checks it against the specs.
+
+        Raises the errors of all of them.
+        """
+        errors: list[GptSimpleError] = []
         for plugin in self.plugins:
-            try:
-                if plugin.instance is None:
-                    plugin.instance = plugin.cls(config.plugins.tables.get(plugin.name, plugin.cls.Config()))
-                self._manager.register(plugin.instance, plugin.name)
-            except PluginValidationError as error:
-                raise PluginError(f"plugin {plugin.label}: {error}") from error
-            except FAILURES as error:
-                raise plugin.failure("__init__", error) from error
+            with collecting(errors):
+                self._make(plugin, config)
+        raise_all(errors)
+
+    def _make(self, plugin: LoadedPlugin, config: Config) -> None:
+        try:
+            if plugin.instance is None:
+                plugin.instance = plugin.cls(config.plugins.tables.get(plugin.name, plugin.cls.Config()))
+            self._manager.register(plugin.instance, plugin.name)
+        except PluginValidationError as error:
+            raise PluginError(f"plugin {plugin.label}: {error}") from error
+        except FAILURES as error:
+            raise plugin.failure("__init__", error) from error
 
     def check_config(self, config: Config) -> list[Finding]:
-        """The findings of all plugins; one without a place is put at its plugin's table."""
+        """The findings of all plugins; one without a place is put at its plugin's table. A failure is a finding."""
         findings: list[Finding] = []
         for implementation, plugin in self._listeners("check_config"):
             try:
                 found = checked(HOOKS["check_config"], implementation(config))
             except FAILURES as error:
-                raise plugin.failure("check_config", error) from error
+                failure = plugin.failure("check_config", error)
+                found = [Finding("error", "plugin-failed", str(failure), exit_code=int(failure.exit_code))]
             findings += [f if f.place else evolve(f, place=f"plugins.{plugin.name}") for f in found]
         return findings
 

@@ -6,8 +6,8 @@ import heapq
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,15 +208,6 @@ def ordered(plugins: Iterable[LoadedPlugin]) -> list[LoadedPlugin]:
         stuck = ", ".join(by_name[name].label for name in sorted(name for name, others in waits_for.items() if others))
         raise PluginError(f"the before and after of these plugins contradict each other: {stuck}")
     return result
-
-
-@contextmanager
-def collecting(mistakes: list[str]) -> Iterator[None]:
-    """Keep a PluginError's lines and go on, so that all mistakes are told at once."""
-    try:
-        yield
-    except PluginError as error:
-        mistakes.append(str(error))
 
 
 def way_back(name: str, distribution: str, version: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -15,13 +16,29 @@ from gpt_simple.hooks.answers import Finding
 SCHEMA = 1
 """Version of the JSON output; raised when a key changes its meaning or goes away."""
 
+_KEY = r"(?:model|data|optimizer|training|plugins)\.[\w.\[\]-]+"
+_PLACE = rf"(?:\S+:\d+(?::\d+)?(?: \([^)]*\))?|--[\w.]+|\$\w+(?: \([^)]*\))?|-p \S+|{_KEY})"
+_PLACES = re.compile(rf"{_PLACE}(?:, {_PLACE})*: (?:[a-z_][\w.\[\]-]*: )?")
+"""Where a mistake is, at the beginning of its line: one place or more, and perhaps the key that is set there."""
+
 _RANK = {"error": 0, "warning": 1, "info": 2}
 _MARK = {"error": "error", "warning": "warn", "info": "ok"}
 
 
-def from_error(error: GptSimpleError, code: str) -> list[Finding]:
-    """One finding for each line of an error's message."""
-    return [Finding("error", code, line.strip(), exit_code=int(error.exit_code)) for line in str(error).splitlines()]
+def from_error(error: GptSimpleError) -> list[Finding]:
+    """One finding for each line of an error's message: its place, what is wrong there, and what to do."""
+    findings = []
+    for line in str(error).splitlines():
+        place, text = "", line.strip()
+        if found := _PLACES.match(text):
+            place, text = found[0].removesuffix(": "), text[found.end() :]
+            if len(parts := place.split(": ")) == 2:
+                place = f"{parts[0]} ({parts[1]})"
+        message, _, hint = text.partition("; ")
+        findings.append(
+            Finding("error", error.exit_code.name.lower(), message, place, hint, exit_code=int(error.exit_code))
+        )
+    return findings
 
 
 def exit_code(findings: Iterable[Finding], *, strict: bool = False) -> int:
@@ -32,7 +49,8 @@ def exit_code(findings: Iterable[Finding], *, strict: bool = False) -> int:
 
 def to_json(findings: Sequence[Finding], code: int) -> str:
     """One object: schema, exit_code and the findings with all their fields."""
-    document = {"schema": SCHEMA, "exit_code": code, "findings": [asdict(finding) for finding in findings]}
+    items = [asdict(finding) | ({"exit_code": 0} if finding.severity == "info" else {}) for finding in findings]
+    document = {"schema": SCHEMA, "exit_code": code, "findings": items}
     return json.dumps(document, indent=2, ensure_ascii=False, default=str)
 
 
