@@ -80,9 +80,9 @@ class Assembly:
             findings = self.host.check_config(self.config)
         finally:
             _UNDER_CHECK.reset(token)
-        return [self._shown(finding) for finding in findings]
+        return [self.shown(finding) for finding in findings]
 
-    def _shown(self, finding: Finding) -> Finding:
+    def shown(self, finding: Finding) -> Finding:
         """With the place of its key, or of the one that its message begins with, and without the values of secrets."""
         key, _, rest = finding.message.partition(": ")
         if finding.severity == "error" and fullmatch(r"(?:--)?(?:model|data|optimizer|training|plugins)\.[\w.]+", key):

@@ -207,3 +207,55 @@ def test_the_number_of_processes_multiplies_the_tokens(check: Check, monkeypatch
     assert check("--world-size", "8")["config"]["fields"]["tokens_per_step"] == 8 * 64
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert check()["config"]["fields"]["tokens_per_step"] == 2 * 64
+
+
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_an_unknown_backend_is_refused_before_anything_exists(shell: Shell, here: Path, command: str) -> None:
+    before = snapshot(here)
+    arguments = ["--training.compile=true", "--training.compile_backend=foo"]
+    ended = shell(command, "config.toml", *arguments)
+    assert ended.code == 2
+    said = " ".join((ended.out + ended.err).split())
+    assert "--training.compile_backend: torch has no backend 'foo'" in said
+    assert "inductor" in said
+    assert snapshot(here) == before
+
+
+def test_a_compiler_that_does_not_exist_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexist")
+    assert "no /nonexist here" in check("--training.compile=true", code=2)["compiler-missing"]["message"]
+
+
+def test_without_its_checks_the_command_does_not_claim_success(check: Check) -> None:
+    assert "nothing but" in check("-p", "no:validate")["unchecked"]["message"]
+    check("-p", "no:validate", "--strict", code=2)
+
+
+def test_the_plugins_are_those_of_the_run(check: Check) -> None:
+    assert "memory" not in check("--memory")["plugins"]["fields"]["plugins"]
+    assert "memory" in check("--memory", "--plugins.memory={}")["plugins"]["fields"]["plugins"]
+
+
+def test_wandb_that_is_meant_to_be_offline_needs_no_key(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt_simple.validate.environment._netrc_knows", lambda host: False)
+    project = "--training.wandb_project=stories"
+    assert check(project)["wandb-offline"]["severity"] == "warning"
+    assert "wandb-offline" not in check(project, "--plugins.wandb.mode=offline")
+    assert "could not be logged" in check(project, "--plugins.wandb.mode=online")["wandb-offline"]["message"]
+
+
+class Exacting(Plugin):  # type: ignore[type-arg]
+    """Finds something once the devices are known."""
+
+    on_error = "abort"
+
+    @hookimpl
+    def check_runtime(self, run: object) -> list[Finding]:
+        return [Finding("error", "odd", "too many", "training.max_steps")]
+
+
+def test_what_is_found_on_the_device_has_its_place_too(here: Path) -> None:
+    import gpt_simple
+
+    with pytest.raises(gpt_simple.GptSimpleError, match=r"config\.toml:13 \(training\.max_steps\): too many"):
+        gpt_simple.train("config.toml", plugins=[Exacting])

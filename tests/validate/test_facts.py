@@ -127,12 +127,19 @@ def test_a_resume_is_told_and_a_changed_one_is_a_warning(check: Check, shell: Sh
     assert more["resume"]["fields"]["kind"] == "resume"
     assert more["resume"]["fields"]["step"] == 4
     assert "learning_rate" in more["resume-changed"]["message"]
+    assert "learning_rate" not in more["resume"]["message"]
+    longer = check("--training.max_steps=6")
+    assert "resume-changed" not in longer
+    assert "max_steps 4 -> 6" in longer["resume"]["message"]
+    assert "resume-changed" not in check("--optimizer.learning_rate=0.01"), "it is finished"
     assert snapshot(here) == before
     assert check("--training.max_steps=6", "--force")["resume"]["fields"]["kind"] == "scratch"
 
 
 def test_another_model_is_refused_as_the_run_would(check: Check, shell: Shell) -> None:
-    assert "nowhere" in check("--training.resume=nowhere", code=4)["resume-refused"]["message"]
+    refused = check("--training.resume=nowhere", code=4)["resume-refused"]
+    assert (refused["place"], "nowhere" in refused["message"]) == ("--training.resume", True)
+    assert "training.resume" not in refused["message"]
     assert shell("run", "config.toml", "-q").code == 0
     assert "n_layer" in check("--model.n_layer=2", code=4)["resume-refused"]["message"]
     assert "force" in check("--training.resume=scratch", code=4)["resume-refused"]["message"]

@@ -78,6 +78,14 @@ def test_a_resumed_run_is_predicted_too(tmp_path: Path) -> None:
     assert told["predicted"].training_peak == pytest.approx(told["measured"], rel=0.01)
 
 
+def test_the_copy_that_is_saved_in_the_background_is_predicted(tmp_path: Path) -> None:
+    told = run(tmp_path, {"training.background_save": "true", "training.save_steps": "1"})
+    copy = told["predicted"].by_category["copies"]
+    assert copy > 0.5 * told["predicted"].by_category["optimizer"]
+    assert told["predicted"].training_peak + copy == pytest.approx(told["measured"], rel=0.01)
+    assert sum(told["predicted"].by_category.values()) == told["predicted"].peak
+
+
 @pytest.mark.compiler
 @pytest.mark.slow
 def test_a_compiled_run_uses_no_more_than_predicted(tmp_path: Path) -> None:
@@ -165,7 +173,20 @@ def test_the_command_compares_with_a_card(check: Check) -> None:
     assert found["memory"]["fields"]["precision"] == "fp16"
     assert found["memory-margin"]["fields"]["margin"] > 0
     assert found["memory-fit"]["fields"]["batch"] > 16
-    assert check("--device", "1GiB", code=2)["memory-too-small"]["fields"]["margin"] < 0
+    small = check("--device", "1GiB", code=2)["memory-too-small"]
+    assert small["fields"]["margin"] < 0
+    assert "of its 1.00 GiB are kept" in small["message"]
+
+
+def test_a_batch_is_not_looked_for_without_end(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt_simple.validate.memory.largest_batch", lambda *_: 4096)
+    assert "is at least 4096" in check("--device", "h200", "--fit")["memory-fit"]["message"]
+
+
+def test_a_precision_that_a_card_lacks_is_refused(check: Check) -> None:
+    refused = check("--device", "v100", "--training.mixed_precision=bf16", code=2)["memory-refused"]
+    assert refused["place"] == "--training.mixed_precision"
+    assert "v100 only emulates bf16" in refused["message"]
 
 
 def test_an_unknown_card_is_an_error(check: Check) -> None:

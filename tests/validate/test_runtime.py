@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.cli.test_bad_input import snapshot
+from tests.conftest import Shell
 from tests.validate.conftest import Check
 
 
@@ -45,3 +46,31 @@ def test_too_little_time_is_a_warning(check: Check, monkeypatch: pytest.MonkeyPa
 def test_a_probe_that_cannot_run_is_refused_as_the_run_would_be(check: Check) -> None:
     if not torch.cuda.is_available():
         assert "fp16" in check("--probe", "--training.mixed_precision=fp16", code=2)["runtime-refused"]["message"]
+
+
+def test_only_the_steps_that_are_left_take_time(check: Check, shell: Shell) -> None:
+    assert shell("run", "config.toml", "-q").code == 0
+    whole = check("--device", "h100", "--training.max_steps=12", "--force")["runtime"]["fields"]
+    rest = check("--device", "h100", "--training.max_steps=12")["runtime"]["fields"]
+    assert (whole["steps_left"], rest["steps_left"]) == (12, 8)
+    assert rest["total_seconds"] < whole["total_seconds"]
+    assert check("--probe")["runtime"]["fields"]["total_seconds"] == 0
+
+
+def test_a_probe_that_does_not_fit_is_not_made(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt_simple.validate.runtime.free_memory", lambda: 2**10)
+    assert "are free here" in check("--probe", code=2)["runtime-refused"]["message"]
+
+
+def test_an_unknown_card_is_told_once(shell: Shell) -> None:
+    ended = shell("validate", "config.toml", "--device", "foo")
+    assert ended.out.count("--device foo") == 1
+    assert "1 error," in ended.out
+
+
+@pytest.mark.compiler
+@pytest.mark.slow
+def test_a_compiled_probe_leaves_no_cache(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    assert check("--probe", "--training.compile=true")["runtime"]["fields"]["measured"]
+    assert not (tmp_path / "inductor").exists()

@@ -100,6 +100,9 @@ def validate(
         if assembly is not None:
             findings += [Finding("warning", "note", note) for note in (*assembly.notes, *assembly.host.notes)]
             findings += assembly.check_config(questions)
+            if "validate" not in (plugin.name for plugin in assembly.host.plugins):
+                message = "the plugin validate is off: nothing but the configuration's own values was checked"
+                findings.append(Finding("warning", "unchecked", message, hint="leave out what switches it off"))
     except GptSimpleError as error:
         findings += from_error(error)
     code = exit_code(findings, strict=strict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -31,14 +32,23 @@ class CompilePlan:
     """What is done to torch's splitter of graphs under DDP, or why nothing is."""
 
 
-def plan(config: TrainingConfig, device: torch.device, world_size: int, *, wished: bool, place: str) -> CompilePlan:
+def plan(
+    config: TrainingConfig,
+    device: torch.device,
+    world_size: int,
+    *,
+    wished: bool,
+    place: str,
+    backend_place: str = "training.compile_backend",
+) -> CompilePlan:
     """Decide about compilation.
 
     ``wished``: the user wrote ``compile = true``. Then a missing compiler is a ConfigError; a defaulted ``true`` runs
-    eager with a warning.
+    eager with a warning. A backend that torch does not know is a ConfigError.
     """
     if not config.compile:
         return CompilePlan(False, config.compile_scope, config.compile_backend, None)
+    _refuse_unknown(config.compile_backend, backend_place)
     missing = _missing_compiler(device) if config.compile_backend == "inductor" else ""
     if missing and wished:
         raise ConfigError(f"{place}: {missing}, or set training.compile to false")
@@ -56,10 +66,21 @@ def plan(config: TrainingConfig, device: torch.device, world_size: int, *, wishe
     return CompilePlan(True, config.compile_scope, config.compile_backend, flag, note=note)
 
 
+def _refuse_unknown(backend: str, place: str) -> None:
+    import torch._dynamo  # the run compiles and needs it anyway
+
+    known = [name for name in torch._dynamo.list_backends(exclude_tags=()) if "TESTING" not in name]
+    if backend not in known:
+        raise ConfigError(f"{place}: torch has no backend {backend!r}; expected one of {', '.join(known)}")
+
+
 def _missing_compiler(device: torch.device) -> str:
     """Empty if generated code can be built for ``device``, else a sentence that says what to install."""
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    if not any(compiler and shutil.which(compiler) for compiler in compilers):
+    # As torch chooses: $CXX alone if it is set.
+    chosen = os.environ.get("CXX")
+    if chosen and not shutil.which(chosen):
+        return f"torch.compile needs a C++ compiler and $CXX, {chosen}, is none: unset it or correct it"
+    if not chosen and not shutil.which("clang++" if sys.platform == "darwin" else "g++"):
         return "torch.compile needs a C++ compiler and none was found: install g++ (Debian: apt-get install g++)"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs triton on a GPU and it is not installed: pip install triton"

@@ -112,6 +112,7 @@ def train(
                 world.size,
                 wished=not places.is_default("training.compile"),
                 place=places.place("training.compile"),
+                backend_place=places.place("training.compile_backend"),
             )
         )
         stack.enter_context(compile_flags(compiling))

@@ -91,7 +91,9 @@ class Setup:
                 self.run._model = self._new_model()
             found = self.calls.check_runtime(self.run)
             self.run._model = None
-            report([finding for _, findings in found for finding in findings], self.run.log.warning)
+            report(
+                [self.assembly.shown(finding) for _, findings in found for finding in findings], self.run.log.warning
+            )
 
     def build(self, plan: ResumePlan, owner: Ownership, *, walltime: Walltime | None) -> Trainer:
         """Allocate everything and restore the state of ``plan``."""

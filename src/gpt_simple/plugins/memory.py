@@ -32,6 +32,7 @@ class Memory(Plugin[NoConfig]):
 
     _registry: Registry | None = None
     _prediction: MemoryPrediction
+    _predicted = 0
     _measured: int | None = None
     _profiling = False
     _resident = 0
@@ -61,6 +62,10 @@ class Memory(Plugin[NoConfig]):
             registry=self._registry,
         )
         self._until = event.step + _MEASURED_STEPS
+        self._predicted = self._prediction.training_peak
+        every = run.config.training.save_steps
+        if run.device.type == "cpu" and every and (event.step + 1) % every == 0:
+            self._predicted += self._prediction.copy  # the second of the steps finds what the first one's save took
         if run.device.type == "cpu":
             self._start_counting(run, resumed=event.resumed_from is not None)
 
@@ -73,7 +78,7 @@ class Memory(Plugin[NoConfig]):
             self._measured = self._resident + stop_counting()
         else:
             self._measured = run.peak_memory()
-        predicted = self._prediction.training_peak
+        predicted = self._predicted
         run.log.info(
             f"memory of {_MEASURED_STEPS} steps: predicted {self._at_most}{predicted / _MIB:,.1f} MiB, measured"
             f" {self._measured / _MIB:,.1f} MiB ({self._error:+.1%})",
@@ -92,7 +97,7 @@ class Memory(Plugin[NoConfig]):
         if self._measured is None:
             return {}
         return {
-            "predicted peak MiB": round(self._prediction.training_peak / _MIB, 1),
+            "predicted peak MiB": round(self._predicted / _MIB, 1),
             "measured peak MiB": round(self._measured / _MIB, 1),
             "prediction error": f"{self._error:+.1%}",
         }
@@ -104,7 +109,7 @@ class Memory(Plugin[NoConfig]):
     @property
     def _error(self) -> float:
         assert self._measured is not None
-        return self._prediction.training_peak / self._measured - 1
+        return self._predicted / self._measured - 1
 
     def _start_counting(self, run: Run, *, resumed: bool) -> None:
         """Count from here on, on top of the tensors that are there already."""
@@ -160,8 +165,11 @@ def _forecast(outlook: Outlook) -> Iterator[Finding]:
         "phase": prediction.phase,
         "place": prediction.place,
         "is_bound": prediction.is_bound,
+        "copy": prediction.copy,
         "precision": forecast.precision,
     }
+    if prediction.copy:
+        message += f"; background_save holds a copy of {_size(prediction.copy)} in host memory"
     yield Finding("info", "memory", message, fields=fields)
     card = forecast.card
     if card is None:
@@ -169,7 +177,8 @@ def _forecast(outlook: Outlook) -> Iterator[Finding]:
     margin = card.usable - prediction.peak
     fields = {"memory": card.memory, "usable": card.usable, "margin": margin}
     if margin < 0:
-        message = f"the run needs {_size(-margin)} more than {card.name} has for tensors ({_size(card.usable)})"
+        kept = f"{_size(card.memory - card.usable)} of its {_size(card.memory)} are kept for CUDA and no tensors"
+        message = f"the run needs {_size(-margin)} more than {card.name} has for tensors ({_size(card.usable)}; {kept})"
         hint = "lower per_device_batch_size (--fit finds it), or shorten data.max_length"
         if not training.gradient_checkpointing:
             hint = f"set gradient_checkpointing to true, {hint}"
@@ -179,9 +188,11 @@ def _forecast(outlook: Outlook) -> Iterator[Finding]:
         yield Finding("info", "memory-margin", message, fields=fields)
     if forecast.batch is not None:
         bare = forecast.batch_without_checkpointing
-        message = f"the largest per_device_batch_size for {card.name} is {forecast.batch}"
+        most = forecast.largest_tried
+        at_least = {number: "at least " if number == most else "" for number in (forecast.batch, bare)}
+        message = f"the largest per_device_batch_size for {card.name} is {at_least[forecast.batch]}{forecast.batch}"
         if training.gradient_checkpointing:
-            message += f", and {bare} without gradient checkpointing, which saves a forward pass"
+            message += f", and {at_least[bare]}{bare} without gradient checkpointing, which saves a forward pass"
         fields = {"batch": forecast.batch, "batch_without_checkpointing": bare}
         yield Finding("info", "memory-fit", message, fields=fields)
 

@@ -150,15 +150,19 @@ def _resume(outlook: Outlook) -> Iterator[Finding]:
     resume, steps = outlook.resume, outlook.config.training.max_steps
     for path, reason in resume.skipped:
         yield Finding("warning", "checkpoint-damaged", f"{reason}; the one before it is used", str(path))
+    changes = resume.promise.removeprefix("changed: ").split("; ") if resume.promise.startswith("changed") else []
+    # To go on for longer is what one resumes for.
+    differs = resume.kind == "resume" and any(not change.startswith("training.max_steps ") for change in changes)
     fields = {"kind": resume.kind, "step": resume.step, "promise": resume.promise}
     if resume.kind == "scratch":
         message = "starts from scratch"
     elif resume.kind == "finished":
         message = f"{resume.path} has reached step {resume.step} of {steps}: there is nothing to do"
     else:
-        message = f"goes on from {resume.path}, step {resume.step} of {steps}: {resume.promise}"
+        message = f"goes on from {resume.path}, step {resume.step} of {steps}"
+        message += "" if differs else f": {resume.promise}"
     yield Finding("info", "resume", message, fields=fields)
-    if resume.promise.startswith("changed"):
+    if differs:
         message = f"the run that goes on was configured differently: {resume.promise.removeprefix('changed: ')}"
         yield Finding("warning", "resume-changed", message, "training.resume", exit_code=_CHECKPOINT)
 
@@ -195,28 +199,47 @@ def _environment(outlook: Outlook) -> Iterator[Finding]:
         yield Finding("warning", "torch-without-cuda", message, hint="install a CUDA build of torch")
     if training.compile and training.compile_backend == "inductor" and not here.compiler:
         severity: Any = "warning" if outlook.is_default("training.compile") else "error"
-        message = "torch.compile needs a C++ compiler and none was found here"
-        yield Finding(severity, "compiler-missing", message, "training.compile", "install g++, or set it to false")
-    if training.mixed_precision == "fp16" and not here.gpus:
+        message = f"torch.compile needs a C++ compiler, and there is no {here.missing_compiler} here"
+        hint = "install g++, correct $CXX if it is set, or set training.compile to false"
+        yield Finding(severity, "compiler-missing", message, "training.compile", hint)
+    yield from _backend(outlook)
+    if training.mixed_precision == "fp16" and not here.gpus and not outlook.questions.device:
         message = "fp16 does not train on a CPU, and no GPU is seen here"
         yield Finding(
             "warning", "precision-needs-gpu", message, "training.mixed_precision", 'use "bf16", "no" or "auto"'
         )
     if training.wandb_project is not None:
         yield from _wandb(outlook)
-    yield Finding("info", "plugins", ", ".join(outlook.plugins), fields={"plugins": outlook.plugins})
+    plugins = dict(outlook.plugins)
+    if outlook.questions.memory and outlook.is_default("plugins.memory"):
+        plugins.pop("memory", None)  # it answers a question of this command, and the run will not have it
+    yield Finding("info", "plugins", ", ".join(plugins), fields={"plugins": plugins})
     for sentence in here.broken:
         yield Finding("warning", "plugin-broken", sentence, exit_code=_PLUGIN)
 
 
+def _backend(outlook: Outlook) -> Iterator[Finding]:
+    """Names that torch has; other packages and plugins may register more, which only torch would tell."""
+    training = outlook.config.training
+    if training.compile and training.compile_backend not in outlook.environment.backends:
+        known = ", ".join(outlook.environment.backends)
+        third_party = any(not label.startswith("gpt-simple-trainer ") for label in outlook.plugins.values())
+        severity: Any = "warning" if third_party else "error"
+        message = f"torch has no backend {training.compile_backend!r} that is known here"
+        yield Finding(severity, "backend-unknown", message, "training.compile_backend", f"expected one of {known}")
+
+
 def _wandb(outlook: Outlook) -> Iterator[Finding]:
-    here = outlook.environment
+    here, table = outlook.environment, outlook.config.plugins.tables.get("wandb")
+    mode = getattr(table, "mode", None) or ("offline" if here.wandb_offline else None)
     if "wandb" not in here.packages:
-        message = "wandb is not installed"
-        yield Finding("error", "wandb-missing", message, "training.wandb_project", 'pip install "wandb"')
-    elif here.wandb_key or here.wandb_offline:
-        message = "W&B works offline" if here.wandb_offline else "a W&B key is at hand"
+        return  # the plugin wandb says it
+    if here.wandb_key or mode == "offline":
+        message = "W&B works offline" if mode == "offline" else "a W&B key is at hand"
         yield Finding("info", "wandb", message)
+    elif mode == "online":
+        message = "there is no W&B key here: the run could not be logged"
+        yield Finding("warning", "wandb-offline", message, "training.wandb_project", "wandb login")
     else:
         message = "there is no W&B key here: the run would be logged offline"
         yield Finding(
@@ -233,7 +256,8 @@ def _runtime(outlook: Outlook) -> Iterator[Finding]:
     training, total = outlook.config.training, pace.total_seconds
     evaluating = "unknown" if pace.evaluation_seconds is None else _duration(pace.evaluation_seconds)
     message = (
-        f"{_duration(total)} in all (evaluation {evaluating}, saving {_duration(pace.saving_seconds)}),"
+        f"{_duration(total)} for {_count(pace.steps_left, 'step')} (evaluation {evaluating},"
+        f" saving {_duration(pace.saving_seconds)}),"
         f" {pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.4g} s a step: {pace.basis}"
     )
     yield Finding("info", "runtime", message, fields=pace.fields())

@@ -7,22 +7,30 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 
 from attrs import frozen
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "tokenizers", "wandb")
-_DRIVER = Path("/proc/driver/nvidia")
+BACKENDS = (
+    *("inductor", "eager", "aot_eager", "aot_eager_decomp_partition", "cudagraphs", "openxla", "tvm", "onnxrt", "ts"),
+    *("aot_ts", "eager_noexcept", "eager_debug", "pre_dispatch_eager", "invoke_subgraph", "openxla_eval"),
+)
+"""Backends of torch.compile that torch itself has registered in one version or another."""
+
+_DRIVER, _CONTROL_GROUP = Path("/proc/driver/nvidia"), Path("/sys/fs/cgroup")
 
 
 @frozen
 class Environment:
     """``gpus`` are the models that the NVIDIA driver lists; ``broken`` a sentence for each plugin that cannot be used.
 
-    ``compiler`` is the path of a C++ compiler or empty, ``seconds_left`` what SLURM still grants or None, and
+    ``compiler`` is the path of a C++ compiler or empty, and ``missing_compiler`` what was looked for then; ``backends``
+    are those that ``torch.compile`` is known to have; ``seconds_left`` what SLURM still grants or None, and
     ``wandb_key`` whether one is at hand (never the key).
     """
 
@@ -31,10 +39,12 @@ class Environment:
     driver: str
     gpus: Sequence[str]
     compiler: str
+    missing_compiler: str
     broken: Sequence[str]
     wandb_key: bool
     wandb_offline: bool
     seconds_left: float | None
+    backends: Sequence[str]
 
     @property
     def torch_has_cuda(self) -> bool:
@@ -44,17 +54,20 @@ class Environment:
 
 def look(broken: Sequence[str]) -> Environment:
     """Look around; a fact that the system does not tell is empty. ``broken`` is passed on."""
-    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    # As torch chooses: $CXX alone if it is set.
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     return Environment(
         python=platform.python_version(),
         packages={name: found for name in PACKAGES if (found := _version(name))},
         driver=_driver(),
         gpus=_gpus(),
-        compiler=next((path for name in compilers if name and (path := shutil.which(name))), ""),
+        compiler=shutil.which(compiler) or "",
+        missing_compiler="" if shutil.which(compiler) else compiler,
         broken=broken,
         wandb_key=bool(os.environ.get("WANDB_API_KEY")) or _netrc_knows("api.wandb.ai"),
         wandb_offline=os.environ.get("WANDB_MODE") in ("offline", "disabled"),
         seconds_left=_seconds_left(),
+        backends=(*BACKENDS, *sorted({entry.name for entry in entry_points(group="torch_dynamo_backends")})),
     )
 
 
@@ -94,6 +107,15 @@ def _seconds_left() -> float | None:
         return float(os.environ["SLURM_JOB_END_TIME"]) - time.time()
     except (KeyError, ValueError):
         return None
+
+
+def free_memory() -> int | None:
+    """Bytes of host memory that can still be taken, also within the limit of a container; None where nobody tells."""
+    free = [int(size) * 1024 for size in re.findall(r"MemAvailable:\s*(\d+) kB", _read(Path("/proc/meminfo")))]
+    limit, used = (_read(_CONTROL_GROUP / f"memory.{name}").strip() for name in ("max", "current"))
+    if limit.isdigit() and used.isdigit():
+        free.append(int(limit) - int(used))
+    return min(free, default=None)
 
 
 def _read(path: Path) -> str:

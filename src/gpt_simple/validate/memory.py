@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 _CUDA_BLOCK = 512
-_LARGEST_BATCH = 4096
+LARGEST_BATCH = 4096
+"""No larger one is looked for."""
 
 
 @frozen
@@ -40,7 +41,9 @@ class MemoryPrediction:
 
     ``by_category`` divides ``peak`` into parameters, gradients, optimizer, activations, temporaries and data at that
     moment, which is in ``phase`` (forward, backward, clipping, optimizer, evaluation) at ``place``; ``by_phase`` is the
-    most in each phase. ``is_bound``: the truth is at most this (compiled), else it is this (eager).
+    most in each phase. ``is_bound``: the truth is at most this (compiled), else it is this (eager). ``copy`` bytes of
+    host memory hold the state that ``background_save`` writes, from the first save on; on a CPU they are in ``peak``
+    and, as ``copies``, in ``by_category``.
     """
 
     peak: int
@@ -49,10 +52,11 @@ class MemoryPrediction:
     place: str
     by_phase: Mapping[str, int]
     is_bound: bool
+    copy: int = 0
 
     @property
     def training_peak(self) -> int:
-        """The most in an optimizer step, without evaluation."""
+        """The most in an optimizer step, without evaluation and before the first save."""
         return max(size for phase, size in self.by_phase.items() if phase != "evaluation")
 
 
@@ -92,9 +96,12 @@ def predict_memory(
             _watch(rehearsal, tracker, config, world_size, cuda)
     finally:
         loss.ROWS_PER_CHUNK = before
-    by_category = {name: tracker.peak_by.get(name, 0) for name in CATEGORIES}
+    copy = rehearsal.state_bytes() if config.training.background_save and config.training.save_steps else 0
+    here = 0 if cuda else copy
+    by_category = {**{name: tracker.peak_by.get(name, 0) for name in CATEGORIES}, "copies": here}
     by_phase = {phase: size for phase, size in tracker.peaks.items() if phase != "data"}
-    return MemoryPrediction(tracker.peak, by_category, tracker.peak_phase, tracker.peak_place, by_phase, compiled)
+    place, phase = tracker.peak_place, tracker.peak_phase
+    return MemoryPrediction(tracker.peak + here, by_category, phase, place, by_phase, compiled, copy)
 
 
 def _watch(rehearsal: Rehearsal, tracker: MemoryTracker, config: Config, world_size: int, cuda: bool) -> None:
@@ -183,6 +190,7 @@ class MemoryForecast:
     card: Card | None
     batch: int | None = None
     batch_without_checkpointing: int | None = None
+    largest_tried: int = LARGEST_BATCH
 
 
 def forecast(outlook: Outlook) -> MemoryForecast:
@@ -192,6 +200,10 @@ def forecast(outlook: Outlook) -> MemoryForecast:
     precision: str = config.training.mixed_precision or "auto"
     if precision == "auto":
         precision = card.precision if card is not None else "no"
+    if card is not None and (precision, card.precision) == ("bf16", "fp16"):
+        raise ConfigError(
+            f'training.mixed_precision: a {card.name} only emulates bf16; use "fp16", "no", or leave it out'
+        )
     vocab_size = outlook.data.vocab_size
     if vocab_size is None:
         raise ConfigError("the vocabulary is not known before the data are prepared: set model.vocab_size")
@@ -231,7 +243,7 @@ def largest_batch(config: Config, room: int, predict: Any) -> int:
 
     known = {rows: peak(rows) for rows in (1, 2)}
     fits = max((rows for rows, size in known.items() if size <= room), default=0)
-    over = min((rows for rows, size in known.items() if size > room), default=_LARGEST_BATCH + 1)
+    over = min((rows for rows, size in known.items() if size > room), default=LARGEST_BATCH + 1)
     while over - fits > 1:
         low, high = (fits, over) if over in known else sorted(known)[-2:]
         slope = max(1.0, (known[high] - known[low]) / (high - low))

@@ -128,6 +128,12 @@ class Rehearsal:
         """One optimizer step."""
         self.trainer.step(is_last=False)
 
+    def state_bytes(self) -> int:
+        """Bytes of a checkpoint's tensors, once there was a step."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        held = {id(tensor): tensor for tensor in (*self.model.state_dict(keep_vars=True).values(), *states)}
+        return sum(tensor.nbytes for tensor in held.values() if isinstance(tensor, torch.Tensor))
+
     def evaluate(self) -> torch.Tensor:
         """The forward pass of an evaluation's batch."""
         with self.run.evaluating():

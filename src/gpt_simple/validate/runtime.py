@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from attrs import frozen
 
-from gpt_simple.errors import ConfigError
-from gpt_simple.model.flops import flops_per_token
+from gpt_simple.errors import ConfigError, GptSimpleError
+from gpt_simple.model.flops import flops_per_token, parameter_count
 from gpt_simple.validate.devices import find_card
+from gpt_simple.validate.environment import free_memory
 
 if TYPE_CHECKING:
     from gpt_simple.validate.outlook import Outlook
@@ -22,7 +29,7 @@ _WRITING = 0.5e9
 
 @frozen
 class Pace:
-    """Seconds of the whole run by what they go to. ``basis`` says where the numbers come from.
+    """Seconds of the ``steps_left`` by what they go to. ``basis`` says where the numbers come from.
 
     ``evaluation_seconds`` is None while the data are not prepared, since their validation split is not known then.
     """
@@ -32,6 +39,7 @@ class Pace:
     tokens_per_second: float
     step_seconds: float
     first_step_seconds: float
+    steps_left: int
     training_seconds: float
     evaluation_seconds: float | None
     saving_seconds: float
@@ -44,8 +52,8 @@ class Pace:
 
     def fields(self) -> dict[str, Any]:
         """The same for machines."""
-        names = ("measured", "basis", "tokens_per_second", "step_seconds", "first_step_seconds", "total_seconds")
-        return {name: getattr(self, name) for name in names}
+        names = ("measured", "basis", "tokens_per_second", "step_seconds", "first_step_seconds", "steps_left")
+        return {name: getattr(self, name) for name in (*names, "total_seconds")}
 
 
 def look(outlook: Outlook) -> Pace | None:
@@ -56,7 +64,7 @@ def look(outlook: Outlook) -> Pace | None:
 
 
 def _measured(outlook: Outlook) -> Pace:
-    """Make steps on this machine, as configured, on rows that are made up; nothing is written."""
+    """Make steps on this machine, as configured, on rows that are made up; nothing stays behind."""
     import torch
 
     from gpt_simple.engine.compile import compile_flags, plan
@@ -73,7 +81,8 @@ def _measured(outlook: Outlook) -> Pace:
     with process_as_found():
         precision = resolve(training.mixed_precision, device)
         compiling = plan(training, device, 1, wished=wished, place="training.compile")
-        with compile_flags(compiling):
+        _require_memory(outlook, vocab_size, precision.name, device, compiled=compiling.enabled)
+        with compile_flags(compiling), _own_compiler_cache():
             rehearsal = Rehearsal.prepare(
                 config, outlook.registry, precision, vocab_size=vocab_size, compiling=compiling
             )
@@ -92,8 +101,45 @@ def _measured(outlook: Outlook) -> Pace:
     return _pace(outlook, True, basis, step, batch, first)
 
 
+@contextmanager
+def _own_compiler_cache() -> Iterator[None]:
+    """What is compiled goes into a directory that is deleted afterwards."""
+    with TemporaryDirectory(prefix="gpt-simple-probe-") as cache:
+        names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+        with patch.dict(os.environ, {name: str(Path(cache, name)) for name in names}):
+            yield
+
+
+def _require_memory(outlook: Outlook, vocab_size: int, precision: str, device: Any, *, compiled: bool) -> None:
+    """Refuse to probe what plainly does not fit into this machine, before it takes any of it."""
+    import torch
+
+    from gpt_simple.validate.memory import predict_memory
+
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else free_memory()
+    # Weights, gradients and both moments are there whatever the compiler does; they take no time to know.
+    needed = 16 * parameter_count(outlook.shape) if outlook.shape is not None else 0
+    if free is not None and needed <= free and not compiled:
+        needed = predict_memory(
+            outlook.config,
+            vocab_size=vocab_size,
+            precision=precision,
+            cuda=cuda,
+            registry=outlook.registry,
+        ).peak
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"the probe was not made: it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free here;"
+            " lower per_device_batch_size, or probe on a larger machine"
+        )
+
+
 def _estimated(outlook: Outlook) -> Pace | None:
-    card = find_card(outlook.questions.device or "")
+    try:
+        card = find_card(outlook.questions.device or "")
+    except ConfigError:
+        return None  # the prediction of the memory says it
     shape, config, mfu = outlook.shape, outlook.config, outlook.questions.mfu
     if card.flops is None or shape is None:
         return None
@@ -107,23 +153,37 @@ def _estimated(outlook: Outlook) -> Pace | None:
 
 
 def _pace(outlook: Outlook, measured: bool, basis: str, step: float, batch: float, first: float) -> Pace:
-    """From the seconds of a step, of a batch of an evaluation and of the first step to the whole run."""
+    """From the seconds of a step, of a batch of an evaluation and of the first step to what is left of the run."""
     config, training, world = outlook.config, outlook.config.training, outlook.questions.world_size
-    evaluations = -(-training.max_steps // training.eval_steps) if training.eval_steps else 0
+    done = min(_steps_done(outlook), training.max_steps)
+    left, first = training.max_steps - done, first if done < training.max_steps else 0.0
+
+    def events_left(every: int) -> int:
+        return -(-training.max_steps // every) - done // every if left else 0
+
+    evaluations = events_left(training.eval_steps) if training.eval_steps else 0
     batches = -(-outlook.data.val_rows // (training.per_device_batch_size * world))
     if training.max_eval_batches is not None:
         batches = min(batches, -(-training.max_eval_batches // world))
-    saves = -(-training.max_steps // (training.save_steps or training.max_steps))
+    saves = events_left(training.save_steps or training.max_steps)
     return Pace(
         measured=measured,
         basis=basis,
         tokens_per_second=outlook.rows_per_step * config.data.max_length / step,
         step_seconds=step,
         first_step_seconds=first,
-        training_seconds=step * (training.max_steps - (1 if first else 0)),
+        steps_left=left,
+        training_seconds=step * (left - (1 if first else 0)),
         evaluation_seconds=evaluations * batches * batch if outlook.data.val_tokens is not None else None,
         saving_seconds=saves * (outlook.output.checkpoint_bytes or 0) / _WRITING,
     )
+
+
+def _steps_done(outlook: Outlook) -> int:
+    try:
+        return outlook.resume.step
+    except GptSimpleError:
+        return 0  # a finding of its own
 
 
 def _repeat(work: Any, device: Any) -> list[float]:
