@@ -29,7 +29,7 @@ from gpt_simple.engine.resume import ResumePlan, identity, promise
 from gpt_simple.engine.run import EngineCheckpoints, EngineRun
 from gpt_simple.engine.stopping import Walltime
 from gpt_simple.engine.trainer import Trainer
-from gpt_simple.errors import ConfigError, GptSimpleError
+from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError
 from gpt_simple.hooks.answers import Finding
 from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
@@ -252,8 +252,12 @@ def report(findings: list[Finding], warn: Callable[..., None]) -> None:
         if finding.severity == "warning":
             warn(_line(finding), name=finding.code)
     if errors:
-        error = GptSimpleError("\n".join(_line(finding) for finding in errors))
-        error.exit_code = max(errors, key=lambda finding: finding.exit_code).exit_code  # type: ignore[assignment]
+        worst = max(finding.exit_code for finding in errors)
+        kinds = (ConfigError, DataError, CheckpointError, PluginError)
+        error = next((kind for kind in kinds if kind.exit_code == worst), GptSimpleError)(
+            "\n".join(_line(finding) for finding in errors)
+        )
+        error.exit_code = worst  # type: ignore[assignment]
         raise error
 
 

@@ -172,7 +172,8 @@ class PluginHost:
                 found = checked(HOOKS["check_config"], implementation(config))
             except FAILURES as error:
                 failure = plugin.failure("check_config", error)
-                found = [Finding("error", "plugin-failed", str(failure), exit_code=int(failure.exit_code))]
+                findings.append(Finding("error", "plugin-failed", str(failure), exit_code=int(failure.exit_code)))
+                continue
             findings += [f if f.place else evolve(f, place=f"plugins.{plugin.name}") for f in found]
         return findings
 
