@@ -112,10 +112,8 @@ def test_another_model_is_refused_with_the_difference(shell: Shell, here: Path) 
 
 def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(shell: Shell, here: Path) -> None:
     assert shell("run", "config.toml").code == 0
+    damage(here / "out", 4)
     weights = here / "out/checkpoints/step-00000004/model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
     named = shell("run", "config.toml", "--training.resume", str(weights.parent))
     assert named.code == 4
     assert f"training.resume: {weights} is damaged" in named.err
@@ -124,6 +122,36 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(shel
     assert "step-00000004" in ended.out
     assert "resumed from step 2: bit-exact" in ended.out
     assert any("damaged" in path.name for path in (here / "out/checkpoints").iterdir())
+
+
+def test_damage_is_neither_passed_over_nor_removed_where_resume_names_a_path(shell: Shell, here: Path) -> None:
+    """Else the run would begin again at PATH without a word, and write over what was damaged."""
+    shell("run", "config.toml", "--training.output_dir", "first")
+    branch = ["run", "config.toml", "--training.resume", "first/checkpoints/step-00000002"]
+    assert shell(*branch).code == 0
+    kept = {path: path.read_bytes() for path in damage(here / "out", 4)}
+    refused = shell(*branch)
+    assert refused.code == 4
+    assert "no checkpoint in out/checkpoints can be used" in refused.err
+    assert "step-00000004/model.safetensors is damaged" in refused.err
+    assert {path: path.read_bytes() for path in kept} == kept
+
+    kept = {path: path.read_bytes() for path in damage(here / "first", 4)}
+    own = shell("run", "config.toml", "--training.output_dir", "first", *branch[2:])
+    assert own.code == 0
+    assert "step-00000004/model.safetensors is damaged" in own.out + own.err
+    for path, content in kept.items():
+        assert (path.parent.with_name("step-00000004.damaged") / path.name).read_bytes() == content
+
+
+def damage(run: Path, step: int) -> list[Path]:
+    """Flip a bit in a checkpoint; return its files."""
+    directory = run / f"checkpoints/step-{step:08d}"
+    path = directory / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return sorted(directory.iterdir())
 
 
 def test_a_plugin_of_the_user_that_fails_is_named_and_exits_5(shell: Shell, here: Path) -> None:

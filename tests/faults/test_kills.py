@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from gpt_simple import Metric, hookimpl
+from gpt_simple.plugins.evaluate import Evaluate
 from tests.data.conftest import write_dataset
 from tests.engine.conftest import TINY, TinyRun, state_bytes
 from tests.faults.conftest import At, Ended, kill_self, terminate_self
@@ -104,3 +107,24 @@ def test_a_kill_and_a_stop_change_nothing(
     assert (stopped.code, stopped.status.state, stopped.steps) == (75, "stopped", [3, 6, 8])
     rest = tiny("parts", **options)
     assert state_bytes(rest) == state_bytes(whole)
+
+
+def test_the_best_checkpoint_outlives_a_kill_and_a_finish_right_after_its_evaluation(
+    apart: Callable[..., Ended], tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was written before that evaluation, so what was found is not in it."""
+
+    @hookimpl
+    def evaluate(self: Evaluate, run: Any, event: Any) -> dict[str, Metric]:
+        return {"eval/loss": Metric(1.0 + abs(event.step - 2)), "eval/bits_per_byte": Metric(1.0)}
+
+    monkeypatch.setattr(Evaluate, "evaluate", evaluate)
+    options = {"training__save_steps": 1, "training__eval_steps": 1, "training__keep_last_k": 2}
+    assert apart("killed", plugins=[At("on_step_start", 3, kill_self)], **options).code == -9
+    tiny("finished", training__max_steps=2, **options)
+    for out in ("whole", "killed", "finished"):
+        result = tiny(out, **options)
+        kept = [path.name for path in sorted((result.output_dir / "checkpoints").iterdir())]
+        assert kept == ["step-00000002", "step-00000005", "step-00000006"], out
+        assert result.best_val_loss == 1.0, out
+        assert json.loads((result.output_dir / "summary.json").read_text())["best_val_loss"] == 1.0

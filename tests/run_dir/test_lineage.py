@@ -62,6 +62,7 @@ def test_the_last_row_of_a_kind_and_step_counts(tmp_path: Path) -> None:
     assert [row for row in found if row["kind"] == "train"] == [rows[0], rows[6], rows[7]]
     assert [row["name"] for row in found if row["kind"] == "event"] == ["saved", "skipped"]
     assert rows[2] in found
+    assert read_metrics(path, "eval") == [rows[2]]
 
 
 @pytest.mark.parametrize("torn", [b'{"kind": "train", "st', b"\xff\xfe", b"7", b"[]", b'{"kind": "train"}', b"\n\n"])

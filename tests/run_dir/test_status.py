@@ -65,7 +65,8 @@ def test_a_run_killed_before_its_first_status_has_crashed(run_dir: RunDir) -> No
 
 def test_a_crashed_run_got_at_least_as_far_as_its_newest_checkpoint(run_dir: RunDir) -> None:
     (run_dir.checkpoints / "step-00000012").mkdir(parents=True)
-    (run_dir.checkpoints / ".step-00000013.tmp-1").mkdir()
+    for no_checkpoint in (".step-00000013.tmp-1", "step-00000014.damaged", "step-00000014.damaged-2"):
+        (run_dir.checkpoints / no_checkpoint).mkdir()
     StatusFile(run_dir).update(state="running", step=7, force=True)
     status = read_status(run_dir)
     assert (status.state, status.step) == ("crashed", 12)

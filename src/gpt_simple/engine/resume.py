@@ -77,15 +77,16 @@ def look(config: Config, run_dir: RunDir, *, force: bool, store: Store | None = 
         return ResumePlan("scratch")
     seen = [checkpoint.path for checkpoint in store.list()]
     found, skipped = store.newest_valid()
-    if wish != "auto" and (found is None or Path(wish).resolve().parent == run_dir.checkpoints.resolve()):
-        return evolve(_from_path(config, Path(wish), store, found), seen=seen)
+    inside = wish != "auto" and Path(wish).resolve().parent == run_dir.checkpoints.resolve()
+    if found is None and skipped and not inside:
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped)
+        raise CheckpointError(
+            f"no checkpoint in {run_dir.checkpoints} can be used:{reasons}\n"
+            "add --force to discard them and start from scratch, or choose another training.output_dir"
+        )
+    if wish != "auto" and (found is None or inside):
+        return evolve(_from_path(config, Path(wish), store, found), seen=seen, skipped=skipped)
     if found is None:
-        if skipped:
-            reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped)
-            raise CheckpointError(
-                f"no checkpoint in {run_dir.checkpoints} can be used:{reasons}\n"
-                "add --force to discard them and start from scratch, or choose another training.output_dir"
-            )
         return ResumePlan("scratch")
     return evolve(_plan(config, store, found), seen=seen, skipped=skipped)
 

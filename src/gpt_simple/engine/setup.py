@@ -35,6 +35,7 @@ from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
 from gpt_simple.model.shape import padded
 from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.lineage import read_metrics
 
 if TYPE_CHECKING:
     from gpt_simple.engine.ownership import Ownership
@@ -144,7 +145,7 @@ class Setup:
             state=partial(self._state, model, optimizer),
             skips_on_device=alone,
             walltime=walltime,
-            best_val_loss=plan.state.get("best_val_loss"),
+            best_val_loss=_best_val_loss(plan),
         )
 
     def _new_model(self) -> torch.nn.Module:
@@ -234,6 +235,16 @@ class Setup:
             "plugins": [plugin.name for plugin in self.assembly.host.plugins],
             "config_path": str(self.assembly.source) if self.assembly.source else None,
         }
+
+
+def _best_val_loss(plan: ResumePlan) -> float | None:
+    """The lowest one so far. A checkpoint is written before its step is evaluated: that loss is in the metrics."""
+    if plan.checkpoint is None:
+        return None
+    metrics = RunDir(plan.checkpoint.path.parents[1]).metrics_jsonl
+    rows = read_metrics(metrics, "eval") if metrics.exists() else []
+    losses = [row.get("eval/loss") for row in rows if row["step"] == plan.checkpoint.step]
+    return min((loss for loss in (plan.state["best_val_loss"], *losses) if loss is not None), default=None)
 
 
 def _sees_documents(model: torch.nn.Module) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from gpt_simple import read_metrics
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
 
 if TYPE_CHECKING:
@@ -24,6 +25,15 @@ class Checkpoint(Plugin[NoConfig]):
     def __init__(self, config: NoConfig) -> None:
         super().__init__(config)
         self._losses: dict[int, float] = {}
+
+    @hookimpl
+    def on_run_start(self, run: Run, event: ev.RunStart) -> None:
+        # A checkpoint is written before the evaluation of its step, so it cannot know what that found.
+        path = run.output_dir / "metrics.jsonl"
+        if event.resumed_from is not None and path.exists():
+            found = {row["step"]: row.get("eval/loss") for row in read_metrics(path, "eval")}
+            if (loss := found.get(event.step)) is not None:
+                self._losses[event.step] = loss
 
     @hookimpl
     def on_step_end(self, run: Run, event: ev.StepEnd) -> None:

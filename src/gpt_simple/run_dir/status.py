@@ -94,8 +94,8 @@ def read_status(run_dir: RunDir) -> Status:
     process = f"process {status.pid} on {status.host}"
     if liveness == "unknown":
         return evolve(status, note=f"{process} cannot be seen from here: it may have ended since the last update")
-    saved = max((int(path.name[5:]) for path in run_dir.checkpoints.glob("step-*[0-9]")), default=0)
-    step = max(status.step, saved)
+    names = (path.name.removeprefix("step-") for path in run_dir.checkpoints.glob("step-*"))
+    step = max([status.step, *(int(name) for name in names if name.isdecimal())])
     return evolve(status, state="crashed", step=step, note=f"{process} ended without saying how")
 
 
