@@ -129,7 +129,7 @@ def test_a_sample_unfolds(opened: Browser) -> None:
 def test_on_a_phone_nothing_sticks_out(opened: Browser) -> None:
     opened.resize(390, 844)
     assert opened.ask("document.documentElement.scrollWidth") <= 390
-    assert opened.ask("document.querySelector('svg').getBoundingClientRect().width") > 330
+    assert opened.ask("document.querySelector('figure svg').getBoundingClientRect().width") > 330
     opened.screenshot("phone")
 
 
@@ -141,9 +141,14 @@ def test_dark_is_dark(opened: Browser) -> None:
     opened.screenshot("dark")
 
 
-def test_on_paper_there_are_no_buttons(opened: Browser) -> None:
+def test_on_paper_there_is_what_was_chosen_and_all_samples(opened: Browser) -> None:
+    opened.click("label[for=axis-tokens]")
+    opened.click("details summary")
     opened.media("print", scheme="dark")
-    assert not opened.shows("nav")
+    assert [opened.shows(f"label[for=axis-{axis}]") for axis in ("step", "tokens", "time")] == [False, True, False]
+    assert opened.shows("details pre")
+    columns = opened.ask("getComputedStyle(document.querySelector('.charts')).gridTemplateColumns")
+    assert len(columns.split()) == 2
     assert opened.ask("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     opened.screenshot("print")
 

@@ -9,6 +9,7 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -17,7 +18,7 @@ from gpt_simple.report.chart import Drawing, Line, Range
 from gpt_simple.report.history import read_history, thin
 from gpt_simple.report.page import page
 from tests.conftest import Shell
-from tests.report.conftest import Make, event, train
+from tests.report.conftest import Make, evaluated, event, train
 
 
 def parsed(html: str) -> ElementTree.Element:
@@ -126,6 +127,13 @@ def test_figures_are_of_all_processes_unless_they_say_otherwise(make: Make) -> N
     assert facts["its time in plugins"] == "2 s (sample 2 s)"
 
 
+def test_a_step_has_the_sample_of_each_prompt(make: Make) -> None:
+    rows = [train(100), *(event(100, "sample", text) | {"index": n} for n, text in enumerate(("One", "Two")))]
+    root = parsed(page([read_history(make("a", rows), "a")]))
+    (step,) = root.iter("details")
+    assert [text.text for text in step.iter("pre")] == ["One", "Two"]
+
+
 def test_samples_that_are_left_out_are_counted(make: Make) -> None:
     rows = [train(100), *(event(step, "sample", "Once") for step in range(1, 17))]
     root = parsed(page([read_history(make("a", rows), "a")]))
@@ -150,29 +158,79 @@ def test_resumes_and_skipped_steps_are_marked_on_every_axis(make: Make) -> None:
         assert "a: 2 skipped up to step 30" in titles
 
 
-def test_nan_and_a_run_that_has_only_begun_leave_gaps_and_no_errors(make: Make) -> None:
-    rows = [train(1, **{"train/loss": None, "nonfinite": {"train/loss": "nan"}}), train(2)]
-    assert read_history(make("a", rows), "a").points("train/loss", 100).y == [2.5]
-    parsed(page([read_history(make("b", rows[:1]), "b")]))
-    parsed(page([read_history(make("c", []), "c")]))
+def nan(step: int) -> dict[str, Any]:
+    return train(step, **{"train/loss": None, "nonfinite": {"train/loss": "nan"}})
 
 
-def test_thinning_keeps_peaks_ends_and_order() -> None:
+def test_a_loss_that_was_no_number_is_a_gap_in_its_curve(make: Make) -> None:
+    rows = [train(10), train(20), nan(30), train(40), nan(50), train(60), train(70)]
+    loss = drawings(parsed(page([read_history(make("a", rows), "a")])), "step")["Loss"]
+    lines = [path.get("d") or "" for path in loss.iter("path") if path.get("class") == "line c0"]
+    assert [line.count("M") for line in lines] == [2], "before 30 and after 50"
+    alone = [path.get("d") or "" for path in loss.iter("path") if path.get("class") == "points c0"]
+    assert [line.count("M") for line in alone] == [1], "the point at 40"
+
+
+def test_a_run_that_ended_in_nan_says_so(make: Make) -> None:
+    root = make("a", [train(10), nan(20)])
+    table = next(parsed(page([read_history(root, "a")])).iter("table"))
+    assert {str(row.findtext("th")): row.findtext("td") for row in table.iter("tr")}["training loss"] == "nan"
+
+
+def test_a_run_that_has_only_begun_or_never_had_a_number_has_a_page(make: Make) -> None:
+    for name, rows in {"only nan": [nan(1), nan(2)], "one row": [train(1)], "nothing": []}.items():
+        parsed(page([read_history(make(name, rows), name)]))
+    diverged = [*map(train, range(1, 4)), *map(nan, range(4, 200))]
+    assert "Loss" in drawings(parsed(page([read_history(make("diverged", diverged), "a")])), "step")
+
+
+def test_thinning_keeps_peaks_gaps_ends_and_order() -> None:
     values = [math.sin(index / 500) for index in range(50_000)]
     values[31_337] = 9.0
     values[7] = -9.0
+    values[20_000] = math.nan
     kept = thin(values, 600)
-    assert len(kept) <= 602
-    assert {0, 7, 31_337, 49_999} <= set(kept)
+    assert len(kept) <= 603
+    assert {0, 7, 20_000, 31_337, 49_999} <= set(kept)
     assert kept == sorted(kept)
 
 
+def test_a_noisy_curve_is_drawn_with_the_median_of_its_stretches(make: Make) -> None:
+    rows = [train(step, **{"train/loss": 2.0 + (step % 2)}) for step in range(1, 1001)]
+    rows[500]["train/loss"] = 1e9
+    trend = read_history(make("a", rows), "a").trend("train/loss", 100)
+    assert len(trend.y) == 100
+    assert all(2.0 <= value <= 3.0 for value in trend.y)
+    assert trend.x["step"][0] == 6
+    loss = drawings(parsed(page([read_history(make("b", rows), "b")])), "step")["Loss"]
+    assert {path.get("class") for path in loss.iter("path")} >= {"raw c0", "line c0"}
+    assert not read_history(make("c"), "c").trend("train/loss", 100), "ten rows have no noise to see through"
+
+
+def test_all_drawings_have_one_horizontal_axis(make: Make) -> None:
+    """Or the eye could not follow a resume, which is upright in each of them, from one to the next."""
+    rows = [*map(train, range(10, 101, 10)), {**evaluated(60), "eval/bits_per_byte": 1.0}, evaluated(100)]
+    drawn = drawings(parsed(page([read_history(make("a", rows), "a")])), "step")
+    places = {path.get("d") for svg in drawn.values() for path in svg.iter("path") if path.get("class") == "resume c0"}
+    assert len(drawn) >= 5
+    assert len({re.match(r"M[\d.]+", str(place))[0] for place in places}) == 1  # type: ignore[index]
+
+
+def test_the_legend_has_what_is_in_the_drawings(make: Make) -> None:
+    def legend(root: Path) -> str:
+        return texts(next(parsed(page([read_history(root, "a")])).iter("ul")))
+
+    assert "skipped" not in legend(make("a"))
+    assert "resumed" in legend(make("b"))
+    assert "skipped" in legend(make("c", [train(10, **{"train/skipped_steps": 1.0})]))
+
+
 def test_ticks_are_round_and_inside() -> None:
-    assert Range(0.0, 103.0, 0, 1).ticks() == [0, 50, 100]
-    assert Range(0.2, 0.31, 0, 1).ticks() == pytest.approx([0.2, 0.25, 0.3])
+    assert Range(0.0, 103.0, 0, 1).ticks() == [0, 20, 40, 60, 80, 100]
+    assert Range(0.2, 0.31, 0, 1).ticks() == pytest.approx([0.2, 0.22, 0.24, 0.26, 0.28, 0.3])
     assert Range(0.004, 70.0, 0, 1, log=True).ticks() == pytest.approx([0.01, 0.1, 1, 10])
     assert Range(0.9, 12.0, 0, 1, log=True).ticks() == pytest.approx([1, 2, 5, 10])
-    assert Range(2.1, 4.9, 0, 1, log=True).ticks() == pytest.approx([3, 4])
+    assert Range(2.1, 4.9, 0, 1, log=True).ticks() == pytest.approx([2.5, 3, 3.5, 4, 4.5])
 
 
 def test_the_start_of_a_loss_may_run_off_the_top_so_that_the_rest_is_seen() -> None:

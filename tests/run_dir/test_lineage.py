@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,7 +66,26 @@ def test_the_last_row_of_a_kind_and_step_counts(tmp_path: Path) -> None:
     assert read_metrics(path, "eval") == [rows[2]]
 
 
-@pytest.mark.parametrize("torn", [b'{"kind": "train", "st', b"\xff\xfe", b"7", b"[]", b'{"kind": "train"}', b"\n\n"])
+def test_a_step_keeps_all_its_events_and_those_of_a_step_that_was_made_again_once(tmp_path: Path) -> None:
+    def event(name: str, message: str, **more: Any) -> dict[str, Any]:
+        return {"kind": "event", "step": 5, "name": name, "message": message, **more}
+
+    rows = [
+        event("sample", "Once", index=0),
+        event("sample", "Twice", index=1),
+        event("", "beware"),
+        event("", "take care"),
+    ]
+    again = [event("sample", "Another", index=0), event("sample", "text", index=1), event("", "beware")]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *again]))
+    assert [row["message"] for row in read_metrics(path)] == ["take care", "Another", "text", "beware"]
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [b'{"kind": "train", "st', b"\xff\xfe", b"7", b"[]", b'{"kind": "train"}', b'{"kind": [], "step": 1}', b"\n\n"],
+)
 def test_torn_lines_are_left_out(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     good = [json.dumps({"kind": "train", "step": step}).encode() for step in (1, 2)]

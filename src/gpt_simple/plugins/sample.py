@@ -51,7 +51,7 @@ class Sample(Plugin[SampleConfig]):
                 seed=config.seed + index,
             )
             self._texts.append(text)
-            run.log.info(text, name="sample", prompt=prompt)
+            run.log.info(text, name="sample", prompt=prompt, index=index)
 
     def describe(self) -> dict[str, Any]:
         return {"sample": "\n".join(self._texts)} if self._texts else {}

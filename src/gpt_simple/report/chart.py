@@ -9,7 +9,8 @@ from typing import Literal
 
 from attrs import field, frozen
 
-Style = Literal["line", "dots", "level"]
+Style = Literal["raw", "line", "dots", "level"]
+"""In the order in which they are drawn: ``raw`` is every row of a curve that is also drawn smoothed, as ``line``."""
 Format = Callable[[float], str]
 
 WIDTH, HEIGHT = 640, 300
@@ -19,7 +20,7 @@ _COLOURS = 8
 
 @frozen
 class Line:
-    """One curve. ``colour`` is the number of its run; ``level`` draws a horizontal line at the only ``y``."""
+    """One curve, with a gap at NaN. ``colour`` is the number of its run; ``level`` is horizontal, at the only ``y``."""
 
     label: str
     x: Sequence[float]
@@ -63,7 +64,7 @@ class Range:
                 return [10.0**p for p in powers if self.low <= 10.0**p <= self.high]
             if len(inside) > 1:
                 return inside
-        rough = (self.high - self.low) / 5
+        rough = (self.high - self.low) / 6
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
         count = math.floor(self.high / step + 1e-9) - math.ceil(self.low / step - 1e-9) + 1
@@ -72,7 +73,10 @@ class Range:
 
 @frozen
 class Drawing:
-    """What one chart shows. ``settles``: the first twentieth may run off the top, so that the rest can be read."""
+    """What one chart shows, from ``ends[0]`` to ``ends[1]`` if they are given.
+
+    ``settles``: the first twentieth may run off the top, so that the rest can be read.
+    """
 
     title: str
     lines: Sequence[Line]
@@ -82,6 +86,7 @@ class Drawing:
     log: bool = False
     settles: bool = False
     from_zero: bool = False
+    ends: tuple[float, float] | None = None
     _id: str = field(kw_only=True)
 
     def svg(self) -> str:
@@ -103,18 +108,20 @@ class Drawing:
     def _ranges(self) -> tuple[Range, Range]:
         xs = [value for line in self.lines for value in line.x]
         ys = [value for line in self.lines for value in self._settled(line)]
+        ys = ys or [value for line in self.lines for value in line.y if math.isfinite(value)]
         if log := self.log and min(ys) > 0:
             low, high = min(ys) / 1.15, max(ys) * 1.15
         else:
             margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
             low, high = min(ys) - margin, max(ys) + margin
             low = 0.0 if self.from_zero else max(low, 0.0) if min(ys) >= 0 else low
-        left, right = min(xs), max(xs)
+        left, right = self.ends or (min(xs), max(xs))
         across = Range(left, right if right > left else left + 1, _LEFT, WIDTH - _RIGHT)
         return across, Range(low, high, HEIGHT - _BOTTOM, _TOP, log)
 
     def _settled(self, line: Line) -> Sequence[float]:
-        return line.y[len(line.y) // 20 :] if self.settles and line.style == "line" else line.y
+        settles = self.settles and line.style in ("raw", "line")
+        return [value for value in line.y[len(line.y) // 20 if settles else 0 :] if math.isfinite(value)]
 
 
 def _grid(x: Range, y: Range, x_format: Format, y_format: Format) -> list[str]:
@@ -146,8 +153,17 @@ def _line(line: Line, x: Range, y: Range) -> str:
     title, colour = f"<title>{escape(line.label)}</title>", f"c{line.colour % _COLOURS}"
     if line.style == "level":
         return f'<path class="level {colour}" d="M{_LEFT} {y(line.y[0]):.1f}H{WIDTH - _RIGHT}">{title}</path>'
-    places = [f"{x(a):.1f} {y(b):.1f}" for a, b in zip(line.x, line.y, strict=True)]
-    parts = [f'<path class="{line.style} {colour}" d="M{"L".join(places)}">{title}</path>']
-    if line.style == "dots" or len(places) == 1:
-        parts.append(f'<path class="points {colour}" d="{"".join(f"M{place}h0" for place in places)}">{title}</path>')
+    pieces: list[list[str]] = [[]]
+    for a, b in zip(line.x, line.y, strict=True):
+        if math.isfinite(b):
+            pieces[-1].append(f"{x(a):.1f} {y(b):.1f}")
+        elif pieces[-1]:
+            pieces.append([])
+    drawn = "".join(f"M{'L'.join(piece)}" for piece in pieces if len(piece) > 1)
+    alone = "".join(f"M{place}h0" for piece in pieces if line.style == "dots" or len(piece) == 1 for place in piece)
+    parts = [f'<path class="{line.style} {colour}" d="{drawn}">{title}</path>'] if drawn else []
+    if alone and line.style == "dots":  # so that a point is seen on a curve of its own colour
+        parts.append(f'<path class="halo" d="{alone}"/>')
+    if alone:
+        parts.append(f'<path class="points {colour}" d="{alone}">{title}</path>')
     return "".join(parts)

@@ -12,6 +12,8 @@ from gpt_simple.report.history import AXES, Axis, History, Points
 
 AXIS_NAMES: Mapping[Axis, str] = {"step": "steps", "tokens": "tokens", "time": "time"}
 _POINTS = 1500
+_STRETCHES = 120
+_ORDER = ("raw", "line", "dots", "level")
 
 
 def si(value: float) -> str:
@@ -33,9 +35,14 @@ def _plain(value: float) -> str:
     return f"{value:.4g}"
 
 
+def _scientific(value: float) -> str:
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{float(digits):g}e{int(power)}" if value else "0"
+
+
 @frozen
 class _Chart:
-    """One figure: which metrics, and how their numbers are written."""
+    """One figure: which metrics, and how their numbers are written. ``noisy``: with its trend."""
 
     title: str
     unit: str
@@ -46,6 +53,7 @@ class _Chart:
     settles: bool = False
     from_zero: bool = False
     floor: bool = False
+    noisy: bool = False
 
 
 @frozen
@@ -55,7 +63,7 @@ class _Curve:
     label: str
     points: Points
     colour: int
-    style: Literal["line", "dots"]
+    style: Literal["raw", "line", "dots"]
 
 
 @frozen
@@ -70,12 +78,12 @@ class _Happening:
 
 _X_FORMATS: Mapping[Axis, Format] = {"step": si, "tokens": si, "time": duration}
 _CHARTS = (
-    _Chart("Loss", "nats per token", "train/loss", "eval/loss", settles=True, floor=True),
+    _Chart("Loss", "nats per token", "train/loss", "eval/loss", settles=True, floor=True, noisy=True),
     _Chart("Bits per byte", "validation", "", "eval/bits_per_byte"),
-    _Chart("Learning rate", "", "train/lr"),
-    _Chart("Gradient norm", "before clipping", "train/grad_norm", log=True),
-    _Chart("Throughput", "tokens/s of training time", "perf/tokens_per_second", write=si, from_zero=True),
-    _Chart("MFU", "share of the device's peak", "perf/mfu", from_zero=True),
+    _Chart("Learning rate", "", "train/lr", write=_scientific, from_zero=True),
+    _Chart("Gradient norm", "before clipping", "train/grad_norm", log=True, noisy=True),
+    _Chart("Throughput", "tokens/s of training time", "perf/tokens_per_second", write=si, from_zero=True, noisy=True),
+    _Chart("MFU", "share of the device's peak", "perf/mfu", from_zero=True, noisy=True),
     _Chart("Peak memory", "GiB", "memory/peak_gib", from_zero=True),
 )
 
@@ -86,25 +94,27 @@ def figures(histories: Sequence[History]) -> Iterator[str]:
     floors = {history.facts.get("floor"): colour for colour, history in enumerate(histories)}
     levels = [Line("floor", (), (floor,), colour, "level") for floor, colour in floors.items() if floor is not None]
     most = max(200, _POINTS // len(histories))
-    for number, chart in enumerate(_CHARTS):
-        if not (curves := list(_curves(chart, histories, most))):
-            continue
+    curves_of = {chart: curves for chart in _CHARTS if (curves := list(_curves(chart, histories, most)))}
+    for number, (chart, curves) in enumerate(curves_of.items()):
         drawn = ""
         for axis in AXES:
             lines = [
                 Line(curve.label, curve.points.x[axis], curve.points.y, curve.colour, curve.style) for curve in curves
             ]
-            ends = [value for line in lines for value in line.x]
-            inside = [found for found in happenings if min(ends) <= found.x[axis] <= max(ends)]
+            # The same for all charts, so that the eye can go from one to the next.
+            xs = [value for curves in curves_of.values() for curve in curves for value in curve.points.x[axis]]
+            ends = min(xs), max(xs)
+            inside = [found for found in happenings if ends[0] <= found.x[axis] <= ends[1]]
             drawing = Drawing(
                 f"{chart.title} over {AXIS_NAMES[axis]}",
-                [*lines, *(levels if chart.floor else ())],
+                sorted([*lines, *(levels if chart.floor else ())], key=lambda line: _ORDER.index(line.style)),
                 [Mark(found.x[axis], found.kind, found.text, found.colour) for found in inside],
                 _X_FORMATS[axis],
                 chart.write,
                 chart.log,
                 chart.settles,
                 chart.from_zero,
+                ends,
                 id=f"clip-{number}-{axis}",
             )
             drawn += f'<div class="over-{axis}">{drawing.svg()}</div>'
@@ -115,7 +125,10 @@ def figures(histories: Sequence[History]) -> Iterator[str]:
 def _curves(chart: _Chart, histories: Sequence[History], most: int) -> Iterator[_Curve]:
     for colour, history in enumerate(histories):
         if chart.train and (points := history.points(chart.train, most)):
-            yield _Curve(f"{history.label}: training", points, colour, "line")
+            trend = history.trend(chart.train, _STRETCHES) if chart.noisy else None
+            yield _Curve(f"{history.label}: training", points, colour, "raw" if trend else "line")
+            if trend:
+                yield _Curve(f"{history.label}: training, median", trend, colour, "line")
         if chart.evaluation and (points := history.points(chart.evaluation, most)):
             yield _Curve(f"{history.label}: validation", points, colour, "dots")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,13 +35,13 @@ class Launch:
 
 @frozen
 class Points:
-    """A metric over the run: one entry for each row that has it, and its place on every axis."""
+    """A metric over the run: one entry for each row that has it, and its place on every axis. NaN is a gap."""
 
     x: Mapping[Axis, Sequence[float]]
     y: Sequence[float]
 
     def __bool__(self) -> bool:
-        return bool(self.y)
+        return any(math.isfinite(value) for value in self.y)
 
 
 @frozen
@@ -71,16 +73,25 @@ class History:
         return self._bases[index] + time - self.launches[index].time
 
     def values(self, metric: str) -> list[float]:
-        """A metric of training or evaluation, in the order of its steps."""
-        return [row[metric] for row in self._rows_with(metric)]
+        """A metric of training or evaluation where it is finite, in the order of its steps."""
+        return [value for value in map(_value(metric), self._rows_with(metric)) if math.isfinite(value)]
 
     def points(self, metric: str, most: int) -> Points:
         """A metric of training or evaluation, thinned to about ``most`` points that keep every peak."""
         found = self._rows_with(metric)
-        kept = thin([row[metric] for row in found], most)
-        picked = [found[index] for index in kept]
-        places = [self.place(row) for row in picked]
-        return Points({axis: [place[axis] for place in places] for axis in AXES}, [row[metric] for row in picked])
+        values = list(map(_value(metric), found))
+        kept = thin(values, most)
+        return self._points([found[index] for index in kept], [values[index] for index in kept])
+
+    def trend(self, metric: str, stretches: int) -> Points:
+        """The median of a metric in each of so many stretches of the run; nothing if they would be short."""
+        found = self._rows_with(metric)
+        if len(found) < 4 * stretches:
+            return self._points([], [])
+        parts = [found[start:end] for start, end in _stretches(len(found), stretches)]
+        finite = [list(filter(math.isfinite, map(_value(metric), part))) for part in parts]
+        medians = [statistics.median(values) if values else math.nan for values in finite]
+        return self._points([part[len(part) // 2] for part in parts], medians)
 
     def place(self, row: Row) -> Mapping[Axis, float]:
         """Where a row is on every axis."""
@@ -95,8 +106,11 @@ class History:
         return [row for row in self.rows["event"] if row.get("level") in ("warning", "error")]
 
     def _rows_with(self, metric: str) -> list[Row]:
-        rows = self.rows["eval" if metric.startswith("eval/") else "train"]
-        return [row for row in rows if row.get(metric) is not None]
+        return [row for row in self.rows["eval" if metric.startswith("eval/") else "train"] if metric in row]
+
+    def _points(self, rows: Sequence[Row], values: Sequence[float]) -> Points:
+        places = [self.place(row) for row in rows]
+        return Points({axis: [place[axis] for place in places] for axis in AXES}, values)
 
     def _launch_at(self, time: float) -> int:
         return max(0, bisect_right([launch.time for launch in self.launches], time) - 1)
@@ -131,15 +145,29 @@ def read_history(root: Path, label: str) -> History:
 
 
 def thin(values: Sequence[float], most: int) -> list[int]:
-    """Indices of about ``most`` values: in each stretch the lowest and the highest, so that no spike is lost."""
+    """Indices of about ``most`` values: in each stretch the lowest and the highest, so that no spike is lost.
+
+    Of values that are not finite the first of a stretch stays, where the curve breaks.
+    """
     if len(values) <= most:
         return list(range(len(values)))
-    stretches = max(1, most // 2)
     kept = {0, len(values) - 1}
-    for index in range(stretches):
-        stretch = range(len(values) * index // stretches, len(values) * (index + 1) // stretches)
-        kept |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
+    for start, end in _stretches(len(values), max(1, most // 2)):
+        finite = [index for index in range(start, end) if math.isfinite(values[index])]
+        if finite:
+            kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+        if len(finite) < end - start:
+            kept.add(next(index for index in range(start, end) if not math.isfinite(values[index])))
     return sorted(kept)
+
+
+def _stretches(length: int, count: int) -> Iterator[tuple[int, int]]:
+    return ((length * index // count, length * (index + 1) // count) for index in range(count))
+
+
+def _value(metric: str) -> Callable[[Row], float]:
+    """What a row has for a metric. In the file null stands for what is not finite."""
+    return lambda row: math.nan if row[metric] is None else row[metric]
 
 
 def _summary(run_dir: RunDir) -> Mapping[str, Any]:

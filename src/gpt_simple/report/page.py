@@ -15,7 +15,16 @@ from typing import Any
 
 from gpt_simple._names import PROGRAM, __version__
 from gpt_simple.report.figures import AXIS_NAMES, duration, figures, si
-from gpt_simple.report.history import AXES, History
+from gpt_simple.report.history import AXES, History, Row
+
+_KEYS = {
+    "training": '<path class="line" d="M0 7H30"/>',
+    "validation": '<path class="dots" d="M0 7H30"/><path class="points" d="M15 7h0"/>',
+    "floor": '<path class="level" d="M0 7H30"/>',
+    "resumed": '<path class="resume" d="M15 0V14"/>',
+    "skipped steps": '<path class="skipped" d="M15 5V14"/>',
+}
+"""The lines of the drawings and what they mean."""
 
 _SAMPLES = 12
 _EVENTS = 50
@@ -53,12 +62,18 @@ def page(histories: Sequence[History]) -> str:
 def _runs(histories: Sequence[History]) -> str:
     facts = [_facts(history) for history in histories]
     names = list(dict.fromkeys(name for values in facts for name in values))
-    head = "".join(f"<th>{_text(history.label)}</th>" for history in histories)
+    return _table(histories, names, facts)
+
+
+def _table(histories: Sequence[History], names: Sequence[str], values: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each name and a column for each run; one run needs no heading, as it is that of the page."""
+    labels = "".join(f"<th>{_text(history.label)}</th>" for history in histories)
+    head = f"<thead><tr><th></th>{labels}</tr></thead>" if len(histories) > 1 else ""
     rows = "".join(
-        f"<tr><th>{name}</th>" + "".join(f"<td>{_text(values.get(name, '-'))}</td>" for values in facts) + "</tr>"
+        f"<tr><th>{_text(name)}</th>{''.join(f'<td>{_text(run.get(name, chr(45)))}</td>' for run in values)}</tr>"
         for name in names
     )
-    return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
 
 
 def _facts(history: History) -> dict[str, str]:
@@ -74,8 +89,8 @@ def _facts(history: History) -> dict[str, str]:
         "status": status.state + (f": {status.reason}" if status.reason else ""),
         "steps": f"{status.step:,}" + (f" of {status.max_steps:,}" if status.max_steps else ""),
         "tokens": si(train["tokens"]) if train else None,
-        "training loss": _number(train.get("train/loss")),
-        "validation loss": _number(evals[-1] if evals else None),
+        "training loss": _last(history.rows["train"], "train/loss"),
+        "validation loss": _last(history.rows["eval"], "eval/loss"),
         "best validation loss": _number(best),
         "perplexity": f"{math.exp(min(evals[-1], 99)):.4g}" if evals else None,
         "floor": _number(facts.get("floor")),
@@ -107,9 +122,15 @@ def _legend(histories: Sequence[History]) -> str:
         f'<li class="c{index % 8}"><span class="swatch"></span>{_text(history.label)}</li>'
         for index, history in enumerate(histories)
     )
-    kinds = (
-        "<li><i>thin</i> training</li><li><i>dotted line with points</i> validation</li><li><i>long dashes</i> floor"
-        "</li><li><i>upright</i> resumed</li><li><i>tick</i> skipped steps</li>"
+    happened = {
+        "floor": any(history.facts.get("floor") is not None for history in histories),
+        "resumed": any(len(history.launches) > 1 for history in histories),
+        "skipped steps": any(history.values("train/skipped_steps") for history in histories),
+    }
+    kinds = "".join(
+        f'<li><svg class="key" viewBox="0 0 30 14" aria-hidden="true">{drawing}</svg>{name}</li>'
+        for name, drawing in _KEYS.items()
+        if happened.get(name, True)
     )
     return f'<ul class="legend">{runs}{kinds}</ul>'
 
@@ -124,28 +145,23 @@ def _configuration(histories: Sequence[History]) -> str:
         keys = [key for key in keys if histories[0].origins.get(key, "default") != "default"]
     if not keys:
         return f"<h2>{title}</h2><p>None.</p>"
-    head = "".join(f"<th>{_text(history.label)}</th>" for history in histories)
-    rows = "".join(
-        f"<tr><th>{_text(key)}</th>"
-        + "".join(f"<td>{_text(history.config.get(key, '-'))}</td>" for history in histories)
-        + "</tr>"
-        for key in keys
-    )
-    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'<h2>{title}</h2><div class="scroll">{table}</div>'
+    return f"<h2>{title}</h2>{_table(histories, keys, [history.config for history in histories])}"
 
 
 def _samples(history: History) -> str:
-    found = history.events("sample")
+    texts: dict[int, list[str]] = {}  # a step has one for each prompt
+    for row in history.events("sample"):
+        texts.setdefault(row["step"], []).append(row["message"])
+    found = list(texts)
     if not found:
         return ""
     picked = (
         found if len(found) <= _SAMPLES else [found[i * (len(found) - 1) // (_SAMPLES - 1)] for i in range(_SAMPLES)]
     )
     items = "".join(
-        f"<details{' open=' + chr(34) * 2 if row is picked[-1] else ''}><summary>step {row['step']:,}</summary>"
-        f"<pre>{_text(row['message'])}</pre></details>"
-        for row in picked
+        f"<details{' open=' + chr(34) * 2 if step == picked[-1] else ''}><summary>step {step:,}</summary>"
+        f"{''.join(f'<pre>{_text(text)}</pre>' for text in texts[step])}</details>"
+        for step in picked
     )
     note = f"<p>{len(picked)} of {len(found)}, evenly spread.</p>" if len(picked) < len(found) else ""
     return f"<h2>Samples over time: {_text(history.label)}</h2>{note}{items}"
@@ -164,6 +180,12 @@ def _events(history: History) -> str:
     if told:
         parts.append(f"<h2>Warnings: {_text(history.label)}</h2><ul>{more}{''.join(told)}</ul>")
     return "".join(parts)
+
+
+def _last(rows: Sequence[Row], metric: str) -> str | None:
+    """The last number of a metric, or what it was if that was none."""
+    row = rows[-1] if rows else {}
+    return str(row["nonfinite"][metric]) if metric in row.get("nonfinite", {}) else _number(row.get(metric))
 
 
 def _number(value: float | None) -> str | None:

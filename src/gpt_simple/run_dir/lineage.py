@@ -72,8 +72,9 @@ class RunRecord:
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl in the order of their steps, the last one of each kind and step.
 
-    A resumed run writes steps again that it had written before it was killed; events are also told apart by
-    ``name``. Lines torn by a kill are left out. ``kind`` asks for rows of one kind, which is faster if they are few.
+    A resumed run writes steps again that it had written before it was killed. A step may have several events: they are
+    told apart by ``name`` and by ``index``, or without one by their message. Lines torn by a kill are left out.
+    ``kind`` asks for rows of one kind, which is faster if they are few.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     with path.open("rb") as file:
@@ -82,11 +83,10 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-                key = row["kind"], row["step"], row.get("name")
+                key = row["kind"], row["step"], row.get("name"), row.get("index", row.get("message"))
+                rows.pop(key, None)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
-            if kind not in (None, row["kind"]):
-                continue
-            rows.pop(key, None)
-            rows[key] = row
+            if kind in (None, row["kind"]):
+                rows[key] = row
     return sorted(rows.values(), key=lambda row: row["step"])
