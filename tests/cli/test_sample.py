@@ -56,6 +56,11 @@ def test_an_older_checkpoint_can_be_asked(trained: Path, shell: Shell) -> None:
     older, newest = (shell("sample", "out", *GREEDY, "--step", str(step)) for step in (2, 4))
     assert (older.code, newest.code) == (0, 0)
     assert shell("sample", "out", *GREEDY).out == newest.out
+    path = "out/checkpoints/step-00000002"
+    assert shell("sample", path, *GREEDY).out == shell("sample", path, *GREEDY, "--step", "2").out == older.out
+    contradiction = shell("sample", path, "--step", "4")
+    assert (contradiction.code, "and --step says 4" in contradiction.err) == (2, True)
+    assert "expected one of: 2, 4" in shell("sample", "out/checkpoints/step-00000003").err
     missing = shell("sample", "out", "--step", "3")
     assert missing.code == 4
     assert "expected one of: 2, 4" in missing.err
@@ -66,6 +71,9 @@ def test_what_cannot_be_sampled_is_one_sentence(trained: Path, shell: Shell) -> 
     assert (nothing.code, nothing.err.count("\n")) == (4, 1)
     assert shell("sample", "out", "--device", "nonsense").code == 2
     assert shell("sample", "out", "--top-p", "0").code == 2
+    for option in ("--temperature", "--top-p"):
+        no_number = shell("sample", "out", option, "nan")
+        assert (no_number.code, "expected a number, got NaN" in no_number.err) == (2, True)
     (trained / "run.json").unlink()
     unknown = shell("sample", "out")
     assert unknown.code == 4

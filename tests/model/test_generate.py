@@ -127,7 +127,7 @@ def test_draw() -> None:
     logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log().tolist()
     assert drawn(logits) == {0, 1, 2, 3}
     assert drawn(logits, temperature=0) == {0}
-    assert drawn(logits, temperature=0.01) == {0}
+    assert drawn(logits, temperature=0.01) == drawn([90.0, 89.0], temperature=1e-40) == {0}
     assert drawn(logits, top_k=2) == {0, 2}
     assert drawn(logits, top_k=100) == {0, 1, 2, 3}
     assert drawn(logits, top_p=0.69) == {0, 2}

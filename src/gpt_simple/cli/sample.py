@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,15 +18,25 @@ _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\n\t"
 """Control characters, which a young model writes, must not reach a terminal, now or when a file is looked at."""
 
 
+class _Number(click.FloatRange):
+    """A range of numbers; click takes NaN for inside of every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("expected a number, got NaN", param, ctx)
+        return number
+
+
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--prompt", default="", help="Text to continue; unset: a new document.")
 @click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="Tokens to write at most.")
-@click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0: the likeliest token.")
+@click.option("--temperature", default=0.8, show_default=True, type=_Number(0), help="0: the likeliest token.")
 @click.option("--top-k", type=click.IntRange(1), help="Choose among this many likeliest tokens.")
 @click.option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=_Number(0, 1, min_open=True),
     help="Choose among the fewest tokens that together hold this probability.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="The same seed, the same text.")
@@ -45,7 +57,11 @@ def sample(
     plugins: tuple[str, ...],
     device: str | None,
 ) -> None:
-    """Print text from the model of the run in directory RUN, the prompt included."""
+    """Print text from the model of the run in directory RUN, the prompt included.
+
+    RUN may also be the directory of one checkpoint, RUN/checkpoints/step-00001000.
+    """
+    run, step = _run_and_step(run, step)
     # Only now: a mistake in the options is told without the seconds that torch takes to load.
     import torch
 
@@ -69,6 +85,19 @@ def sample(
                 seed=seed + index,
             )
         click.echo(("\n" if index else "") + text.translate(_CONTROLS))
+
+
+def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
+    """The run that a path means, and the step if it is the path of a checkpoint."""
+    place = path.absolute()
+    named = re.fullmatch(r"step-(\d+)", place.name)
+    if named is None or place.parent.name != "checkpoints":
+        return path, step
+    if step not in (None, int(named[1])):
+        raise click.UsageError(
+            f"{path} is the checkpoint of step {int(named[1])}, and --step says {step}: leave one out"
+        )
+    return path.parent.parent if len(path.parts) > 2 else place.parent.parent, int(named[1])
 
 
 def _device(name: str | None) -> torch.device:

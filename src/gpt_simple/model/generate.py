@@ -71,7 +71,8 @@ def draw(
     if temperature == 0:
         return int(logits.argmax())
     likeliest, ids = logits.topk(min(top_k or len(logits), len(logits)))
-    probabilities = (likeliest / temperature).softmax(-1)
+    # Less the largest, or a small temperature would make infinities, and NaN of their softmax.
+    probabilities = ((likeliest - likeliest[0]) / temperature).softmax(-1)
     if top_p is not None:
         before = probabilities.cumsum(-1) - probabilities
         before[0] = -1.0  # the likeliest token stays, whatever top_p
