@@ -113,8 +113,8 @@ def test_on_a_terminal_a_view_is_redrawn_and_the_log_stays(here: Path, colour: b
         os.close(terminal)
         output = _read_to_the_end(controller)
     assert process.returncode == 0, output
-    assert f"{ESCAPE}[?25l" in output, "the cursor is hidden while the view stands"
-    assert output.rindex(f"{ESCAPE}[?25h") > output.rindex(f"{ESCAPE}[?25l"), "and comes back"
+    assert f"{ESCAPE}[2K" in output, "lines are drawn anew"
+    assert f"{ESCAPE}[?25l" not in output, "a hidden cursor would stay hidden after a second Ctrl-C or a kill"
     assert re.search(r"step \d+/40", output)
     assert "step=4 eval_loss=" in output
     assert "completed: all 40 steps are made" in output

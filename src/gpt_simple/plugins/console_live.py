@@ -29,6 +29,13 @@ _BARS = "▁▂▃▄▅▆▇█"
 _LOSSES = 32
 
 
+class _Screen(Terminal):
+    """A terminal whose cursor is never hidden: a process that is killed could not bring it back."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
 class LiveView:
     """Stands at the bottom of the terminal until ``stop``.
 
@@ -61,7 +68,7 @@ class LiveView:
         self._eval: Mapping[str, float] = {}
         self._checkpoint: tuple[int, float] | None = None
         # Not sys.stdout itself: rich replaces that, and a print of anybody else then scrolls above the view.
-        self._terminal = terminal or Terminal(file=sys.stdout, highlight=False)
+        self._terminal = terminal or _Screen(file=sys.stdout, highlight=False)
         self._live = Live(self, console=self._terminal, refresh_per_second=1)
 
     def start(self) -> None:

@@ -1,0 +1,40 @@
+"""Scripts that measure: nothing else would tell that one has stopped to work. What they measure is not judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+def measured(script: str, *options: str) -> dict[str, object]:
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def test_seeing() -> None:
+    pytest.importorskip("wandb")
+    report = measured("seeing.py", "--steps", "60", "--pairs", "2")
+    assert isinstance(report["us_a_step"], dict)
+    assert {"console", "metrics", "throughput", "wandb"} <= report["us_a_step"].keys()
+    assert isinstance(report["ratio"], list)
+    assert all(ratio > 0 for ratio in report["ratio"])
+    assert isinstance(report["redraw_ms"], float)
+    assert report["redraw_ms"] > 0
+
+
+def test_the_report_of_a_long_run() -> None:
+    report = measured("seeing.py", "--report")
+    assert report["logged_steps"] == 100_000
+    assert isinstance(report["report_mb"], float)
+    assert 0 < report["report_mb"] < 2
