@@ -7,6 +7,7 @@ structured against all of that, and all of its mistakes are reported at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from operator import attrgetter
 from pathlib import Path
@@ -173,7 +174,7 @@ def _section_classes(
     unchecked: set[str] = set()
     unknown: list[GptSimpleError] = []
     for kind, key in CONFIG_KEY.items():
-        name, section = raw.get(key), _SECTION_OF.get(kind)
+        name, section = raw.as_text(key) or raw.get(key), _SECTION_OF.get(kind)
         if not isinstance(name, str) or (kind == "tokenizer" and _is_file(name)):
             continue  # not a name, which the structuring or the data will look at
         if kind == "source" and name in null_words(str | None):
@@ -195,7 +196,9 @@ def _section_classes(
 def _is_file(tokenizer: str) -> bool:
     """Whether a tokenizer that has no name among the components is meant as a path, which the data look for."""
     path = Path(tokenizer)
-    return path.exists() or bool(path.suffix) or len(path.parts) > 1
+    with suppress(OSError):  # too long for any file
+        return path.exists() or bool(path.suffix) or len(path.parts) > 1
+    return False
 
 
 def _who_might_bring_it(host: PluginHost) -> str:

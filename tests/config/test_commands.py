@@ -17,6 +17,7 @@ from gpt_simple.cli.main import main
 from gpt_simple.config.load import read
 from gpt_simple.config.structure import SECTIONS, structure
 from gpt_simple.config.types import fields_of
+from gpt_simple.hooks.discovery import installed, usable
 
 
 @pytest.fixture
@@ -172,6 +173,8 @@ def test_a_shell_gets_dotted_keys(cli, monkeypatch):
         ("run -p eval", {"plain,evaluate"}),
         ("config show c.toml -p no:eval", {"plain,no:evaluate"}),
         ("validate -p ./mine", {"file,./mine"}),
+        ("run -p no : eval", {"plain,evaluate"}),
+        ("run c.toml -p no :", {f"plain,{name}" for name in usable(installed())}),
         ("run -c con", {"file,con"}),
     ],
 )
@@ -180,6 +183,21 @@ def test_a_shell_gets_values_and_files(cli, monkeypatch, words, wanted):
     monkeypatch.setenv("COMP_WORDS", f"gpt-simple {words}")
     monkeypatch.setenv("COMP_CWORD", str(words.count(" ") + 1))
     assert set(cli()[0].split()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("model.name", "3", "there is no model '3'; expected one of gpt"),
+        ("data.source", "07:32:00", "there is no source '07:32:00'"),
+        ("optimizer.name", "true", "there is no optimizer 'true'"),
+        ("data.tokenizer", "1e3", "there is no tokenizer '1e3'; expected one of bpe, bytes, or the path"),
+        ("data.tokenizer", "x" * 10_000, "there is no tokenizer 'xxx"),
+    ],
+)
+def test_a_component_that_is_not_there_is_told_whatever_its_name_looks_like(cli, key, value, reason):
+    _, err = cli("config", "show", f"--{key}", value, code=2)
+    assert err.startswith(f"error: --{key}: {reason}")
 
 
 COMPONENTS = """

@@ -72,6 +72,16 @@ def test_slips_in_the_text_and_wrong_values_are_reported_together(bench):
     ]
 
 
+def test_a_slip_hides_no_other_mistake_of_its_line(bench):
+    assert bench.mistakes("[training]\nlearning_rate = .5\nmax_steps = none\n[modle]\nn_embd = True\n") == [
+        "config.toml:2: training.learning_rate: unknown key; did you mean optimizer.learning_rate?",
+        "config.toml:2:17: write 0.5, not .5",
+        'config.toml:3:13: TOML has no none: leave the key out or write "null"',
+        "config.toml:4: modle: unknown section; did you mean [model]?",
+        "config.toml:5:10: write true, not True",
+    ]
+
+
 def test_text_that_cannot_be_mended_ends_reading_with_all_slips_so_far(bench):
     with pytest.raises(ConfigError) as caught:
         bench.raw("a = True\nb = 'open\n")
@@ -143,7 +153,7 @@ def test_yaml_keys_are_text_as_written():
         ("- a\n- b\n", "config.yaml:1:1: expected sections such as `training:`"),
         ('output: "\\UFFFFFFFF"\n', "config.yaml: "),
         ("training: &a {seed: 1}\nmodel:\n  <<: *a\n", "config.yaml:3:3: merging with << is no part of YAML 1.2"),
-        ("{1: 2, [a]: 3}", "config.yaml:1:8: a key must be plain text"),
+        ("{model: , [a]: 3}", "config.yaml:1:11: a key must be plain text"),
         ("a: 1\n---\nb: 2\n", "config.yaml:2:1: "),
     ],
 )  # fmt: skip

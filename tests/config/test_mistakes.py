@@ -129,6 +129,15 @@ def test_a_guess_in_another_section_is_a_sure_one_and_names_every_section(bench,
     assert bench.mistakes(f"{key} = 1") == [f"config.toml:1: {key}: {message}"]
 
 
+def test_no_message_brings_control_characters_to_a_terminal_or_a_line_without_end(bench):
+    for text in ("seed = \x1b[31m\n", "seed: \x1b]0;title\x07\n", "seed = 1 \x9b\n", f"seed = {'9a' * 5000}\n"):
+        for line in bench.mistakes(f"[training]\n{text}"):
+            assert line.isprintable(), line
+            assert len(line) < 200, line
+    (line,) = bench.mistakes(overrides=[("training.seed", "\x1b[31m\u202e")])
+    assert line == '--training.seed: expected an integer >= 0, got "\\u001b[31m\\u202e"'
+
+
 def test_mistakes_of_environment_and_command_line_name_their_place(bench):
     assert bench.mistakes(
         environ={"GPT_SIMPLE__TRAINING__SEDE": "1", "GPT_SIMPLE__TRAINING": "1"},

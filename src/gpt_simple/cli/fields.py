@@ -21,6 +21,7 @@ from gpt_simple.hooks.discovery import installed, usable
 
 _WIDTH = 110
 _AWAITED = "gpt_simple.awaited"
+_OFF = "-p no:"
 
 
 class ConfiguredCommand(click.Command):
@@ -51,6 +52,8 @@ class ConfiguredCommand(click.Command):
 
     def shell_complete(self, context: click.Context, incomplete: str) -> list[CompletionItem]:
         key, before = context.meta.get(_AWAITED, ("", ""))
+        if key == _OFF:
+            return [CompletionItem(name) for name in usable(installed()) if name.startswith(incomplete.lstrip(":"))]
         if key and not incomplete.startswith("--"):
             found = complete_value(key, incomplete, builtin_configs())
             return [CompletionItem(before + item.value, item.type) for item in found]
@@ -60,12 +63,16 @@ class ConfiguredCommand(click.Command):
 def _awaited(args: list[str]) -> tuple[tuple[str, str] | None, list[str]]:
     """The field whose value a shell asks for, with what of the word stands before it; and the words that are complete.
 
-    Shells make one word of ``--key=value`` or three. Of one word click hands on the value alone.
+    Shells make one word of ``--key=value`` or three. Of one word click hands on the value alone. ``no:NAME`` becomes
+    three words, too.
     """
     words, position = split_arg_string(os.environ.get("COMP_WORDS", "")), os.environ.get("COMP_CWORD", "")
     word = "".join(words[int(position) : int(position) + 1]) if position.isdigit() else position
     if (found := OVERRIDE.fullmatch(word)) and found[2] is not None:
         return (found[1], f"--{found[1]}="), args
+    typed = [*args, word] if word == ":" else args
+    if typed[-3:] == ["-p", "no", ":"]:
+        return (_OFF, ""), typed[:-3]
     before = args[:-1] if args[-1:] == ["="] else args
     if before and (found := OVERRIDE.fullmatch(before[-1])) and found[2] is None:
         return (found[1], ""), before[:-1]

@@ -56,6 +56,10 @@ class RawConfig:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
+    def as_text(self, path: str) -> str | None:
+        """What was typed for a value that reads as a number or a date; None for text, and where nothing was typed."""
+        return None if isinstance(self.get(path), str | list) else self.texts.get(path)
+
     def is_set(self, path: str) -> bool:
         """Somebody set the value at a dotted path, and not to null."""
         return self.get(path) not in _NULL_WORDS

@@ -44,8 +44,8 @@ def config_error(mistakes: Iterable[Mistake]) -> ConfigError:
 
 
 def printable(text: str) -> str:
-    """The text without half surrogates, which no terminal or file can hold."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """The text with control characters and half surrogates as escapes: they would act on a terminal or break it."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(value: Any) -> str:
@@ -56,6 +56,11 @@ def show(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         text = f"a {type(value).__name__}"
+    return short(text)
+
+
+def short(text: str) -> str:
+    """Text of the user's, cut where a message would only get longer."""
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 

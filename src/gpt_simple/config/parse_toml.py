@@ -6,13 +6,13 @@ The values come from tomli. It reports only the first error, so a slip whose mea
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 import tomli
 from attrs import frozen
 
+from gpt_simple.config.mistakes import short, show
 from gpt_simple.config.origin import join
 from gpt_simple.config.parsed import Parsed, SyntaxMistake
 from gpt_simple.config.secret import is_secret
@@ -49,7 +49,7 @@ def parse_toml(text: str) -> Parsed:
 def _names_a_secret(text: str, error: tomli.TOMLDecodeError) -> bool:
     """Whether the line with the mistake sets a key whose value is not for everybody's eyes."""
     table = re.findall(r"^\s*\[+([^\]\n]*)", text[: error.pos], re.MULTILINE)[-1:]
-    keys = re.findall(r"""([\w.-]+)["']?\s*[=:]""", _line_of(text, error))
+    keys = re.findall(r"""(?<![\w.-])([\w.-]+)["']?\s*[=:]""", _line_of(text, error))
     return any(is_secret(".".join([*table, key])) for key in keys)
 
 
@@ -70,7 +70,7 @@ def _mend(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
             return None
         if not found[2]:
             return _with_line(text, error.lineno, f"write [{found[1]}]", f"[{found[1]}]")
-        return _with_line(text, error.lineno, f"write {found[1]} = {found[2]}")
+        return _with_line(text, error.lineno, short(f"write {found[1]} = {found[2]}"))
     if error.msg.startswith("Expected newline"):
         while start and text[start - 1] not in " \t=,[{\n":
             start -= 1
@@ -94,7 +94,7 @@ def _without_the_rest(text: str, error: tomli.TOMLDecodeError) -> _Repair | None
     if found is None:
         return None
     given = found[1].partition(" #")[0].strip()
-    hint = f"expected one value, got {given}; text needs quotes, a list needs brackets"
+    hint = f"expected one value, got {short(given)}; text needs quotes, a list needs brackets"
     return _with_line(text, error.lineno, hint)
 
 
@@ -131,10 +131,10 @@ def _meant(word: str) -> tuple[str, str]:
     if number and (number[2] or number[4]):
         sign, whole, dot, fraction, exponent = (part or "" for part in number.groups())
         value = f"{sign}{whole.lstrip('0_') or '0'}{dot and '.' + (fraction or '0')}{exponent}"
-        return f"write {value}, not {word}", value
+        return f"write {short(value)}, not {short(word)}", value
     if not word:
         return "a value is missing after the =", '""'
-    return f"text needs quotes: {json.dumps(word, ensure_ascii=False)}", '""'
+    return f"text needs quotes: {show(word)}", '""'
 
 
 def _with_line(text: str, number: int, hint: str, line: str = "") -> _Repair:

@@ -73,7 +73,11 @@ class _Structuring:
         if self.raw.mistakes or self.mistakes:
             # A slip in the text was mended to read on; what the mended value broke then is not a mistake of its own.
             slips = {found.origin.line for found in self.raw.mistakes}
-            genuine = [m for m in self.mistakes if m.origin.kind != "file" or m.origin.line not in slips]
+            genuine = [
+                found
+                for found in self.mistakes
+                if found.origin.kind != "file" or found.origin.line not in slips or found.message.startswith("unknown ")
+            ]
             raise config_error([*self.raw.mistakes, *genuine])
         return Config(**parts)
 
@@ -123,8 +127,8 @@ class _Structuring:
         """Take what was typed, where text is wanted and the words happen to be a number or a date."""
         typed = {}
         for spec in fields_of(cls):
-            text = self.raw.texts.get(f"{path}.{spec.name}")
-            if text is not None and str in members(spec.type) and not isinstance(value.get(spec.name), str | list):
+            text = self.raw.as_text(f"{path}.{spec.name}")
+            if text is not None and str in members(spec.type):
                 typed[spec.name] = text
         return {**value, **typed} if typed else value
 
