@@ -214,6 +214,18 @@ def test_a_second_ctrl_c_leaves_at_once(here: Path) -> None:
         assert run.wait(20) == 130
 
 
+def test_a_budget_that_a_checkpoint_uses_up_is_refused_before_anything_is_removed(
+    shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shell("run", "config.toml").code == 0
+    before = sorted((here / "out").rglob("*"))
+    monkeypatch.setattr("gpt_simple.engine.stopping._FIRST_GUESS_BYTES_PER_SECOND", 0.1)
+    ended = shell("run", "config.toml", "--force", "--training.max_runtime_seconds", "1e6")
+    assert ended.code == 2
+    assert "training.max_runtime_seconds: " in ended.err
+    assert sorted((here / "out").rglob("*")) == before
+
+
 def test_a_time_budget_stops_the_run(shell: Shell, here: Path) -> None:
     ended = shell(
         "run",

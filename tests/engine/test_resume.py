@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
-from gpt_simple.engine.resume import promise
+from gpt_simple import Config
+from gpt_simple.config.schema import PluginsConfig
+from gpt_simple.engine.resume import identity, promise
 
 SAVED: dict[str, Any] = {
     "config": {"data.seed": None, "training.seed": 1, "training.max_steps": 4, "data.curriculum": []},
     "data": {"tokenizer": "t"},
     "numerics": {"processes": 2},
+    "plugins": {"plugins.noise": "noise 1.0", "plugins.noise.scale": 0.1},
 }
 
 
@@ -40,3 +43,21 @@ ORDER = " (the order of samples is another from here on: some come twice, others
 )
 def test_every_difference_is_told(later: dict[str, Any], expected: str) -> None:
     assert promise(SAVED, later) == expected
+
+
+def test_a_plugin_of_somebody_else_may_change_what_is_learned() -> None:
+    """Another one, another version or other options of it, and it gone; the built-in ones only look."""
+
+    def launched(scale: float, **plugins: str) -> dict[str, Any]:
+        tables = {"noise": {"scale": scale}, "console": {"progress": str(scale)}}
+        config = Config(plugins=PluginsConfig(tables=tables))
+        everybody = plugins | {"console": "gpt-simple-trainer 0.1.0"}
+        return identity(config, data={}, numerics={}, plugins=everybody)
+
+    saved = launched(0.1, noise="noise 1.0")
+    assert promise(saved, launched(0.1, noise="noise 1.0")) == "bit-exact"
+    assert promise(saved, launched(0.2, noise="noise 1.0")) == "changed: plugins.noise.scale 0.1 -> 0.2"
+    assert promise(saved, launched(0.1, noise="noise 1.1")) == "changed: plugins.noise noise 1.0 -> noise 1.1"
+    gone = promise(saved, launched(0.1))
+    assert gone == "changed: plugins.noise noise 1.0 -> None; plugins.noise.scale 0.1 -> None"
+    assert promise(launched(0.1), launched(0.1, noise="")).startswith("changed: plugins.noise None -> on")

@@ -48,6 +48,22 @@ def test_a_reserve_that_leaves_nothing_is_refused_by_name() -> None:
         launch(GPT_SIMPLE_MAX_RUNTIME="soon")
 
 
+@pytest.mark.parametrize(
+    ("environment", "source"),
+    [
+        ({"GPT_SIMPLE_MAX_RUNTIME": "600"}, r"\$GPT_SIMPLE_MAX_RUNTIME"),
+        ({"SLURM_JOB_START_TIME": f"{CLOCK - 60}", "SLURM_JOB_END_TIME": f"{CLOCK + 540}"}, r"\$SLURM_JOB_END_TIME"),
+    ],
+)
+def test_a_checkpoint_that_leaves_nothing_is_refused_too(environment: dict[str, str], source: str) -> None:
+    """Else every launch would stop, resumable, before its first step, and be started again."""
+    found = launch(**environment)
+    assert found is not None
+    found.expect_save_of(30_000_000_000)
+    with pytest.raises(ConfigError, match=rf"{source}: 750 s are kept for the first checkpoint, of 46.6 GiB.* 600 s"):
+        found.expect_save_of(50_000_000_000)
+
+
 def test_a_job_that_is_nearly_over_is_not_refused_but_stops() -> None:
     """The next job of the chain has its whole time again."""
     late = Walltime.of_launch(

@@ -12,9 +12,10 @@ import pytest
 
 from gpt_simple.errors import ConfigError, GptSimpleError
 from gpt_simple.launch import member
-from gpt_simple.launch.member import is_member
+from gpt_simple.launch.member import is_member, owns_run
 from gpt_simple.launch.record import DIRECTORY, Record, Records
 from gpt_simple.launch.torchrun import Launch, _outcome, _Signals
+from tests.conftest import Shell
 
 
 def test_nothing_is_launched_unless_it_is_asked_for() -> None:
@@ -168,3 +169,25 @@ def test_a_stop_before_the_first_step_is_a_stop() -> None:
 def test_a_second_press_is_forced() -> None:
     assert outcome(Record(0, 1), signals=[(signal.SIGINT, 1.0), (signal.SIGINT, 1.1)]) == 75
     assert outcome(Record(0, 1), signals=[(signal.SIGINT, 1.0), (signal.SIGINT, 2.0)]) == 130
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_restart_discards_what_it_found_and_never_what_it_made(
+    shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """Of a launch with ``--force``. A clock that is set back meanwhile makes its work no older."""
+    forced: list[bool] = []
+
+    def train(*_: Any, force: bool, **__: Any) -> Any:
+        forced.append(force)
+        raise GptSimpleError("that is all")
+
+    (here / "out").mkdir()
+    (here / "out/run.json").write_text('{"run_id": "a", "lineage": [{"time": 0.0}], "facts": {}}')
+    monkeypatch.setattr("gpt_simple.engine.session.train", train)
+    monkeypatch.setenv("GPT_SIMPLE_LAUNCH", str(here))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    if begun:
+        owns_run()
+    shell("run", "config.toml", "--force")
+    assert forced == [not begun]

@@ -126,6 +126,21 @@ def test_a_full_disk_does_not_end_the_run_and_the_next_update_tries_again(
     assert json.loads(run_dir.status_json.read_text())["step"] == 2
 
 
+def test_the_end_is_told_where_there_is_no_room_for_another_file(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    file = StatusFile(run_dir)
+    file.update(step=1, max_steps=10_000_000, reason="long" * 20)
+    monkeypatch.setattr(status_module, "write_json", full)
+    file.update(state="failed", step=7, reason=None, error="no room", max_steps=8)
+    assert (read_status(run_dir).state, read_status(run_dir).error) == ("failed", "no room")
+    file.update(error="x" * 100_000, force=True)
+    assert read_status(run_dir).error == "no room", "what needs more room than there is must not tear what was told"
+
+
 def test_a_loss_that_is_not_a_number_is_null(run_dir: RunDir) -> None:
     StatusFile(run_dir).update(loss=math.nan)
     assert json.loads(run_dir.status_json.read_text())["loss"] is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from gpt_simple.cli.main import BEGAN
 from gpt_simple.errors import ExitCode
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.launch import member
+from gpt_simple.launch.record import Records
 from gpt_simple.launch.signals import stop_on_signals
 from gpt_simple.launch.torchrun import Launch
 from gpt_simple.run_dir.layout import RunDir
@@ -95,13 +95,15 @@ def _train(
 def _began() -> float:
     """The moment of ``time.monotonic`` at which this launch began, its launcher's if it has one."""
     launched = member.launched_at()
-    return time.monotonic() - (time.time() - launched) if launched else BEGAN
+    return BEGAN if launched is None else launched
 
 
 def _has_begun(assembly: Assembly) -> bool:
     """Whether this launch came as far as to own its run directory, before torchrun restarted its processes."""
-    lineage = RunRecord.load(RunDir(Path(assembly.config.training.output_dir))).lineage
-    return bool(lineage) and lineage[-1]["time"] >= member.launched_at()
+    if (records := Records.of_this_launch(os.environ)) is not None:
+        return records.has_owned()
+    # Another launcher leaves no word: whatever is there must not be discarded.
+    return bool(RunRecord.load(RunDir(Path(assembly.config.training.output_dir))).lineage)
 
 
 def _program() -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import attrs
 from attrs import evolve, field, frozen
 
+from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.config.schema import Config
 from gpt_simple.errors import CheckpointError
@@ -38,7 +39,7 @@ _NEUTRAL = (
     "training.peer_timeout_seconds",
     "training.wandb_project",
     "training.wandb_run_name",
-    "plugins.",
+    "plugins.",  # those of other packages are compared apart
 )
 # Fields that decide what a row of the data is: with another value the position means something else.
 _ROWS = ("data.max_length", "data.packing", "data.overlap_size", "data.document_mask")
@@ -111,9 +112,20 @@ def _plan(config: Config, store: Store, checkpoint: Checkpoint) -> ResumePlan:
     return ResumePlan("finished" if done else "resume", checkpoint, state)
 
 
-def identity(config: Config, *, data: Mapping[str, Any], numerics: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, to be compared with a later one. JSON values."""
-    return {"config": flat(config), "data": dict(data), "numerics": dict(numerics)}
+def identity(
+    config: Config, *, data: Mapping[str, Any], numerics: Mapping[str, Any], plugins: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, to be compared with a later one. JSON values.
+
+    ``plugins``: name -> distribution and version of the active ones. The built-in ones cannot change what is learned.
+    """
+    fields, others = flat(config), {}
+    for name, origin in plugins.items():
+        if origin.partition(" ")[0] != DISTRIBUTION:
+            table = f"plugins.tables.{name}."
+            others[f"plugins.{name}"] = origin or "on"
+            others |= {key.replace(".tables.", ".", 1): fields[key] for key in fields if key.startswith(table)}
+    return {"config": fields, "data": dict(data), "numerics": dict(numerics), "plugins": others}
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -149,6 +161,7 @@ def promise(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             "go back to its configuration, choose another training.output_dir, or add --force to start anew"
         )
     free = {key: line for key, line in changed.items() if not key.startswith(_NEUTRAL)}
+    free |= _differences(saved.get("plugins", {}), now["plugins"])
     numerics = _differences(saved["numerics"], now["numerics"])
     if free:
         order = _ORDER if _order(saved["config"]) != _order(now["config"]) else ""

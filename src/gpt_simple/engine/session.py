@@ -35,6 +35,7 @@ from gpt_simple.errors import ExitCode, PluginError
 from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import Close, RunEnd, RunError, RunStart
 from gpt_simple.hooks.loading import LoadedPlugin
+from gpt_simple.launch.member import owns_run
 from gpt_simple.launch.signals import stop_on_signals
 from gpt_simple.run_dir.layout import RunDir, write_json
 
@@ -151,7 +152,7 @@ def train(
             with _leaving_at_once(run):
                 setup.read_data()
             world.compare(lambda: _found(setup, resume), "all of them must reach the same files")
-            world.together(lambda: setup.check(resume))
+            world.together(lambda: setup.check(resume, walltime))
             if resume.kind == "finished":
                 return finished(run, run_dir, resume)
             _leave_if_asked(run)
@@ -173,6 +174,7 @@ def _own(
             trainer = setup.build(resume, owner, walltime=walltime)
             stack.callback(trainer.close)
             run.run_id = world.main_only(lambda: owner.record(resume))
+            owns_run()
             return _train(trainer, setup, resume, setup.calls, started)
     except BaseException as error:
         step = max(begun, run.step)

@@ -69,6 +69,9 @@ class Setup:
                 "tokenizer": self.dataset.tokenizer.fingerprint,
             },
             numerics=_numerics(run, self.compiling),
+            plugins={
+                plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in self.assembly.host.plugins
+            },
         )
 
     def _prepare(self) -> Dataset:
@@ -79,7 +82,7 @@ class Setup:
             error.args = (self.assembly.origins.placed(str(error)),)
             raise
 
-    def check(self, plan: ResumePlan) -> None:
+    def check(self, plan: ResumePlan, walltime: Walltime | None) -> None:
         """Refuse what cannot work, with the model known but nothing allocated."""
         for part in self.assembly.components:
             part.load()
@@ -87,9 +90,14 @@ class Setup:
             self.promise = f"resumed from step {plan.state['step']}: {promise(plan.state['run'], self.identity)}"
         elif plan.kind == "finished":
             promise(plan.state["run"], self.identity)
+        if self.calls.check_runtime is None and walltime is None:
+            return
+        with torch.device("meta"):
+            model = self._new_model()
+        if walltime is not None:
+            walltime.expect_save_of(3 * sum(parameter.nbytes for parameter in model.parameters()))
         if self.calls.check_runtime is not None:
-            with torch.device("meta"):
-                self.run._model = self._new_model()
+            self.run._model = model
             found = self.calls.check_runtime(self.run)
             self.run._model = None
             report(
@@ -129,8 +137,6 @@ class Setup:
                 name="data_end_early",
             )
         self._gather_facts(model)
-        if walltime is not None:
-            walltime.expect_save_of(3 * sum(parameter.nbytes for parameter in model.parameters()))
         schedule = assembly.registry.get("schedule", config.optimizer.schedule)
         return Trainer(
             run=run,

@@ -6,6 +6,7 @@ nothing to save, so a stop then unwinds at once, from wherever the launch is: ``
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -44,6 +45,8 @@ class Walltime:
     ends: float
     source: str
     least_reserve: float
+    budget: float = math.inf
+    """Seconds from the beginning of the launch, or of its job, to ``ends``."""
     _longest_save: float = 0.0
     _measured: bool = False
     _step: float = 0.0
@@ -59,18 +62,21 @@ class Walltime:
         """
         least, budgets = training.walltime_reserve_seconds, []
         if training.max_runtime_seconds is not None:
-            budgets.append((started + training.max_runtime_seconds, "training.max_runtime_seconds"))
+            most = training.max_runtime_seconds
+            budgets.append((started + most, "training.max_runtime_seconds", most))
         if (seconds := _number(environment, MAX_RUNTIME)) is not None:
             _refuse_reserve(least, seconds, f"${MAX_RUNTIME}")
-            budgets.append((started + seconds, f"${MAX_RUNTIME}"))
+            budgets.append((started + seconds, f"${MAX_RUNTIME}", seconds))
         if (end := _number(environment, "SLURM_JOB_END_TIME")) is not None:
+            limit = math.inf
             if (begin := _number(environment, "SLURM_JOB_START_TIME")) is not None:
-                _refuse_reserve(least, end - begin, "the time limit of the SLURM job")
-            budgets.append((now + end - clock, "$SLURM_JOB_END_TIME"))
+                limit = end - begin
+                _refuse_reserve(least, limit, "the time limit of the SLURM job")
+            budgets.append((now + end - clock, "$SLURM_JOB_END_TIME", limit))
         if not budgets:
             return None
-        ends, source = min(budgets)
-        return cls(ends, source, least)
+        ends, source, budget = min(budgets)
+        return cls(ends, source, least, budget)
 
     @property
     def reserve(self) -> float:
@@ -78,9 +84,13 @@ class Walltime:
         return max(self.least_reserve, _SPREAD * self._longest_save + 2 * self._step)
 
     def expect_save_of(self, size: int) -> None:
-        """A checkpoint will have about so many bytes."""
-        if not self._measured:
-            self._longest_save = size / _FIRST_GUESS_BYTES_PER_SECOND
+        """A checkpoint will have about so many bytes. ConfigError if no launch could ever make a step before it."""
+        self._longest_save = size / _FIRST_GUESS_BYTES_PER_SECOND
+        if self.reserve >= self.budget:
+            raise ConfigError(
+                f"{self.source}: {self.reserve:.0f} s are kept for the first checkpoint, of {size / 2**30:.1f} GiB, and"
+                f" the budget has {self.budget:.0f} s: raise it"
+            )
 
     def saved(self, seconds: float) -> None:
         """A checkpoint took so long, from the end of its step to being durable."""

@@ -86,9 +86,16 @@ def is_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def launched_at() -> float:
-    """When our launcher began, in seconds since the epoch; 0 if another one started this process."""
-    return float(os.environ.get(STARTED, "0"))
+def launched_at() -> float | None:
+    """When our launcher began, a moment of ``time.monotonic``; None if another one started this process."""
+    started = os.environ.get(STARTED)
+    return float(started) if started else None
+
+
+def owns_run() -> None:
+    """Remember, beyond a restart, that this launch has begun its run."""
+    if (records := Records.of_this_launch(os.environ)) is not None:
+        records.owned()
 
 
 def live(work: Callable[[], int]) -> NoReturn:

@@ -20,9 +20,10 @@ LAUNCHER = "GPT_SIMPLE_LAUNCHER"
 """Environment variable: the launcher's process, which may be gone by the time that one which it started asks."""
 
 STARTED = "GPT_SIMPLE_LAUNCHED_AT"
-"""Environment variable: when the launcher began, in seconds since the epoch."""
+"""Environment variable: when the launcher began, a moment of ``time.monotonic``, which no setting of a clock moves."""
 
 _NO_MORE = "no-more"
+_OWNED = "owned"
 
 
 @frozen
@@ -72,6 +73,15 @@ class Records:
         """From now on processes that start leave at once: the end is decided."""
         if self.directory.exists():
             (self.directory / _NO_MORE).touch()
+
+    def owned(self) -> None:
+        """From now on the run in its directory is this launch's: what it began with must not begin it again."""
+        if self.directory.exists():
+            (self.directory / _OWNED).touch()
+
+    def has_owned(self) -> bool:
+        """Whether a process of this launch has come as far as that."""
+        return (self.directory / _OWNED).exists()
 
     def read(self) -> list[Record]:
         """All records, by rank."""

@@ -102,7 +102,7 @@ class Launch:
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         count = max(1, torch.cuda.device_count()) if self.nproc_per_node == "auto" else int(self.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-        os.environ |= {DIRECTORY: directory, LAUNCHER: str(os.getpid()), STARTED: str(time.time())}
+        os.environ |= {DIRECTORY: directory, LAUNCHER: str(os.getpid()), STARTED: str(time.monotonic())}
         if self.max_restarts:
             # A shared store would show processes that were restarted the addresses of those before them.
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -128,7 +128,7 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
     ``durable`` also makes it survive a power cut, which costs a few milliseconds.
     """
-    text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -142,13 +142,14 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
         raise
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A JSON value in which NaN and infinities are null and paths are text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

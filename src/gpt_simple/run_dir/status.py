@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from attrs import define, evolve, field, fields, frozen
 
 from gpt_simple.errors import CheckpointError
-from gpt_simple.run_dir.layout import RunDir, write_json
+from gpt_simple.run_dir.layout import RunDir, finite, write_json
 from gpt_simple.run_dir.lock import owner_of
 
 State = Literal["running", "completed", "stopped", "halted", "failed", "crashed"]
@@ -71,8 +72,19 @@ class StatusFile:
             document = {item.name: getattr(status, item.name) for item in fields(Status)}
             write_json(self.run_dir.status_json, document, durable=force)
         except OSError:
+            if force:
+                _overwrite(self.run_dir.status_json, document)
             return
         self._written = now
+
+
+def _overwrite(path: Path, document: Mapping[str, Any]) -> None:
+    """Where the disk is full there is no room for a second file, but the first one keeps what it has."""
+    text = json.dumps(finite(document), indent=1).encode() + b"\n"
+    with contextlib.suppress(OSError), path.open("r+b") as file:
+        if len(text) <= os.fstat(file.fileno()).st_blocks * 512:
+            file.write(text)
+            file.truncate()
 
 
 def read_status(run_dir: RunDir) -> Status:

@@ -59,5 +59,6 @@ def look(outlook: Outlook) -> ResumeOutlook:
     except GptSimpleError:
         data = saved["data"]  # a finding of its own
     numerics = saved["numerics"] | {"torch": version("torch"), "processes": outlook.questions.world_size}
-    promise = engine.promise(saved, engine.identity(config, data=data, numerics=numerics))
+    now = engine.identity(config, data=data, numerics=numerics, plugins=outlook.plugins)
+    promise = engine.promise(saved, now)
     return ResumeOutlook(plan.kind, plan.checkpoint.step, plan.checkpoint.path, promise, plan.skipped)
