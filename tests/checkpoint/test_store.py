@@ -89,6 +89,28 @@ def test_loaded_tensors_outlive_their_file(store: Store) -> None:
     assert loaded["head.bias"].tolist() == [1.0] * 8
 
 
+def test_everything_is_on_the_disk_before_its_name_appears(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut leaves cannot be tried; the order can."""
+    synced: list[int] = []
+    before: list[int] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    def noting_rename(path: Path, target: Path) -> Path:
+        before.extend(synced)
+        synced.clear()
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    path = publish(store, 1).path
+    assert {file.stat().st_ino for file in (path, *path.iterdir())} <= set(before)
+    assert synced == [store.root.stat().st_ino], "the new name itself comes last"
+
+
 def test_publishing_a_step_again_replaces_it_and_makes_it_the_newest(store: Store) -> None:
     for step in (1, 2, 3):
         publish(store, step)
