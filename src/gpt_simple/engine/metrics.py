@@ -119,10 +119,14 @@ class Clock:
         self.timed_tokens -= tokens
         self._excluded += seconds
 
-    def lap(self, step: int, waited: float) -> CollectMetrics:
-        """The interval that ends now; ``waited`` is the loader's total time without data."""
-        wall = time.perf_counter() - self._started
-        return CollectMetrics(
+    def lap(self, step: int, waited: float) -> tuple[CollectMetrics, Clock]:
+        """The interval that ends now, and the clock of the next one, so that no time lies between them.
+
+        ``waited`` is the loader's total time without data.
+        """
+        now = time.perf_counter()
+        wall = now - self._started
+        ended = CollectMetrics(
             step=step,
             steps=self.steps,
             tokens=self.tokens,
@@ -133,6 +137,7 @@ class Clock:
             wall_seconds=wall,
             data_seconds=waited - self.waited_before,
         )
+        return ended, Clock(started=now, waited_before=waited)
 
 
 def labelled(contributions: list[tuple[str, Mapping[str, Metric]]]) -> dict[str, Metric]:

@@ -214,9 +214,13 @@ class Trainer:
     def _warmed_up(self, started: float, tokens: int) -> None:
         """The first step compiles and warms caches up: its time is nobody's throughput."""
         self._first_step = False
+        self._finish_queue()
+        self._clock.exclude_step(time.perf_counter() - started, tokens)
+
+    def _finish_queue(self) -> None:
+        """Wait for the device, so that its steps do not count as what comes after them."""
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
-        self._clock.exclude_step(time.perf_counter() - started, tokens)
 
     def _boundary(self, is_last: bool) -> Verdict:
         """What may happen after a step, always in this order: metrics, one vote, checkpoint, evaluation, stop."""
@@ -247,8 +251,9 @@ class Trainer:
     def _log(self, tell: bool) -> None:
         """Read the interval's metrics, all at once, and hand them out."""
         run, calls = self.run, self.calls
-        lap = self._clock.lap(run.step, self.loader.wait_seconds)
+        # Read first: this waits for the device to make the steps that are in its queue, and their time counts.
         metrics, steps = self._interval.read(self.schedule(run.step), run.world_size)
+        lap, self._clock = self._clock.lap(run.step, self.loader.wait_seconds)
         if tell and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):
                 metrics |= labelled(calls.collect_metrics(run, lap))
@@ -274,13 +279,14 @@ class Trainer:
         self._report_status()
         if tell and calls.on_metrics is not None:
             calls.on_metrics(run, MetricsReady(run.step, run.tokens, floats))
-        self._clock = Clock(waited_before=self.loader.wait_seconds)
 
     def _evaluate(self) -> None:
         """Ask the plugins for their evaluations; a stop that arrives meanwhile abandons them."""
-        run, calls, started = self.run, self.calls, time.perf_counter()
+        run, calls = self.run, self.calls
         if calls.evaluate is None:
             return
+        self._finish_queue()
+        started = time.perf_counter()
         try:
             with run.evaluating(), run.comm.during("evaluate"):
                 metrics = labelled(calls.evaluate(run, Evaluate(run.step)))
@@ -299,6 +305,7 @@ class Trainer:
 
     def _save(self, reason: str, must_succeed: bool) -> bool:
         """Publish a checkpoint of this step; False if the weights are not finite, and the run must halt."""
+        self._finish_queue()
         with self._clock.paused():
             return self._saving.save(reason, must_succeed=must_succeed)
 
