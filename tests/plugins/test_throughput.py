@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_all_time_is_in_the_wall_rate_and_only_training_in_the_other(tiny: TinyR
     wall = [2 * STEP_TOKENS / row["perf/wall_tokens_per_second"] for row in (first, *others)]
     begun, *laps = takes.laps
     assert sum(wall) == pytest.approx(laps[-1] - begun, abs=0.1)
-    assert wall[1:] == pytest.approx([after - before for before, after in zip(laps, laps[1:], strict=False)], abs=0.1)
+    assert wall[1:] == pytest.approx([after - before for before, after in pairwise(laps)], abs=0.1)
     assert len(others) == 2
     for row in others:
         training = 2 * STEP_TOKENS / row["perf/tokens_per_second"]
