@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,36 @@ def test_a_directory_is_walked_in_sorted_order_by_suffix(tmp_path: Path) -> None
     assert texts(tmp_path) == ["a.md", "b/a.txt", "one", "two", "three", "z.py"]
     assert texts(tmp_path, format="text") == ["a.md", "b/a.txt", "z.py"]
     assert texts(tmp_path, format="jsonl") == ["one", "two", "three"]
+
+
+def test_links_are_followed_and_none_of_them_leads_around_in_circles(tmp_path: Path) -> None:
+    for name in ("elsewhere/deep/a.txt", "here/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "here/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "here/file.txt").symlink_to(tmp_path / "here/b.txt")
+    (tmp_path / "elsewhere/deep/up").symlink_to(tmp_path / "here")
+    (tmp_path / "here/self").symlink_to(".")
+    assert texts(tmp_path / "here") == ["here/b.txt", "here/b.txt", "elsewhere/deep/a.txt"]
+
+
+def test_what_cannot_be_listed_is_an_error_and_never_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    list_directory = Path.iterdir
+
+    def iterdir(self: Path) -> Iterator[Path]:
+        if self.name == "closed":
+            raise PermissionError(13, "Permission denied", str(self))
+        return list_directory(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", iterdir)
+        with pytest.raises(DataError, match=r"closed: cannot be read \(.*Permission denied"):
+            texts(tmp_path)
+    (tmp_path / "web").symlink_to("nowhere")
+    with pytest.raises(DataError, match="web: leads to nowhere, and there is nothing"):
+        texts(tmp_path)
 
 
 def test_a_list_of_paths_keeps_its_order(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from attrs import evolve
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data import byte_level
@@ -118,6 +119,27 @@ def test_training_is_the_same_in_every_process() -> None:
     )
     found = {subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout for _ in range(3)}
     assert len(found) == 1
+
+
+def test_training_is_quick_on_long_runs_of_anything_and_sees_other_text_whole() -> None:
+    """Uncut, each of these runs takes minutes: they are in real text as padding, genomes and encoded binaries."""
+    began = time.perf_counter()
+    for run in ("x" * 500_000, " " * 500_000, "".join(random.Random(0).choices("ACGT", k=500_000))):
+        tokenizer = bpe(evolve(DataConfig(), tokenizer_vocab_size=300), lambda run=run: iter([run]))  # type: ignore[misc]
+        assert len(tokenizer.encode(run)) < len(run) / 2
+    assert time.perf_counter() - began < 60
+
+    words = "".join(f"{'y' * (i % 200)} {i}\n" for i in range(3000))
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([words], trainer)
+    assert bpe(evolve(DataConfig(), tokenizer_vocab_size=400), lambda: iter([words])).encode(words) == (
+        backend.encode(words).ids
+    )
 
 
 def test_the_fingerprint_follows_the_ids() -> None:

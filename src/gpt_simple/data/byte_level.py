@@ -9,6 +9,9 @@ from typing import Any
 PIECE = 1 << 16
 """Longer texts are encoded in pieces of about this many characters: in parallel, and in bounded memory."""
 
+STRETCH = 256
+"""Training a tokenizer takes the square of the time that a word is long; no longer one is shown to it whole."""
+
 _CUT = re.compile(r"[!-~](?=\n)")
 
 
@@ -40,4 +43,15 @@ def pieces(text: str) -> Iterator[str]:
     while len(text) - start > PIECE and (cut := _CUT.search(text, start + PIECE)):
         yield text[start : cut.end()]
         start = cut.end()
+    yield text[start:]
+
+
+def stretches(text: str) -> Iterator[str]:
+    """Cut runs of hundreds of characters without a space, or of nothing else, as in encoded binaries and padding."""
+    start = 0
+    for end in range(STRETCH, len(text), STRETCH):
+        block = text[end - STRETCH : end]
+        if block.split(None, 1) in ([], [block]):
+            yield text[start:end]
+            start = end
     yield text[start:]

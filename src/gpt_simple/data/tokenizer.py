@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.byte_level import pieces
+from gpt_simple.data.byte_level import pieces, stretches
 from gpt_simple.errors import DataError
 
 if TYPE_CHECKING:
@@ -188,5 +188,6 @@ def _train(vocab_size: int, texts: Iterable[str]) -> Backend:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    parts = (part for text in texts for piece in pieces(text) for part in stretches(piece))
+    backend.train_from_iterator(parts, trainer)
     return backend

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -181,11 +182,13 @@ def build(config: DataConfig, seed: int) -> Files:
 
 
 def find(path: Path, suffixes: tuple[str, ...] = TEXT + JSON_LINES, *, by_suffix: bool = True) -> list[Path]:
-    """A file, or all files with these suffixes below a directory, in sorted order, but none that is hidden."""
+    """A file, or all files with these suffixes below a directory, in sorted order, but none that is hidden.
+
+    Links are followed. Raises DataError for a directory that cannot be read and for a link that leads to nothing.
+    """
     wanted = " ".join(suffixes)
     if path.is_dir():
-        named = (file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
-        found = sorted(file for file in named if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        found = sorted(_walk(path, suffixes, frozenset()))
         if not found:
             raise DataError(f"data.path {path}: the directory holds none of {wanted}; name one that does")
         return found
@@ -194,6 +197,23 @@ def find(path: Path, suffixes: tuple[str, ...] = TEXT + JSON_LINES, *, by_suffix
     if by_suffix and not path.name.endswith(suffixes):
         raise DataError(f"data.path {path}: expected one of {wanted}; say what it is with data.format")
     return [path]
+
+
+def _walk(directory: Path, suffixes: tuple[str, ...], above: frozenset[Path]) -> Iterator[Path]:
+    """Files below a directory; a link to one of the directories ``above`` leads to nothing new."""
+    here = directory.resolve()
+    if here in above:
+        return
+    with _reading(directory):
+        entries = [entry for entry in directory.iterdir() if not entry.name.startswith(".")]
+        directories = {entry for entry in entries if entry.is_dir()}
+    for entry in entries:
+        if entry in directories:
+            yield from _walk(entry, suffixes, above | {here})
+        elif not entry.exists():
+            raise DataError(f"{entry}: leads to {os.readlink(entry)}, and there is nothing; mend the link or remove it")
+        elif entry.name.endswith(suffixes) and entry.is_file():
+            yield entry
 
 
 def _read(file: Path) -> bytes:
