@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,11 +72,78 @@ def test_with_abort_the_run_ends_with_the_blame_and_everybody_is_closed_once(hoo
     assert recorder.hooks().count("on_close") == 1
 
 
-@pytest.mark.parametrize("hook", BEFORE_THE_RUN)
-@pytest.mark.parametrize("how", ["raises", "exits"])
+@pytest.mark.parametrize(
+    ("hook", "how"),
+    [("register_components", "raises"), ("register_components", "exits")]
+    + [("check_config", how) for how, fault in MISBEHAVIOURS.items() if fault.fails],
+)
 def test_before_the_run_a_failure_always_ends_it(hook: str, how: str) -> None:
     with pytest.raises(PluginError, match=rf"plugin misbehaving .*{hook}"):
         run(misbehaving(hook, how))
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+
+
+LEFT = {
+    "gradients off": lambda: torch.set_grad_enabled(False),
+    "the default dtype torch.float64": lambda: torch.set_default_dtype(torch.float64),
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+@pytest.mark.parametrize("method", ["state_dict", "describe"])
+def test_a_plain_method_that_leaves_torch_changed_has_failed(alone: Trained, method: str, what: str) -> None:
+    def act(self: Any) -> dict[str, int]:
+        LEFT[what]()
+        return {"a": 1}
+
+    trained = run(type("Leaves", (Plugin,), {method: act}))
+    assert trained.failed == ["leaves"]
+    assert all(torch.equal(value, trained.weights[name]) for name, value in alone.weights.items())
+    (warning,) = [event.message for event in trained.recorder.events("on_log") if event.name == "plugin_failed"]
+    assert re.fullmatch(rf"plugin leaves .* failed in {method}: .*{what}.*", warning)
+
+
+def test_state_that_is_taken_back_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    class Keeps(Plugin[Any]):
+        def state_dict(self) -> dict[str, Any]:
+            return {"a": 1}
+
+        def load_state_dict(self, state: Any, version: int) -> None:
+            torch.set_grad_enabled(False)
+
+    run(Keeps, output_dir=tmp_path)
+    with pytest.raises(PluginError, match=r"plugin keeps .*failed in load_state_dict: .*gradients off"):
+        train(Keeps, output_dir=tmp_path, max_steps=4)
+
+
+@pytest.mark.parametrize("hook", ["on_step_end", "on_metrics", "on_checkpoint_saved", "evaluate"])
+def test_a_model_that_is_left_in_another_mode_is_put_back(hook: str) -> None:
+    """As when somebody samples in a hook and forgets that training wants dropout."""
+    dropout = {"model.dropout": 0.5}
+
+    def forget(self: Any, run: Any, event: Any) -> Any:
+        run.model.train(hook == "evaluate")
+        return {} if hook == "evaluate" else None
+
+    trained = run(type("Forgets", (Plugin,), {hook: hookimpl(forget)}), overrides=dropout)
+    without = train(max_steps=2, overrides=dropout)
+    (warning,) = [event.message for event in trained.recorder.events("on_log") if event.name == "plugin_failed"]
+    mode = "training" if hook == "evaluate" else "evaluation"
+    assert f"LeftChanged: the process was left with the model in {mode} mode" in warning
+    assert all(torch.equal(value, trained.weights[name]) for name, value in without.weights.items())
+
+
+@pytest.mark.parametrize("name", ["config", "step", "tokens", "output_dir", "rank", "device"])
+def test_what_a_run_is_and_where_it_stands_is_not_a_plugins_to_write(name: str) -> None:
+    class Writes(Plugin[Any]):
+        @hookimpl
+        def on_step_end(self, run: Any, event: Any) -> None:
+            setattr(run, name, 1)
+
+    trained = run(Writes)
+    assert trained.failed == ["writes"]
+    assert trained.result.steps == 2
 
 
 @pytest.mark.parametrize("how", [how for how, fault in MISBEHAVIOURS.items() if fault.fails])

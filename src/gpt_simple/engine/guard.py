@@ -1,7 +1,8 @@
-"""Torch state that belongs to the whole process: a hook that leaves it changed has failed, and training never notices.
+"""Torch state that all share: a hook or method that leaves it changed has failed, and training never notices.
 
-Put around every implementation (``PluginHost.wrap``). A plugin may switch gradients off, enter autocast or inference
-mode, or change the default dtype or device inside a hook; what it does not put back is put back here and charged to it.
+Put around everything that a plugin is called for (``PluginHost.wrap``). It may switch gradients off, enter autocast or
+inference mode, change the default dtype or device, or put the model into evaluation mode; what it does not put back is
+put back here and charged to it.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ def keeps_torch_state(implementation: Callable[..., Any]) -> Callable[..., Any]:
         gradients, dtype = is_grad_enabled(), get_default_dtype()
         inference = not gradients and is_inference_mode_enabled()
         device, modes = devices.CURRENT_DEVICE, count_modes()
+        model = getattr(arguments[0], "_model", None) if arguments else None
+        training = model is not None and model.training
         autocasts = autocast_increment_nesting() - 1
         autocast_decrement_nesting()
         kinds = _autocast_kinds() if autocasts else ()
         try:
             result = implementation(*arguments)
         except BaseException:
-            _put_back(gradients, dtype, inference, device, modes, autocasts, kinds)
+            _put_back(gradients, dtype, inference, device, modes, autocasts, kinds, model, training)
             raise  # what went wrong first is what is told
         autocast_increment_nesting()
         if (
@@ -57,9 +60,10 @@ def keeps_torch_state(implementation: Callable[..., Any]) -> Callable[..., Any]:
             or get_default_dtype() is not dtype
             or devices.CURRENT_DEVICE is not device
             or count_modes() != modes
+            or (model is not None and model.training is not training)
             or (not gradients and is_inference_mode_enabled() is not inference)
-        ) and (left := _put_back(gradients, dtype, inference, device, modes, autocasts, kinds)):
-            raise LeftChanged(f"the process was left with {left}: put back what a hook changes")
+        ) and (left := _put_back(gradients, dtype, inference, device, modes, autocasts, kinds, model, training)):
+            raise LeftChanged(f"the process was left with {left}: put back what is changed")
         return result
 
     return guarded
@@ -73,6 +77,8 @@ def _put_back(
     modes: int,
     autocasts: int,
     kinds: tuple[str, ...],
+    model: torch.nn.Module | None,
+    training: bool,
 ) -> str:
     """Restore what is another one now, and say what that was; empty if nothing is."""
     left = []
@@ -91,6 +97,9 @@ def _put_back(
         torch.set_default_device(device)
         while count_modes() > modes:
             torch.device("cpu").__exit__(None, None, None)  # leaves what was entered last
+    if model is not None and model.training is not training:
+        left.append(f"the model in {'evaluation' if training else 'training'} mode")
+        model.train(training)
     left += _leave_autocast(autocasts, kinds)
     return ", ".join(left)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from attrs import define, field
+from attrs.setters import frozen
 
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import Config
@@ -112,24 +113,27 @@ class EngineCheckpoints:
 
 @define(slots=False, eq=False)
 class EngineRun:
-    """State of a run that plugins may read. The trainer writes it; parts appear as they are built."""
+    """State of a run that plugins may read. The trainer writes it; parts appear as they are built.
 
-    config: Config
-    output_dir: Path
-    world: World
-    precision: Precision
+    What a plugin might want to write, it cannot: the configuration, and where the run is in its steps and data.
+    """
+
+    config: Config = field(on_setattr=frozen)
+    output_dir: Path = field(on_setattr=frozen)
+    world: World = field(on_setattr=frozen)
+    precision: Precision = field(on_setattr=frozen)
     control: Control = field(factory=Control)
     calls: Calls | None = None
     run_id: str = ""
-    step: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
     known: dict[str, Any] = field(factory=dict)
     checkpoints: EngineCheckpoints = field(
         init=False, default=None, repr=False
     )  # set by the trainer once the store exists
     log: EngineLog = field(init=False)
     comm: EngineComm = field(init=False)
+    _step: int = 0
+    _tokens: int = 0
+    _target_tokens: int = 0
     _model: torch.nn.Module | None = None
     _wrapped: torch.nn.Module | None = None
     _tokenizer: Tokenizer | None = None
@@ -138,6 +142,22 @@ class EngineRun:
     def __attrs_post_init__(self) -> None:
         self.log = EngineLog(self)
         self.comm = EngineComm(self.world)
+
+    def moved_to(self, step: int, tokens: int, target_tokens: int) -> None:
+        """The run stands here now: a step is made, or a checkpoint is restored."""
+        self._step, self._tokens, self._target_tokens = step, tokens, target_tokens
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    @property
+    def target_tokens(self) -> int:
+        return self._target_tokens
 
     @property
     def rank(self) -> int:

@@ -196,7 +196,7 @@ class Setup:
             store.load_tensors(plan.checkpoint, "plugins"),
             is_main=run.is_main,
         )
-        run.step, run.tokens, run.target_tokens = state["step"], state["tokens"], state["target_tokens"]
+        run.moved_to(state["step"], state["tokens"], state["target_tokens"])
         if self.calls.on_checkpoint_loaded is not None:
             self.calls.on_checkpoint_loaded(run, CheckpointLoaded(run.step, plan.checkpoint.path))
 

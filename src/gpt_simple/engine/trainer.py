@@ -162,11 +162,7 @@ class Trainer:
         run.control.at_once = False
         self._update(step, skipped)
 
-        run.step, run.tokens, run.target_tokens = (
-            step,
-            run.tokens + data.tokens,
-            run.target_tokens + data.targets,
-        )
+        run.moved_to(step, run.tokens + data.tokens, run.target_tokens + data.targets)
         self._interval.add(step, data, loss, norm, skipped)
         self._clock.step(data.tokens, data.targets)
         if self._first_step:

@@ -57,9 +57,11 @@ class PluginStates:
         records: Mapping[str, Record],
         tensors: Mapping[str, torch.Tensor],
         is_main: bool,
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
     ) -> None:
         """Hand records back to their owners on this process, and carry those without an owner.
 
+        ``wrap`` is put around each ``load_state_dict``.
         A record whose plugin said that it is required and is not here raises CheckpointError before anything
         is loaded.
         """
@@ -78,7 +80,7 @@ class PluginStates:
                 if is_main:
                     self._remember(plugin, name, dict(record), _of(name, tensors))
                 try:
-                    plugin.active.load_state_dict(unpack(record["state"], tensors), record["version"])
+                    wrap(plugin.active.load_state_dict)(unpack(record["state"], tensors), record["version"])
                 except FAILURES as error:
                     raise plugin.failure("load_state_dict", error) from error
 

@@ -83,7 +83,7 @@ def _reads_a_tensor_in_a_step(subject: _Subject) -> Iterator[str]:
     found: list[str] = []
 
     def wrap(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        name = implementation.__name__
+        name = getattr(implementation, "__name__", "")
 
         @wraps(implementation)
         def guarded(*arguments: Any) -> Any:
