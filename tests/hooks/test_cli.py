@@ -101,6 +101,22 @@ def test_list_for_a_configuration_says_what_runs_why_and_in_which_order(
     assert "ValueError: boom" in broken["why"]
 
 
+def test_many_mistakes_of_one_plugin_leave_the_table_readable(fake_package: FakePackage, tmp_path: Path) -> None:
+    source = "from gpt_simple import Plugin\nclass P(Plugin):\n    ranks = 1\n    before = 2\n    after = 3\n"
+    fake_package("acme-log", plugins={"acme": "acme_log:P"}, modules={"acme_log": source})
+    config = tmp_path / "config.toml"
+    config.write_text("[plugins.acme]\n")
+    table, _, below = cli("list", "--config", str(config)).output.partition("\n\n")
+    assert max(map(len, table.splitlines())) < 250
+    assert [line.partition(": plugin acme (")[0] for line in below.splitlines()] == ["acme"] * 3
+
+
+def test_show_tells_how_a_file_is_switched_on(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(PLUGIN.format(cls="Mine"))
+    assert f"  active    with -p {file}\n" in cli("show", str(file)).output
+
+
 def test_list_names_a_table_that_no_plugin_has(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text("\n[plugins.consle]\n")
@@ -251,6 +267,24 @@ def test_a_command_of_another_package_is_a_command(fake_package: FakePackage) ->
     )
     assert re.search(r"acme +Does things\.", in_a_new_process("--help", site=site).stdout)
     assert in_a_new_process("acme", site=site).stdout == "hello from acme\n"
+
+
+def test_a_command_that_is_broken_breaks_only_itself(fake_package: FakePackage) -> None:
+    source = "print('printed by the import')\nimport click\n@click.command()\ndef main():\n    click.echo('hello')\n"
+    commands = {"exits": "b_exit:main", "nothing": "b_nothing:main", "value": "b_value:no", "loud": "b_loud:main"}
+    modules = {"b_exit": "raise SystemExit(3)", "b_value": "no = 1", "b_loud": source}
+    site = fake_package("b-commands", commands=commands, modules=modules)
+    for name, message in {
+        "exits": "command exits (b-commands 1.0): importing b_exit failed: SystemExit: 3",
+        "nothing": "command nothing (b-commands 1.0): importing b_nothing failed: ModuleNotFoundError",
+        "value": "command value (b-commands 1.0): b_value:no is no click command",
+    }.items():
+        done = in_a_new_process(name, site=site)
+        assert (done.returncode, done.stdout) == (PluginError.exit_code, "")
+        assert done.stderr.startswith(f"error: {message}")
+    loud = in_a_new_process("loud", site=site)
+    assert (loud.stdout, loud.returncode) == ("hello\n", 0)
+    assert loud.stderr.startswith("printed by the import\n")
 
 
 def test_a_run_that_uses_a_broken_plugin_stops_with_one_sentence(fake_package: FakePackage) -> None:

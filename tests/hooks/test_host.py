@@ -29,6 +29,14 @@ def install_broken(fake_package: FakePackage) -> dict[str, str]:
     good = PLUGIN.format(cls="Plug")
     fake_package("b-import", plugins={"raises": "b_import:Plug"}, modules={"b_import": "raise ValueError('boom')"})
     fake_package("b-exit", plugins={"exits": "b_exit:Plug"}, modules={"b_exit": "raise SystemExit(3)"})
+    skips = "class Skipped(BaseException): pass\nraise Skipped('not here')"
+    fake_package("b-skips", plugins={"skips": "b_skips:Plug"}, modules={"b_skips": skips})
+    fake_package("b-target", plugins={"target": "b_target"}, modules={"b_target": good})
+    endless = (
+        "from attrs import frozen\nfrom gpt_simple import Plugin\n@frozen\nclass Node:\n"
+        "    children: tuple['Node', ...] = ()\nclass P(Plugin):\n    Config = Node\n"
+    )
+    fake_package("b-endless", plugins={"endless": "b_endless:P"}, modules={"b_endless": endless})
     fake_package("b-nomodule", plugins={"nomodule": "b_nomodule:Plug"})
     fake_package("b-noattr", plugins={"noattr": "b_noattr:Nothing"}, modules={"b_noattr": good})
     fake_package("b-old", plugins={"old": "b_old:Plug"}, modules={"b_old": good}, requires=["gpt-simple-trainer<0.0.1"])
@@ -42,6 +50,9 @@ def install_broken(fake_package: FakePackage) -> dict[str, str]:
     return {
         "raises": r"raises \(b-import 1.0\): importing b_import failed: ValueError: boom",
         "exits": r"exits \(b-exit 1.0\): importing b_exit failed: SystemExit: 3",
+        "skips": r"skips \(b-skips 1.0\): importing b_skips failed: Skipped: not here",
+        "target": r"target \(b-target 1.0\): its entry point is 'b_target'; expected MODULE:NAME",
+        "endless": r"endless \(b-endless 1.0, .*\): Config.children is a Node inside a Node, which has no end",
         "nomodule": r"nomodule \(b-nomodule 1.0\): importing b_nomodule failed: ModuleNotFoundError",
         "noattr": r"noattr \(b-noattr 1.0\): module b_noattr has no 'Nothing'",
         "old": r"old \(b-old 1.0\) needs gpt-simple-trainer<0.0.1",

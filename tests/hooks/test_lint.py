@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Final, Literal
 
 import attrs
 import pytest
+from annotated_types import Ge
 from attrs import define, frozen
+from typing_extensions import Doc
 
 from gpt_simple import Plugin, hookimpl
 from gpt_simple.config.types import fields_of
@@ -259,17 +261,73 @@ def test_configuration_is_frozen_attrs_with_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [bool, int, float, str, str | None, tuple[int, ...], Mapping[str, float], Literal["a"], str | tuple[str, ...]],
+    ("kind", "default"),
+    [
+        (bool, True),
+        (int, 1),
+        (float, 1),
+        (str, "a"),
+        (str | None, None),
+        (tuple[int, ...], ()),
+        (Mapping[str, float], {}),
+        (Literal["a"], "a"),
+        (str | tuple[str, ...], "a"),
+        (Annotated[int, Ge(1), Doc("x")], 1),
+    ],
 )
-def test_supported_types(kind: object) -> None:
-    plugin = config_of(value=attrs.field(default=None, type=kind))
+def test_supported_types(kind: object, default: object) -> None:
+    plugin = config_of(value=attrs.field(default=default, type=kind))
     assert lint(plugin) == []
     assert fields_of(plugin.Config)
 
 
 @pytest.mark.parametrize(
-    "kind", [list[int], set[str], bytes, object, tuple[int, int], Mapping[int, str], list, complex, str | bytes]
+    ("kind", "default", "problem"),
+    [
+        (str, None, "expected text, got null"),
+        (int, "5", "expected an integer, got"),
+        (bool, 1, "got 1"),
+        (Literal["a", "b"], "c", "expected one of"),
+        (Annotated[int, Ge(1)], 0, "expected an integer >= 1, got 0"),
+    ],
+)
+def test_a_default_that_the_field_could_not_be_set_to(kind: object, default: object, problem: str) -> None:
+    (mistake,) = lint(config_of(value=attrs.field(default=default, type=kind)))
+    assert mistake.startswith("Config.value has a default that it could not be set to: ")
+    assert problem in mistake
+
+
+@define
+class Inner:
+    numbers: list[int]
+    forgotten = 3
+
+
+def test_a_table_in_a_table_keeps_the_same_rules() -> None:
+    @frozen
+    class Outer:
+        inner: Inner | None = None
+        rows: tuple[Inner, ...] = ()
+
+    mistakes = lint(type("P", (Plugin,), {"Config": Outer}))
+    for path in ("Config.inner", "Config.rows"):
+        assert f"{path} can be changed after it is made: write @attrs.frozen above it" in mistakes
+        assert f"{path}.forgotten has no type annotation, so it is not a field" in mistakes
+        assert any(mistake.startswith(f"{path}.numbers has the type list[int]; supported are") for mistake in mistakes)
+
+
+def test_what_has_the_name_of_a_hook_and_is_no_method() -> None:
+    class P(Plugin):
+        @property
+        def on_metrics(self):
+            return 1
+
+    assert lint(P) == ["on_metrics is the name of a hook but is not marked: make it a method with @hookimpl"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [list[int], set[str], bytes, object, tuple[int, int], Mapping[int, str], list, complex, str | bytes, Final[int]],
 )
 def test_what_a_configuration_file_cannot_hold(kind: object) -> None:
     plugin = config_of(value=attrs.field(default=None, type=kind), other=attrs.field(default=None, type=list))

@@ -16,6 +16,8 @@ from gpt_simple.hooks.discovery import installed, usable
 from gpt_simple.hooks.loading import load_record
 from gpt_simple.testing import check_contract, train
 
+from .conftest import FakePackage
+
 CSVLOG = Path(__file__).parents[2] / "plugins" / "gpt-simple-csvlog"
 
 
@@ -56,11 +58,19 @@ def test_the_templates_are_formatted_as_the_project_is(tmp_path: Path) -> None:
             assert path.suffix != ".toml" or tomli.loads(text)["project"]["name"] == "gpt-simple-some-plugin"
 
 
-@pytest.mark.parametrize("name", ["Csv", "csv-log", "strict", "console", ""])
+@pytest.mark.parametrize("name", ["Csv", "csv-log", "strict", "console", "", "trainer", "lm", "csvlog_"])
 def test_a_name_that_cannot_be_used_makes_nothing(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         scaffold(name, "logger", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_another_installed_package_has(fake_package: FakePackage, tmp_path: Path) -> None:
+    fake_package("acme-log", plugins={"acme": "acme_log:Acme"})
+    with pytest.raises(ConfigError, match=r"'acme' is taken by acme-log 1.0: choose another name"):
+        scaffold("acme", "logger", str(tmp_path / "new"))
+    fake_package("gpt-simple-mine", plugins={"mine": "gpt_simple_mine:Mine"})
+    scaffold("mine", "logger", str(tmp_path / "new"))  # the same package once more
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 from gpt_simple._names import PROGRAM, __version__
-from gpt_simple.errors import ExitCode, GptSimpleError
+from gpt_simple.errors import ExitCode, GptSimpleError, PluginError
 
 BEGAN = time.monotonic()
 """When the program began: what it imports later takes seconds."""
@@ -93,20 +93,15 @@ def _group() -> Any:
             record = own.get(name) or found().get(name)
             if record is None or record.entry_point is None:
                 return None
-            if record.problem:
-                raise click.ClickException(f"the command {record.detail}")
-            try:
-                command = record.entry_point.load()
-            except Exception as error:
-                raise click.ClickException(
-                    f"the command {name!r} of {record.distribution} {record.version} cannot be loaded:"
-                    f" {type(error).__name__}: {error}"
-                ) from error
-            if not isinstance(command, click.Command):
-                raise click.ClickException(
-                    f"the command {name!r} of {record.distribution} {record.version} is no click command"
-                )
-            return command
+            if record.origin == "builtin":
+                command: click.Command = record.entry_point.load()
+                return command
+            from gpt_simple.hooks.loading import load_record
+
+            foreign = load_record(record, "command")
+            if not isinstance(foreign, click.Command):
+                raise PluginError(f"command {record.label}: {record.value} is no click command")
+            return foreign
 
         def resolve_command(
             self, context: click.Context, args: list[str]

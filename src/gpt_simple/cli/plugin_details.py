@@ -68,7 +68,7 @@ def _head(plugin: LoadedPlugin, record: PluginRecord | None) -> Iterator[str]:
             yield f"  {relation:<9} {', '.join(names)}"
     if plugin.cls.state_required:
         yield "  state     a checkpoint made with it needs it"
-    yield f"  active    {_activation(plugin.name, record)}"
+    yield f"  active    {_activation(plugin, record)}"
 
 
 def _hooks(plugin: LoadedPlugin) -> Iterator[str]:
@@ -108,10 +108,13 @@ def _summary(plugin: LoadedPlugin, record: PluginRecord | None) -> str:
     return (summary(record) if record else "") or own or "no description"
 
 
-def _activation(name: str, record: PluginRecord | None) -> str:
-    if record is not None and record.origin == "builtin":
+def _activation(plugin: LoadedPlugin, record: PluginRecord | None) -> str:
+    name = plugin.name
+    if record is None:
+        return f"with -p {plugin.file}"
+    if record.origin == "builtin":
         if name in ENABLED_BY:
             return f"when {ENABLED_BY[name]} is set"
         if name in DEFAULT_ON:
             return f"by default; off with -p no:{name} or in [plugins] disable"
-    return f"with a table [plugins.{name}] in the configuration, or with -p {name if record else './file.py'}"
+    return f"with a table [plugins.{name}] in the configuration, or with -p {name}"

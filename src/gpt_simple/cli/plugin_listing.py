@@ -61,11 +61,12 @@ def plugin_table(rows: Sequence[PluginRow]) -> str:
     """Aligned columns; on a terminal the summaries are cut to its width."""
     if not rows:
         return "no plugins"
+    troubled = [row for row in rows if row.status in ("broken", "incompatible", "shadowed")]
     explained = any(row.order is not None for row in rows)
     columns: dict[str, Callable[[PluginRow], str]] = {
         "NAME": lambda row: row.name,
         "STATUS": lambda row: row.status,
-        **({"WHY": lambda row: row.why} if explained else {}),
+        **({"WHY": lambda row: "told below" if row in troubled else row.why} if explained else {}),
         "VERSION": lambda row: row.version,
         "PACKAGE": lambda row: row.package,
         "ORIGIN": lambda row: row.origin,
@@ -73,8 +74,8 @@ def plugin_table(rows: Sequence[PluginRow]) -> str:
         "SUMMARY": lambda row: row.summary,
     }
     text = _table(rows, columns)
-    troubled = [f"{row.name}: {row.why}" for row in rows if row.status in ("broken", "incompatible", "shadowed")]
-    return "\n".join([text, "", *troubled]) if troubled and not explained else text
+    mistakes = [f"{row.name}: {line}" for row in troubled for line in row.why.splitlines()]
+    return "\n".join([text, "", *dict.fromkeys(mistakes)]) if mistakes else text
 
 
 def hook_table(rows: Sequence[HookRow]) -> str:

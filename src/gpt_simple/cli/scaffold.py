@@ -14,6 +14,9 @@ from gpt_simple.hooks.discovery import installed, name_problem, usable
 
 SUFFIX = ".tmpl"
 
+TAKEN = frozenset({DISTRIBUTION, "gpt-simple-lm"})
+"""Packages that are no plugins: the trainer itself, and somebody else's that owns the same import."""
+
 
 def scaffold(name: str, template: str, directory: str) -> list[str]:
     """Write the package and return what to say about it. ConfigError for a name that cannot be used.
@@ -22,9 +25,12 @@ def scaffold(name: str, template: str, directory: str) -> list[str]:
     """
     if problem := name_problem(name):
         raise ConfigError(f"plugins new: {problem}: choose a name such as csvlog")
-    if (taken := usable(installed()).get(name)) is not None and taken.origin == "builtin":
-        raise ConfigError(f"plugins new: {name!r} is a built-in plugin: choose another name")
     distribution = f"gpt-simple-{name.replace('_', '-')}"
+    if name.endswith("_") or distribution in TAKEN:
+        raise ConfigError(f"plugins new: {distribution} cannot be the name of its package: choose another name")
+    if (taken := usable(installed()).get(name)) is not None and taken.distribution != distribution:
+        whose = "a built-in plugin" if taken.origin == "builtin" else f"taken by {taken.distribution} {taken.version}"
+        raise ConfigError(f"plugins new: {name!r} is {whose}: choose another name")
     folder = Path(directory) / distribution
     package = f"gpt_simple_{name}"
     values = {

@@ -15,6 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import attrs
 
+from gpt_simple.config.types import unwrap
+from gpt_simple.errors import PluginError
 from gpt_simple.hooks.plugin import Plugin
 from gpt_simple.hooks.specs import HOOKS, PROJECT
 
@@ -51,8 +53,9 @@ def _hook_mistakes(cls: type) -> Iterator[str]:
         member = inspect.getattr_static(cls, name)
         options = _options(member)
         if options is None:
-            if name in HOOKS and callable(getattr(cls, name)):
-                yield f"{name} is the name of a hook but is not marked: write @hookimpl above it"
+            if name in HOOKS:
+                how = "write @hookimpl above it" if callable(getattr(cls, name)) else "make it a method with @hookimpl"
+                yield f"{name} is the name of a hook but is not marked: {how}"
             elif (meant := _probably_a_hook(name, member)) is not None:
                 yield f"{name} looks like {meant} misspelt, and without @hookimpl; if it is no hook, call it _{name}"
         elif name in HOOKS:
@@ -128,25 +131,61 @@ def _config_mistakes(cls: type[Plugin[Any]]) -> Iterator[str]:
     if not isinstance(config, type) or not attrs.has(config):
         yield "Config must be a frozen attrs class: write @attrs.frozen above it"
         return
-    if not attrs.inspect(config).is_frozen:
-        yield "Config can be changed after it is made: write @attrs.frozen above it"
-    known = {a.name for a in attrs.fields(config)}
-    for name, value in vars(config).items():
-        if not (name.startswith("_") or name in known or callable(value) or _is_descriptor(value)):
-            yield f"Config.{name} has no type annotation, so it is not a field"
-    try:
-        hints = get_type_hints(config)
-    except Exception as error:
-        yield f"Config has an annotation that cannot be read: {error}"
-        return
+    yield from _table_mistakes(config, "Config")
     for a in attrs.fields(config):
         if a.default is attrs.NOTHING:
             yield f"Config.{a.name} has no default: a plugin must work without a table in the configuration"
-        if (bad := _unsupported(hints.get(a.name, a.type))) is not None:
+
+
+def _table_mistakes(table: type, path: str, outer: tuple[type, ...] = ()) -> Iterator[str]:
+    """Of the class of a table and of those in its fields; ``outer`` are the classes that it is in."""
+    if table in outer:
+        yield f"{path} is a {table.__name__} inside a {table.__name__}, which has no end"
+        return
+    if not attrs.inspect(table).is_frozen:
+        yield f"{path} can be changed after it is made: write @attrs.frozen above it"
+    known = {a.name for a in attrs.fields(table)}
+    for name, value in vars(table).items():
+        if not (name.startswith("_") or name in known or callable(value) or _is_descriptor(value)):
+            yield f"{path}.{name} has no type annotation, so it is not a field"
+    try:
+        hints = get_type_hints(table, include_extras=True)
+    except Exception as error:
+        yield f"{path} has an annotation that cannot be read: {error}"
+        return
+    for a in attrs.fields(table):
+        kind = unwrap(hints.get(a.name, a.type))[0]
+        if (bad := _unsupported(kind)) is not None:
             yield (
-                f"Config.{a.name} has the type {bad}; supported are bool, int, float, str, Literal, "
+                f"{path}.{a.name} has the type {bad}; supported are bool, int, float, str, Literal, "
                 "X | None, tuple[X, ...], Mapping[str, X] and frozen attrs classes"
             )
+        elif problem := _default_problem(a.default, hints.get(a.name, a.type)):
+            yield f"{path}.{a.name} has a default that it could not be set to: {problem}"
+        for inner in _tables(kind):
+            yield from _table_mistakes(inner, f"{path}.{a.name}", (*outer, table))
+
+
+def _default_problem(default: object, kind: Any) -> str:
+    """Why a plain value cannot be the default of a field; empty if it can. Others are not looked at."""
+    from gpt_simple.config.convert import converter  # not needed to look at what is installed
+
+    if default is None or isinstance(default, (bool, int, float, str)):
+        try:
+            converter().structure(default, kind)
+        except PluginError:
+            return ""  # an impossible type somewhere in it, which is told anyway
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def _tables(kind: Any) -> Iterator[type]:
+    """The attrs classes in a type."""
+    if isinstance(kind, type) and attrs.has(kind):
+        yield kind
+    for part in get_args(kind):
+        yield from _tables(part)
 
 
 def _unsupported(kind: Any) -> str | None:
@@ -160,7 +199,7 @@ def _unsupported(kind: Any) -> str | None:
         return next((bad for part in parts if (bad := _unsupported(part))), None)
     if origin is tuple and len(parts) == 2 and parts[1] is Ellipsis:
         return _unsupported(parts[0])
-    if origin is not None and issubclass(origin, Mapping) and len(parts) == 2 and parts[0] is str:
+    if isinstance(origin, type) and issubclass(origin, Mapping) and len(parts) == 2 and parts[0] is str:
         return _unsupported(parts[1])
     return getattr(kind, "__name__", None) if isinstance(kind, type) and not parts else str(kind)
 

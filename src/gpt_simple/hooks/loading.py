@@ -6,8 +6,8 @@ import heapq
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,13 +71,13 @@ class LoadedPlugin:
 
     def register_components(self, registry: Registry) -> None:
         """Let the plugin add its parts. What it does wrong there is a PluginError that names it."""
-        if (register := getattr(self.cls, "register_components", None)) is not None:
-            try:
+        try:
+            if (register := getattr(self.cls, "register_components", None)) is not None:
                 register(registry.owned_by(self.label))
-            except GptSimpleError:
-                raise
-            except FAILURES as error:
-                raise self.failure("register_components", error) from error
+        except GptSimpleError:
+            raise
+        except FAILURES as error:
+            raise self.failure("register_components", error) from error
 
     def failure(self, where: str, error: BaseException, step: int | None = None) -> PluginError:
         """The sentence for an exception in a hook or method of this plugin; what is such a sentence stays as it is."""
@@ -99,7 +99,10 @@ def load_plugin(name: str, passed: object | None, record: PluginRecord | None, w
     cls: Any = type(instance) if instance is not None else found
     own = record if record is not None and (passed is None or record.value == _path_of(cls)) else None
     distribution, version = (own.distribution, own.version) if own else ("", "")
-    mistakes = lint(cls, made=instance is not None)
+    try:
+        mistakes = lint(cls, made=instance is not None)
+    except Exception as error:
+        mistakes = [f"the class cannot be looked at: {_cause(error)}"]
     if own is None and (problem := name_problem(name)):
         mistakes.append(problem)
     if own is None and record is not None and record.origin == "builtin":
@@ -112,26 +115,37 @@ def load_plugin(name: str, passed: object | None, record: PluginRecord | None, w
     return LoadedPlugin(name, cls, distribution, version, why, instance)
 
 
-def load_record(record: PluginRecord) -> object:
-    """What an entry point points to. Anything that goes wrong in it is a PluginError that names the package.
-
-    What the import prints goes to stderr: stdout belongs to the command that was typed.
-    """
+def load_record(record: PluginRecord, kind: str = "plugin") -> object:
+    """What an entry point points to. Anything that goes wrong in it is a PluginError that names the package."""
     if record.problem:
-        raise PluginError(f"plugin {record.detail}")
+        raise PluginError(f"{kind} {record.detail}")
     module_name, _, attribute = record.value.partition(":")
-    subject = f"plugin {record.label}"
-    try:
-        with redirect_stdout(sys.stderr):
-            found: object = importlib.import_module(module_name)
-    except FAILURES as error:
-        raise PluginError(f"{subject}: importing {module_name} failed: {_cause(error)}") from error
+    subject = f"{kind} {record.label}"
+    if not attribute:
+        raise PluginError(f"{subject}: its entry point is {record.value!r}; expected MODULE:NAME")
+    with _foreign(f"{subject}: importing {module_name} failed"):
+        found: object = importlib.import_module(module_name)
     try:
         for part in attribute.split("."):
             found = getattr(found, part)
     except AttributeError as error:
         raise PluginError(f"{subject}: module {module_name} has no {attribute!r}") from error
     return found
+
+
+@contextmanager
+def _foreign(failure: str) -> Iterator[None]:
+    """Code of others is run for the first time: whatever it raises but Ctrl-C is a PluginError that begins so.
+
+    What it prints goes to stderr: stdout belongs to the command that was typed.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # test frameworks skip a module with one that is no Exception
+        raise PluginError(f"{failure}: {_cause(error)}") from error
 
 
 def load_file(path: str) -> tuple[str, object]:
@@ -148,11 +162,11 @@ def load_file(path: str) -> tuple[str, object]:
     # Registered before it is executed: attrs and typing look the module up while classes are made.
     sys.modules[module.__name__] = module
     try:
-        with redirect_stdout(sys.stderr):
+        with _foreign(f"plugin {file.stem} ({path}): running the file failed"):
             spec.loader.exec_module(module)
-    except FAILURES as error:
+    except BaseException:
         del sys.modules[module.__name__]
-        raise PluginError(f"plugin {file.stem} ({path}): running the file failed: {_cause(error)}") from error
+        raise
     classes = [
         value
         for value in vars(module).values()
