@@ -168,6 +168,13 @@ def test_a_secret_is_not_shown_by_a_plugin_that_fails(shell: Shell, here: Path, 
         assert "sekret" not in ended.out + ended.err
 
 
+def test_a_secret_of_the_command_line_is_not_in_the_command_that_goes_on(shell: Shell, here: Path) -> None:
+    (here / "secretive.py").write_text(SECRETIVE.format(hook=""))
+    out = shell("run", "config.toml", "-p", "./secretive.py", "--plugins.secretive.api_key=sekret9").out
+    assert "--plugins.secretive.api_key '(redacted)'" in out
+    assert "sekret" not in out + (here / "out/summary.json").read_text()
+
+
 def test_a_missing_configuration(shell: Shell) -> None:
     assert shell("run", "missing.toml").code == 2
     assert shell("run").code == 2

@@ -230,6 +230,14 @@ def test_a_mode_of_the_environment_is_said_and_a_mistyped_one_is_named(
     assert not (here / "out/wandb").exists()
 
 
+@pytest.mark.parametrize("project", ["a/b", ""])
+def test_a_name_that_no_project_can_have_is_refused(shell: Shell, here: Path, project: str) -> None:
+    ended = shell("run", "config.toml", "--training.wandb_project", project)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "training.wandb_project" in ended.err
+    assert not (here / "out").exists()
+
+
 def test_a_missing_package_is_one_line_with_the_command(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, here: Path
 ) -> None:

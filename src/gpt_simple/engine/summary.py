@@ -14,6 +14,7 @@ from gpt_simple._names import PROGRAM
 from gpt_simple.assembly import Assembly
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.load import split_overrides
+from gpt_simple.config.redact import redacted
 from gpt_simple.engine.result import TrainResult
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.run import EngineRun
@@ -73,7 +74,10 @@ def summarise(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, se
 
 
 def _again(assembly: Assembly, change: Mapping[str, str]) -> str:
-    """The command as it was given, but never one that begins anew, and with other values of some dotted keys."""
+    """The command as it was given, but never one that begins anew, and with other values of some dotted keys.
+
+    It may be shown and kept, so a secret in it is not.
+    """
     if not assembly.arguments:
         return f"train(...) {' '.join(['with', *chain(*change.items())]) if change else 'again'}"
     given, words = split_overrides(assembly.arguments)
@@ -82,7 +86,7 @@ def _again(assembly: Assembly, change: Mapping[str, str]) -> str:
     if assembly.config.training.resume == "scratch" and places != ["--training.resume"]:
         overrides["training.resume"] = "auto"
     command = [PROGRAM, *(word for word in words if word not in ("--force", "--"))]
-    for key, text in overrides.items():
+    for key, text in redacted(overrides).items():
         command += [f"--{key}={text}"] if text.startswith("--") else [f"--{key}", text]
     return shlex.join(command)
 

@@ -68,8 +68,10 @@ class Wandb(Plugin[WandbConfig]):
         if (mode := os.environ.get("WANDB_MODE", "online")) not in _MODES:
             message = f"expected online, offline or disabled, got {mode!r}"
             return [Finding("error", "wandb-mode", message, "WANDB_MODE", "unset this environment variable")]
-        if config.training.wandb_project is None:
-            return [Finding("error", "wandb-project", "expected the name of a W&B project, and it is unset", place)]
+        if not config.training.wandb_project:
+            return [Finding("error", "wandb-project", "expected the name of a W&B project, and there is none", place)]
+        if refused := _refused(config.training.wandb_project):
+            return [Finding("error", "wandb-project", refused, place)]
         return []
 
     @hookimpl
@@ -149,6 +151,17 @@ def is_installed() -> bool:
     """Whether the package is there; a directory ``wandb`` with W&B's own files is not it."""
     spec = find_spec("wandb")
     return spec is not None and spec.origin is not None
+
+
+def _refused(project: str) -> str | None:
+    """What W&B has against the name of a project."""
+    import wandb
+
+    try:
+        wandb.Settings(project=project)
+    except wandb.UsageError as error:
+        return _first_line(error)
+    return None
 
 
 def open_run(
