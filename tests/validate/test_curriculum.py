@@ -8,8 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt_simple import Plugin, hookimpl
+from gpt_simple.assembly import assemble
 from gpt_simple.config.schema import Phase
 from gpt_simple.data.mixture import Mixture, mixture
+from gpt_simple.engine.session import train
+from gpt_simple.hooks import events as ev
+from gpt_simple.hooks.activation import Switches
 from tests.conftest import CONFIG
 from tests.data.conftest import write_dataset
 from tests.validate.conftest import Check
@@ -59,6 +64,77 @@ def test_a_bucket_that_is_read_whole_is_named_with_its_step(check: Check, two_bu
     assert fields["bucket"] == "books"
     assert 8 <= fields["step"] * 2 <= 20
     assert "bucket-ends" not in check("--training.max_steps=2")
+
+
+class Rows(Plugin):  # type: ignore[type-arg]
+    """Which bucket every row of a run was of, by its tokens."""
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__(config)
+        self.seen: list[str] = []
+
+    @hookimpl
+    def on_batch(self, run: object, event: ev.BatchReady) -> None:
+        self.seen += ["books" if 6 in row else "web" for row in event.batch.input_ids.tolist()]
+
+
+Read = Callable[..., tuple[list[str], int]]
+
+
+@pytest.fixture
+def read(two_buckets: Path, capfd: pytest.CaptureFixture[str]) -> Read:
+    """The buckets of the rows that a run reads, and the step it ends with."""
+
+    def run(*arguments: str) -> tuple[list[str], int]:
+        rows = Rows()
+        pairs = [(key, value) for key, _, value in (text.removeprefix("--").partition("=") for text in arguments)]
+        result = train(assemble("config.toml", overrides=pairs, plugins=[rows], switches=Switches(no_plugins=True)))
+        capfd.readouterr()  # its warnings
+        return rows.seen, result.steps
+
+    return run
+
+
+@pytest.mark.parametrize("on_exhaustion", ["repeat", "halt", "renormalise"])
+def test_what_is_told_of_buckets_and_phases_is_what_a_run_reads(check: Check, read: Read, on_exhaustion: str) -> None:
+    phases = "[{duration_tokens=640, mix={books=1,web=4}}, {duration_tokens=640, mix={books=1,web=1}}]"
+    arguments = [f"--data.on_exhaustion={on_exhaustion}", "--training.max_steps=30", f"--data.curriculum={phases}"]
+    found = check(*arguments)
+    seen, steps = read(*arguments)
+    assert found["phase"]["fields"]["tokens"] == {name: 32 * seen[20:].count(name) for name in ("books", "web")}
+    assert found["buckets"]["fields"]["epochs"]["books"] * 8 == pytest.approx(seen.count("books"))
+    if on_exhaustion != "repeat":
+        assert f"after step {steps} of 30" in found.get("data-end-early", {"message": "after step 30 of 30"})["message"]
+    if seen.count("books") >= 8:
+        last = [number for number, name in enumerate(seen) if name == "books"][7]
+        assert found["bucket-ends"]["fields"]["step"] == last // 2 + 1
+
+
+def test_a_run_that_goes_on_with_another_batch_is_counted_from_where_it_is(check: Check, read: Read) -> None:
+    first, _ = read("--training.max_steps=3")
+    arguments = ["--data.on_exhaustion=halt", "--training.max_steps=30", "--training.per_device_batch_size=3"]
+    found = check(*arguments)
+    rest, steps = read(*arguments)
+    seen = first + rest
+    assert f"after step {steps} of 30" in found["data-end-early"]["message"]
+    assert found["config"]["message"].endswith(f"{(6 + 27 * 3) * 32:,} tokens")
+    assert found["phase"]["fields"]["tokens"] == {name: 32 * seen.count(name) for name in ("books", "web")}
+
+
+def test_rows_of_best_fit_are_a_guess_until_they_are_packed(check: Check, read: Read) -> None:
+    packed = [
+        "--data.packing=best_fit",
+        "--data.overlap_size=8",
+        "--data.on_exhaustion=halt",
+        "--training.max_steps=40",
+        "--training.per_device_batch_size=16",
+    ]
+    guessed = check(*packed)
+    assert "after about step" in guessed["data-end-early"]["message"]
+    _, steps = read(*packed)
+    found = check(*packed, "--force")
+    assert f"after step {steps} of 40" in found["data-end-early"]["message"]
+    assert sum(found["data"]["fields"]["buckets"].values()) > sum(guessed["data"]["fields"]["buckets"].values())
 
 
 def test_a_phase_that_the_run_does_not_reach_is_a_warning(check: Check, two_buckets: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,8 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.cache import Log, building, cache_root, locked
+from gpt_simple.data.cache import Log, building, locked
+from gpt_simple.data.locate import index_of, packing_of
 from gpt_simple.data.manifest import Manifest, SplitRecord, verify_checksums
 from gpt_simple.data.mixture import Mixture, mixture
 from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
@@ -146,21 +146,15 @@ class Dataset:
 
 def open_dataset(directory: Path, tokenizer: Tokenizer, manifest: Manifest, config: DataConfig, log: Log) -> Dataset:
     """Map a dataset directory into memory, after its content was compared with its checksums once."""
-    index = directory / "index"
-    if not os.access(directory, os.W_OK):
-        index = cache_root() / "index" / manifest.fingerprint[:24]
-    _verify_once(directory, manifest, index, log)
+    _verify_once(directory, manifest, index_of(directory, manifest), log)
     empty = SplitRecord(0, 0, 0, None, {})
     train, val = (
-        _open_split(directory, manifest, manifest.splits.get(name, empty), index, config, log)
-        for name in ("train", "val")
+        _open_split(directory, manifest, manifest.splits.get(name, empty), config, log) for name in ("train", "val")
     )
     return Dataset(directory, manifest, tokenizer, train, val)
 
 
-def _open_split(
-    directory: Path, manifest: Manifest, record: SplitRecord, index: Path, config: DataConfig, log: Log
-) -> Split:
+def _open_split(directory: Path, manifest: Manifest, record: SplitRecord, config: DataConfig, log: Log) -> Split:
     parts: list[Rows] = []
     buckets = {}
     for bucket in sorted(record.buckets):
@@ -168,7 +162,7 @@ def _open_split(
         rows: list[Rows] = [
             ConcatRows(shard, config.max_length)
             if config.packing == "concat"
-            else _cached_best_fit(shard, index / manifest.fingerprint[:16], config, log)
+            else _cached_best_fit(shard, packing_of(shard.record.name, directory, manifest, config), config, log)
             for shard in shards
         ]
         buckets[bucket] = sum(map(len, rows))
@@ -176,10 +170,8 @@ def _open_split(
     return Split(config.max_length, record, tuple(parts), buckets)
 
 
-def _cached_best_fit(shard: Shard, index: Path, config: DataConfig, log: Log) -> BestFitRows:
+def _cached_best_fit(shard: Shard, target: Path, config: DataConfig, log: Log) -> BestFitRows:
     """The packing of a shard, which is computed once and then mapped into memory."""
-    name = "-".join(shard.path.with_suffix("").parts[-3:])
-    target = index / f"best_fit-{config.max_length}-{config.overlap_size}-{name}"
     fields = ("spans", "offsets", "row_targets")
     if not target.exists():
         with building(target, log) as temporary:

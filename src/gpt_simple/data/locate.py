@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from gpt_simple.config.schema import Config, DataConfig
@@ -105,6 +106,19 @@ def tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registry
             f"which has {tokenizer.vocab_size:,}; leave data.tokenizer out, or prepare the data again"
         )
     return tokenizer
+
+
+def index_of(directory: Path, manifest: Manifest) -> Path:
+    """Where the index of a dataset is kept: beside it, or in the cache if nothing can be written there."""
+    if os.access(directory, os.W_OK):
+        return directory / "index"
+    return cache_root() / "index" / manifest.fingerprint[:24]
+
+
+def packing_of(shard: str, directory: Path, manifest: Manifest, data: DataConfig) -> Path:
+    """Where the ``best_fit`` packing of the shard of this name is kept."""
+    name = f"best_fit-{data.max_length}-{data.overlap_size}-{shard.replace('/', '-')}"
+    return index_of(directory, manifest) / manifest.fingerprint[:16] / name
 
 
 def order_seed(config: Config) -> int:

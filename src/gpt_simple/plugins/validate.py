@@ -140,7 +140,7 @@ def _summary(outlook: Outlook) -> Iterator[Finding]:
     tokens = rows * config.data.max_length
     message = (
         f"{config.training.max_steps:,} steps of {tokens:,} tokens ({rows} rows of {config.data.max_length}):"
-        f" {config.training.max_steps * tokens:,} tokens"
+        f" {outlook.samples * config.data.max_length:,} tokens"
     )
     fields = {"steps": config.training.max_steps, "tokens_per_step": tokens}
     yield Finding("info", "config", message, fields=fields)

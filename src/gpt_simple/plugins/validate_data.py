@@ -50,15 +50,17 @@ def _epochs(outlook: Outlook) -> Iterator[Finding]:
     steps, rows, length = config.training.max_steps, outlook.rows_per_step, config.data.max_length
     if data.train_tokens is None:
         return
-    about = "about " if data.estimated else ""
-    needed, total = steps * rows, data.total
+    about = "about " if data.estimated or data.unpacked else ""
+    needed, total = outlook.samples, data.total
     if total is not None and total < needed:
+        made, before = outlook.done
+        left = max(0, total - before) // rows
         exhausted = f"on_exhaustion {config.data.on_exhaustion!r}"
-        message = f"the data end after {about}step {total // rows:,} of {steps:,} ({exhausted})"
+        message = f"the data end after {about}step {made + left:,} of {steps:,} ({exhausted})"
         hint = 'lower training.max_steps, or set "repeat"'
         yield Finding("warning", "data-end-early", message, "data.on_exhaustion", hint, _DATA)
-        needed = total
-    epochs = needed * length / max(1, data.train_tokens)
+        needed = before + left * rows
+    epochs = needed / (sum(data.buckets.values()) or data.train_tokens / length or 1)
     message = f"the run reads the data {about}{epochs:.2f} times"
     yield Finding("info", "epochs", message, fields={"epochs": epochs})
     if data.order is not None:
@@ -69,8 +71,9 @@ def _epochs(outlook: Outlook) -> Iterator[Finding]:
 def _buckets(outlook: Outlook, needed: int) -> Iterator[Finding]:
     """What the first ``needed`` rows take of each bucket, in all and in each phase."""
     data, length = outlook.data, outlook.config.data.max_length
+    about = "about " if data.unpacked else ""
     shares = {name: taken / max(1, data.buckets[name]) for name, taken in data.taken(needed).items()}
-    message = "buckets read: " + ", ".join(f"{name} {share:.2f} times" for name, share in shares.items())
+    message = "buckets read: " + ", ".join(f"{name} {about}{share:.2f} times" for name, share in shares.items())
     yield Finding("info", "buckets", message, fields={"epochs": shares})
     begin, phases = 0, outlook.config.data.curriculum
     for number, phase in enumerate(phases, 1):
@@ -82,16 +85,19 @@ def _buckets(outlook: Outlook, needed: int) -> Iterator[Finding]:
         before, after = data.taken(begin), data.taken(end)
         tokens = {name: (after[name] - before[name]) * length for name in phase.mix}
         there = {name: data.buckets[name] * length for name in phase.mix}
-        parts = ", ".join(f"{name} {tokens[name]:,} of {there[name]:,}" for name in phase.mix)
+        parts = ", ".join(f"{name} {tokens[name]:,} of {about}{there[name]:,}" for name in phase.mix)
         message = f"phase {number} of {len(phases)} reads {(end - begin) * length:,} tokens: {parts}"
         yield Finding("info", "phase", message, fields={"phase": number, "tokens": tokens, "there": there})
         begin = end
 
 
 def _ends(outlook: Outlook, needed: int) -> Iterator[Finding]:
-    for name, sample in outlook.data.ends(needed).items():
-        step = sample // outlook.rows_per_step + 1
-        message = f"bucket {name!r} ({outlook.data.buckets[name]:,} rows) has been read whole at step {step:,}"
+    made, before = outlook.done
+    about = "about " if outlook.data.unpacked else ""
+    for name, samples in outlook.data.ends(needed).items():
+        step = made + -(-max(0, samples - before) // outlook.rows_per_step)
+        rows = f"{about}{outlook.data.buckets[name]:,} rows"
+        message = f"bucket {name!r} ({rows}) has been read whole after {about}step {step:,}"
         yield Finding("info", "bucket-ends", message, fields={"bucket": name, "step": step})
 
 

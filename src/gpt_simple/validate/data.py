@@ -12,8 +12,8 @@ from attrs import evolve, frozen
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.config.schema import Config, DataConfig
-from gpt_simple.data.locate import check, find, order_seed
-from gpt_simple.data.manifest import ALL, SplitRecord
+from gpt_simple.data.locate import check, find, order_seed, packing_of
+from gpt_simple.data.manifest import ALL, Manifest, ShardRecord, SplitRecord
 from gpt_simple.data.sources import Source
 from gpt_simple.data.sources.files import Files, holds_json_lines
 from gpt_simple.data.sources.shards import Shards
@@ -40,7 +40,8 @@ LONGEST_TOKEN = 4.5
 
 @frozen
 class DataOutlook:
-    """What is known of the data. ``estimated``: nothing is prepared yet, so numbers of tokens are guesses.
+    """What is known of the data. ``estimated``: nothing is prepared yet, so numbers of tokens are guesses;
+    ``unpacked``: numbers of rows are lower bounds, because documents were not packed in this way yet.
 
     ``vocab_size`` is that of the tokenizer, at most, and None where only training it would tell. ``train_tokens`` and
     ``val_tokens`` count targets, None where nobody knows; a val split has at most ``val_at_most``. ``total`` is the
@@ -61,12 +62,13 @@ class DataOutlook:
     val_at_most: int | None = None
     total: int | None = None
     order: Mixture | None = None
+    unpacked: bool = False
 
     def ends(self, samples: int) -> dict[str, int]:
-        """Buckets without an unread row after ``samples`` samples, each with the first sample at which it had none."""
+        """Buckets without an unread row after ``samples`` samples, each with the fewest samples that leave it none."""
         taken = self.taken(samples)
         return {
-            name: self._first_without(name, rows, samples)
+            name: self._samples_for(name, rows, samples)
             for name, rows in self.buckets.items()
             if rows and taken[name] >= rows
         }
@@ -76,7 +78,7 @@ class DataOutlook:
         assert self.order is not None
         return dict(zip(self.buckets, self.order.taken(samples), strict=True))
 
-    def _first_without(self, bucket: str, rows: int, samples: int) -> int:
+    def _samples_for(self, bucket: str, rows: int, samples: int) -> int:
         low, high = 0, samples
         while low < high:
             middle = (low + high) // 2
@@ -98,7 +100,8 @@ def look(config: Config, registry: Registry) -> DataOutlook:
     data = config.data
     empty = SplitRecord(0, 0, 0, None, {})
     train, val = (manifest.splits.get(name, empty) for name in ("train", "val"))
-    buckets = _rows(train, data)
+    packing = _Packing(directory, manifest, data)
+    buckets = packing.rows(train)
     order, total = None, None if data.on_exhaustion == "repeat" else sum(buckets.values())
     if data.curriculum:
         order = _order(buckets, config)
@@ -112,11 +115,12 @@ def look(config: Config, registry: Registry) -> DataOutlook:
         train_tokens=train.tokens,
         val_tokens=val.tokens,
         buckets=buckets,
-        val_rows=sum(_rows(val, data).values()),
+        val_rows=sum(packing.rows(val).values()),
         val_at_most=val.tokens,
         fingerprints={"dataset": manifest.fingerprint, "tokenizer": manifest.tokenizer},
         total=total,
         order=order,
+        unpacked=not packing.is_known(train),
     )
 
 
@@ -191,12 +195,32 @@ def _order(buckets: Mapping[str, int], config: Config) -> Mixture:
     return mixture(buckets, data.curriculum, data.on_exhaustion, max_length=data.max_length, seed=seed)
 
 
-def _rows(split: SplitRecord, data: DataConfig) -> dict[str, int]:
-    """Rows of each bucket; exact for packing ``concat``, a lower bound for ``best_fit``, which leaves some space."""
-    return {
-        name: sum(-(-shard.tokens // data.max_length) for shard in split.buckets[name])
-        for name in sorted(split.buckets)
-    }
+@frozen
+class _Packing:
+    """Rows that a dataset's shards have."""
+
+    directory: Path
+    manifest: Manifest
+    data: DataConfig
+
+    def rows(self, split: SplitRecord) -> dict[str, int]:
+        """Of each bucket; at least so many where ``best_fit``, which leaves some space, was not done yet."""
+        return {name: sum(map(self._of, split.buckets[name])) for name in sorted(split.buckets)}
+
+    def is_known(self, split: SplitRecord) -> bool:
+        """Whether they are exactly so many."""
+        shards = [shard for bucket in split.buckets.values() for shard in bucket]
+        return self.data.packing == "concat" or all(self._index(shard).exists() for shard in shards)
+
+    def _of(self, shard: ShardRecord) -> int:
+        if self.data.packing == "best_fit" and (index := self._index(shard)).exists():
+            import numpy as np
+
+            return len(np.load(index, mmap_mode="r", allow_pickle=False))
+        return -(-shard.tokens // self.data.max_length)
+
+    def _index(self, shard: ShardRecord) -> Path:
+        return packing_of(shard.name, self.directory, self.manifest, self.data) / "row_targets.npy"
 
 
 def _size(source: Source | Shards) -> int | None:

@@ -13,6 +13,7 @@ from attrs import field, frozen
 
 from gpt_simple.assembly import Assembly, Questions, under_check
 from gpt_simple.config.schema import Config
+from gpt_simple.errors import GptSimpleError
 from gpt_simple.hooks.components import BUILTIN, Component, Registry, builtin_registry
 
 if TYPE_CHECKING:
@@ -93,6 +94,20 @@ class Outlook:
         from gpt_simple.validate.resume import look
 
         return look(self)
+
+    @property
+    def done(self) -> tuple[int, int]:
+        """Steps and samples that were made before; none where the run would be refused."""
+        try:
+            return self.resume.step, self.resume.samples
+        except GptSimpleError:
+            return 0, 0  # a finding of its own
+
+    @property
+    def samples(self) -> int:
+        """Samples of the run from its first step on, those of another batch before it goes on included."""
+        step, samples = self.done
+        return samples + max(0, self.config.training.max_steps - step) * self.rows_per_step
 
     @cached_property
     def output(self) -> OutputOutlook:

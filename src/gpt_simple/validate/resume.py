@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @frozen
 class ResumeOutlook:
-    """``scratch``, ``resume`` from ``path`` at ``step``, or ``finished``; ``skipped`` are damaged ones that are newer.
+    """``scratch``, ``resume`` from ``path`` at ``step`` after so many ``samples``, or ``finished``; ``skipped`` are
+    damaged checkpoints that are newer.
 
     ``promise`` is what going on keeps: ``bit-exact``, ``order-exact: ...`` or ``changed: ...``, as far as the
     configuration, the data and the installed torch tell.
@@ -31,6 +32,7 @@ class ResumeOutlook:
     path: Path | None = None
     promise: str = ""
     skipped: Sequence[tuple[Path, str]] = ()
+    samples: int = 0
 
 
 @define
@@ -61,4 +63,5 @@ def look(outlook: Outlook) -> ResumeOutlook:
     numerics = saved["numerics"] | {"torch": version("torch"), "processes": outlook.questions.world_size}
     now = engine.identity(config, data=data, numerics=numerics, plugins=outlook.plugins)
     promise = engine.promise(saved, now)
-    return ResumeOutlook(plan.kind, plan.checkpoint.step, plan.checkpoint.path, promise, plan.skipped)
+    step, path = plan.checkpoint.step, plan.checkpoint.path
+    return ResumeOutlook(plan.kind, step, path, promise, plan.skipped, plan.state["samples"])

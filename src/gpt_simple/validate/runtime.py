@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from attrs import frozen
 
-from gpt_simple.errors import ConfigError, GptSimpleError
+from gpt_simple.errors import ConfigError
 from gpt_simple.model.flops import flops_per_token, parameter_count
 from gpt_simple.validate.devices import find_card
 from gpt_simple.validate.environment import free_memory
@@ -155,7 +155,7 @@ def _estimated(outlook: Outlook) -> Pace | None:
 def _pace(outlook: Outlook, measured: bool, basis: str, step: float, batch: float, first: float) -> Pace:
     """From the seconds of a step, of a batch of an evaluation and of the first step to what is left of the run."""
     config, training, world = outlook.config, outlook.config.training, outlook.questions.world_size
-    done = min(_steps_done(outlook), training.max_steps)
+    done = min(outlook.done[0], training.max_steps)
     left, first = training.max_steps - done, first if done < training.max_steps else 0.0
 
     def events_left(every: int) -> int:
@@ -177,13 +177,6 @@ def _pace(outlook: Outlook, measured: bool, basis: str, step: float, batch: floa
         evaluation_seconds=evaluations * batches * batch if outlook.data.val_tokens is not None else None,
         saving_seconds=saves * (outlook.output.checkpoint_bytes or 0) / _WRITING,
     )
-
-
-def _steps_done(outlook: Outlook) -> int:
-    try:
-        return outlook.resume.step
-    except GptSimpleError:
-        return 0  # a finding of its own
 
 
 def _repeat(work: Any, device: Any) -> list[float]:
