@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,7 +69,9 @@ def test_a_run_of_which_the_server_has_a_part_is_uploaded_under_another_id(
     assert [row["step"] for row in whole.rows if "train/loss" in row] == [2, 4, 6]
 
 
-def test_upload_of_no_run_exits_4(shell: Shell) -> None:
+def test_upload_of_no_run_exits_4(shell: Shell, here: Path) -> None:
     ended = shell("wandb", "upload", "nowhere")
     assert ended.code == 4
     assert "there is no run in nowhere" in ended.err
+    file = shell("wandb", "upload", "config.toml")
+    assert (file.code, file.err.count("\n")) == (4, 1)

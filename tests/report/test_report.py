@@ -134,6 +134,13 @@ def test_a_step_has_the_sample_of_each_prompt(make: Make) -> None:
     assert [text.text for text in step.iter("pre")] == ["One", "Two"]
 
 
+def test_steps_of_the_rows_count_before_the_status_knows_them(make: Make) -> None:
+    root = make("a")
+    (root / "status.json").write_text('{"state": "running", "step": 40, "max_steps": 200}')
+    table = next(parsed(page([read_history(root, "a")])).iter("table"))
+    assert {str(row.findtext("th")): row.findtext("td") for row in table.iter("tr")}["steps"] == "100 of 200"
+
+
 def test_samples_that_are_left_out_are_counted(make: Make) -> None:
     rows = [train(100), *(event(step, "sample", "Once") for step in range(1, 17))]
     root = parsed(page([read_history(make("a", rows), "a")]))
@@ -244,6 +251,9 @@ def test_the_start_of_a_loss_may_run_off_the_top_so_that_the_rest_is_seen() -> N
 def test_a_report_of_no_run_exits_4_and_an_unwritable_place_2(shell: Shell, make: Make, tmp_path: Path) -> None:
     missing = shell("report", str(tmp_path / "nowhere"))
     assert (missing.code, missing.err.count("\n")) == (4, 1)
+    (tmp_path / "file").touch()
+    no_directory = shell("report", str(tmp_path / "file"))
+    assert (no_directory.code, no_directory.err.count("\n")) == (4, 1)
     unwritable = shell("report", str(make("a")), "-o", str(tmp_path / "no/such/place.html"))
     assert (unwritable.code, unwritable.err.count("\n")) == (2, 1)
 

@@ -159,7 +159,7 @@ def _refused(project: str) -> str | None:
 
     try:
         wandb.Settings(project=project)
-    except wandb.UsageError as error:
+    except wandb.errors.UsageError as error:
         return _first_line(error)
     return None
 

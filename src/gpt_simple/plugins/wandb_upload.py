@@ -112,5 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
         return document
     except FileNotFoundError:
         raise CheckpointError(f"there is no run in {path.parent}: expected a training.output_dir of a run") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): expected the directory of a run") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error

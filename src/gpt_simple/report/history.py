@@ -130,6 +130,10 @@ def read_history(root: Path, label: str) -> History:
         raise CheckpointError(
             f"{error.filename} is missing: expected a training.output_dir of a run with the plugin metrics"
         ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename} cannot be read ({error.strerror}): expected a training.output_dir of a run"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{run_dir.run_json} is damaged ({type(error).__name__}: {error})") from error
     return History(

@@ -87,7 +87,9 @@ def _facts(history: History) -> dict[str, str]:
     bits, rates, memory = map(history.values, ("eval/bits_per_byte", "perf/tokens_per_second", "memory/peak_gib"))
     values = {
         "status": status.state + (f": {status.reason}" if status.reason else ""),
-        "steps": f"{status.step:,}" + (f" of {status.max_steps:,}" if status.max_steps else ""),
+        # The status may be a second old.
+        "steps": f"{max(status.step, train.get('step', 0)):,}"
+        + (f" of {status.max_steps:,}" if status.max_steps else ""),
         "tokens": si(train["tokens"]) if train else None,
         "training loss": _last(history.rows["train"], "train/loss"),
         "validation loss": _last(history.rows["eval"], "eval/loss"),
