@@ -63,6 +63,15 @@ def test_one_clear_error_and_nothing_changed(shell: Shell, here: Path, case: str
     assert snapshot(here) == before
 
 
+@pytest.mark.parametrize("command", ["run", "validate"])
+@pytest.mark.parametrize("key", ["data.path", "data.tokenizer", "plugins.\x1b[31m.x"])
+def test_no_value_acts_on_the_terminal(shell: Shell, here: Path, command: str, key: str) -> None:
+    ended = shell(command, "config.toml", f"--{key}=\x1b]0;title\x07", "--data.source=files")
+    assert ended.code != 0
+    assert r"\x1b" in ended.out + ended.err
+    assert all(line.isprintable() for line in (ended.out + ended.err).splitlines())
+
+
 def test_all_errors_of_a_file_come_at_once_with_their_lines(shell: Shell, here: Path) -> None:
     (here / "bad.yaml").write_text(
         "training:\n  max_step: 5\n  compile: 'false'\n  max_steps: 1000.7\n"

@@ -49,6 +49,23 @@ def _run_block(page: Path, language: str, text: str, namespace: dict[str, object
         assemble(path)
 
 
+def test_the_architecture_names_what_is_there() -> None:
+    text, package = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), ROOT / "src" / "gpt_simple"
+    rooms = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*\| *((?:`\w+\.py`(?:, )?)*) *\|$", text, re.MULTILINE)
+    named = {name for names, _ in rooms for name in re.findall(r"\w+", names)}
+    there = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert named == there - {"__init__", "__main__", "assembly", "api"}
+    for room, files in rooms:
+        assert all((package / room.strip("`") / file).is_file() for file in re.findall(r"\w+\.py", files)), room
+    stages = " ".join(re.findall(r"^\| \w+ \| (`[^|]+`) \|", text, re.MULTILINE))
+    code = {path.stem: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    methods = re.findall(r"`(\w+)\.(\w+)`", stages)
+    assert ("Trainer", "train") in methods
+    for owner, name in methods:
+        homes = [body for stem, body in code.items() if stem == owner or re.search(rf"^class {owner}\b", body, re.M)]
+        assert any(f"def {name}(" in body for body in homes), f"{owner}.{name}"
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     broken = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / link).exists()]

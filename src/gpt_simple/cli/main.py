@@ -54,8 +54,10 @@ def _run(arguments: list[str]) -> int:
         outcome = _group().main(arguments, prog_name=PROGRAM, standalone_mode=False)
     except GptSimpleError as error:
         if not error.silent:
+            from gpt_simple.config.mistakes import printable
+
             with suppress(OSError):  # the terminal is gone: the exit code is all that is left to say
-                sys.stderr.write(f"error: {error}\n")  # in one piece: other processes may write there too
+                sys.stderr.write(printable(f"error: {error}\n"))  # in one piece: other processes may write there too
         return int(error.exit_code)
     except click.exceptions.Exit as leave:
         return leave.exit_code

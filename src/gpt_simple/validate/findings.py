@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from attrs import asdict
 
+from gpt_simple.config.mistakes import printable
 from gpt_simple.errors import GptSimpleError
 from gpt_simple.hooks.answers import Finding
 
@@ -62,7 +63,7 @@ def to_table(findings: Sequence[Finding], *, width: int | None = None) -> str:
     for finding in sorted(findings, key=lambda finding: _RANK[finding.severity]):
         head = f"{_MARK[finding.severity]:<6} {finding.code:<{column}}  "
         place = f"{finding.place}: " if finding.place and finding.severity != "info" else ""
-        text = f"{place}{finding.message}" + (f"; {finding.hint}" if finding.hint else "")
+        text = printable(f"{place}{finding.message}" + (f"; {finding.hint}" if finding.hint else ""))
         body = [part for line in text.splitlines() for part in textwrap.wrap(line, width - len(head)) or [""]]
         lines += [(head if number == 0 else " " * len(head)) + part for number, part in enumerate(body)]
     counts = {kind: sum(finding.severity == kind for finding in findings) for kind in _RANK}
