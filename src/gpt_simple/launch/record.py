@@ -58,7 +58,10 @@ class Records:
         record = Record(rank, os.getpid())
         # Signed in first and asked afterwards: so a launcher that is stopping meets either the process or its question.
         earlier = self._read(self._path(rank))
-        self._write(record)
+        try:
+            self._write(record)
+        except FileNotFoundError:
+            return None  # the launcher was stopped before it knew of this process, and has left
         if (self.directory / _NO_MORE).exists():
             self._write(evolve(earlier, pid=record.pid) if earlier else record)
             return None
