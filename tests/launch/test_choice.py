@@ -31,7 +31,9 @@ def test_nothing_is_launched_unless_it_is_asked_for() -> None:
         (("0", None, None, None), "--nproc_per_node 0"),
         (("many", None, None, None), "--nproc_per_node many"),
         (("2", "two", "h:1", None), "--nnodes two"),
+        (("2", "2:3", "h:1", None), "--nnodes 2:3: expected a number of machines"),
         (("2", "2", None, None), "--rdzv_endpoint HOST:PORT"),
+        (("2", None, "h:1", None), "--rdzv_endpoint h:1 is for several machines: add --nnodes"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused_by_name(options: tuple[Any, ...], named: str) -> None:
@@ -98,6 +100,10 @@ def test_processes_that_come_too_late_leave_what_was_said(tmp_path: Path) -> Non
     assert [(left.code, left.message) for left in records.read()] == [(3, "no data")]
 
 
+def test_a_process_whose_launcher_has_left_does_not_begin(tmp_path: Path) -> None:
+    assert Records(tmp_path / "gone").begin(0) is None
+
+
 def outcome(*records: Record, failures: dict[int, Any] | None = None, signals: list[Any] | None = None) -> int:
     return _outcome(records, failures or {}, _Signals(Records(Path("unused")), signals or []))
 
@@ -135,7 +141,7 @@ def test_a_process_that_left_as_if_all_were_done_is_named() -> None:
         outcome(echo, Record(1, 2), failures={0: failure(1)})
 
 
-@pytest.mark.parametrize("endpoint", ["nohost.invalid:29500", "localhost:soon", ":29500"])
+@pytest.mark.parametrize("endpoint", ["nohost.invalid:29500", "localhost:soon", "localhost:65536", ":29500"])
 def test_a_meeting_point_that_cannot_be_is_refused_at_once(endpoint: str) -> None:
     launch = Launch.asked("1", "2", endpoint, None)
     assert launch is not None

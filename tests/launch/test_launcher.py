@@ -70,7 +70,12 @@ def status(here: Path) -> dict[str, object]:
 
 
 def test_two_processes_train_like_one_and_one_of_them_speaks(here: Path) -> None:
-    two = gpt_simple("--nproc_per_node", "2")
+    with socket.socket() as taken:
+        # A script for several machines that got one: nobody has to be met at a port that others may use.
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+        two = gpt_simple("--nproc_per_node", "2", "--nnodes", "1", "--rdzv_endpoint", endpoint)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("step=4 tokens=512 loss=") == 1
     assert "2 processes" in two.stdout

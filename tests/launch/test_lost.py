@@ -6,6 +6,9 @@ import os
 import re
 import signal
 import time
+import warnings
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 
 import gpt_simple
 from gpt_simple import Plugin, hookimpl
+from gpt_simple.cli.main import main
 from gpt_simple.hooks import HOOKS
 from tests.launch.conftest import Ranks, tiny
 from tests.launch.test_same_numbers import Everywhere
@@ -40,6 +44,37 @@ def test_a_difference_in_the_plugins_is_named_at_start(ranks: Ranks, tmp_path: P
     assert [(rank, error) for rank, error, _ in told(answers)] == [(0, "ConfigError")]
     assert "process 1: plugins is [" in answers[0]["text"]
     assert "only" in answers[0]["text"]
+
+
+@pytest.mark.parametrize("mistaken", [{0, 1, 2}, {1}])
+def test_a_mistake_found_before_the_processes_meet_is_told_once_whoever_started_them(
+    ranks: Ranks, here: Path, mistaken: set[int]
+) -> None:
+    """Under torchrun itself and srun, where no launcher of ours gathers the messages."""
+
+    def work(rank: int) -> Any:
+        options = ["--training.max_steps", "abc"] if rank in mistaken else []
+        with redirect_stderr(StringIO()) as shown, pytest.raises(SystemExit) as leaving:
+            main(["run", "config.toml", *options])
+        return [leaving.value.code, shown.getvalue().splitlines()]
+
+    codes, lines = zip(*ranks(3, work), strict=True)
+    assert codes == (2, 2, 2)
+    told = [0 if rank != min(mistaken) else 1 for rank in range(3)]
+    assert [len(shown) for shown in lines] == told, lines
+    assert lines[min(mistaken)][0].startswith("error: --training.max_steps: expected an integer")
+    assert not (here / "out").exists()
+
+
+def test_processes_without_a_number_of_threads_share_the_cores_and_do_not_warn(ranks: Ranks, tmp_path: Path) -> None:
+    def work(rank: int) -> list[str]:
+        del os.environ["OMP_NUM_THREADS"]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tiny(tmp_path / "run", training__max_steps=1)
+        return [str(warning.message) for warning in caught if "THREADS" in str(warning.message)]
+
+    assert ranks(2, work) == [[], []]
 
 
 def test_processes_that_find_other_files_are_told(

@@ -13,7 +13,7 @@ from attrs import evolve
 from gpt_simple.assembly import Assembly, assemble
 from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
 from gpt_simple.cli.main import BEGAN
-from gpt_simple.errors import ExitCode
+from gpt_simple.errors import ExitCode, GptSimpleError
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.launch import member
 from gpt_simple.launch.record import Records
@@ -63,13 +63,23 @@ def _train(
         assembly = assemble(path or option, overrides=[*overrides, *more], switches=switches)
         return evolve(assembly, arguments=[context.info_name or "run", *context.meta[_GIVEN]])
 
+    def check_together() -> Assembly:
+        try:
+            return check()
+        except GptSimpleError as error:
+            if not member.tells_alone(os.environ):
+                raise
+            from gpt_simple.engine.parallel import told_once
+
+            raise told_once(error) from None
+
     def work() -> int:
         asked: list[str] = []
         with stop_on_signals(asked.append):
             return go(asked)
 
     def go(asked: list[str]) -> int:
-        assembly, fresh = check(), force
+        assembly, fresh = check_together(), force
         if member.is_restarted() and _has_begun(assembly):
             # Whatever it began with, it goes on now from what it has reached.
             assembly, fresh = check(("training.resume", "auto")), False

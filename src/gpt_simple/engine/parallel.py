@@ -82,15 +82,18 @@ class World:
 
         size, limit = int(os.environ.get("WORLD_SIZE", "1")), timedelta(seconds=timeout)
         try:
-            accelerator = Accelerator(
-                cpu=not torch.cuda.is_available(),
-                mixed_precision="no",
-                gradient_accumulation_steps=1,
-                kwargs_handlers=[
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=limit),
-                ],
-            )
+            with warnings.catch_warnings():
+                # It divides a CPU's cores among the processes; the run's first lines say how many each has.
+                warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
+                accelerator = Accelerator(
+                    cpu=not torch.cuda.is_available(),
+                    mixed_precision="no",
+                    gradient_accumulation_steps=1,
+                    kwargs_handlers=[
+                        DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                        InitProcessGroupKwargs(timeout=limit),
+                    ],
+                )
         except dist.DistError as error:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise GptSimpleError(
@@ -198,7 +201,7 @@ class World:
 
     def compare(self, facts: Callable[[], Mapping[str, Any]], remedy: str) -> None:
         """Raise ConfigError, once, with every difference if processes do not have the same ``facts``."""
-        mine = facts()
+        mine = self.together(facts)
         if len(set(self.gather(_digest(mine)))) == 1:
             return
         everybody = self.gather(dict(mine))
@@ -283,6 +286,23 @@ class World:
     def leave(self) -> None:
         """Undo what joining changed. The group stays: Accelerate keeps one per process for ever."""
         torch.set_num_threads(self._threads)
+
+
+def told_once(error: GptSimpleError, seconds: float = 20.0) -> GptSimpleError:
+    """What to leave with when ``error`` was found before the processes met: itself, or PeerFailed where another one has
+    it too and tells it, or has another. Itself as well if they do not meet within ``seconds``.
+    """
+
+    def fail() -> None:
+        raise error
+
+    try:
+        World.join(seconds).together(fail)  # the others, if they found nothing, are in their first World.compare
+    except PeerFailed as echo:
+        return echo
+    except Exception:
+        return error
+    return error
 
 
 def disband() -> None:

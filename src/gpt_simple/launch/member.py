@@ -81,6 +81,11 @@ def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
     }
 
 
+def tells_alone(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several processes of which nobody gathers the messages, as our launcher would."""
+    return _count(environment, "WORLD_SIZE") > 1 and Records.of_this_launch(environment) is None
+
+
 def is_restarted() -> bool:
     """Whether torchrun has started the processes again, after one of them failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

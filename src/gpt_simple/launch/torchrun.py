@@ -50,10 +50,12 @@ class Launch:
             return None
         if nproc_per_node not in (None, "auto") and not re.fullmatch(r"[1-9]\d*", str(nproc_per_node)):
             raise ConfigError(f'--nproc_per_node {nproc_per_node}: expected a number of processes or "auto"')
-        if nnodes is not None and not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", nnodes):
-            raise ConfigError(f"--nnodes {nnodes}: expected a number of machines, or MIN:MAX")
+        if nnodes is not None and not re.fullmatch(r"[1-9]\d*", nnodes):
+            raise ConfigError(f"--nnodes {nnodes}: expected a number of machines, which stays the same for the launch")
         if nnodes not in (None, "1") and not rdzv_endpoint:
             raise ConfigError(f"--nnodes {nnodes} needs --rdzv_endpoint HOST:PORT, the same on every machine")
+        if nnodes is None and rdzv_endpoint:
+            raise ConfigError(f"--rdzv_endpoint {rdzv_endpoint} is for several machines: add --nnodes N on each one")
         return cls(nproc_per_node or "1", nnodes or "1", rdzv_endpoint or "", max_restarts or 0)
 
     def joins(self, environment: Mapping[str, str]) -> bool:
@@ -90,9 +92,12 @@ class Launch:
 
     def _agent(self, command: Sequence[str], directory: str) -> Mapping[int, Any]:
         """Run torchrun's agent to its end. Returns what it knows of the processes that failed, by rank."""
-        # Its stack traces of a meeting that fails.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # Its stack traces of a meeting that fails. It reads this as it is loaded, and the processes set their own.
+        says = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         import torch
+
+        if says == "FATAL":
+            del os.environ["TORCH_CPP_LOG_LEVEL"]
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous import RendezvousError
@@ -106,15 +111,15 @@ class Launch:
         if self.max_restarts:
             # A shared store would show processes that were restarted the addresses of those before them.
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        least, _, most = self.nnodes.partition(":")
+        alone = self.nnodes == "1"  # then any free port does, whatever a script for several machines says
         config = LaunchConfig(
-            min_nodes=int(least),
-            max_nodes=int(most or least),
+            min_nodes=int(self.nnodes),
+            max_nodes=int(self.nnodes),
             nproc_per_node=count,
-            run_id=uuid.uuid4().hex if self.nnodes == "1" else "gpt-simple",
+            run_id=uuid.uuid4().hex if alone else "gpt-simple",
             rdzv_backend="c10d",
-            rdzv_endpoint=self.rdzv_endpoint or "localhost:0",
-            local_addr="localhost" if self.nnodes == "1" else None,
+            rdzv_endpoint="localhost:0" if alone else self.rdzv_endpoint,
+            local_addr="localhost" if alone else None,
             max_restarts=self.max_restarts,
             # Ours stay: its own would end processes that are still saving.
             signals_to_handle="",
@@ -136,7 +141,7 @@ class Launch:
 def _check_endpoint(endpoint: str) -> None:
     """Refuse at once what torch would try to reach for minutes."""
     host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "")
-    if endpoint and (not host or (port and not port.isdecimal())):
+    if endpoint and (not host or (port and not (port.isdecimal() and 0 < int(port) < 65536))):
         raise ConfigError(f"--rdzv_endpoint {endpoint}: expected HOST:PORT, the same on every machine")
     try:
         socket.getaddrinfo(host.strip("[]") or None, port or "0")
