@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gpt_simple import Config
+from gpt_simple import CheckpointError, Config
 from gpt_simple.config.schema import PluginsConfig
 from gpt_simple.engine.resume import identity, promise
 
@@ -43,6 +43,25 @@ ORDER = " (the order of samples is another from here on: some come twice, others
 )
 def test_every_difference_is_told(later: dict[str, Any], expected: str) -> None:
     assert promise(SAVED, later) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            {"data__max_documents": 9, "data__num_workers": 2},
+            ["data.max_documents None -> 9", "tokenizer fingerprint t -> u"],
+        ),
+        (
+            {"training__seed": 2},
+            ["tokenizer fingerprint t -> u", "the configuration is the same: the files are others"],
+        ),
+    ],
+)
+def test_other_data_are_refused_with_what_was_asked_for(config: dict[str, Any], told: list[str]) -> None:
+    with pytest.raises(CheckpointError, match="of another model, tokenizer or data set") as refused:
+        promise(SAVED, now(**config) | {"data": {"tokenizer": "u"}})
+    assert str(refused.value).splitlines()[1:-1] == [f"  {line}" for line in told]
 
 
 def test_a_plugin_of_somebody_else_may_change_what_is_learned() -> None:

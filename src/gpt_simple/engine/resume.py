@@ -153,7 +153,12 @@ def promise(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     fatal = [
         line for key, line in changed.items() if key in _ROWS or (key.startswith("model.") and key not in _MODEL_FREE)
     ]
-    fatal += _differences(saved["data"], now["data"]).values()
+    if other := _differences(_short(saved["data"]), _short(now["data"])):
+        # What was asked for says more than that something else came of it.
+        asked = [
+            line for key, line in changed.items() if key.startswith("data.") and key not in (*_ROWS, "data.num_workers")
+        ]
+        fatal += [*asked, *other.values(), *([] if asked else ["the configuration is the same: the files are others"])]
     if fatal:
         listing = "".join(f"\n  {line}" for line in fatal)
         raise CheckpointError(
@@ -175,6 +180,10 @@ def _order(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """What decides which sample comes when."""
     seed = config.get("data.seed")
     return config.get("training.seed") if seed is None else seed, config.get("data.curriculum")
+
+
+def _short(fingerprints: Mapping[str, str]) -> dict[str, str]:
+    return {f"{name} fingerprint": text[:12] for name, text in fingerprints.items()}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
