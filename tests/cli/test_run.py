@@ -36,9 +36,15 @@ def test_a_run_completes_and_leaves_its_files(shell: Shell, here: Path, argument
 def test_overrides_in_both_forms_beat_the_file(shell: Shell, here: Path) -> None:
     assert shell("run", "config.toml", "--training.max_steps", "2", "--training.output_dir=elsewhere").code == 0
     assert json.loads((here / "elsewhere/status.json").read_text())["step"] == 2
-    config = json.loads((here / "elsewhere/run.json").read_text())["facts"]
-    assert config["config"]["training.max_steps"] == 2
-    assert config["origins"]["training.max_steps"] == "--training.max_steps"
+    ran = json.loads((here / "elsewhere/run.json").read_text())["facts"]
+    assert ran["config"]["training.max_steps"] == 2
+    assert ran["origins"]["training.max_steps"] == "--training.max_steps"
+    assert ran["origins"]["model.n_embd"] == "config.toml:2"
+    assert {"python", "torch", "numpy"} <= ran["versions"].keys()
+    assert {"dataset", "tokenizer"} <= ran["data"].keys()
+    assert ran["plugins"]["console"].startswith("gpt-simple-trainer ")
+    assert ran["run"]["device"].startswith("cpu")
+    assert {"processes", "threads", "machine"} <= ran["numerics"].keys()
 
 
 def test_a_finished_run_says_so_and_goes_on_when_steps_are_added(shell: Shell, here: Path) -> None:
@@ -52,6 +58,8 @@ def test_a_finished_run_says_so_and_goes_on_when_steps_are_added(shell: Shell, h
     assert longer.code == 0
     assert "changed: training.max_steps 4 -> 6" in longer.out
     assert json.loads((here / "out/summary.json").read_text())["steps"] == 6
+    lineage = json.loads((here / "out/run.json").read_text())["lineage"]
+    assert [(launch["step"], launch["from"]) for launch in lineage] == [(0, None), (4, "out/checkpoints/step-00000004")]
 
 
 def test_scratch_is_refused_over_checkpoints_and_force_discards_them(shell: Shell, here: Path) -> None:
@@ -134,6 +142,8 @@ def test_damage_is_neither_passed_over_nor_removed_where_resume_names_a_path(she
     assert refused.code == 4
     assert "no checkpoint in out/checkpoints can be used" in refused.err
     assert "step-00000004/model.safetensors is damaged" in refused.err
+    auto = shell("run", "config.toml")
+    assert (auto.code, auto.err) == (4, refused.err)
     assert {path: path.read_bytes() for path in kept} == kept
 
     kept = {path: path.read_bytes() for path in damage(here / "first", 4)}

@@ -323,8 +323,9 @@ def test_leftovers_of_a_dead_process_are_swept_at_the_start(tiny: TinyRun) -> No
 def test_two_runs_in_one_directory_are_one(apart: Callable[..., Ended], tiny: TinyRun) -> None:
     def second(run: Any) -> None:
         before = sorted(run.output_dir.rglob("*"))
-        with pytest.raises(GptSimpleError, match="is in use by process"):
-            tiny()
+        for force in (False, True):
+            with pytest.raises(GptSimpleError, match="is in use by process"):
+                tiny(force=force)
         assert sorted(run.output_dir.rglob("*")) == before
 
     assert apart(plugins=[At("on_step_end", 3, second)]).code == 0

@@ -1,4 +1,4 @@
-"""What happens around a run: a disk that is really full, a clock that is set."""
+"""What happens around a run: a disk that is really full, a clock that is set, another run that is faster."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from gpt_simple import hookimpl
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.lineage import read_metrics
+from tests.checkpoint.faults import FINISHED, outcome, start
 from tests.checkpoint.test_faults import small_disk
 from tests.engine.conftest import TinyRun, state_bytes
-from tests.faults.conftest import At, At2, Ended
+from tests.faults.conftest import At, At2, Ended, Everywhere
 
 __all__ = ["small_disk"]
 
@@ -90,3 +92,23 @@ def test_a_clock_that_jumps_a_day_changes_nothing(tiny: TinyRun, monkeypatch: py
         "step-00000012",
     ]
     assert state_bytes(result) == state_bytes(whole)
+
+
+def test_a_launch_that_another_overtook_changes_nothing_and_then_goes_on_from_its_work(
+    tiny: TinyRun, tmp_path: Path
+) -> None:
+    """Both looked and found nothing; the other one was done before this one claimed the directory."""
+
+    class Overtaken(Everywhere):
+        @hookimpl
+        def check_runtime(self, run: Any) -> list[Any]:
+            assert outcome(start(tiny)) == FINISHED
+            files.update({path: path.read_bytes() for path in (tmp_path / "run/checkpoints").rglob("*.*")})
+            return []
+
+    files: dict[Path, bytes] = {}
+    with pytest.raises(CheckpointError, match=r"another run has written to .* just now: start again"):
+        tiny(plugins=[Overtaken()])
+    assert files
+    assert {path: path.read_bytes() for path in files} == files
+    assert tiny(training__max_steps=8).steps == 8
