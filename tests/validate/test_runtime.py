@@ -30,9 +30,13 @@ def test_without_a_probe_a_card_gives_an_estimate_that_says_so(check: Check) -> 
 
 
 def test_checkpointing_costs_another_forward_pass(check: Check) -> None:
-    plain = check("--device", "h100")["runtime"]["fields"]["step_seconds"]
-    checkpointed = check("--device", "h100", "--training.gradient_checkpointing=true")["runtime"]["fields"]
-    assert checkpointed["step_seconds"] == pytest.approx(plain * 4 / 3)
+    def seconds(every: str) -> float:
+        arguments = ["--device=h100", "--model.n_layer=3", f"--training.gradient_checkpointing={every}"]
+        answer: float = check(*arguments)["runtime"]["fields"]["step_seconds"]
+        return answer
+
+    assert seconds("true") == pytest.approx(seconds("false") * 4 / 3)
+    assert seconds("2") == pytest.approx(seconds("false") * (3 + 2 / 3) / 3)
 
 
 def test_too_little_time_is_a_warning(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

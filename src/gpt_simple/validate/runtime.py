@@ -145,8 +145,9 @@ def _estimated(outlook: Outlook) -> Pace | None:
         return None
     rows, length = config.training.per_device_batch_size, config.data.max_length
     forward = flops_per_token(shape, length) / 3 * rows * length / (card.flops * mfu)
-    # The backward pass costs two forward passes, and another one where activations are computed again.
-    passes = 4 if config.training.gradient_checkpointing else 3
+    # The backward pass costs two forward passes, and another one of the blocks whose activations are computed again.
+    every = int(config.training.gradient_checkpointing)
+    passes = 3 + (-(-shape.n_layer // every) / shape.n_layer if every else 0)
     step = passes * forward * config.training.gradient_accumulation_steps
     basis = f"an estimate: {mfu:.0%} of the {card.flops / 1e12:.0f} TFLOP/s of a {card.name}"
     return _pace(outlook, False, basis, step, forward, 0.0)
