@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gpt_simple import CheckpointError, Config
-from gpt_simple.config.schema import PluginsConfig
+from gpt_simple.config.schema import Phase, PluginsConfig
+from gpt_simple.data.mixture import mixture
 from gpt_simple.engine.resume import identity, promise
 
 SAVED: dict[str, Any] = {
-    "config": {"data.seed": None, "training.seed": 1, "training.max_steps": 4, "data.curriculum": []},
+    "config": {
+        "data.seed": None,
+        "training.seed": 1,
+        "training.max_steps": 4,
+        "data.curriculum": [],
+        "data.max_length": 8,
+        "data.on_exhaustion": "repeat",
+    },
     "data": {"tokenizer": "t"},
     "numerics": {"processes": 2},
     "plugins": {"plugins.noise": "noise 1.0", "plugins.noise.scale": 0.1},
@@ -23,6 +33,8 @@ def now(processes: int = 2, **config: Any) -> dict[str, Any]:
     return {**SAVED, "config": {**SAVED["config"], **changed}, "numerics": {"processes": processes}}
 
 
+AHEAD = " (the curriculum up to here is the same: nothing comes twice or is left out)"
+READ = " (where a bucket has been read to its end before, the order of samples is another from here on)"
 ORDER = " (the order of samples is another from here on: some come twice, others not at all)"
 
 
@@ -36,13 +48,67 @@ ORDER = " (the order of samples is another from here on: some come twice, others
         (now(training__seed=2), f"changed: training.seed 1 -> 2{ORDER}"),
         (now(data__seed=1), "changed: data.seed None -> 1"),
         (
-            now(data__curriculum=[{"mix": {"a": 1.0}}]),
-            f"changed: data.curriculum [] -> [{{'mix': {{'a': 1.0}}}}]{ORDER}",
+            now(data__curriculum=[{"duration_tokens": 8, "mix": {"a": 1.0}}]),
+            f"changed: data.curriculum [] -> [{{'duration_tokens': 8, 'mix': {{'a': 1.0}}}}]{ORDER}",
         ),
     ],
 )
 def test_every_difference_is_told(later: dict[str, Any], expected: str) -> None:
-    assert promise(SAVED, later) == expected
+    assert promise(SAVED, later, 100) == expected
+
+
+def phases(*phases: tuple[int, dict[str, float]], **config: Any) -> dict[str, Any]:
+    """A launch with a curriculum of (samples, mix)."""
+    return now(data__curriculum=[{"duration_tokens": 8 * count, "mix": mix} for count, mix in phases], **config)
+
+
+A, B, C = {"a": 1.0}, {"a": 1.0, "b": 1.0}, {"b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("saved", "later", "note"),
+    [
+        (phases((60, A), (90, B), (1, C)), phases((60, A), (41, B), (1, A)), AHEAD),
+        (phases((60, A), (90, B), (1, C)), phases((60, A), (39, B), (1, A)), ORDER),
+        (phases((60, A), (90, B), (1, C)), phases((59, A), (90, B), (1, C)), ORDER),
+        (phases((60, A), (90, B)), phases((60, A), (90, C)), ORDER),
+        (phases((1, A)), phases((100, A), (1, B)), AHEAD),
+        (phases((1, A)), phases((99, A), (1, B)), ORDER),
+        (phases((1, A)), now(), ORDER),
+        (phases((1, A)), phases((1, A), data__on_exhaustion="halt"), ""),
+        (phases((1, A)), phases((1, A), data__on_exhaustion="renormalise"), READ),
+        (now(), now(data__on_exhaustion="renormalise"), ""),
+    ],
+)
+def test_a_curriculum_may_be_changed_from_here_on_and_another_past_is_told(
+    saved: dict[str, Any], later: dict[str, Any], note: str
+) -> None:
+    told = promise(saved, later, 100)
+    assert told.startswith("changed: data.")
+    assert told.endswith(note)
+    assert (" (" in told) == bool(note)
+
+
+def test_where_a_curriculum_is_said_to_be_the_same_up_to_here_so_is_the_order() -> None:
+    buckets, rng = {"a": 300, "b": 300}, random.Random(5)
+
+    def some() -> list[tuple[int, dict[str, float]]]:
+        return [(rng.choice([40, 60, 100]), rng.choice([A, B, C])) for _ in range(rng.choice([1, 2, 3]))]
+
+    kept = 0
+    for _ in range(200):
+        old, new = some(), some()
+        first = [
+            mixture(buckets, [Phase(8 * count, mix) for count, mix in each], "repeat", max_length=8, seed=1)
+            .locate(np.arange(100))
+            .tolist()
+            for each in (old, new)
+        ]
+        told = promise(phases(*old), phases(*new), 100)
+        if told.endswith(AHEAD):
+            kept += 1
+            assert first[0] == first[1]
+    assert kept > 5
 
 
 @pytest.mark.parametrize(
@@ -60,7 +126,7 @@ def test_every_difference_is_told(later: dict[str, Any], expected: str) -> None:
 )
 def test_other_data_are_refused_with_what_was_asked_for(config: dict[str, Any], told: list[str]) -> None:
     with pytest.raises(CheckpointError, match="of another model, tokenizer or data set") as refused:
-        promise(SAVED, now(**config) | {"data": {"tokenizer": "u"}})
+        promise(SAVED, now(**config) | {"data": {"tokenizer": "u"}}, 100)
     assert str(refused.value).splitlines()[1:-1] == [f"  {line}" for line in told]
 
 
@@ -74,9 +140,9 @@ def test_a_plugin_of_somebody_else_may_change_what_is_learned() -> None:
         return identity(config, data={}, numerics={}, plugins=everybody)
 
     saved = launched(0.1, noise="noise 1.0")
-    assert promise(saved, launched(0.1, noise="noise 1.0")) == "bit-exact"
-    assert promise(saved, launched(0.2, noise="noise 1.0")) == "changed: plugins.noise.scale 0.1 -> 0.2"
-    assert promise(saved, launched(0.1, noise="noise 1.1")) == "changed: plugins.noise noise 1.0 -> noise 1.1"
-    gone = promise(saved, launched(0.1))
+    assert promise(saved, launched(0.1, noise="noise 1.0"), 100) == "bit-exact"
+    assert promise(saved, launched(0.2, noise="noise 1.0"), 100) == "changed: plugins.noise.scale 0.1 -> 0.2"
+    assert promise(saved, launched(0.1, noise="noise 1.1"), 100) == "changed: plugins.noise noise 1.0 -> noise 1.1"
+    gone = promise(saved, launched(0.1), 100)
     assert gone == "changed: plugins.noise noise 1.0 -> None; plugins.noise.scale 0.1 -> None"
-    assert promise(launched(0.1), launched(0.1, noise="")).startswith("changed: plugins.noise None -> on")
+    assert promise(launched(0.1), launched(0.1, noise=""), 100).startswith("changed: plugins.noise None -> on")

@@ -44,6 +44,8 @@ _NEUTRAL = (
 # Fields that decide what a row of the data is: with another value the position means something else.
 _ROWS = ("data.max_length", "data.packing", "data.overlap_size", "data.document_mask")
 _ORDER = " (the order of samples is another from here on: some come twice, others not at all)"
+_AHEAD = " (the curriculum up to here is the same: nothing comes twice or is left out)"
+_READ = " (where a bucket has been read to its end before, the order of samples is another from here on)"
 # Fields of the model that can differ between two launches of one run.
 _MODEL_FREE = ("model.dropout",)
 
@@ -144,8 +146,8 @@ def flat(config: Config) -> dict[str, Any]:
     return leaves
 
 
-def promise(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What continuing as ``now`` from ``saved`` (both from ``identity``) keeps, in a phrase.
+def promise(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:
+    """What continuing as ``now`` from ``saved`` (both from ``identity``) after ``samples`` samples keeps, in a phrase.
 
     Raises CheckpointError with every difference if the model, the tokenizer or the data are others.
     """
@@ -169,17 +171,36 @@ def promise(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     free |= _differences(saved.get("plugins", {}), now["plugins"])
     numerics = _differences(saved["numerics"], now["numerics"])
     if free:
-        order = _ORDER if _order(saved["config"]) != _order(now["config"]) else ""
+        order = _order_kept(saved["config"], now["config"], samples)
         return f"changed: {'; '.join([*free.values(), *numerics.values()])}{order}"
     if numerics:
         return f"order-exact: same samples, other last digits ({'; '.join(numerics.values())})"
     return "bit-exact"
 
 
-def _order(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What decides which sample comes when."""
-    seed = config.get("data.seed")
-    return config.get("training.seed") if seed is None else seed, config.get("data.curriculum")
+def _order_kept(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:
+    """What becomes of the order of samples, where something that decides it is another."""
+    if _past(saved, samples) != _past(now, samples):
+        return _ORDER
+    if now.get("data.curriculum") and {saved["data.on_exhaustion"], now["data.on_exhaustion"]} == {
+        "repeat",
+        "renormalise",
+    }:
+        return _READ
+    return _AHEAD if saved.get("data.curriculum") != now.get("data.curriculum") else ""
+
+
+def _past(config: Mapping[str, Any], samples: int) -> tuple[Any, ...]:
+    """What has decided which samples came first: the seed, and the phases so far, each with its end."""
+    seed, phases, begin = config.get("data.seed"), [], 0
+    curriculum = config.get("data.curriculum") or []
+    for number, phase in enumerate(curriculum, 1):
+        if begin < samples:
+            # The last phase has no end; see data/mixture.py.
+            length = round(phase["duration_tokens"] / config["data.max_length"])
+            begin = samples if number == len(curriculum) else min(begin + length, samples)
+            phases.append((phase["mix"], begin))
+    return config.get("training.seed") if seed is None else seed, phases
 
 
 def _short(fingerprints: Mapping[str, str]) -> dict[str, str]:

@@ -87,9 +87,10 @@ class Setup:
         for part in self.assembly.components:
             part.load()
         if plan.kind == "resume":
-            self.promise = f"resumed from step {plan.state['step']}: {promise(plan.state['run'], self.identity)}"
+            kept = promise(plan.state["run"], self.identity, plan.state["samples"])
+            self.promise = f"resumed from step {plan.state['step']}: {kept}"
         elif plan.kind == "finished":
-            promise(plan.state["run"], self.identity)
+            promise(plan.state["run"], self.identity, plan.state["samples"])
         if self.calls.check_runtime is None and walltime is None:
             return
         with torch.device("meta"):

@@ -62,6 +62,5 @@ def look(outlook: Outlook) -> ResumeOutlook:
         data = saved["data"]  # a finding of its own
     numerics = saved["numerics"] | {"torch": version("torch"), "processes": outlook.questions.world_size}
     now = engine.identity(config, data=data, numerics=numerics, plugins=outlook.plugins)
-    promise = engine.promise(saved, now)
-    step, path = plan.checkpoint.step, plan.checkpoint.path
-    return ResumeOutlook(plan.kind, step, path, promise, plan.skipped, plan.state["samples"])
+    step, path, samples = plan.checkpoint.step, plan.checkpoint.path, plan.state["samples"]
+    return ResumeOutlook(plan.kind, step, path, engine.promise(saved, now, samples), plan.skipped, samples)
