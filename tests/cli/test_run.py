@@ -154,6 +154,17 @@ def test_damage_is_neither_passed_over_nor_removed_where_resume_names_a_path(she
         assert (path.parent.with_name("step-00000004.damaged") / path.name).read_bytes() == content
 
 
+def test_a_checkpoint_that_was_moved_anywhere_begins_another_run(shell: Shell, here: Path) -> None:
+    assert shell("run", "config.toml").code == 0
+    (here / "out/checkpoints/step-00000002").rename(here / "best")
+    ended = shell("run", "config.toml", "--training.output_dir", "branch", "--training.resume", "best")
+    assert ended.code == 0, ended.err
+    assert "resumed from step 2: bit-exact" in ended.out
+    for stem in ("model", "optimizer"):
+        whole, branch = (here / f"{run}/checkpoints/step-00000004/{stem}.safetensors" for run in ("out", "branch"))
+        assert branch.read_bytes() == whole.read_bytes()
+
+
 def damage(run: Path, step: int) -> list[Path]:
     """Flip a bit in a checkpoint; return its files."""
     directory = run / f"checkpoints/step-{step:08d}"

@@ -248,7 +248,7 @@ def _best_val_loss(plan: ResumePlan) -> float | None:
     """The lowest one so far. A checkpoint is written before its step is evaluated: that loss is in the metrics."""
     if plan.checkpoint is None:
         return None
-    metrics = RunDir(plan.checkpoint.path.parents[1]).metrics_jsonl
+    metrics = RunDir(plan.checkpoint.path.absolute().parent.parent).metrics_jsonl
     rows = read_metrics(metrics, "eval") if metrics.exists() else []
     losses = [row.get("eval/loss") for row in rows if row["step"] == plan.checkpoint.step]
     return min((loss for loss in (plan.state["best_val_loss"], *losses) if loss is not None), default=None)
