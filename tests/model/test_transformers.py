@@ -27,9 +27,11 @@ def logits_of(reference: nn.Module, ids: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("scaling", [None, "linear"])
+@pytest.mark.parametrize("scaling", [None, "linear", "ntk"])
 def test_llama(n_kv_head: int, tied: bool, scaling: str | None) -> None:
-    rope = {"rope_type": scaling or "default", "rope_theta": 500.0, "factor": 3.0}
+    rope, trained = {"rope_type": scaling or "default", "rope_theta": 500.0, "factor": 3.0}, LENGTH
+    if scaling == "ntk":  # theirs stretches by factor * length / trained - (factor - 1), which is 3 here
+        rope, trained = {**rope, "rope_type": "dynamic", "factor": 2.0}, LENGTH // 2
     reference = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=VOCAB,
@@ -38,7 +40,7 @@ def test_llama(n_kv_head: int, tied: bool, scaling: str | None) -> None:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=n_kv_head,
-            max_position_embeddings=LENGTH,
+            max_position_embeddings=trained,
             rms_norm_eps=1e-5,
             rope_parameters=rope,
             tie_word_embeddings=tied,
