@@ -34,6 +34,18 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
+def test_directories_are_looked_through_whatever_their_names_and_links_too(corpus: Path, tmp_path: Path) -> None:
+    """Some writers make a directory of parts with the name of a table."""
+    (corpus / "b").rename(corpus / "table.parquet")
+    (tmp_path / "elsewhere").mkdir()
+    pq.write_table(pa.table({"text": ["linked"]}), tmp_path / "elsewhere/d.parquet")
+    (corpus / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(corpus)
+    (corpus / ".hidden.parquet").write_bytes(b"")
+    source = build(DataConfig(path=str(corpus)), 0)
+    assert [document.text for document in source.stream()] == [*TEXTS[:120], "linked", *TEXTS[120:]]
+
+
 def settings(corpus: Path, **more: Any) -> dict[str, Any]:
     return {
         "data.source": "parquet",

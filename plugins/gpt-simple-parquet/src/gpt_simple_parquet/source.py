@@ -56,10 +56,24 @@ def build(config: DataConfig, seed: int) -> ParquetFiles:
 def _find(path: Path) -> list[Path]:
     if not path.exists():
         raise DataError(f"data.path {path}: no such file or directory (relative paths start at {Path.cwd()})")
-    found = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path]
+    found = sorted(_below(path, frozenset())) if path.is_dir() else [path]
     if not found:
         raise DataError(f"data.path {path}: the directory holds no {SUFFIX} files; name one that does")
     return found
+
+
+def _below(directory: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """Files in a directory and those in it, links too, but nothing hidden; a link to one ``above`` is not followed."""
+    here = directory.resolve()
+    if here in above:
+        return
+    with _reading(directory):
+        entries = [entry for entry in directory.iterdir() if not entry.name.startswith(".")]
+    for entry in entries:
+        if entry.is_dir():
+            yield from _below(entry, above | {here})
+        elif entry.name.endswith(SUFFIX):
+            yield entry
 
 
 def _check(file: Path, column: str) -> None:
