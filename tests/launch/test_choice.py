@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +150,29 @@ def test_a_meeting_point_that_cannot_be_is_refused_at_once(endpoint: str) -> Non
     assert launch is not None
     with pytest.raises(ConfigError, match=rf"--rdzv_endpoint {endpoint}: (expected HOST:PORT|the host .* cannot be)"):
         launch.run(["unused"])
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 400 Bad Request\r\n\r\n"])
+def test_a_meeting_point_where_something_else_listens_is_refused(
+    answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt_simple.launch.torchrun._ANSWER_SECONDS", 1.0)
+    kept = []
+
+    def serve(server: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                kept.append(server.accept()[0])
+                kept[-1].send(answer)
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        launch = Launch.asked("1", "2", f"127.0.0.1:{server.getsockname()[1]}", None)
+        assert launch is not None
+        with pytest.raises(ConfigError, match="something listens there that is no launcher; choose a free port"):
+            launch.run(["unused"])
 
 
 def test_a_variable_that_is_no_number_is_named() -> None:

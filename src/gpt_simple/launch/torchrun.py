@@ -12,10 +12,12 @@ import re
 import signal
 import socket
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +28,11 @@ from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
 from gpt_simple.launch.member import AGAIN, processes_here, under_torchrun
 from gpt_simple.launch.record import DIRECTORY, LAUNCHER, STARTED, Record, Records
 from gpt_simple.launch.signals import ONE_PRESS_SECONDS, asking
+
+_DEFAULT_PORT = "29400"  # torchrun's
+
+_ANSWER_SECONDS = 15.0
+"""How long a launcher that listens at the meeting point may take to answer."""
 
 
 class _Leave(BaseException):
@@ -112,6 +119,8 @@ class Launch:
             # A shared store would show processes that were restarted the addresses of those before them.
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         alone = self.nnodes == "1"  # then any free port does, whatever a script for several machines says
+        if not alone:
+            _check_answer(self.rdzv_endpoint)
         config = LaunchConfig(
             min_nodes=int(self.nnodes),
             max_nodes=int(self.nnodes),
@@ -147,6 +156,30 @@ def _check_endpoint(endpoint: str) -> None:
         socket.getaddrinfo(host.strip("[]") or None, port or "0")
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--rdzv_endpoint {endpoint}: the host {host} cannot be found ({error})") from None
+
+
+def _check_answer(endpoint: str) -> None:
+    """Refuse a port at which something else listens: torch would wait for its answer for ever, deaf to signals."""
+    from torch._C._distributed_c10d import TCPStore
+
+    host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", _DEFAULT_PORT)
+    host = host.strip("[]")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return  # nobody is there yet: torch listens there, or waits for the machine that will
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=_ANSWER_SECONDS))
+            answered.set()
+
+    threading.Thread(target=ask, name="ask-meeting-point", daemon=True).start()
+    if not answered.wait(_ANSWER_SECONDS):
+        raise ConfigError(
+            f"--rdzv_endpoint {endpoint}: something listens there that is no launcher; choose a free port"
+        )
 
 
 @define
