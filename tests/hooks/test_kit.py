@@ -108,10 +108,27 @@ def test_reading_a_tensor_is_found_however_it_is_done(read: Any) -> None:
     read(tensor)
 
 
-def test_processes_can_be_forked_after_the_test_itself_has_trained_with_several_threads() -> None:
+def test_a_tiny_run_has_one_thread_and_the_test_as_many_as_before() -> None:
+    seen: list[int] = []
+
+    class Looks(Plugin[NoConfig]):
+        @hookimpl
+        def on_step_end(self, run: Run, event: Any) -> None:
+            seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(Looks)
+        assert (set(seen), torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_processes_can_be_forked_after_the_test_itself_has_worked_with_several_threads() -> None:
     program = (
         "from gpt_simple.testing import train, train_on_ranks; import torch; torch.set_num_threads(2);"
-        "train(max_steps=2);"
+        "torch.ones(2000, 2000) @ torch.ones(2000, 2000); train(max_steps=2);"
         "print([outcome.error for outcome in train_on_ranks(timeout=30.0)])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

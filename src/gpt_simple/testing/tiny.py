@@ -86,14 +86,15 @@ def train(
     ``overrides`` are dotted keys of the configuration, the plugins' own too: ``{"plugins.csvlog.path": "a.csv"}``.
     ``enable`` names installed plugins, as ``-p`` does. A directory that holds a run is resumed; without one a temporary
     directory lives as long as the result. ``recorder`` is one to look at when the run raises, which it may: errors
-    leave as they do from ``gpt_simple.train``. ``wrap`` is put around every implementation of a hook.
+    leave as they do from ``gpt_simple.train``. ``wrap`` is put around every hook and method of a plugin. Torch has one
+    thread meanwhile.
     """
     directory = None if output_dir else tempfile.TemporaryDirectory(prefix="gpt-simple-testing-")
     root = Path(output_dir or directory.name)  # type: ignore[union-attr]
     recorder = recorder or Recorder()
     values = {**TINY, "training.output_dir": str(root), "training.max_steps": max_steps, **(overrides or {})}
     off = tuple(name for name in QUIET if name not in enable)
-    with _shared_cache():
+    with _shared_cache(), _one_thread():
         assembly = assemble(
             None, sections=_nested(values), switches=Switches(enable, off), plugins=[*plugins, recorder]
         )
@@ -112,6 +113,17 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
             table = table.setdefault(part, {})
         table[last] = value
     return sections
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several threads would spend their time waiting for each other: tensors are tiny, and tests run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
