@@ -12,8 +12,9 @@ from pathlib import Path
 import attrs
 import pytest
 
-from gpt_simple import Plugin, hookimpl
-from gpt_simple.hooks import HOOKS, answers, events
+import gpt_simple
+from gpt_simple import Plugin, hookimpl, hooks, testing
+from gpt_simple.hooks import HOOKS, Registry, answers, events, run
 from gpt_simple.hooks.dispatch import DISPATCHED, Calls
 from gpt_simple.hooks.lint import hooks_of, lint
 from gpt_simple.hooks.specs import HookSpecs
@@ -40,8 +41,23 @@ def catalogue() -> dict[str, object]:
             for name, value in sorted({**vars(events), **vars(answers)}.items())
             if isinstance(value, type) and attrs.has(value) and value.__module__ in (events.__name__, answers.__name__)
         },
-        "plugin": sorted(name for name in vars(Plugin) if not name.startswith("_")),
+        "plugin": {name: _signature(member) for name, member in vars(Plugin).items() if not name.startswith("_")},
+        "run": {
+            f"{name}.{member}": _signature(value)
+            for name, cls in sorted({**vars(run), "Registry": Registry}.items())
+            if isinstance(cls, type) and cls.__module__ in (run.__name__, Registry.__module__)
+            for member, value in vars(cls).items()
+            if not member.startswith("_")
+        },
+        "names": {module.__name__: sorted(module.__all__) for module in (gpt_simple, hooks, testing)},
     }
+
+
+def _signature(member: object) -> str:
+    function = member.fget if isinstance(member, property) else member
+    if not inspect.isfunction(function):
+        return repr(member) if isinstance(member, (str, int, tuple, type, type(None))) else type(member).__name__
+    return f"{'property ' if isinstance(member, property) else ''}{inspect.signature(function)}"
 
 
 def test_the_contract_is_the_one_that_was_published() -> None:
