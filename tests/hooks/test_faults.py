@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -115,6 +117,27 @@ def test_state_that_is_taken_back_leaves_torch_as_it_was(tmp_path: Path) -> None
     run(Keeps, output_dir=tmp_path)
     with pytest.raises(PluginError, match=r"plugin keeps .*failed in load_state_dict: .*gradients off"):
         train(Keeps, output_dir=tmp_path, max_steps=4)
+
+
+def test_what_the_import_of_a_plugin_makes_of_torch_does_not_reach_training(tmp_path: Path) -> None:
+    """In a process of its own, whose state nobody needs afterwards."""
+    file = tmp_path / "odd.py"
+    file.write_text(
+        "import torch\nfrom gpt_simple import Plugin\n"
+        "torch.set_default_device('meta')\ntorch.set_default_dtype(torch.float64)\n"
+        "held = [torch.inference_mode(), torch.autocast('cpu', torch.bfloat16)]\n"
+        "for mode in held:\n    mode.__enter__()\n"
+        "class Odd(Plugin):\n    pass\n"
+    )
+    program = (
+        "import sys, torch; from gpt_simple.testing import train\n"
+        "without = train(max_steps=2).weights\nodd = train(max_steps=2, enable=(sys.argv[1],)).weights\n"
+        "print(torch.empty(0).device.type, torch.get_default_dtype(), torch.is_grad_enabled(), "
+        "torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu'))\n"
+        "print(all(bool((value == odd[name]).all()) for name, value in without.items()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["meta torch.float64 False True True", "True"], done.stderr
 
 
 @pytest.mark.parametrize("hook", ["on_step_end", "on_metrics", "on_checkpoint_saved", "evaluate"])

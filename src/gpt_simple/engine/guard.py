@@ -47,7 +47,7 @@ def keeps_torch_state(implementation: Callable[..., Any]) -> Callable[..., Any]:
         training = model is not None and model.training
         autocasts = autocast_increment_nesting() - 1
         autocast_decrement_nesting()
-        kinds = _autocast_kinds() if autocasts else ()
+        kinds = autocast_kinds() if autocasts else ()
         try:
             result = implementation(*arguments)
         except BaseException:
@@ -118,7 +118,8 @@ def _leave_autocast(autocasts: int, kinds: tuple[str, ...]) -> list[str]:
     return ["autocast entered and not left"]
 
 
-def _autocast_kinds() -> tuple[str, ...]:
+def autocast_kinds() -> tuple[str, ...]:
+    """The types of devices that autocast is on for."""
     return tuple(kind for kind in _KINDS if torch.is_autocast_enabled(kind))
 
 

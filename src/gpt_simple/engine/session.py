@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._device as devices
 
 from gpt_simple import __version__
 from gpt_simple.assembly import Assembly, Questions
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.engine.compile import compile_flags, plan
-from gpt_simple.engine.guard import keeps_torch_state
+from gpt_simple.engine.guard import autocast_kinds, keeps_torch_state
 from gpt_simple.engine.ownership import Ownership
 from gpt_simple.engine.parallel import World
 from gpt_simple.engine.precision import resolve
@@ -42,7 +43,7 @@ from gpt_simple.run_dir.layout import RunDir, write_json
 
 @contextmanager
 def process_as_found() -> Iterator[None]:
-    """Random states, grad mode, default dtype and matmul precision are afterwards what they were before."""
+    """Training has torch's usual state, whatever the caller or a plugin's import made of it, which comes back after."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     grad, dtype, matmul = (
@@ -50,12 +51,21 @@ def process_as_found() -> Iterator[None]:
         torch.get_default_dtype(),
         torch.get_float32_matmul_precision(),
     )
+    device, autocasts = devices.CURRENT_DEVICE, autocast_kinds()
     try:
-        torch.set_grad_enabled(True)
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("high")
-        yield
+        if device is not None:
+            torch.set_default_device(None)
+        for kind in autocasts:
+            torch.set_autocast_enabled(kind, False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
+        for kind in autocasts:
+            torch.set_autocast_enabled(kind, True)
+        if device is not None:
+            torch.set_default_device(device)
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
