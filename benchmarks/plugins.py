@@ -23,6 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from gpt_simple import Config, Plugin, hookimpl
 from gpt_simple.engine.guard import keeps_torch_state
 from gpt_simple.hooks import MetricsReady
@@ -35,7 +37,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--packages", type=int, default=100)
 arguments = parser.parse_args()
 
-RUN = SimpleNamespace()
+RUN = SimpleNamespace(_model=torch.nn.Linear(1, 1))  # the guard looks at its mode
 EVENT = MetricsReady(1, 1, {})
 
 
