@@ -240,6 +240,20 @@ def test_ticks_are_round_and_inside() -> None:
     assert Range(2.1, 4.9, 0, 1, log=True).ticks() == pytest.approx([2.5, 3, 3.5, 4, 4.5])
 
 
+@pytest.mark.parametrize(
+    ("seconds", "ticks"),
+    [(60, ["0 s", "10 s"]), (7000, ["0 min", "20 min"]), (80_000, ["0 h", "5 h"]), (500_000, ["0 d", "1 d"])],
+)
+def test_time_is_in_round_numbers_of_the_unit_that_people_would_use(make: Make, seconds: int, ticks: list[str]) -> None:
+    rows = [train(10) | {"time": 1000.0}, train(20) | {"time": 1000.0 + seconds}]
+    record = json.loads((root := make("a", rows)).joinpath("run.json").read_text())
+    record["lineage"] = record["lineage"][:1]
+    (root / "run.json").write_text(json.dumps(record))
+    loss = drawings(parsed(page([read_history(root, "a")])), "time")["Loss"]
+    labels = [text.text for text in loss.iter("text") if text.get("text-anchor") in ("middle", "end")]
+    assert [label for label in labels if str(label).endswith(ticks[0][1:])][:2] == ticks
+
+
 def test_the_start_of_a_loss_may_run_off_the_top_so_that_the_rest_is_seen() -> None:
     line = Line("loss", range(100), [100.0, 50.0, *[2.0 + 1 / index for index in range(1, 99)]], 0)
     low, high = Drawing("t", [line], settles=True, id="i")._ranges()[1].low, 3.0

@@ -41,13 +41,14 @@ class Mark:
 
 @frozen
 class Range:
-    """Numbers from ``low`` to ``high`` on ``start .. end`` of the drawing."""
+    """Numbers from ``low`` to ``high`` on ``start .. end`` of the drawing. Ticks are round numbers of ``unit``."""
 
     low: float
     high: float
     start: float
     end: float
     log: bool = False
+    unit: float = 1.0
 
     def __call__(self, value: float) -> float:
         low, high = self.low, self.high
@@ -64,6 +65,9 @@ class Range:
                 return [10.0**p for p in powers if self.low <= 10.0**p <= self.high]
             if len(inside) > 1:
                 return inside
+        if self.unit != 1:
+            inner = Range(self.low / self.unit, self.high / self.unit, self.start, self.end)
+            return [tick * self.unit for tick in inner.ticks()]
         rough = (self.high - self.low) / 6
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
@@ -87,6 +91,7 @@ class Drawing:
     settles: bool = False
     from_zero: bool = False
     ends: tuple[float, float] | None = None
+    x_unit: float = 1.0
     _id: str = field(kw_only=True)
 
     def svg(self) -> str:
@@ -116,7 +121,7 @@ class Drawing:
             low, high = min(ys) - margin, max(ys) + margin
             low = 0.0 if self.from_zero else max(low, 0.0) if min(ys) >= 0 else low
         left, right = self.ends or (min(xs), max(xs))
-        across = Range(left, right if right > left else left + 1, _LEFT, WIDTH - _RIGHT)
+        across = Range(left, right if right > left else left + 1, _LEFT, WIDTH - _RIGHT, unit=self.x_unit)
         return across, Range(low, high, HEIGHT - _BOTTOM, _TOP, log)
 
     def _settled(self, line: Line) -> Sequence[float]:

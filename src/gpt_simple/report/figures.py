@@ -76,7 +76,9 @@ class _Happening:
     colour: int
 
 
-_X_FORMATS: Mapping[Axis, Format] = {"step": si, "tokens": si, "time": duration}
+_TIMES = ((2 * 86400.0, 86400.0, "d"), (2 * 3600.0, 3600.0, "h"), (120.0, 60.0, "min"), (0.0, 1.0, "s"))
+"""From how many seconds on an axis is in which unit."""
+
 _CHARTS = (
     _Chart("Loss", "nats per token", "train/loss", "eval/loss", settles=True, floor=True, noisy=True),
     _Chart("Bits per byte", "validation", "", "eval/bits_per_byte"),
@@ -104,22 +106,30 @@ def figures(histories: Sequence[History]) -> Iterator[str]:
             # The same for all charts, so that the eye can go from one to the next.
             xs = [value for curves in curves_of.values() for curve in curves for value in curve.points.x[axis]]
             ends = min(xs), max(xs)
+            x_format, x_unit = _time(ends[1]) if axis == "time" else (si, 1.0)
             inside = [found for found in happenings if ends[0] <= found.x[axis] <= ends[1]]
             drawing = Drawing(
                 f"{chart.title} over {AXIS_NAMES[axis]}",
                 sorted([*lines, *(levels if chart.floor else ())], key=lambda line: _ORDER.index(line.style)),
                 [Mark(found.x[axis], found.kind, found.text, found.colour) for found in inside],
-                _X_FORMATS[axis],
+                x_format,
                 chart.write,
                 chart.log,
                 chart.settles,
                 chart.from_zero,
                 ends,
+                x_unit,
                 id=f"clip-{number}-{axis}",
             )
             drawn += f'<div class="over-{axis}">{drawing.svg()}</div>'
         unit = f" <small>{chart.unit}</small>" if chart.unit else ""
         yield f"<figure><figcaption>{chart.title}{unit}</figcaption>{drawn}</figure>\n"
+
+
+def _time(seconds: float) -> tuple[Format, float]:
+    """How the numbers of an axis of so many seconds are written, and the seconds of its unit."""
+    unit, name = next((unit, name) for least, unit, name in _TIMES if seconds >= least)
+    return lambda value: f"{value / unit:.4g} {name}", unit
 
 
 def _curves(chart: _Chart, histories: Sequence[History], most: int) -> Iterator[_Curve]:
