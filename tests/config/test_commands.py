@@ -200,6 +200,22 @@ def test_a_component_that_is_not_there_is_told_whatever_its_name_looks_like(cli,
     assert err.startswith(f"error: --{key}: {reason}")
 
 
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--max_steps", "there is no option --max_steps; did you mean --training.max_steps?"),
+        ("--max-steps=3", "did you mean --training.max_steps?"),
+        ("--lr", "did you mean --optimizer.learning_rate?"),
+        ("--batch_size", "did you mean --training.per_device_batch_size?"),
+        ("--seed", "did you mean --data.seed or --training.seed or --plugins.sample.seed?"),
+        ("--origins", "--origin"),
+    ],
+)
+def test_a_field_without_its_section_is_sent_home(cli, option, meant):
+    _, err = cli("config", "show", option, "5", code=2)
+    assert meant in err
+
+
 COMPONENTS = """
 from attrs import frozen
 from gpt_simple import Plugin, hookimpl

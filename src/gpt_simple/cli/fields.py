@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem, split_arg_string
 
 from gpt_simple.config.load import OVERRIDE, split_overrides
+from gpt_simple.config.mistakes import closest
 from gpt_simple.config.render import field_help
 from gpt_simple.config.schema import PluginsConfig
 from gpt_simple.config.structure import SECTIONS
@@ -38,7 +39,13 @@ class ConfiguredCommand(click.Command):
             if not context.resilient_parsing:
                 raise
             context.obj, rest = [], []
-        left = super().parse_args(context, rest)
+        try:
+            left = super().parse_args(context, rest)
+        except click.NoSuchOption as error:
+            if not (meant := _meant(error.option_name)):
+                raise
+            message = f"there is no option {error.option_name}; did you mean {' or '.join(meant)}?"
+            raise click.UsageError(message, error.ctx) from None
         if awaited is not None:
             context.meta[_AWAITED] = awaited
             # Else click would complete the argument CONFIG, if it is not there, and not ask this command.
@@ -77,6 +84,15 @@ def _awaited(args: list[str]) -> tuple[tuple[str, str] | None, list[str]]:
     if before and (found := OVERRIDE.fullmatch(before[-1])) and found[2] is None:
         return (found[1], ""), before[:-1]
     return None, args
+
+
+def _meant(option: str) -> list[str]:
+    """The fields that an unknown option may be: those of that name without the section, else of a name like it."""
+    key = option.lstrip("-").replace("-", "_")
+    fields: dict[str, list[str]] = {}
+    for item in complete("--", builtin_configs()):
+        fields.setdefault(item.value.rpartition(".")[2], []).append(item.value)
+    return fields.get(key) or fields.get(closest(key, fields, cutoff=0.8) or "", [])
 
 
 def plugins_option(help: str) -> Callable[[Any], Any]:
