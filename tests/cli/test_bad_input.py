@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,14 @@ def test_a_secret_of_the_command_line_is_not_in_the_command_that_goes_on(shell: 
     out = shell("run", "config.toml", "-p", "./secretive.py", "--plugins.secretive.api_key=sekret9").out
     assert "--plugins.secretive.api_key '(redacted)'" in out
     assert "sekret" not in out + (here / "out/summary.json").read_text()
+
+
+def test_a_secret_is_in_no_file_of_the_run(shell: Shell, here: Path) -> None:
+    (here / "secretive.py").write_text(SECRETIVE.format(hook=""))
+    assert shell("run", "config.toml", "-p", "./secretive.py", "--plugins.secretive.api_key=sekret9").code == 0
+    assert [path for path, content in snapshot(here / "out") if b"sekret9" in content] == []
+    facts = json.loads((here / "out/run.json").read_text())["facts"]
+    assert facts["config"]["plugins.tables.secretive.api_key"] == "(redacted)"
 
 
 def test_a_missing_configuration(shell: Shell) -> None:

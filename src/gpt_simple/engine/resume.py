@@ -16,6 +16,7 @@ from attrs import evolve, field, frozen
 
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.store import Checkpoint, Store
+from gpt_simple.config.redact import redacted
 from gpt_simple.config.schema import Config
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir
@@ -131,7 +132,10 @@ def identity(
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Dotted path -> JSON value, for every field that is set or defaulted."""
+    """Dotted path -> JSON value, for every field that is set or defaulted, without secrets: it is written down.
+
+    ``[model]`` holds none, and is needed as it is to build the model again.
+    """
     leaves: dict[str, Any] = {}
 
     def walk(path: str, value: Any) -> None:
@@ -142,7 +146,8 @@ def flat(config: Config) -> dict[str, Any]:
             leaves[path] = value
 
     # As it will come back from a file: tuples become lists.
-    walk("", json.loads(json.dumps(attrs.asdict(config), default=str)))
+    values = json.loads(json.dumps(attrs.asdict(config), default=str))
+    walk("", {**redacted(values), "model": values["model"]})
     return leaves
 
 
