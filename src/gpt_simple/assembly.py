@@ -6,8 +6,8 @@ structured against all of that, and all of its mistakes are reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from operator import attrgetter
 from pathlib import Path
@@ -76,12 +76,18 @@ class Assembly:
 
     def check_config(self, questions: Questions) -> list[Finding]:
         """The findings of all plugins, with the places of keys as the user knows them."""
+        with self.asked(questions):
+            findings = self.host.check_config(self.config)
+        return [self.shown(finding) for finding in findings]
+
+    @contextmanager
+    def asked(self, questions: Questions) -> Iterator[None]:
+        """Within, ``outlook(config)`` is that of this run."""
         token = _UNDER_CHECK.set((self, questions))
         try:
-            findings = self.host.check_config(self.config)
+            yield
         finally:
             _UNDER_CHECK.reset(token)
-        return [self.shown(finding) for finding in findings]
 
     def shown(self, finding: Finding) -> Finding:
         """With the place of its key, or of the one that its message begins with, and without the values of secrets."""

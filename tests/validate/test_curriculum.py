@@ -15,7 +15,7 @@ from gpt_simple.data.mixture import Mixture, mixture
 from gpt_simple.engine.session import train
 from gpt_simple.hooks import events as ev
 from gpt_simple.hooks.activation import Switches
-from tests.conftest import CONFIG
+from tests.conftest import CONFIG, Shell
 from tests.data.conftest import write_dataset
 from tests.validate.conftest import Check
 
@@ -140,6 +140,16 @@ def test_rows_of_best_fit_are_a_guess_until_they_are_packed(check: Check, read: 
 def test_a_phase_that_the_run_does_not_reach_is_a_warning(check: Check, two_buckets: Path) -> None:
     assert "phase-never-reached" in check("--training.max_steps=10")
     assert "phase-never-reached" not in check("--training.max_steps=11")
+
+
+def test_what_the_data_make_surprising_is_told_at_the_start_of_a_run_too(shell: Shell, two_buckets: Path) -> None:
+    arguments = ["config.toml", "--training.max_steps=4", "--training.eval_steps=1"]
+    for command in (["validate"], ["run", "-q"]):
+        ended = shell(*command, *arguments)
+        said = " ".join((ended.out + ended.err).split())
+        assert "the run ends before phase 2 of 2 begins" in said
+        assert "evaluating 5 rows every 1 steps takes about" in said
+    assert shell("run", "-q", *arguments).err == ""  # it is finished
 
 
 def test_every_phase_is_told_with_what_it_reads_and_the_first_that_is_not_reached(

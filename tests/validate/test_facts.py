@@ -152,6 +152,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_named(check: Check, shell: Sh
     found = check()
     assert "model.safetensors" in found["checkpoint-damaged"]["message"]
     assert found["resume"]["fields"]["step"] == 2
+    assert found["output"]["fields"]["needed"] > 0, "the run goes on from there and writes"
 
 
 def test_the_size_of_a_checkpoint_is_known_beforehand(check: Check, shell: Shell, here: Path) -> None:

@@ -162,7 +162,7 @@ def train(
             with _leaving_at_once(run):
                 setup.read_data()
             world.compare(lambda: _found(setup, resume), "all of them must reach the same files")
-            world.together(lambda: setup.check(resume, walltime))
+            world.together(lambda: setup.check(resume, walltime, questions))
             if resume.kind == "finished":
                 return finished(run, run_dir, resume)
             _leave_if_asked(run)

@@ -15,7 +15,7 @@ import torch
 from attrs import define, field
 
 from gpt_simple import __version__
-from gpt_simple.assembly import Assembly
+from gpt_simple.assembly import Assembly, Questions
 from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.dataset import Dataset
@@ -82,7 +82,7 @@ class Setup:
             error.args = (self.assembly.origins.placed(str(error)),)
             raise
 
-    def check(self, plan: ResumePlan, walltime: Walltime | None) -> None:
+    def check(self, plan: ResumePlan, walltime: Walltime | None, questions: Questions) -> None:
         """Refuse what cannot work, with the model known but nothing allocated."""
         for part in self.assembly.components:
             part.load()
@@ -99,7 +99,8 @@ class Setup:
             walltime.expect_save_of(3 * sum(parameter.nbytes for parameter in model.parameters()))
         if self.calls.check_runtime is not None:
             self.run._model = model
-            found = self.calls.check_runtime(self.run)
+            with self.assembly.asked(questions):
+                found = self.calls.check_runtime(self.run)
             self.run._model = None
             report(
                 [self.assembly.shown(finding) for _, findings in found for finding in findings], self.run.log.warning

@@ -35,7 +35,7 @@ class Validate(Plugin[NoConfig]):
     @hookimpl
     def check_config(self, config: Config) -> list[Finding]:
         outlook = gpt_simple.outlook(config)
-        findings = [*_steps(outlook), *_schedule(outlook), *_checkpoints(outlook), *_idle(outlook)]
+        findings = [*_steps(outlook), *_schedule(outlook), *_checkpoints(outlook), *_idle(outlook), *_cuda(outlook)]
         if not outlook.questions.launching:
             findings += [*_components(outlook), *_summary(outlook)]
             findings += [*_guarded("data", "data.path", data_findings, outlook)]
@@ -46,7 +46,7 @@ class Validate(Plugin[NoConfig]):
 
     @hookimpl
     def check_runtime(self, run: Run) -> list[Finding]:
-        return [*_fits(run), *_precision(run)]
+        return [*_fits(run), *_precision(run), *_prepared(run)]
 
 
 def _guarded(subject: str, key: str, check: Check, outlook: Outlook) -> Iterator[Finding]:
@@ -194,9 +194,6 @@ def _environment(outlook: Outlook) -> Iterator[Finding]:
     torch = here.packages.get("torch", "missing")
     fields = {"python": here.python, "packages": dict(here.packages), "gpus": list(here.gpus), "driver": here.driver}
     yield Finding("info", "environment", f"Python {here.python}, torch {torch}, {gpus}", fields=fields)
-    if here.gpus and not here.torch_has_cuda:
-        message = f"this machine has a GPU and torch {torch} was built without CUDA: the run would use the CPU"
-        yield Finding("warning", "torch-without-cuda", message, hint="install a CUDA build of torch")
     if training.compile and training.compile_backend == "inductor" and not here.compiler:
         severity: Any = "warning" if outlook.is_default("training.compile") else "error"
         message = f"torch.compile needs a C++ compiler, and there is no {here.missing_compiler} here"
@@ -216,6 +213,14 @@ def _environment(outlook: Outlook) -> Iterator[Finding]:
     yield Finding("info", "plugins", ", ".join(plugins), fields={"plugins": plugins})
     for sentence in here.broken:
         yield Finding("warning", "plugin-broken", sentence, exit_code=_PLUGIN)
+
+
+def _cuda(outlook: Outlook) -> Iterator[Finding]:
+    here = outlook.environment
+    if here.gpus and not here.torch_has_cuda:
+        torch = here.packages.get("torch", "missing")
+        message = f"this machine has a GPU and torch {torch} was built without CUDA: the run would use the CPU"
+        yield Finding("warning", "torch-without-cuda", message, hint="install a CUDA build of torch")
 
 
 def _backend(outlook: Outlook) -> Iterator[Finding]:
@@ -289,6 +294,14 @@ def _precision(run: Run) -> Iterator[Finding]:
     if run.device.type == "cuda" and run.config.training.mixed_precision == "no":
         message = 'mixed_precision "no" leaves the matrix units of the GPU to TF32: bf16 is about twice as fast'
         yield Finding("warning", "precision-slow", message, "training.mixed_precision", 'use "auto"')
+
+
+def _prepared(run: Run) -> Iterator[Finding]:
+    """Warnings that need the data, which a launch has by now; of what it refuses or shortens it speaks itself."""
+    outlook = gpt_simple.outlook(run.config)
+    if run.is_main and outlook.resume.kind != "finished":
+        found = _guarded("data", "data.path", data_findings, outlook)
+        yield from (finding for finding in found if finding.code in ("phase-never-reached", "evaluation-heavy"))
 
 
 def _size(size: int) -> str:

@@ -68,7 +68,7 @@ def look(outlook: Outlook) -> OutputOutlook:
     freed = there if outlook.questions.force else 0
     most = most_checkpoints(training)
     needed = None if size is None else max(size - freed, most * size - there)
-    if existing and training.resume == "auto" and not freed and existing[-1].step >= training.max_steps:
+    if outlook.done[0] >= training.max_steps:
         needed = 0
     nearest = next(path for path in (run_dir.root, *run_dir.root.absolute().parents) if path.exists())
     return OutputOutlook(run_dir.root, size, tensors, most, needed, shutil.disk_usage(nearest).free, freed)
