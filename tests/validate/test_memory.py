@@ -52,6 +52,27 @@ CASES: dict[str, dict[str, str]] = {
         "model.position": "learned",
         "model.use_bias": "true",
     },
+    "GPT-2, bf16, checkpointing": {
+        "model.norm": "layernorm",
+        "model.mlp_type": "mlp",
+        "model.activation": "gelu",
+        "model.position": "learned",
+        "training.mixed_precision": "bf16",
+        "training.gradient_checkpointing": "true",
+    },
+    "document mask, bf16, best_fit, rows of odd length": {
+        "data.document_mask": "true",
+        "data.packing": "best_fit",
+        "data.max_length": "250",
+        "training.mixed_precision": "bf16",
+    },
+    "dropout, checkpointing": {"model.dropout": "0.1", "training.gradient_checkpointing": "true"},
+    "large vocabulary, no clipping": {"model.vocab_size": "8192", "optimizer.max_grad_norm": "null"},
+    "one row, qk_norm, three micro-batches": {
+        "model.qk_norm": "true",
+        "training.per_device_batch_size": "1",
+        "training.gradient_accumulation_steps": "3",
+    },
 }
 
 
