@@ -44,6 +44,14 @@ def test_a_launch_that_cannot_be_is_refused_by_name(options: tuple[Any, ...], na
         Launch.asked(*options)
 
 
+def test_the_options_may_be_spelled_with_dashes_as_torchrun_takes_them_too(shell: Shell) -> None:
+    Path("config.toml").write_text("")
+    ended = shell("run", "config.toml", "--nproc-per-node", "2", "--max-restarts=1", "--rdzv-endpoint", "h:1")
+    assert (ended.code, "--rdzv_endpoint h:1 is for several machines" in ended.err) == (2, True)
+    assert "--nproc_per_node 0: expected" in shell("run", "config.toml", "--nproc-per-node=0").err
+    assert "nproc-per-node" not in shell("run", "--help").out
+
+
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
 

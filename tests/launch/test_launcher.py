@@ -64,6 +64,12 @@ def gone(processes: list[int], within: float) -> bool:
     return False
 
 
+def free_endpoint() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
 def status(here: Path) -> dict[str, object]:
     document: dict[str, object] = json.loads((here / "out/status.json").read_text())
     return document
@@ -217,12 +223,23 @@ def test_a_process_that_hangs_is_named_and_ended(here: Path) -> None:
     assert err.count("error") == 1
 
 
+def test_a_launcher_that_waits_for_other_machines_says_where_and_leaves_when_asked(here: Path) -> None:
+    endpoint = free_endpoint()
+    options = ("--nproc-per-node", "1", "--nnodes", "3", "--rdzv-endpoint", endpoint)
+    with subprocess.Popen([*PROGRAM, "run", "config.toml", *options], stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            assert launcher.stderr is not None
+            assert f"waiting at {endpoint} until all 3 machines are there" in launcher.stderr.readline()
+            launcher.terminate()
+            assert launcher.wait(60) == 75
+        finally:
+            launcher.kill()
+    assert not (here / "out").exists()
+
+
 @pytest.mark.slow
 def test_two_launchers_meet_and_a_signal_to_one_stops_both(here: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    options = ("--nproc_per_node", "1", "--nnodes", "2", "--rdzv_endpoint", endpoint, *LONG)
+    options = ("--nproc_per_node", "1", "--nnodes", "2", "--rdzv_endpoint", free_endpoint(), *LONG)
     command = [*PROGRAM, "run", "config.toml", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with (

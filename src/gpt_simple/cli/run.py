@@ -148,6 +148,9 @@ _OPTIONS = (
         help="After a crash go on from the last checkpoint, at most N times.",
     ),
 )
+_TORCHRUN_SPELLINGS = {name.replace("_", "-"): name for name in ("nproc_per_node", "rdzv_endpoint", "max_restarts")}
+"""torchrun takes these options with dashes, too; ``--help`` has one spelling of each."""
+
 _HELP = """Train as CONFIG (.toml, .yaml, .json) says. The same command goes on after a stop.
 
 Every field of the configuration is an option: --training.max_steps 5000 --optimizer.learning_rate=1e-4.
@@ -158,7 +161,11 @@ def _command(name: str) -> click.Command:
     decorated: Any = _train
     for option in reversed(_OPTIONS):
         decorated = option(decorated)
-    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    settings = {
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "token_normalize_func": lambda name: _TORCHRUN_SPELLINGS.get(name, name),
+    }
     return click.command(name, cls=LaunchedCommand, context_settings=settings, help=_HELP)(decorated)
 
 

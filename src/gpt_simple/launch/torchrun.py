@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -121,6 +122,7 @@ class Launch:
         alone = self.nnodes == "1"  # then any free port does, whatever a script for several machines says
         if not alone:
             _check_answer(self.rdzv_endpoint)
+            print(f"waiting at {self.rdzv_endpoint} until all {self.nnodes} machines are there", file=sys.stderr)
         config = LaunchConfig(
             min_nodes=int(self.nnodes),
             max_nodes=int(self.nnodes),
