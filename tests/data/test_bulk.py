@@ -243,6 +243,20 @@ def test_bad_documents_are_skipped_counted_and_named(run: Run, raw: Path, tmp_pa
     lines = [f"web/a.jsonl:{number}" for number in (101, 102, 105, 106)]
     assert sorted(places) == sorted(["books/d.md", "books/deep/c.jsonl.zst", *lines, "web/b.jsonl.gz"])
     assert sum("skipped" in line for line in said) == 11
+    assert "data." not in "".join(report["errors"])
+    assert any("the text under 'text' (--text_key), found the keys txt" in line for line in said)
+
+
+@pytest.mark.parametrize(("bad", "more"), [(bulk.SHOWN, 0), (bulk.SHOWN + 1, 1), (3 * bulk.SHOWN, 1)])
+def test_that_more_documents_are_skipped_than_are_told_is_told_once(
+    run: Run, raw: Path, tmp_path: Path, bad: int, more: int
+) -> None:
+    # Several units of work, each with fewer than are told in all.
+    (raw / "web/z.jsonl").write_bytes((b"not json, " + b"x" * 500 + b"\n") * bad)
+    _, said = run()
+    assert sum(line.startswith("skipped ") for line in said) == bulk.SHOWN
+    told = [line for line in said if line.startswith("more documents are skipped")]
+    assert [f"{tmp_path / 'out/tokenize.json'} will count" in line for line in told] == [True] * more
 
 
 def test_strict_stops_at_a_bad_document_also_at_one_that_was_skipped_before(run: Run, raw: Path) -> None:
@@ -348,7 +362,7 @@ def test_bad_options_create_nothing(raw: Path, tmp_path: Path, shell: Shell) -> 
     before = sorted(tmp_path.rglob("*"))
     for code, words, arguments in (
         (3, "no such directory", ("--input_dir", "missing", "--output_dir", "out")),
-        (3, "holds none of", ("--input_dir", "nothing", "--output_dir", "out")),
+        (3, "--input_dir nothing: the directory holds none of", ("--input_dir", "nothing", "--output_dir", "out")),
         (3, "there is no", ("--input_dir", "raw", "--output_dir", "out", "--tokenizer", "gpt3")),
         (3, "holds other files", ("--input_dir", "raw", "--output_dir", "full")),
         (

@@ -206,6 +206,8 @@ def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, p
             for place in places[: max(0, SHOWN - told)]:
                 log(f"skipped {place}")
             told += len(places)
+            if told > SHOWN >= told - len(places):
+                log(f"more documents are skipped, and not told here; {job.output_dir / REPORT} will count all of them")
     every = Skipped()
     for unit in units:
         part = open_part(unit, settings)

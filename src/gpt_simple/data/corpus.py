@@ -76,7 +76,7 @@ def find_units(root: Path) -> list[Unit]:
     """All text below a directory. Its sub-directories are the buckets; files beside them are in ``all``."""
     if not root.is_dir():
         raise DataError(f"--input_dir {root}: no such directory")
-    found = [(file, file.stat()) for file in files.find(root)]
+    found = [(file, file.stat()) for file in files.find(root, option="--input_dir")]
     total = sum(stat.st_size for _, stat in found)
     if not total:
         raise DataError(f"--input_dir {root}: all {len(found)} files are empty; there is nothing to tokenize")
@@ -108,7 +108,7 @@ def _texts(piece: Piece, text_key: str, bad: files.Bad) -> Iterator[tuple[str, f
     lines = files.holds_json_lines(piece.file) and piece.end > 0
     # Positions in a compressed file are not those of its text; it is one piece.
     part = (piece.begin, piece.end) if piece.file.name.endswith(".jsonl") else (0, None)
-    return files.read(piece.file, text_key, json_lines=lines, bad=bad, begin=part[0], end=part[1])
+    return files.read(piece.file, text_key, json_lines=lines, bad=bad, option="--text_key", begin=part[0], end=part[1])
 
 
 def _grouped(bucket: str, pieces: list[tuple[Piece, str]], wanted: int) -> Iterator[Unit]:

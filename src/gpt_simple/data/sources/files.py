@@ -63,24 +63,32 @@ def holds_json_lines(file: Path) -> bool:
 
 
 def read(
-    file: Path, text_key: str, *, json_lines: bool, bad: Bad, begin: int = 0, end: int | None = None
+    file: Path,
+    text_key: str,
+    *,
+    json_lines: bool,
+    bad: Bad,
+    option: str = "data.text_key",
+    begin: int = 0,
+    end: int | None = None,
 ) -> Iterator[tuple[str, Place]]:
     """The texts of a file's documents and where each is.
 
-    ``begin`` and ``end``: only the JSON lines that begin at these bytes.
+    ``option``: what the user calls ``text_key``. ``begin`` and ``end``: only the JSON lines that begin at these bytes.
     """
     try:
         if not json_lines:
             yield _decode(_read(file), str(file)), partial(str, file)
             return
         with _reading(file), _open(file) as stream:
-            yield from _texts(stream, file, text_key, bad, begin, end)
+            parse = partial(_text, text_key=text_key, option=option)
+            yield from _texts(stream, file, parse, bad, begin, end)
     except DataError as error:
         bad(error)
 
 
 def _texts(
-    stream: IO[bytes], file: Path, text_key: str, bad: Bad, begin: int, end: int | None
+    stream: IO[bytes], file: Path, parse: Callable[[bytes], str], bad: Bad, begin: int, end: int | None
 ) -> Iterator[tuple[str, Place]]:
     lines_before = cache(lambda: _lines_before(file, begin))
 
@@ -98,7 +106,7 @@ def _texts(
         position += len(line)
         if line.strip():
             try:
-                yield _text(line, text_key), partial(at, number)
+                yield parse(line), partial(at, number)
             except DataError as error:
                 bad(DataError(f"{at(number)}: {error}"))
 
@@ -116,7 +124,7 @@ def _lines_before(file: Path, begin: int) -> int:
     return count
 
 
-def _text(line: bytes, text_key: str) -> str:
+def _text(line: bytes, text_key: str, option: str) -> str:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -126,12 +134,12 @@ def _text(line: bytes, text_key: str) -> str:
     if not isinstance(record, dict):
         raise DataError(
             f"expected a JSON object, found {_kind(record)}; every line is one object with the text "
-            f"under {text_key!r} (data.text_key)"
+            f"under {text_key!r} ({option})"
         )
     text = record.get(text_key)
     if not isinstance(text, str):
         found = f"{_kind(text)} there" if text_key in record else f"the keys {', '.join(record) or '(none)'}"
-        raise DataError(f"expected the text under {text_key!r} (data.text_key), found {found}")
+        raise DataError(f"expected the text under {text_key!r} ({option}), found {found}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -166,7 +174,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except known as error:
-        raise DataError(f"{file}: cannot be read ({error}); check data.path") from error
+        raise DataError(f"{file}: cannot be read ({error}); mend it, or take it out of the data") from error
 
 
 def build(config: DataConfig, seed: int) -> Files:
@@ -181,21 +189,24 @@ def build(config: DataConfig, seed: int) -> Files:
     return Files(tuple(files), config.text_key, None if config.format is None else config.format == "jsonl")
 
 
-def find(path: Path, suffixes: tuple[str, ...] = TEXT + JSON_LINES, *, by_suffix: bool = True) -> list[Path]:
+def find(
+    path: Path, suffixes: tuple[str, ...] = TEXT + JSON_LINES, *, by_suffix: bool = True, option: str = "data.path"
+) -> list[Path]:
     """A file, or all files with these suffixes below a directory, in sorted order, but none that is hidden.
 
-    Links are followed. Raises DataError for a directory that cannot be read and for a link that leads to nothing.
+    ``option``: what the user calls ``path``. Links are followed. Raises DataError for a directory that cannot be read
+    and for a link that leads to nothing.
     """
     wanted = " ".join(suffixes)
     if path.is_dir():
         found = sorted(_walk(path, suffixes, frozenset()))
         if not found:
-            raise DataError(f"data.path {path}: the directory holds none of {wanted}; name one that does")
+            raise DataError(f"{option} {path}: the directory holds none of {wanted}; name one that does")
         return found
     if not path.exists():
-        raise DataError(f"data.path {path}: no such file or directory (relative paths start at {Path.cwd()})")
+        raise DataError(f"{option} {path}: no such file or directory (relative paths start at {Path.cwd()})")
     if by_suffix and not path.name.endswith(suffixes):
-        raise DataError(f"data.path {path}: expected one of {wanted}; say what it is with data.format")
+        raise DataError(f"{option} {path}: expected one of {wanted}; say what it is with data.format")
     return [path]
 
 
