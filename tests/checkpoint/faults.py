@@ -12,7 +12,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
+
+import pytest
 
 FINISHED, KILLED = 0, -signal.SIGKILL
 
@@ -71,3 +74,15 @@ def at_operation(number: int, fault: Literal["kill", "fail"], error: int) -> Cal
     os.fsync = fsync
     sys.addaudithook(audit)
     return lambda: seen >= number
+
+
+def refuse(path: Path, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the file ``path`` be there but fail to open, as for a user without permission (root has all)."""
+    real = Path.open
+
+    def open_(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self.absolute() == path.absolute():
+            raise OSError(error, os.strerror(error), str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_)

@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt_simple.checkpoint.manifest import Unreadable
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.errors import CheckpointError
 
 from .conftest import assert_whole, hidden_names, publish, steps
-from .faults import FINISHED, KILLED, at_operation, outcome, start
+from .faults import FINISHED, KILLED, at_operation, outcome, refuse, start
 
 UNTOUCHED = 9
 """Exit code of a child that ended before its fault was due."""
@@ -191,6 +192,36 @@ def test_a_missing_file_is_named(pair: Store, name: str) -> None:
     assert newest is not None
     assert newest.step == 1
     assert name in reason
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_what_cannot_be_read_now_is_not_passed_over(
+    pair: Store, name: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pair.root / "step-00000002" / name
+    refuse(path, code, monkeypatch)
+    with pytest.raises(Unreadable, match=rf"step-00000002/{name} cannot be read: {os.strerror(code)}"):
+        Store(pair.root).newest_valid()
+
+
+def test_a_file_whose_device_fails_is_not_passed_over(pair: Store) -> None:
+    path = pair.root / "step-00000002" / "MANIFEST.json"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # its first page cannot be read by anybody
+    with pytest.raises(Unreadable, match=r"MANIFEST\.json cannot be read: Input/output error"):
+        Store(pair.root).newest_valid()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_directory_in_the_place_of_a_file_is_damage(pair: Store, name: str) -> None:
+    path = pair.root / "step-00000002" / name
+    path.unlink()
+    path.mkdir()
+    newest, ((_, reason),) = Store(pair.root).newest_valid()
+    assert newest is not None
+    assert newest.step == 1
+    assert f"{name} is damaged" in reason
 
 
 def test_a_manifest_from_the_future_is_named_and_left_alone(pair: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import gpt_simple
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.validate.output import most_checkpoints
+from tests.checkpoint.faults import refuse
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import CONFIG, Shell
 from tests.validate.conftest import Check
@@ -153,6 +155,21 @@ def test_a_truncated_checkpoint_is_passed_over_and_named(check: Check, shell: Sh
     assert "model.safetensors" in found["checkpoint-damaged"]["message"]
     assert found["resume"]["fields"]["step"] == 2
     assert found["output"]["fields"]["needed"] > 0, "the run goes on from there and writes"
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.json", "model.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_is_refused_as_the_run_does(
+    check: Check, shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert shell("run", "config.toml", "-q").code == 0
+    before = snapshot(here)
+    told = f"step-00000004/{name} cannot be read: Permission denied"
+    with monkeypatch.context() as patch:
+        refuse(here / "out/checkpoints/step-00000004" / name, errno.EACCES, patch)
+        assert told in check("--training.max_steps=6", code=4)["resume-refused"]["message"]
+        run = shell("run", "config.toml", "-q", "--training.max_steps=6")
+    assert (run.code, told in run.err) == (4, True)
+    assert snapshot(here) == before
 
 
 def test_the_size_of_a_checkpoint_is_known_beforehand(check: Check, shell: Shell, here: Path) -> None:

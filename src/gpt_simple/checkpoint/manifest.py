@@ -25,6 +25,10 @@ class NewerFormat(CheckpointError):
     """The checkpoint is fine, but a newer gpt-simple wrote it."""
 
 
+class Unreadable(CheckpointError):
+    """A file of the checkpoint may be fine, but permissions or the device keep it from being read now."""
+
+
 @frozen
 class TensorLayout:
     """Type and shape of one tensor, so that a checkpoint can be understood without reading its tensors."""
@@ -67,8 +71,10 @@ class Manifest:
             body = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}") from None
+        except (NotADirectoryError, IsADirectoryError) as error:
+            raise _damaged(path, str(error.strerror)) from None
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise _unreadable(path, error) from error
         except ValueError:
             raise _damaged(path, "it is not JSON") from None
         if not isinstance(body, dict) or not isinstance(body.get("format"), int):
@@ -85,17 +91,24 @@ class Manifest:
 
 
 def check_file(path: Path, entry: FileEntry, *, full: bool) -> None:
-    """Compare a file's size, and with ``full`` its SHA-256, with an entry's, or raise CheckpointError."""
+    """Compare a file's size, and with ``full`` its SHA-256, with an entry's, or raise CheckpointError.
+
+    Without ``full`` it is only opened. Raises Unreadable where the system refuses the file.
+    """
     try:
         size = path.stat().st_size
         if size != entry.size:
             raise _damaged(path, f"it has {size:,} bytes and the manifest says {entry.size:,}")
-        if full and sha256_of(path) != entry.sha256:
+        if not full:
+            path.open("rb").close()
+        elif sha256_of(path) != entry.sha256:
             raise _damaged(path, "its SHA-256 is not the manifest's (flipped bits, or a file of another checkpoint)")
     except FileNotFoundError:
         raise _damaged(path, "the file is missing") from None
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise _damaged(path, str(error.strerror)) from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise _unreadable(path, error) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -117,3 +130,10 @@ def _entry(value: Mapping[str, Any]) -> FileEntry:
 
 def _damaged(path: Path, how: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: {how}")
+
+
+def _unreadable(path: Path, error: OSError) -> Unreadable:
+    return Unreadable(
+        f"{path} cannot be read: {error.strerror}. That is no damage, and nothing was renamed: make the file readable,"
+        " or move its directory away to go on from the checkpoint before it"
+    )

@@ -24,7 +24,7 @@ import safetensors
 from attrs import define, field, frozen
 
 from gpt_simple.checkpoint.draft import Draft, Published, fsync, hidden, remove_tree
-from gpt_simple.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, check_file
+from gpt_simple.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, Unreadable, check_file
 from gpt_simple.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -126,13 +126,18 @@ class Store:
             self._verified.add(checkpoint.path)
 
     def newest_valid(self) -> tuple[Checkpoint | None, Sequence[tuple[Path, str]]]:
-        """The checkpoint published last among those that verify, and why each newer one was passed over."""
+        """The checkpoint published last among those that verify, and why each newer one was passed over.
+
+        One that cannot be read now is not passed over, for the steps in it would be lost: that raises Unreadable.
+        """
         whole = {checkpoint.path: checkpoint for checkpoint in self.list()}
         bare = [Checkpoint(step, path) for step, path in self._directories().items() if path not in whole]
         skipped = []
         for checkpoint in (*reversed(bare), *reversed(whole.values())):
             try:
                 self.verify(checkpoint)
+            except Unreadable:
+                raise
             except CheckpointError as error:
                 skipped.append((checkpoint.path, str(error)))
             else:
