@@ -1,18 +1,24 @@
 #!/bin/bash
-# Runs until all steps are made, on a machine that may kill it at any time. Crashes are tried again, with growing pauses,
-# as long as steps are made between them; mistakes that only a person can mend end the loop at once.
-#   ./loop.sh config.toml [OPTIONS...]
+# Runs until all steps are made, on a machine that may kill it at any time. Stops and crashes are tried again after a
+# pause, as long as checkpoints are made between them; mistakes that only a person can mend end the loop at once.
+#   ./loop.sh RUN config.toml [OPTIONS...]      RUN is the run's directory: training.output_dir
 set -u
+directory=${1:?usage: loop.sh RUN config.toml [OPTIONS...]}
+shift
 pause=${PAUSE:-10}
-most=${MOST_CRASHES:-5}
-crashes=0
+most=${MOST_IDLE:-5} # launches in a row that may end without a new checkpoint
+idle=0
 asked=0
 run=
 trap 'asked=1; [ -n "$run" ] && kill -TERM "$run"' TERM INT
 
+newest() {
+  ls "$directory/checkpoints" 2>/dev/null | grep -E '^step-[0-9]+$' | sort -V | tail -n 1
+}
+
 while :; do
-  begun=$SECONDS
-  gpt-simple run "$@" &
+  before=$(newest)
+  gpt-simple run "$@" --training.output_dir "$directory" &
   run=$!
   wait "$run"
   code=$?
@@ -23,18 +29,18 @@ while :; do
   run=
 
   case $code in
-    0) exit 0 ;;                                # all steps are made
-    75) [ "$asked" -eq 1 ] && exit 75 ;;        # stopped: by us for good, else by a time budget or somebody's signal
-    2 | 3 | 4 | 5 | 76 | 130) exit "$code" ;;   # a person must look
-    *)
-      # A crash: killed, out of memory, a device that fell off.
-      [ "$asked" -eq 1 ] && exit "$code"
-      [ $((SECONDS - begun)) -gt 600 ] && crashes=0
-      crashes=$((crashes + 1))
-      [ "$crashes" -gt "$most" ] && exit "$code"
-      sleep $((pause * crashes)) &
-      wait $! # unlike sleep alone it is ended by a signal
-      [ "$asked" -eq 1 ] && exit "$code"
-      ;;
+    0) exit 0 ;;                              # all steps are made
+    2 | 3 | 4 | 5 | 76 | 130) exit "$code" ;; # a person must look
   esac
+  # 75: stopped by us, by a time budget or by somebody's signal. Others: killed, out of memory, a device that fell off.
+  [ "$asked" -eq 1 ] && exit "$code"
+  idle=$((idle + 1))
+  [ "$(newest)" != "$before" ] && idle=0
+  if [ "$idle" -gt "$most" ]; then
+    echo "loop.sh: $idle launches in a row ended without a new checkpoint, the last with exit code $code" >&2
+    exit "$code"
+  fi
+  sleep $((pause * (idle + 1))) &
+  wait $! # unlike sleep alone it is ended by a signal
+  [ "$asked" -eq 1 ] && exit "$code"
 done

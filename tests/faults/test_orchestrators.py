@@ -29,8 +29,12 @@ if [ "$code" = waits ]; then
   trap 'exit 75' TERM
   while :; do sleep 0.05; done
 fi
-exit "$code"
+if [ "${code%+}" != "$code" ]; then
+  mkdir -p "out/checkpoints/step-$(printf %08d "$(wc -l < calls)")"
+fi
+exit "${code%+}"
 """
+SLEEP = '#!/bin/bash\necho "$@" >> pauses\n'
 
 Bin = Callable[..., dict[str, str]]
 
@@ -61,31 +65,50 @@ def calls() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("codes", "ends"),
+    ("codes", "ends", "pauses"),
     [
-        ([0], 0),
-        ([137, 75, 1, 0], 0),
-        ([75, 76], 76),
-        ([2], 2),
-        ([4], 4),
-        ([130], 130),
-        ([1, 137, 1, 137, 1, 139, 0], 139),
+        (["0"], 0, []),
+        (["137+", "75+", "1+", "0"], 0, [2, 2, 2]),
+        (["75+", "76"], 76, [2]),
+        (["2"], 2, []),
+        (["4"], 4, []),
+        (["130"], 130, []),
+        (["1", "137", "75", "1", "137", "139", "0"], 139, [4, 6, 8, 10, 12]),
+        (["75", "75", "75", "75", "75", "75", "0"], 75, [4, 6, 8, 10, 12]),
+        (["75", "1", "75+", "75", "0"], 0, [4, 6, 2, 4]),
     ],
 )
-def test_the_loop_goes_on_after_stops_and_crashes_and_leaves_mistakes_to_people(
-    programs: Bin, codes: list[int], ends: int
+def test_the_loop_goes_on_while_checkpoints_are_made_and_leaves_mistakes_to_people(
+    programs: Bin, codes: list[str], ends: int, pauses: list[int]
 ) -> None:
+    """``+``: the launch made a checkpoint before it ended."""
     Path("codes").write_text("".join(f"{code}\n" for code in codes))
-    command = ["bash", str(EXAMPLES / "loop.sh"), "config.toml", "--training.seed", "1"]
-    done = subprocess.run(command, env=programs(gpt_simple=FAKE), check=False, timeout=60)
+    Path("pauses").touch()
+    command = ["bash", str(EXAMPLES / "loop.sh"), "out", "config.toml", "--training.seed", "1"]
+    environment = programs(gpt_simple=FAKE, sleep=SLEEP) | {"PAUSE": "2"}
+    done = subprocess.run(command, env=environment, check=False, timeout=60, capture_output=True, text=True)
     assert done.returncode == ends
-    made = codes if ends != 139 else codes[:6]
-    assert calls() == ["run config.toml --training.seed 1"] * len(made)
+    assert calls() == ["run config.toml --training.seed 1 --training.output_dir out"] * (len(pauses) + 1)
+    assert [int(line) for line in Path("pauses").read_text().split()] == pauses
+    assert ("6 launches in a row ended without a new checkpoint" in done.stderr) == (len(pauses) == 5)
+
+
+@pytest.mark.parametrize("code", ["75", "1"])
+def test_a_signal_ends_the_loop_while_it_pauses(programs: Bin, code: str) -> None:
+    Path("codes").write_text(f"{code}\n0\n")
+    environment = programs(gpt_simple=FAKE) | {"PAUSE": "20"}
+    with subprocess.Popen(["bash", str(EXAMPLES / "loop.sh"), "out", "config.toml"], env=environment) as loop:
+        wait_until(lambda: Path("codes").read_text() == "0\n")
+        time.sleep(0.5)
+        loop.send_signal(signal.SIGTERM)
+        assert loop.wait(10) == int(code)
+    assert len(calls()) == 1
 
 
 def test_the_loop_hands_a_signal_on_and_ends_with_the_run(programs: Bin) -> None:
     Path("codes").write_text("waits\n0\n")
-    with subprocess.Popen(["bash", str(EXAMPLES / "loop.sh"), "config.toml"], env=programs(gpt_simple=FAKE)) as loop:
+    command = ["bash", str(EXAMPLES / "loop.sh"), "out", "config.toml"]
+    with subprocess.Popen(command, env=programs(gpt_simple=FAKE)) as loop:
         wait_until(lambda: not Path("codes").read_text().startswith("waits"))
         time.sleep(0.2)
         loop.send_signal(signal.SIGTERM)
