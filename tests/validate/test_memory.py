@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingCo
 from gpt_simple.engine.session import train
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.activation import Switches
+from gpt_simple.testing import train_on_ranks
 from gpt_simple.validate.devices import CARDS, find_card
 from gpt_simple.validate.memory import largest_batch, predict_memory
 from tests.validate.conftest import Check
@@ -39,6 +41,7 @@ CASES: dict[str, dict[str, str]] = {
     "fp32": {},
     "checkpointing": {"training.gradient_checkpointing": "true"},
     "bf16": {"training.mixed_precision": "bf16"},
+    "rows read by the training thread": {"data.num_workers": "0"},
     "bf16, every second block": {"training.mixed_precision": "bf16", "training.gradient_checkpointing": "2"},
     "untied, grouped heads, one micro-batch": {
         "model.tie_word_embeddings": "false",
@@ -105,6 +108,16 @@ def test_the_copy_that_is_saved_in_the_background_is_predicted(tmp_path: Path) -
     assert copy > 0.5 * told["predicted"].by_category["optimizer"]
     assert told["predicted"].training_peak + copy == pytest.approx(told["measured"], rel=0.01)
     assert sum(told["predicted"].by_category.values()) == told["predicted"].peak
+
+
+def test_two_processes_use_what_is_predicted(tmp_path: Path) -> None:
+    sections = {f"{section}.{name}": value for section, values in BASE.items() for name, value in values.items()}
+    quiet: dict[str, Any] = {"training.eval_steps": "null", "training.save_steps": "null", "plugins.memory": {}}
+    outcomes = train_on_ranks(output_dir=tmp_path, overrides=sections | quiet)
+    assert [outcome.error for outcome in outcomes] == ["", ""]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (told,) = [row for row in rows if row.get("name") == "memory"]
+    assert told["predicted"] == pytest.approx(told["measured"], rel=0.01)
 
 
 @pytest.mark.compiler

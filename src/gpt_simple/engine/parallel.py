@@ -108,6 +108,8 @@ class World:
         device = accelerator.device
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
+        elif device.type == "cpu":
+            device = torch.device("cpu")  # with several processes it is cpu:0, to which torch copies what is on cpu
         world = cls(accelerator.process_index, size, device, accelerator, threads=threads)
         if size > 1:
             world._host_group = dist.new_group(backend="gloo", timeout=limit)

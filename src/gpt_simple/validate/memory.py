@@ -112,7 +112,7 @@ def _watch(rehearsal: Rehearsal, tracker: MemoryTracker, config: Config, world_s
     batch = rehearsal.rows.batch
     tracker.name([batch.input_ids, batch.labels], "data")
     tracker.phase = "data"
-    held = _chunks(config) if cuda else []
+    held = _chunks(config, cuda)
     trained = {name: p for name, p in rehearsal.model.named_parameters() if p.requires_grad}
     buckets = {name: torch.zeros_like(parameter) for name, parameter in trained.items()} if world_size > 1 else {}
     tracker.name(buckets.values(), "gradients")
@@ -171,13 +171,17 @@ def _follow(
         parameter.register_post_accumulate_grad_hook(partial(has_gradient, name))  # type: ignore[no-untyped-call]
 
 
-def _chunks(config: Config) -> list[torch.Tensor]:
-    """The rows that the loader keeps on a GPU: two chunks while it goes from one to the next."""
+def _chunks(config: Config, cuda: bool) -> list[torch.Tensor]:
+    """The rows that the loader keeps on the device: on a GPU two chunks while it goes from one to the next.
+
+    On a CPU a chunk is the training thread's own without ``data.num_workers``; what threads read is not counted.
+    """
     training, length = config.training, config.data.max_length
     step_rows = training.gradient_accumulation_steps * training.per_device_batch_size
     steps = min(max(CHUNK_TOKENS // (step_rows * length), 1), CHUNK_STEPS)
     tensors = 4 if config.data.document_mask else 2
-    return [torch.empty(steps * step_rows, length, dtype=torch.int64) for _ in range(2 * tensors)]
+    chunks = 2 if cuda else 0 if config.data.num_workers else 1
+    return [torch.empty(steps * step_rows, length, dtype=torch.int64) for _ in range(chunks * tensors)]
 
 
 @frozen
