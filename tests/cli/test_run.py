@@ -266,4 +266,4 @@ def test_a_pipe_gets_lines_without_escapes(shell: Shell) -> None:
 
 
 def test_quiet_prints_nothing_but_warnings(shell: Shell) -> None:
-    assert shell("run", "config.toml", "--quiet").out == ""
+    assert shell("run", "config.toml", "--quiet", "--training.eval_steps", "0").out == ""

@@ -203,6 +203,6 @@ def test_a_packing_of_other_tokens_is_not_used(
 def test_a_dataset_that_cannot_be_written_keeps_its_index_in_the_cache(
     directory: Path, opened: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt_simple.data.dataset.os.access", lambda path, mode: False)
+    monkeypatch.setattr("gpt_simple.data.locate.os.access", lambda path, mode: False)
     assert opened(directory, packing="best_fit").train.targets == 34
     assert not (directory / "index").exists()

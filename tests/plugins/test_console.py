@@ -91,7 +91,7 @@ def test_an_output_that_fails_is_told_once_on_standard_error_and_training_goes_o
 
 
 def test_quiet_says_nothing_but_warnings(shell: Shell, here: Path) -> None:
-    assert shell("run", "config.toml", "--quiet").out == ""
+    assert shell("run", "config.toml", "--quiet", "--training.eval_steps", "0").out == ""
     (here / "warns.py").write_text(
         "from gpt_simple import Plugin, hookimpl\n"
         "class Warns(Plugin):\n"
@@ -100,7 +100,8 @@ def test_quiet_says_nothing_but_warnings(shell: Shell, here: Path) -> None:
         "        run.log.info('unheard')\n"
         "        run.log.warning('heard', kind='of a plugin', lines=3)\n"
     )
-    assert shell("run", "config.toml", "--quiet", "--force", "-p", "./warns.py").out == "warning: heard\n"
+    ended = shell("run", "config.toml", "--quiet", "--training.eval_steps", "0", "--force", "-p", "./warns.py")
+    assert ended.out == "warning: heard\n"
 
 
 @pytest.mark.parametrize("colour", [True, False])

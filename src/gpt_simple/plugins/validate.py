@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import gpt_simple
-from gpt_simple import Finding, GptSimpleError, ModelConfig, OptimizerConfig
+from gpt_simple import CheckpointError, Finding, GptSimpleError, ModelConfig, OptimizerConfig
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
 from gpt_simple.plugins.validate_data import data_findings
 
@@ -299,9 +300,11 @@ def _precision(run: Run) -> Iterator[Finding]:
 def _prepared(run: Run) -> Iterator[Finding]:
     """Warnings that need the data, which a launch has by now; of what it refuses or shortens it speaks itself."""
     outlook = gpt_simple.outlook(run.config)
-    if run.is_main and outlook.resume.kind != "finished":
-        found = _guarded("data", "data.path", data_findings, outlook)
-        yield from (finding for finding in found if finding.code in ("phase-never-reached", "evaluation-heavy"))
+    # The launch has read its checkpoints whole; this looks at their sizes, and may refuse what the launch knows better.
+    with suppress(CheckpointError):
+        if run.is_main and outlook.resume.kind != "finished":
+            found = _guarded("data", "data.path", data_findings, outlook)
+            yield from (finding for finding in found if finding.code in ("phase-never-reached", "evaluation-heavy"))
 
 
 def _size(size: int) -> str:
