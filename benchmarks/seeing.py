@@ -153,12 +153,12 @@ def _run(steps: int, seen: bool) -> tuple[float, dict[str, float]]:
 def _redraw() -> float:
     """Seconds to draw the view once."""
     facts = {"floor": 1.0, "compile": "off"}
-    start = RunStart(step=0, max_steps=1000, tokens=0, resumed_from=None, promise="", facts=facts)
+    start = RunStart(step=0, max_steps=1000, tokens=0, resumed_from=None, promise="", best_val_loss=2.0, facts=facts)
     terminal = Terminal(file=io.StringIO(), width=120, force_terminal=True)
-    view = LiveView(start, lambda: 500, lambda: 60.0, best=2.0, terminal=terminal)
+    view = LiveView(start, lambda: 500, lambda: 60.0, terminal=terminal)
     for number in range(40):
         view.metrics({"train/loss": 3.0 - number / 40, "train/lr": 1e-3, "perf/tokens_per_second": 1e4})
-    view.evaluation({"eval/loss": 2.0, "eval/bits_per_byte": 1.0}, 2.0)
+    view.evaluation({"eval/loss": 2.0, "eval/bits_per_byte": 1.0})
     begun = time.perf_counter()
     for _ in range(50):
         terminal.print(view)

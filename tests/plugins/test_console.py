@@ -106,20 +106,25 @@ def test_quiet_says_nothing_but_warnings(shell: Shell, here: Path) -> None:
 
 @pytest.mark.parametrize("colour", [True, False])
 def test_on_a_terminal_a_view_is_redrawn_and_the_log_stays(here: Path, colour: bool) -> None:
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40", "OMP_NUM_THREADS": "1"}
-    environment |= {} if colour else {"NO_COLOR": "1"}
-    command = [sys.executable, "-m", "gpt_simple", "run", "config.toml", "--training.max_steps", "40"]
-    controller, terminal = pty.openpty()
-    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
-        os.close(terminal)
-        output = _read_to_the_end(controller)
-    assert process.returncode == 0, output
+    output = _on_a_terminal("--training.max_steps", "40", **({} if colour else {"NO_COLOR": "1"}))
     assert f"{ESCAPE}[2K" in output, "lines are drawn anew"
     assert f"{ESCAPE}[?25l" not in output, "a hidden cursor would stay hidden after a second Ctrl-C or a kill"
     assert re.search(r"step \d+/40", output)
     assert "step=4 eval_loss=" in output
     assert "completed: all 40 steps are made" in output
     assert bool(re.search(ESCAPE + r"\[[0-9;]*3[0-9;]*m", output)) == colour
+
+
+def _on_a_terminal(*options: str, **variables: str) -> str:
+    """What a run writes that has a terminal."""
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gpt_simple", "run", "config.toml", *options]
+    controller, terminal = pty.openpty()
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment | variables) as process:
+        os.close(terminal)
+        output = _read_to_the_end(controller)
+    assert process.returncode == 0, output
+    return output
 
 
 def _read_to_the_end(descriptor: int) -> str:
@@ -135,10 +140,9 @@ def _read_to_the_end(descriptor: int) -> str:
         parts.append(part)
 
 
-def _view(**options: Any) -> LiveView:
-    start = RunStart(
-        step=100, max_steps=1000, tokens=0, resumed_from=None, promise="", facts={"floor": 1.25, "compile": "on"}
-    )
+def _view(best: float | None = None, **options: Any) -> LiveView:
+    facts = {"floor": 1.25, "compile": "on"}
+    start = RunStart(100, 1000, tokens=0, resumed_from=None, promise="", best_val_loss=best, facts=facts)
     options = {"step": lambda: 250, "left": lambda: 90.0, **options}
     return LiveView(start, terminal=Terminal(file=io.StringIO()), **options)
 
@@ -153,7 +157,7 @@ def test_the_view_has_everything_that_is_known(monkeypatch: pytest.MonkeyPatch) 
     view = _view(best=2.0)
     for loss in (4.0, 3.0, float("nan"), 2.5):
         view.metrics({"train/loss": loss, "train/lr": 1e-3, "perf/tokens_per_second": 12345.0, "perf/mfu": 0.414})
-    view.evaluation({"eval/loss": 2.25, "eval/bits_per_byte": 1.5}, 2.0)
+    view.evaluation({"eval/loss": 2.25, "eval/bits_per_byte": 1.5})
     view.checkpoint(100)
     view.warnings = 2
     progress, learning, speed, state = _drawn(view)
@@ -200,9 +204,9 @@ def test_the_time_left_follows_the_usual_speed() -> None:
     assert console._left(run) == 100.0
 
 
-def test_the_best_validation_loss_outlives_a_stop() -> None:
-    first = Console(ConsoleConfig(progress="lines"))
-    first._best = 1.5
-    second = Console(ConsoleConfig(progress="lines"))
-    second.load_state_dict(first.state_dict(), version=1)
-    assert second._best == 1.5
+def test_the_best_validation_loss_outlives_a_stop_right_after_its_evaluation(shell: Shell, here: Path) -> None:
+    """The checkpoint of the step was written before, so it does not know what was found."""
+    assert shell("run", "config.toml", "-q").code == 0
+    best = json.loads((here / "out/summary.json").read_text())["best_val_loss"]
+    more = ["--training.max_steps", "6", "--training.eval_steps", "0"]
+    assert f"best {best:.4f}" in re.sub(ESCAPE + r"\[[0-9;]*m", "", _on_a_terminal(*more))

@@ -237,7 +237,15 @@ def _train(trainer: Trainer, setup: Setup, resume: ResumePlan, calls: Calls, sta
         source = resume.checkpoint.path if resume.checkpoint else None
         calls.on_run_start(
             run,
-            RunStart(run.step, run.config.training.max_steps, run.tokens, source, setup.promise, run.facts()),
+            RunStart(
+                step=run.step,
+                max_steps=run.config.training.max_steps,
+                tokens=run.tokens,
+                resumed_from=source,
+                promise=setup.promise,
+                best_val_loss=trainer.best_val_loss,
+                facts=run.facts(),
+            ),
         )
     status, reason = trainer.train()
     summary = summarise(trainer, setup, status, reason, time.monotonic() - started)

@@ -32,13 +32,17 @@ class ModelBuilt:
 
 @frozen
 class RunStart:
-    """Everything is prepared and all state is restored; the next step is ``step + 1``."""
+    """Everything is prepared and all state is restored; the next step is ``step + 1``.
+
+    ``best_val_loss`` is the run's lowest ``eval/loss`` so far, in nats, None if there was no evaluation.
+    """
 
     step: int
     max_steps: int
     tokens: int
     resumed_from: Path | None
     promise: str
+    best_val_loss: float | None
     facts: Mapping[str, Any] = field(converter=frozen_dict)
 
 

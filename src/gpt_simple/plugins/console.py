@@ -61,7 +61,6 @@ class Console(Plugin[ConsoleConfig]):
             is_terminal = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
             self._mode = "live" if is_terminal else "lines"
         self._view: LiveView | None = None
-        self._best: float | None = None
         self._step_ms: deque[float] = deque(maxlen=_INTERVALS)
 
     @hookimpl
@@ -73,7 +72,7 @@ class Console(Plugin[ConsoleConfig]):
         if self._mode == "live":
             from gpt_simple.plugins.console_live import LiveView
 
-            self._view = LiveView(event, lambda: run.step, lambda: self._left(run), best=self._best)
+            self._view = LiveView(event, lambda: run.step, lambda: self._left(run))
             self._view.start()
 
     @hookimpl
@@ -89,10 +88,8 @@ class Console(Plugin[ConsoleConfig]):
 
     @hookimpl
     def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
-        if (loss := event.metrics.get("eval/loss")) is not None:
-            self._best = loss if self._best is None else min(self._best, loss)
         if self._view is not None:
-            self._view.evaluation(event.metrics, self._best)
+            self._view.evaluation(event.metrics)
         line = evaluation_line(event, run.facts()["floor"])
         facts = {"step": event.step, "tokens": event.tokens, "seconds": event.seconds, **event.metrics}
         self._tell("eval", [line], facts)
@@ -124,12 +121,6 @@ class Console(Plugin[ConsoleConfig]):
     @hookimpl
     def on_close(self, run: Run, event: ev.Close) -> None:
         self._close_view()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best}
-
-    def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
-        self._best = state["best"]
 
     def _left(self, run: Run) -> float | None:
         """Seconds of training to the last step, from the median of the latest intervals, if the speed is known.

@@ -48,7 +48,6 @@ class LiveView:
         step: Callable[[], int],
         left: Callable[[], float | None],
         *,
-        best: float | None = None,
         terminal: Terminal | None = None,
     ) -> None:
         self.saving: int | None = None
@@ -61,7 +60,7 @@ class LiveView:
         self._max_steps = event.max_steps
         self._floor: float | None = event.facts["floor"]
         self._left = left
-        self._best = best
+        self._best = event.best_val_loss
         self._started = time.monotonic()
         self._losses: deque[float] = deque(maxlen=_LOSSES)
         self._train: Mapping[str, float] = {}
@@ -89,9 +88,11 @@ class LiveView:
         self._train = metrics
         self._losses.append(metrics["train/loss"])
 
-    def evaluation(self, metrics: Mapping[str, float], best: float | None) -> None:
-        """An evaluation, and the best validation loss so far."""
-        self._eval, self._best = metrics, best
+    def evaluation(self, metrics: Mapping[str, float]) -> None:
+        """The end of an evaluation."""
+        self._eval = metrics
+        if (loss := metrics.get("eval/loss")) is not None:
+            self._best = loss if self._best is None else min(self._best, loss)
 
     def checkpoint(self, step: int) -> None:
         """A checkpoint is durable."""
