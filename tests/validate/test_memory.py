@@ -14,12 +14,16 @@ import torch
 import gpt_simple
 from gpt_simple.assembly import assemble
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
+from gpt_simple.engine.precision import resolve
 from gpt_simple.engine.session import train
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.activation import Switches
+from gpt_simple.hooks.components import builtin_registry
+from gpt_simple.plugins.memory import start_counting, stop_counting
 from gpt_simple.testing import train_on_ranks
 from gpt_simple.validate.devices import CARDS, find_card
 from gpt_simple.validate.memory import largest_batch, predict_memory
+from gpt_simple.validate.rehearsal import Rehearsal
 from tests.validate.conftest import Check
 
 BASE: dict[str, dict[str, Any]] = {
@@ -79,10 +83,41 @@ CASES: dict[str, dict[str, str]] = {
 }
 
 
-def run(directory: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
+PARTS = """
+import torch
+from gpt_simple import Plugin, hookimpl
+
+
+def optimizer(kind, **options):
+    return lambda model, config, device: kind([p for p in model.parameters() if p.requires_grad], lr=1e-3, **options)
+
+
+class Bigram(torch.nn.Module):
+    def __init__(self, vocab_size, width):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(vocab_size, width), torch.nn.Linear(width, vocab_size)
+        self.frozen = torch.nn.Parameter(torch.zeros(2_000_000), requires_grad=False)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.head(self.embedding(input_ids)).flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+class Parts(Plugin):
+    @classmethod
+    @hookimpl
+    def register_components(cls, registry):
+        registry.add("model", "bigram", lambda config, *, vocab_size, max_length: Bigram(vocab_size, 64))
+        registry.add("optimizer", "sgd", optimizer(torch.optim.SGD, momentum=0.9))
+        registry.add("optimizer", "fused_sgd", optimizer(torch.optim.SGD, fused=True))
+        registry.add("optimizer", "adafactor", optimizer(torch.optim.Adafactor))
+"""
+
+
+def run(directory: Path, overrides: Mapping[str, str], *plugins: str) -> dict[str, Any]:
     """What the memory plugin says at the end of a run."""
     values = {**overrides, "training.output_dir": str(directory), "plugins.console.progress": "off"}
-    switches = Switches(enable=("memory",), disable=("sample",))
+    switches = Switches(enable=("memory", *plugins), disable=("sample",))
     assembly = assemble(None, sections=BASE, overrides=list(values.items()), switches=switches)
     train(assembly)
     plugin: Any = next(plugin.instance for plugin in assembly.host.plugins if plugin.name == "memory")
@@ -94,6 +129,27 @@ def test_the_prediction_is_what_an_eager_run_uses(tmp_path: Path, case: str) -> 
     told = run(tmp_path, CASES[case])
     assert told["predicted"].training_peak == pytest.approx(told["measured"], rel=0.01)
     assert "prediction error" in told["said"]
+
+
+@pytest.mark.parametrize(
+    "part", ["optimizer.name=sgd", "optimizer.name=fused_sgd", "optimizer.name=adafactor", "model.name=bigram"]
+)
+def test_parts_of_plugins_are_predicted_too(tmp_path: Path, part: str) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    told = run(tmp_path / "out", dict([part.split("=")]), str(tmp_path / "parts.py"))
+    assert told["predicted"].training_peak == pytest.approx(told["measured"], rel=0.01)
+
+
+def test_an_evaluation_is_predicted_too() -> None:
+    config = small(per_device_batch_size=1, gradient_accumulation_steps=1, gradient_checkpointing=True, eval_steps=1)
+    prediction = predict_memory(config, vocab_size=30000)
+    cpu = torch.device("cpu")
+    rehearsal = Rehearsal.prepare(config, builtin_registry(), resolve("no", cpu), vocab_size=30000)
+    rehearsal.step()
+    resident = sum(prediction.by_category[name] for name in ("parameters", "optimizer", "data"))
+    start_counting()
+    rehearsal.evaluate()
+    assert prediction.by_phase["evaluation"] == pytest.approx(resident + stop_counting(), rel=0.01)
 
 
 def test_a_resumed_run_is_predicted_too(tmp_path: Path) -> None:
@@ -192,6 +248,18 @@ def test_the_largest_batch_fits_and_one_more_row_does_not(largest: int) -> None:
     assert largest_batch(small(), room, peak) == largest
     assert len(asked) < 12
     assert largest_batch(small(), 10_036, peak) == 0
+
+
+def test_the_batch_that_is_found_fits_and_one_more_row_does_not(check: Check) -> None:
+    def ask(*arguments: str, code: int = 0) -> dict[str, Any]:
+        return check("--device", str(1536 * 2**20 + 6_000_000), *arguments, code=code)
+
+    found = ask("--fit", "--training.gradient_checkpointing=true")["memory-fit"]["fields"]
+    assert 1 < found["batch_without_checkpointing"] < found["batch"]
+    for key, checkpointing in (("batch", "true"), ("batch_without_checkpointing", "false")):
+        rows, setting = "--training.per_device_batch_size=", f"--training.gradient_checkpointing={checkpointing}"
+        assert ask(f"{rows}{found[key]}", setting)["memory-margin"]["fields"]["margin"] >= 0
+        assert "memory-too-small" in ask(f"{rows}{found[key] + 1}", setting, code=2)
 
 
 def test_cards() -> None:

@@ -16,6 +16,7 @@ from attrs import define, field, frozen
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import Batch, StepData
 from gpt_simple.engine.compile import CompilePlan, compile_model
+from gpt_simple.engine.optimizer import skips_on_device
 from gpt_simple.engine.parallel import World
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.run import EngineRun
@@ -108,7 +109,7 @@ class Rehearsal:
         accumulation = config.training.gradient_accumulation_steps
         made_up = MadeUpRows(config, min(vocab_size, rows), device, accumulation)
         rate = optimizer.param_groups[0].get("lr", 0.0)
-        trainer = Trainer(
+        trainer = (_NeverSkips if fake_tensors else Trainer)(
             run=run,
             calls=calls,
             model=model,
@@ -119,7 +120,7 @@ class Rehearsal:
             store=_any(None),
             owner=_any(None),
             state=_any(None),
-            skips_on_device=True,
+            skips_on_device=skips_on_device(optimizer),
         )
         model.train()
         return cls(run, calls, model, optimizer, trainer, made_up)
@@ -138,6 +139,14 @@ class Rehearsal:
         """The forward pass of an evaluation's batch."""
         with self.run.evaluating():
             return self.run.loss(self.rows.batch)
+
+
+class _NeverSkips(Trainer):
+    """Where the host decides whether to skip a step: a fake tensor has no value that it could read."""
+
+    def _clip(self) -> tuple[torch.Tensor, Any]:
+        norm, skipped = super()._clip()
+        return norm, skipped if self.skips_on_device else False
 
 
 class _AsCompiled(torch.nn.Module):
