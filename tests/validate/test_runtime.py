@@ -47,6 +47,25 @@ def test_too_little_time_is_a_warning(check: Check, monkeypatch: pytest.MonkeyPa
     assert "time-short" not in check(*arguments)
 
 
+def test_a_budget_that_the_run_refuses_is_refused(check: Check, shell: Shell, here: Path) -> None:
+    arguments = ["--model.vocab_size=4_000_000", "--training.walltime_reserve_seconds=0"]
+    refused = check(*arguments, "--training.max_runtime_seconds=20", code=2)["budget-refused"]
+    assert refused["place"] == "--training.max_runtime_seconds"
+    assert refused["message"].startswith("23 s are kept for the first checkpoint, of 1.4 GiB")
+    ended = shell("run", "config.toml", *arguments, "--training.max_runtime_seconds=20")
+    assert (ended.code, refused["message"] in ended.err) == (2, True)
+    assert not (here / "out").exists()
+    assert "budget-refused" not in check(*arguments, "--training.max_runtime_seconds=40")
+
+
+@pytest.mark.parametrize(("seconds", "words"), [("20", "leaves nothing of the 20 s"), ("soon", "'soon'")])
+def test_a_budget_of_the_environment_is_looked_at(
+    check: Check, monkeypatch: pytest.MonkeyPatch, seconds: str, words: str
+) -> None:
+    monkeypatch.setenv("GPT_SIMPLE_MAX_RUNTIME", seconds)
+    assert words in check(code=2)["budget-refused"]["message"]
+
+
 def test_a_probe_that_cannot_run_is_refused_as_the_run_would_be(check: Check) -> None:
     if not torch.cuda.is_available():
         assert "fp16" in check("--probe", "--training.mixed_precision=fp16", code=2)["runtime-refused"]["message"]

@@ -41,6 +41,7 @@ class Validate(Plugin[NoConfig]):
             findings += [*_components(outlook), *_summary(outlook)]
             findings += [*_guarded("data", "data.path", data_findings, outlook)]
             findings += [*_guarded("resume", "training.resume", _resume, outlook), *_environment(outlook)]
+            findings += _guarded("budget", "", _budget, outlook)
             if outlook.questions.probe or outlook.questions.device:
                 findings += _guarded("runtime", "training", _runtime, outlook)
         return [*findings, *_guarded("output", "training.output_dir", _output, outlook)]
@@ -166,6 +167,11 @@ def _resume(outlook: Outlook) -> Iterator[Finding]:
     if differs:
         message = f"the run that goes on was configured differently: {resume.promise.removeprefix('changed: ')}"
         yield Finding("warning", "resume-changed", message, "training.resume", exit_code=_CHECKPOINT)
+
+
+def _budget(outlook: Outlook) -> Iterator[Finding]:
+    outlook.check_budget()
+    yield from ()
 
 
 def _output(outlook: Outlook) -> Iterator[Finding]:

@@ -6,6 +6,8 @@ sees the built-in ones. Every part is looked at when it is asked for, and raises
 
 from __future__ import annotations
 
+import os
+import time
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -108,6 +110,20 @@ class Outlook:
         """Samples of the run from its first step on, those of another batch before it goes on included."""
         step, samples = self.done
         return samples + max(0, self.config.training.max_steps - step) * self.rows_per_step
+
+    def check_budget(self) -> None:
+        """Raise ConfigError for a time budget that the run would refuse, as far as the model's size is known here."""
+        from gpt_simple.engine.stopping import Walltime
+        from gpt_simple.model.flops import parameter_count
+
+        now = time.monotonic()
+        budget = Walltime.of_launch(self.config.training, os.environ, started=now, now=now, clock=time.time())
+        try:
+            shape = self.shape
+        except GptSimpleError:
+            return  # a finding of its own
+        if budget is not None and shape is not None:
+            budget.expect_save_of(3 * 4 * parameter_count(shape))
 
     @cached_property
     def output(self) -> OutputOutlook:
