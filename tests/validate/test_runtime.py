@@ -47,7 +47,10 @@ def test_too_little_time_is_a_warning(check: Check, monkeypatch: pytest.MonkeyPa
     assert "time-short" not in check(*arguments)
 
 
-def test_a_budget_that_the_run_refuses_is_refused(check: Check, shell: Shell, here: Path) -> None:
+def test_a_budget_that_the_run_refuses_is_refused(
+    check: Check, shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt_simple.cli.run.BEGAN", time.monotonic())  # this process is older than the budget
     arguments = ["--model.vocab_size=4_000_000", "--training.walltime_reserve_seconds=0"]
     refused = check(*arguments, "--training.max_runtime_seconds=20", code=2)["budget-refused"]
     assert refused["place"] == "--training.max_runtime_seconds"
