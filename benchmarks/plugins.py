@@ -26,10 +26,11 @@ from typing import Any
 import torch
 
 from gpt_simple import Config, Plugin, hookimpl
-from gpt_simple.engine.guard import keeps_torch_state
+from gpt_simple.engine.guard import TORCH_STATE
 from gpt_simple.hooks import MetricsReady
 from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.discovery import DEFAULT_ON
+from gpt_simple.hooks.dispatch import Guard
 from gpt_simple.hooks.host import PluginHost
 from gpt_simple.testing import train
 
@@ -77,7 +78,7 @@ def one_call(listeners: int) -> dict[str, float]:
     def host(guarded: bool) -> PluginHost:
         switches = Switches(disable=tuple(DEFAULT_ON))
         made = PluginHost.activate({}, set_keys=lambda key: False, switches=switches, extra=idle(listeners))
-        made.wrap = keeps_torch_state if guarded else None
+        made.guard = TORCH_STATE if guarded else Guard()
         made.instantiate(Config())
         return made
 

@@ -56,7 +56,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "10m": {
         "model": {"n_embd": 384, "n_layer": 6, "n_head": 6},
         "data": {"tokenizer": "bpe", "tokenizer_vocab_size": 4096, "max_length": 256},
-        "training": {"per_device_batch_size": 8, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"},
+        "training": {"per_device_batch_size": 8, "gradient_accumulation_steps": 2},
     },
 }
 SEEING = [

@@ -15,7 +15,7 @@ import torch
 from gpt_simple import Config, Finding, Metric, Plugin, hookimpl
 from gpt_simple.errors import CheckpointError, PluginError
 from gpt_simple.hooks import Close, CollectMetrics, MetricsReady, RunError, StepEnd
-from gpt_simple.hooks.dispatch import DISPATCHED, Calls
+from gpt_simple.hooks.dispatch import DISPATCHED, Calls, Guard
 from gpt_simple.hooks.host import PluginHost
 from gpt_simple.hooks.specs import HOOKS
 
@@ -311,6 +311,32 @@ def test_a_wrapper_goes_around_every_implementation(activate: Activate) -> None:
     calls, off = started(host)
     calls.on_metrics(RUN, METRICS)
     assert off == ["p"]
+
+
+@pytest.mark.parametrize("hook", ["on_step_end", "collect_metrics", "on_close"])
+def test_what_a_listener_leaves_changed_is_put_back_before_the_next_one(activate: Activate, hook: str) -> None:
+    state, seen = ["clean"], []
+
+    def put_back(run: object, before: str) -> str:
+        left, state[0] = state[0], before
+        return left
+
+    def leaves() -> object:
+        seen.append(state[0])
+        state[0] = "dirt"
+        return {} if hook == "collect_metrics" else None
+
+    def raises() -> None:
+        leaves()
+        raise RuntimeError("bang")
+
+    listeners = [plugin(name, hook, body) for name, body in (("A", leaves), ("B", raises), ("C", leaves))]
+    host = activate(*listeners)
+    host.guard = Guard(lambda run: state[0], put_back)
+    calls, off = started(host)
+    call(calls, hook, METRICS)
+    assert (seen, state) == (["clean"] * 3, ["clean"])
+    assert hook == "on_close" or off == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,12 @@
 """Torch state that all share: a hook or method that leaves it changed has failed, and training never notices.
 
-Put around everything that a plugin is called for (``PluginHost.wrap``). It may switch gradients off, enter autocast or
-inference mode, change the default dtype or device, or put the model into evaluation mode; what it does not put back is
-put back here and charged to it.
+Looked at after everything that a plugin is called for (``PluginHost.guard``). It may switch gradients off, enter
+autocast or inference mode, change the default dtype or device, or put the model into evaluation mode; what it does not
+put back is put back here and charged to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -22,6 +20,8 @@ from torch import (
 )
 from torch._C import _len_torch_function_stack as count_modes
 
+from gpt_simple.hooks.dispatch import Guard
+
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 """Types of devices that autocast is switched on for."""
 
@@ -29,58 +29,33 @@ _KEPT: list[Any] = []
 """Inference modes that were put back: one that is forgotten would undo that."""
 
 
-class LeftChanged(Exception):
-    """A hook returned with another state of torch than it was called with."""
+State = tuple[bool, bool, torch.dtype, torch.device | None, int, int, tuple[str, ...], bool | None]
 
 
-def keeps_torch_state(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """``implementation``, which raises LeftChanged after restoring what it left changed."""
-
-    # This runs in every step, so it asks for little: inference mode switches gradients off, so that it takes a question
-    # of its own only where they are off already; and `with torch.device(...)` is a mode on a stack.
-    @wraps(implementation)
-    def guarded(*arguments: Any) -> Any:
-        gradients, dtype = is_grad_enabled(), get_default_dtype()
-        inference = not gradients and is_inference_mode_enabled()
-        device, modes = devices.CURRENT_DEVICE, count_modes()
-        model = getattr(arguments[0], "_model", None) if arguments else None
-        training = model is not None and model.training
-        autocasts = autocast_increment_nesting() - 1
-        autocast_decrement_nesting()
-        kinds = autocast_kinds() if autocasts else ()
-        try:
-            result = implementation(*arguments)
-        except BaseException:
-            _put_back(gradients, dtype, inference, device, modes, autocasts, kinds, model, training)
-            raise  # what went wrong first is what is told
-        autocast_increment_nesting()
-        if (
-            autocast_decrement_nesting() != autocasts
-            or is_grad_enabled() is not gradients
-            or get_default_dtype() is not dtype
-            or devices.CURRENT_DEVICE is not device
-            or count_modes() != modes
-            or (model is not None and model.training is not training)
-            or (not gradients and is_inference_mode_enabled() is not inference)
-        ) and (left := _put_back(gradients, dtype, inference, device, modes, autocasts, kinds, model, training)):
-            raise LeftChanged(f"the process was left with {left}: put back what is changed")
-        return result
-
-    return guarded
+def _look(run: Any) -> State:
+    """All that is guarded. Asked for after every call of every plugin, so in as few questions as can be."""
+    gradients = is_grad_enabled()
+    autocasts = autocast_increment_nesting() - 1
+    autocast_decrement_nesting()
+    try:
+        training = run._model.training
+    except AttributeError:  # there is none yet
+        training = None
+    return (
+        gradients,
+        False if gradients else is_inference_mode_enabled(),  # it switches gradients off
+        get_default_dtype(),
+        devices.CURRENT_DEVICE,
+        count_modes(),  # `with torch.device(...)` is a mode on a stack
+        autocasts,
+        autocast_kinds() if autocasts else (),
+        training,
+    )
 
 
-def _put_back(
-    gradients: bool,
-    dtype: torch.dtype,
-    inference: bool,
-    device: torch.device | None,
-    modes: int,
-    autocasts: int,
-    kinds: tuple[str, ...],
-    model: torch.nn.Module | None,
-    training: bool,
-) -> str:
+def _put_back(run: Any, before: State) -> str:
     """Restore what is another one now, and say what that was; empty if nothing is."""
+    gradients, inference, dtype, device, modes, autocasts, kinds, training = before
     left = []
     if is_inference_mode_enabled() is not inference:
         left.append(f"inference mode {_word(not inference)}")
@@ -97,9 +72,9 @@ def _put_back(
         torch.set_default_device(device)
         while count_modes() > modes:
             torch.device("cpu").__exit__(None, None, None)  # leaves what was entered last
-    if model is not None and model.training is not training:
+    if training is not None and run._model.training is not training:
         left.append(f"the model in {'evaluation' if training else 'training'} mode")
-        model.train(training)
+        run._model.train(training)
     left += _leave_autocast(autocasts, kinds)
     return ", ".join(left)
 
@@ -125,3 +100,6 @@ def autocast_kinds() -> tuple[str, ...]:
 
 def _word(on: bool) -> str:
     return "on" if on else "off"
+
+
+TORCH_STATE = Guard(_look, _put_back)

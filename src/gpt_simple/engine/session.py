@@ -21,7 +21,7 @@ from gpt_simple.assembly import Assembly, Questions
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.engine.compile import compile_flags, plan
-from gpt_simple.engine.guard import autocast_kinds, keeps_torch_state
+from gpt_simple.engine.guard import TORCH_STATE, autocast_kinds
 from gpt_simple.engine.ownership import Ownership
 from gpt_simple.engine.parallel import World
 from gpt_simple.engine.precision import resolve
@@ -140,7 +140,7 @@ def train(
             run.control.switch_off(plugin.name)
 
         run.control.plugins = assembly.host.names
-        assembly.host.wrap = assembly.host.wrap or keeps_torch_state
+        assembly.host.guard = TORCH_STATE
         calls = run.calls = assembly.host.calls(world.is_main, plugin_failed, world_size=world.size)
         stack.enter_context(closing_plugins(run, calls))
         for note in (*assembly.notes, *assembly.host.notes, *filter(None, [compiling.warning])):

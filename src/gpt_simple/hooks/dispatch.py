@@ -9,9 +9,10 @@ built.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import define, field, frozen
 
@@ -30,9 +31,42 @@ if TYPE_CHECKING:
 Implementation = Callable[..., Any]
 Listener = tuple[Implementation, LoadedPlugin]
 OnFailure = Callable[[LoadedPlugin, str, PluginError], None]
+T = TypeVar("T")
 
 DISPATCHED = tuple(name for name in HOOKS if name not in ("register_components", "check_config"))
 """Hooks of a running engine; the other two are called by the host itself, before there is one."""
+
+
+class LeftChanged(Exception):
+    """A hook or method returned with another state of the process than it was called with."""
+
+
+@frozen
+class Guard:
+    """State that all share, which every plugin must leave as it found it; ``engine/guard.py`` has torch's.
+
+    ``look(run)`` is that state now, something to compare; ``run`` is None where there is none. ``put_back(run,
+    before)`` restores what is another one and says in words what that was; empty if nothing is.
+    """
+
+    look: Callable[[Any], Any] = lambda run: None
+    put_back: Callable[[Any, Any], str] = lambda run, before: ""
+
+    def call(self, run: Any, work: Callable[[], T]) -> T:
+        """``work()``, which raises LeftChanged after restoring what it left changed."""
+        before = self.look(run)
+        try:
+            result = work()
+        except BaseException:
+            self.put_back(run, before)
+            raise  # what went wrong first is what is told
+        self.check(run, before)
+        return result
+
+    def check(self, run: Any, before: Any) -> None:
+        """Raise LeftChanged, after restoring it, if the state is no longer what it was ``before``."""
+        if self.look(run) != before and (left := self.put_back(run, before)):
+            raise LeftChanged(f"the process was left with {left}: put back what is changed")
 
 
 @frozen
@@ -68,6 +102,7 @@ class Calls:
     """
 
     policy: Policy
+    guard: Guard = field(factory=Guard)
     _listeners: dict[str, list[tuple[Listener, ...]]] = field(factory=dict)
     check_runtime: Callable[[Run], Findings] | None = None
     on_model_built: Callable[[Run, events.ModelBuilt], None] | None = None
@@ -158,22 +193,29 @@ def checked(info: HookInfo, result: Any) -> Any:
 
 def _compile(info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls) -> Callable[..., Any]:
     if info.order == "reverse":
-        return _compile_last_words(info, cell)
+        return _compile_last_words(info, cell, calls.guard)
     if info.returns == "none":
         return _compile_notification(info, cell, calls)
     return _compile_question(info, cell, calls)
 
 
 def _compile_notification(info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls) -> Callable[..., None]:
-    hook = info.name
+    hook, guard = info.name, calls.guard
+    look = guard.look
 
+    # Called in every step. What one plugin leaves is what the next one finds: the state is asked for once between them.
     def notify(run: Run, event: object) -> None:
-        start = perf_counter()
+        before, start = look(run), perf_counter()
         for implementation, plugin in cell[0]:
             try:
                 if (result := implementation(run, event)) is not None:
                     checked(info, result)
-            except FAILURES as error:
+                if look(run) != before:
+                    guard.check(run, before)
+            except BaseException as error:
+                guard.put_back(run, before)
+                if not isinstance(error, FAILURES):
+                    raise
                 calls.fail(plugin, hook, event, error)
             # One clock reading serves as the end of this plugin and the start of the next.
             end = perf_counter()
@@ -187,14 +229,15 @@ def _compile_notification(info: HookInfo, cell: list[tuple[Listener, ...]], call
 def _compile_question(
     info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls
 ) -> Callable[..., list[tuple[str, Any]]]:
-    hook, has_event = info.name, "event" in info.arguments
+    hook, has_event, guard = info.name, "event" in info.arguments, calls.guard
 
     def ask(*arguments: Any) -> list[tuple[str, Any]]:
         answers = []
         for implementation, plugin in cell[0]:
             start = perf_counter()
             try:
-                answers.append((plugin.name, checked(info, implementation(*arguments))))
+                answer = guard.call(arguments[0], partial(implementation, *arguments))
+                answers.append((plugin.name, checked(info, answer)))
             except FAILURES as error:
                 calls.fail(plugin, hook, arguments[-1] if has_event else None, error)
             plugin.seconds += perf_counter() - start
@@ -204,13 +247,15 @@ def _compile_question(
     return ask
 
 
-def _compile_last_words(info: HookInfo, cell: list[tuple[Listener, ...]]) -> Callable[..., list[PluginError]]:
+def _compile_last_words(
+    info: HookInfo, cell: list[tuple[Listener, ...]], guard: Guard
+) -> Callable[..., list[PluginError]]:
     def call_everybody(run: Run, event: object) -> list[PluginError]:
         failures: list[PluginError] = []
         for implementation, plugin in cell[0]:
             start = perf_counter()
             try:
-                checked(info, implementation(run, event))
+                checked(info, guard.call(run, partial(implementation, run, event)))
             except FAILURES as error:
                 failures.append(plugin.failure(info.name, error, getattr(event, "step", None)))
             plugin.seconds += perf_counter() - start

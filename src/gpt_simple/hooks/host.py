@@ -21,7 +21,7 @@ from gpt_simple.hooks.activation import Decision, Switches, Wishes, decide
 from gpt_simple.hooks.answers import Finding
 from gpt_simple.hooks.components import Registry
 from gpt_simple.hooks.discovery import installed, usable
-from gpt_simple.hooks.dispatch import DISPATCHED, Calls, Implementation, Listener, OnFailure, Policy, checked
+from gpt_simple.hooks.dispatch import DISPATCHED, Calls, Guard, Implementation, Listener, OnFailure, Policy, checked
 from gpt_simple.hooks.loading import (
     FAILURES,
     LoadedPlugin,
@@ -60,8 +60,10 @@ class PluginHost:
     broken: tuple[str, ...] = ()
     """A sentence for each installed plugin that cannot be used."""
     strict: bool = False
+    guard: Guard = field(factory=Guard)
+    """Looks after every hook and plain method of a plugin; what it finds counts as the plugin's failure."""
     wrap: Callable[[Implementation], Implementation] | None = None
-    """Put around every hook and plain method of a plugin: a guard, whose exceptions count as the plugin's failures."""
+    """Put around every implementation of a hook of a run, for tests."""
     _manager: PluginManager = field(init=False)
     _calls: Calls | None = None
     _states: PluginStates = field(factory=PluginStates)
@@ -169,7 +171,7 @@ class PluginHost:
         findings: list[Finding] = []
         for implementation, plugin in self._listeners("check_config"):
             try:
-                found = checked(HOOKS["check_config"], self._wrapped(implementation)(config))
+                found = checked(HOOKS["check_config"], self.guard.call(None, partial(implementation, config)))
             except FAILURES as error:
                 failure = plugin.failure("check_config", error)
                 findings.append(Finding("error", "plugin-failed", str(failure), exit_code=int(failure.exit_code)))
@@ -179,10 +181,11 @@ class PluginHost:
 
     def calls(self, is_main: bool, on_failure: OnFailure, *, world_size: int = 1) -> Calls:
         """Compile the hooks for this process. ``on_failure`` is told of each plugin that is switched off."""
-        calls = Calls(Policy(on_failure, alone=world_size == 1, strict=self.strict))
+        calls = Calls(Policy(on_failure, alone=world_size == 1, strict=self.strict), self.guard)
         for hook in DISPATCHED:
             here = [pair for pair in self._listeners(hook) if is_main or _runs_everywhere(hook, pair[1])]
-            calls.listen(hook, [(self._wrapped(implementation), plugin) for implementation, plugin in here])
+            wrap = self.wrap or (lambda implementation: implementation)
+            calls.listen(hook, [(wrap(implementation), plugin) for implementation, plugin in here])
         self._calls = calls
         return calls
 
@@ -209,21 +212,18 @@ class PluginHost:
         self, records: Mapping[str, Record], tensors: Mapping[str, torch.Tensor], *, is_main: bool = True
     ) -> None:
         """Hand stored state back to its owners here; CheckpointError if a required one is missing."""
-        self._states.load(self.plugins, records, tensors, is_main, self._wrapped)
+        self._states.load(self.plugins, records, tensors, is_main, self.guard)
 
     def _listeners(self, hook: str) -> list[Listener]:
         found = {impl.plugin_name: impl.function for impl in getattr(self._manager.hook, hook).get_hookimpls()}
         return [(found[plugin.name], plugin) for plugin in self.plugins if plugin.name in found]
-
-    def _wrapped(self, implementation: Implementation) -> Implementation:
-        return implementation if self.wrap is None else self.wrap(implementation)
 
     def _guarded(self, plugin: LoadedPlugin, method: str, call: Callable[[], Any]) -> Any:
         """A plain method under the failure policy; None from a plugin that is off."""
         if plugin.failed:
             return None
         try:
-            return self._wrapped(call)()
+            return self.guard.call(None, call)
         except FAILURES as error:
             if self._calls is None:
                 raise plugin.failure(method, error) from error

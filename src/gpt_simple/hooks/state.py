@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
 from gpt_simple.errors import CheckpointError, PluginError
+from gpt_simple.hooks.dispatch import Guard
 from gpt_simple.hooks.loading import FAILURES, LoadedPlugin, way_back
 
 if TYPE_CHECKING:
@@ -57,11 +59,10 @@ class PluginStates:
         records: Mapping[str, Record],
         tensors: Mapping[str, torch.Tensor],
         is_main: bool,
-        wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
+        guard: Guard,
     ) -> None:
         """Hand records back to their owners on this process, and carry those without an owner.
 
-        ``wrap`` is put around each ``load_state_dict``.
         A record whose plugin said that it is required and is not here raises CheckpointError before anything
         is loaded.
         """
@@ -80,7 +81,8 @@ class PluginStates:
                 if is_main:
                     self._remember(plugin, name, dict(record), _of(name, tensors))
                 try:
-                    wrap(plugin.active.load_state_dict)(unpack(record["state"], tensors), record["version"])
+                    state = unpack(record["state"], tensors)
+                    guard.call(None, partial(plugin.active.load_state_dict, state, record["version"]))
                 except FAILURES as error:
                     raise plugin.failure("load_state_dict", error) from error
 

@@ -15,7 +15,6 @@ import torch
 from attrs import frozen
 
 from gpt_simple.assembly import assemble
-from gpt_simple.engine.guard import keeps_torch_state
 from gpt_simple.engine.result import TrainResult
 from gpt_simple.engine.session import train as train_assembly
 from gpt_simple.hooks.activation import Switches
@@ -79,14 +78,14 @@ def train(
     overrides: Mapping[str, Any] | None = None,
     enable: tuple[str, ...] = (),
     recorder: Recorder | None = None,
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = keeps_torch_state,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Trained:
     """Train the tiny model with these plugins (classes or instances) beside the built-in ones.
 
     ``overrides`` are dotted keys of the configuration, the plugins' own too: ``{"plugins.csvlog.path": "a.csv"}``.
     ``enable`` names installed plugins, as ``-p`` does. A directory that holds a run is resumed; without one a temporary
     directory lives as long as the result. ``recorder`` is one to look at when the run raises, which it may: errors
-    leave as they do from ``gpt_simple.train``. ``wrap`` is put around every hook and method of a plugin. Torch has one
+    leave as they do from ``gpt_simple.train``. ``wrap`` is put around every implementation of a hook. Torch has one
     thread meanwhile.
     """
     directory = None if output_dir else tempfile.TemporaryDirectory(prefix="gpt-simple-testing-")
