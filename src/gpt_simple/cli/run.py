@@ -75,8 +75,11 @@ def _train(
 
     def work() -> int:
         asked: list[str] = []
-        with stop_on_signals(asked.append):
-            return go(asked)
+        try:
+            with stop_on_signals(asked.append):
+                return go(asked)
+        finally:
+            member.give_up_broken_output()
 
     def go(asked: list[str]) -> int:
         assembly, fresh = check_together(), force

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from typing import NoReturn
 
 from attrs import evolve
@@ -137,9 +138,22 @@ def _leave(code: int) -> NoReturn:
     """Everything is on disk. A collective that will never end must not keep the process from leaving, and a thread of
     torch that another process's end surprises must not turn a finished run into an aborted one.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    give_up_broken_output()
+    with suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)
+
+
+def give_up_broken_output() -> None:
+    """Drop what standard output cannot take: a run has said that it shows no more, and must end as it would have.
+
+    Python would try to write it once more, fail, and leave with a code of its own.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failed(record: Record, error: BaseException) -> Record:

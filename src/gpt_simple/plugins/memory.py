@@ -7,6 +7,7 @@ logged once, and goes into the summary.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,7 @@ class Memory(Plugin[NoConfig]):
         self._resident = sum(held.values())
         if resumed:
             self._resident += self._prediction.by_category["optimizer"]
+        gc.collect()  # what lies about from before must not be freed meanwhile: it would be taken off
         start_counting()
         self._profiling = True
 
