@@ -15,6 +15,8 @@ from gpt_simple.cli.main import main
 # process has none of its parent's worker threads and would wait for them in its first kernel.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Programs hold back what they write into a pipe, as they do for users: what is lost then is found only so.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 CONFIG = """\
 [model]

@@ -10,7 +10,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import suppress
 from typing import NoReturn
 
 from attrs import evolve
@@ -139,21 +138,20 @@ def _leave(code: int) -> NoReturn:
     torch that another process's end surprises must not turn a finished run into an aborted one.
     """
     give_up_broken_output()
-    with suppress(OSError):
-        sys.stderr.flush()
     os._exit(code)
 
 
 def give_up_broken_output() -> None:
-    """Drop what standard output cannot take: a run has said that it shows no more, and must end as it would have.
+    """Drop what standard output and error cannot take: a run that shows no more must end as it would have.
 
     Python would try to write it once more, fail, and leave with a code of its own.
     """
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _failed(record: Record, error: BaseException) -> Record:
