@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 from gpt_simple import Config, Plugin, hookimpl
-from gpt_simple.engine.guard import TORCH_STATE
+from gpt_simple.engine.process_state import TORCH_STATE
 from gpt_simple.hooks import MetricsReady
-from gpt_simple.hooks.activation import Switches
-from gpt_simple.hooks.discovery import DEFAULT_ON
-from gpt_simple.hooks.dispatch import Guard
-from gpt_simple.hooks.host import PluginHost
+from gpt_simple.plugin_host.activation import Switches
+from gpt_simple.plugin_host.discovery import DEFAULT_ON
+from gpt_simple.plugin_host.dispatch import Guard
+from gpt_simple.plugin_host.host import PluginHost
 from gpt_simple.testing import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         TrainingConfig,
     )
     from gpt_simple.data.sources import Document
-    from gpt_simple.engine.result import TrainResult
     from gpt_simple.errors import (
         CheckpointError,
         ConfigError,
@@ -32,15 +31,16 @@ if TYPE_CHECKING:
         PluginError,
     )
     from gpt_simple.hooks import Finding, Metric, Plugin, Run, hookimpl
+    from gpt_simple.job.result import TrainResult
+    from gpt_simple.preflight.memory import MemoryPrediction, predict_memory
+    from gpt_simple.preflight.preflight import Outlook, outlook
     from gpt_simple.run_dir.lineage import read_metrics
-    from gpt_simple.validate.memory import MemoryPrediction, predict_memory
-    from gpt_simple.validate.outlook import Outlook, outlook
 
 _HOMES = {
     "train": "gpt_simple.api",
     "redacted": "gpt_simple.config.redact",
     "read_metrics": "gpt_simple.run_dir.lineage",
-    "TrainResult": "gpt_simple.engine.result",
+    "TrainResult": "gpt_simple.job.result",
     **dict.fromkeys(
         ("Config", "DataConfig", "ModelConfig", "OptimizerConfig", "PluginsConfig", "TrainingConfig"),
         "gpt_simple.config.schema",
@@ -51,8 +51,8 @@ _HOMES = {
     ),
     "Document": "gpt_simple.data.sources",
     **dict.fromkeys(("Finding", "Metric", "Plugin", "Run", "hookimpl"), "gpt_simple.hooks"),
-    **dict.fromkeys(("MemoryPrediction", "predict_memory"), "gpt_simple.validate.memory"),
-    **dict.fromkeys(("Outlook", "outlook"), "gpt_simple.validate.outlook"),
+    **dict.fromkeys(("MemoryPrediction", "predict_memory"), "gpt_simple.preflight.memory"),
+    **dict.fromkeys(("Outlook", "outlook"), "gpt_simple.preflight.preflight"),
 }
 
 __all__ = [

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt_simple.assembly import assemble
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from gpt_simple.errors import ConfigError
+from gpt_simple.spec import assemble
 
 if TYPE_CHECKING:
-    from gpt_simple.engine.result import TrainResult
     from gpt_simple.hooks import Plugin
+    from gpt_simple.job.result import TrainResult
 
 Section = Mapping[str, Any]
 
@@ -57,7 +57,7 @@ def train(
     texts = [(key, _text(value)) for key, value in (overrides or {}).items()]
     assembly = assemble(path, sections=sections, overrides=texts, plugins=plugins)
     # Only now: a mistake in the configuration is told without the seconds that torch takes to load.
-    from gpt_simple.engine.session import train as run_session
+    from gpt_simple.job.train import train as run_session
 
     return run_session(assembly, force=force)
 

@@ -240,7 +240,7 @@ def test_a_budget_that_a_checkpoint_uses_up_is_refused_before_anything_is_remove
 ) -> None:
     assert shell("run", "config.toml").code == 0
     before = sorted((here / "out").rglob("*"))
-    monkeypatch.setattr("gpt_simple.engine.stopping._FIRST_GUESS_BYTES_PER_SECOND", 0.1)
+    monkeypatch.setattr("gpt_simple.engine.time_budget._FIRST_GUESS_BYTES_PER_SECOND", 0.1)
     ended = shell("run", "config.toml", "--force", "--training.max_runtime_seconds", "1e6")
     assert ended.code == 2
     assert "training.max_runtime_seconds: " in ended.err

@@ -17,7 +17,7 @@ from gpt_simple.cli.main import main
 from gpt_simple.config.load import read
 from gpt_simple.config.structure import SECTIONS, structure
 from gpt_simple.config.types import fields_of
-from gpt_simple.hooks.discovery import installed, usable
+from gpt_simple.plugin_host.discovery import installed, usable
 
 
 @pytest.fixture

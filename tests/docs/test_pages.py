@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_simple.assembly import assemble
+from gpt_simple.spec import assemble
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -54,7 +54,7 @@ def test_the_architecture_names_what_is_there() -> None:
     rooms = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*\| *((?:`\w+\.py`(?:, )?)*) *\|$", text, re.MULTILINE)
     named = {name for names, _ in rooms for name in re.findall(r"\w+", names)}
     there = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert named == there - {"__init__", "__main__", "assembly", "api"}
+    assert named == there - {"__init__", "__main__", "spec", "api"}
     for room, files in rooms:
         assert all((package / room.strip("`") / file).is_file() for file in re.findall(r"\w+\.py", files)), room
     stages = " ".join(re.findall(r"^\| \w+ \| (`[^|]+`) \|", text, re.MULTILINE))

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gpt_simple import ConfigError, Document, Plugin, PluginError, hookimpl
-from gpt_simple.assembly import Questions, assemble
 from gpt_simple.config.schema import DataConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.hooks import NoConfig, Registry
 from gpt_simple.hooks.components import SECTION_FIELDS
+from gpt_simple.spec import Questions, assemble
 from gpt_simple.testing import Trained, train
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from gpt_simple.config.schema import OptimizerConfig
-from gpt_simple.engine import schedule
+from gpt_simple.engine import schedules
 
 
 def rates(name: str, steps: range, max_steps: int = 100, **fields: object) -> list[float]:
     config = OptimizerConfig(**{"learning_rate": 1.0, "warmup_steps": 10, "min_lr_ratio": 0.1, **fields})
-    rate = getattr(schedule, name)(config, max_steps)
+    rate = getattr(schedules, name)(config, max_steps)
     return [rate(step) for step in steps]
 
 

@@ -8,7 +8,7 @@ import pytest
 from attrs import evolve
 
 from gpt_simple.config.schema import TrainingConfig
-from gpt_simple.engine.stopping import Walltime
+from gpt_simple.engine.time_budget import Walltime
 from gpt_simple.errors import ConfigError
 
 NOW, CLOCK = 1_000.0, 1_800_000_000.0

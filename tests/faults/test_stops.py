@@ -73,7 +73,7 @@ def test_a_stop_while_data_are_prepared_leaves_at_once_and_changes_nothing(
         raise AssertionError("it went on")
 
     with monkeypatch.context() as patch:
-        patch.setattr("gpt_simple.engine.setup.prepare", prepare)
+        patch.setattr("gpt_simple.job.stages.prepare", prepare)
         result = tiny()
     assert (result.status, result.exit_code, result.reason, result.steps) == ("stopped", 75, "SIGTERM", 0)
     assert not (tmp_path / "run").exists()
@@ -165,7 +165,7 @@ def test_a_budget_begins_with_the_program(shell: Shell, monkeypatch: pytest.Monk
         began.append(options["began"])
         raise GptSimpleError("that is all")
 
-    monkeypatch.setattr("gpt_simple.engine.session.train", train)
+    monkeypatch.setattr("gpt_simple.job.train.train", train)
     shell("run", "config.toml")
     monkeypatch.setenv("GPT_SIMPLE_LAUNCHED_AT", str(time.monotonic() - 100))
     monkeypatch.setattr(time, "time", lambda: 0.0)
@@ -185,7 +185,7 @@ class Lingers(Everywhere):
 
 
 def test_a_request_from_another_machine_is_found(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_simple.engine.stopping._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("gpt_simple.engine.time_budget._LOOK_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(Owner, "is_here", lambda owner: False)
         result = tiny(plugins=[At("on_step_end", 2, lambda run: ask_to_stop(RunDir(run.output_dir)))])
@@ -264,7 +264,7 @@ def test_a_signal_while_the_program_loads_is_a_stop(here: Path) -> None:
         "import sys, importlib.abc, os, signal\n"
         "class Sends(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'gpt_simple.engine.session':\n"
+        "        if name == 'gpt_simple.job.train':\n"
         "            os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.meta_path.insert(0, Sends())\n"
         "from gpt_simple.cli.main import main; main()\n"

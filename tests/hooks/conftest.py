@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gpt_simple.hooks import Plugin
-from gpt_simple.hooks.activation import Switches
-from gpt_simple.hooks.discovery import DEFAULT_ON
-from gpt_simple.hooks.host import PluginHost
+from gpt_simple.plugin_host.activation import Switches
+from gpt_simple.plugin_host.discovery import DEFAULT_ON
+from gpt_simple.plugin_host.host import PluginHost
 
 FakePackage = Callable[..., Path]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from gpt_simple.errors import ConfigError
-from gpt_simple.hooks.activation import Switches, Wishes, decide
-from gpt_simple.hooks.discovery import PluginRecord
+from gpt_simple.plugin_host.activation import Switches, Wishes, decide
+from gpt_simple.plugin_host.discovery import PluginRecord
 
 RECORDS = {
     "console": PluginRecord("console", "m:C", "gpt-simple-trainer", "1", "builtin"),

@@ -14,10 +14,10 @@ import pytest
 
 import gpt_simple
 from gpt_simple import Plugin, hookimpl, hooks, testing
-from gpt_simple.hooks import HOOKS, Registry, answers, events, run
-from gpt_simple.hooks.dispatch import DISPATCHED, Calls
-from gpt_simple.hooks.lint import hooks_of, lint
+from gpt_simple.hooks import HOOKS, Registry, events, results, run
 from gpt_simple.hooks.specs import HookSpecs
+from gpt_simple.plugin_host.dispatch import DISPATCHED, Calls
+from gpt_simple.plugin_host.lint import hooks_of, lint
 
 GOLDEN = Path(__file__).with_name("catalogue.json")
 
@@ -38,8 +38,8 @@ def catalogue() -> dict[str, object]:
         },
         "events": {
             name: {field.name: str(field.type) for field in attrs.fields(value)}
-            for name, value in sorted({**vars(events), **vars(answers)}.items())
-            if isinstance(value, type) and attrs.has(value) and value.__module__ in (events.__name__, answers.__name__)
+            for name, value in sorted({**vars(events), **vars(results)}.items())
+            if isinstance(value, type) and attrs.has(value) and value.__module__ in (events.__name__, results.__name__)
         },
         "plugin": {name: _signature(member) for name, member in vars(Plugin).items() if not name.startswith("_")},
         "run": {
@@ -83,7 +83,7 @@ def test_every_event_is_frozen_and_every_hook_can_be_called() -> None:
 
 def test_the_contract_is_light_and_free_of_torch() -> None:
     code = (
-        "import sys, gpt_simple.hooks, gpt_simple.hooks.host\n"
+        "import sys, gpt_simple.hooks, gpt_simple.plugin_host.host\n"
         "print(*(m for m in ('torch', 'accelerate', 'click', 'rich', 'cattrs') if m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"

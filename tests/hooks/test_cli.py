@@ -13,11 +13,11 @@ import pytest
 import tomli
 from click.testing import CliRunner, Result
 
-from gpt_simple.assembly import assemble
 from gpt_simple.cli.fields import builtin_configs
 from gpt_simple.cli.plugin_details import toml_literal
 from gpt_simple.cli.plugins import plugins
 from gpt_simple.errors import ConfigError, PluginError
+from gpt_simple.spec import assemble
 
 from .conftest import PLUGIN, FakePackage
 from .test_host import install_broken

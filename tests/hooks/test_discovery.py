@@ -10,7 +10,7 @@ import pytest
 
 from gpt_simple import __version__
 from gpt_simple._names import DISTRIBUTION
-from gpt_simple.hooks.discovery import DEFAULT_ON, commands, installed, name_problem, summary, usable
+from gpt_simple.plugin_host.discovery import DEFAULT_ON, commands, installed, name_problem, summary, usable
 
 from .conftest import FakePackage
 

@@ -15,9 +15,9 @@ import torch
 from gpt_simple import Config, Finding, Metric, Plugin, hookimpl
 from gpt_simple.errors import CheckpointError, PluginError
 from gpt_simple.hooks import Close, CollectMetrics, MetricsReady, RunError, StepEnd
-from gpt_simple.hooks.dispatch import DISPATCHED, Calls, Guard
-from gpt_simple.hooks.host import PluginHost
 from gpt_simple.hooks.specs import HOOKS
+from gpt_simple.plugin_host.dispatch import DISPATCHED, Calls, Guard
+from gpt_simple.plugin_host.host import PluginHost
 
 Activate = Callable[..., PluginHost]
 

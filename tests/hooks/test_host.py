@@ -12,8 +12,8 @@ from attrs import frozen
 from gpt_simple import Config, Finding, Plugin, PluginsConfig, hookimpl
 from gpt_simple.errors import ConfigError, PluginError
 from gpt_simple.hooks import Component, Registry
-from gpt_simple.hooks.activation import Switches
-from gpt_simple.hooks.host import PluginHost
+from gpt_simple.plugin_host.activation import Switches
+from gpt_simple.plugin_host.host import PluginHost
 
 from .conftest import PLUGIN, FakePackage
 

@@ -14,8 +14,8 @@ import torch
 
 from gpt_simple import Metric, Plugin, Run, hookimpl, read_metrics
 from gpt_simple.hooks import HOOKS, NoConfig
-from gpt_simple.hooks.discovery import ENABLED_BY, PluginRecord, installed
-from gpt_simple.hooks.loading import load_record
+from gpt_simple.plugin_host.discovery import ENABLED_BY, PluginRecord, installed
+from gpt_simple.plugin_host.loading import load_record
 from gpt_simple.testing import Hang, HostSync, check_contract, no_host_sync, train, train_on_ranks
 
 # One that is switched on by a field of the configuration needs more than its name: its own tests have it.

@@ -14,7 +14,7 @@ from typing_extensions import Doc
 from gpt_simple import Plugin, hookimpl
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import PluginError
-from gpt_simple.hooks.lint import hooks_of, lint
+from gpt_simple.plugin_host.lint import hooks_of, lint
 
 
 class Good(Plugin):

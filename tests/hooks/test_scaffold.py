@@ -12,8 +12,8 @@ import tomli
 
 from gpt_simple.cli.scaffold import scaffold
 from gpt_simple.errors import ConfigError
-from gpt_simple.hooks.discovery import installed, usable
-from gpt_simple.hooks.loading import load_record
+from gpt_simple.plugin_host.discovery import installed, usable
+from gpt_simple.plugin_host.loading import load_record
 from gpt_simple.testing import check_contract, train
 
 from .conftest import FakePackage

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from gpt_simple import Config, Plugin
 from gpt_simple.errors import CheckpointError, PluginError
-from gpt_simple.hooks.host import PluginHost
-from gpt_simple.hooks.state import pack, unpack
+from gpt_simple.plugin_host.host import PluginHost
+from gpt_simple.plugin_host.state import pack, unpack
 
 Activate = Callable[..., PluginHost]
 

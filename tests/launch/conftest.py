@@ -31,7 +31,7 @@ def ranks(tmp_path: Path) -> Ranks:
     """
 
     # Once, here, instead of in every process.
-    for module in ("accelerate", "torch._dynamo", "torch.nn.parallel.distributed", "gpt_simple.engine.session"):
+    for module in ("accelerate", "torch._dynamo", "torch.nn.parallel.distributed", "gpt_simple.job.train"):
         importlib.import_module(module)
 
     def run(count: int, work: Work, seconds: float = SECONDS) -> list[Any]:

@@ -224,7 +224,7 @@ def test_a_restart_discards_what_it_found_and_never_what_it_made(
 
     (here / "out").mkdir()
     (here / "out/run.json").write_text('{"run_id": "a", "lineage": [{"time": 0.0}], "facts": {}}')
-    monkeypatch.setattr("gpt_simple.engine.session.train", train)
+    monkeypatch.setattr("gpt_simple.job.train.train", train)
     monkeypatch.setenv("GPT_SIMPLE_LAUNCH", str(here))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     if begun:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt_simple import Finding, Plugin, hookimpl
-from gpt_simple.validate.findings import exit_code
+from gpt_simple.preflight.findings import exit_code
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import CONFIG, Shell
 from tests.validate.conftest import Check
@@ -237,7 +237,7 @@ def test_the_plugins_are_those_of_the_run(check: Check) -> None:
 
 
 def test_wandb_that_is_meant_to_be_offline_needs_no_key(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_simple.validate.environment._netrc_knows", lambda host: False)
+    monkeypatch.setattr("gpt_simple.preflight.environment._netrc_knows", lambda host: False)
     project = "--training.wandb_project=stories"
     assert check(project)["wandb-offline"]["severity"] == "warning"
     assert "wandb-offline" not in check(project, "--plugins.wandb.mode=offline")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from gpt_simple import Plugin, hookimpl
-from gpt_simple.assembly import assemble
 from gpt_simple.config.schema import Phase
 from gpt_simple.data.mixture import Mixture, mixture
-from gpt_simple.engine.session import train
 from gpt_simple.hooks import events as ev
-from gpt_simple.hooks.activation import Switches
+from gpt_simple.job.train import train
+from gpt_simple.plugin_host.activation import Switches
+from gpt_simple.spec import assemble
 from tests.conftest import CONFIG, Shell
 from tests.data.conftest import write_dataset
 from tests.validate.conftest import Check

@@ -11,7 +11,7 @@ import pytest
 
 import gpt_simple
 from gpt_simple.config.schema import TrainingConfig
-from gpt_simple.validate.output import most_checkpoints
+from gpt_simple.preflight.output import most_checkpoints
 from tests.checkpoint.faults import refuse
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import CONFIG, Shell

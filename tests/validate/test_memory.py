@@ -12,18 +12,18 @@ import pytest
 import torch
 
 import gpt_simple
-from gpt_simple.assembly import assemble
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from gpt_simple.engine.precision import resolve
-from gpt_simple.engine.session import train
 from gpt_simple.errors import ConfigError
-from gpt_simple.hooks.activation import Switches
 from gpt_simple.hooks.components import builtin_registry
+from gpt_simple.job.train import train
+from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugins.memory import start_counting, stop_counting
+from gpt_simple.preflight.devices import CARDS, find_card
+from gpt_simple.preflight.dry_run import Rehearsal
+from gpt_simple.preflight.memory import largest_batch, predict_memory
+from gpt_simple.spec import assemble
 from gpt_simple.testing import train_on_ranks
-from gpt_simple.validate.devices import CARDS, find_card
-from gpt_simple.validate.memory import largest_batch, predict_memory
-from gpt_simple.validate.rehearsal import Rehearsal
 from tests.validate.conftest import Check
 
 BASE: dict[str, dict[str, Any]] = {
@@ -281,7 +281,7 @@ def test_the_command_compares_with_a_card(check: Check) -> None:
 
 
 def test_a_batch_is_not_looked_for_without_end(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_simple.validate.memory.largest_batch", lambda *_: 4096)
+    monkeypatch.setattr("gpt_simple.preflight.memory.largest_batch", lambda *_: 4096)
     assert "is at least 4096" in check("--device", "h200", "--fit")["memory-fit"]["message"]
 
 

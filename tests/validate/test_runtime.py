@@ -84,7 +84,7 @@ def test_only_the_steps_that_are_left_take_time(check: Check, shell: Shell) -> N
 
 
 def test_a_probe_that_does_not_fit_is_not_made(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_simple.validate.runtime.free_memory", lambda: 2**10)
+    monkeypatch.setattr("gpt_simple.preflight.runtime.free_memory", lambda: 2**10)
     assert "are free here" in check("--probe", code=2)["runtime-refused"]["message"]
 
 

@@ -38,9 +38,9 @@ def show(
     no_plugins: bool,
 ) -> None:
     """Print every value that a run of CONFIG would use."""
-    from gpt_simple.assembly import assemble
     from gpt_simple.config.render import to_json, to_toml
-    from gpt_simple.hooks.activation import Switches
+    from gpt_simple.plugin_host.activation import Switches
+    from gpt_simple.spec import assemble
 
     if path and option and path != option:
         raise click.UsageError(f"two configurations were given: {path} and --config {option}")
@@ -71,11 +71,11 @@ def schema(path: str | None, plugins: tuple[str, ...], no_plugins: bool) -> None
     Save it and name it in the first line of a configuration: `#:schema schema.json` in TOML,
     `# yaml-language-server: $schema=schema.json` in YAML.
     """
-    from gpt_simple.assembly import assemble
     from gpt_simple.cli.fields import builtin_configs
     from gpt_simple.config.json_schema import json_schema
     from gpt_simple.config.structure import SECTIONS
-    from gpt_simple.hooks.activation import Switches
+    from gpt_simple.plugin_host.activation import Switches
+    from gpt_simple.spec import assemble
 
     tables, sections = builtin_configs(), dict(SECTIONS)
     if path is not None or plugins:

@@ -18,7 +18,7 @@ from gpt_simple.config.structure import SECTIONS
 from gpt_simple.config.types import FieldSpec, fields_of, members
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import CONFIG_KEY, builtin_registry
-from gpt_simple.hooks.discovery import installed, usable
+from gpt_simple.plugin_host.discovery import installed, usable
 
 _WIDTH = 110
 _AWAITED = "gpt_simple.awaited"
@@ -108,8 +108,8 @@ def _complete_plugin(context: click.Context, parameter: click.Parameter, incompl
 
 def builtin_configs() -> dict[str, type]:
     """Built-in plugin -> its config class."""
-    from gpt_simple.hooks.activation import Switches
-    from gpt_simple.hooks.host import PluginHost
+    from gpt_simple.plugin_host.activation import Switches
+    from gpt_simple.plugin_host.host import PluginHost
 
     names = tuple(record.name for record in installed() if record.origin == "builtin")
     host = PluginHost.activate({}, set_keys=lambda key: False, switches=Switches(enable=names))

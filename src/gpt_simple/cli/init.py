@@ -109,7 +109,7 @@ def write(preset: str, path: Path) -> str:
 
 def _default_plugins() -> dict[str, type]:
     """Config classes of the plugins that every run has, if they have anything to configure."""
-    from gpt_simple.hooks.host import PluginHost
+    from gpt_simple.plugin_host.host import PluginHost
 
     host = PluginHost.activate({}, set_keys=lambda key: False)
     return {name: cls for name, cls in sorted(host.config_classes().items()) if fields_of(cls)}

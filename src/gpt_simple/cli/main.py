@@ -77,7 +77,7 @@ def _group() -> Any:
     """The click group; made in a function so that ``--version`` need not import click."""
     import click
 
-    from gpt_simple.hooks.discovery import PluginRecord, commands, own_commands, summary, usable
+    from gpt_simple.plugin_host.discovery import PluginRecord, commands, own_commands, summary, usable
 
     own = own_commands()
 
@@ -98,7 +98,7 @@ def _group() -> Any:
             if record.origin == "builtin":
                 command: click.Command = record.entry_point.load()
                 return command
-            from gpt_simple.hooks.loading import load_record
+            from gpt_simple.plugin_host.loading import load_record
 
             foreign = load_record(record, "command")
             if not isinstance(foreign, click.Command):

@@ -11,10 +11,10 @@ from gpt_simple._names import PROGRAM
 from gpt_simple.cli.plugin_details import find
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ExitCode, PluginError
-from gpt_simple.hooks.activation import is_file
 from gpt_simple.hooks.components import BUILTIN, builtin_registry
-from gpt_simple.hooks.discovery import installed, usable
-from gpt_simple.hooks.loading import LoadedPlugin
+from gpt_simple.plugin_host.activation import is_file
+from gpt_simple.plugin_host.discovery import installed, usable
+from gpt_simple.plugin_host.loading import LoadedPlugin
 
 
 def check_plugins(name: str | None, *, smoke: bool) -> int:

@@ -12,12 +12,12 @@ import attrs
 from gpt_simple._names import PROGRAM
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ConfigError
-from gpt_simple.hooks.activation import is_file
 from gpt_simple.hooks.components import CONFIG_KEY, Registry
-from gpt_simple.hooks.discovery import DEFAULT_ON, ENABLED_BY, PluginRecord, installed, summary, usable
-from gpt_simple.hooks.lint import hooks_of
-from gpt_simple.hooks.loading import LoadedPlugin, load_file, load_plugin
 from gpt_simple.hooks.specs import HOOKS
+from gpt_simple.plugin_host.activation import is_file
+from gpt_simple.plugin_host.discovery import DEFAULT_ON, ENABLED_BY, PluginRecord, installed, summary, usable
+from gpt_simple.plugin_host.lint import hooks_of
+from gpt_simple.plugin_host.loading import LoadedPlugin, load_file, load_plugin
 
 
 def find(name: str) -> tuple[LoadedPlugin, PluginRecord | None]:

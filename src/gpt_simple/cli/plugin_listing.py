@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import asdict, frozen
 
-from gpt_simple.hooks.discovery import DEFAULT_ON, PluginRecord, installed, summary
+from gpt_simple.plugin_host.discovery import DEFAULT_ON, PluginRecord, installed, summary
 
 SCHEMA = 1
 """Version of the JSON output; raised when a key changes its meaning or goes away."""

@@ -9,11 +9,11 @@ from attrs import evolve
 from gpt_simple.cli.plugin_listing import HookRow, PluginRow, row_of
 from gpt_simple.config.load import RawConfig, read
 from gpt_simple.errors import ConfigError, PluginError
-from gpt_simple.hooks.activation import Decision, Switches, Wishes, decide
-from gpt_simple.hooks.discovery import installed, usable
-from gpt_simple.hooks.lint import hooks_of
-from gpt_simple.hooks.loading import LoadedPlugin, load_file, load_plugin, ordered
 from gpt_simple.hooks.specs import HOOKS, HookInfo, HookSpecs
+from gpt_simple.plugin_host.activation import Decision, Switches, Wishes, decide
+from gpt_simple.plugin_host.discovery import installed, usable
+from gpt_simple.plugin_host.lint import hooks_of
+from gpt_simple.plugin_host.loading import LoadedPlugin, load_file, load_plugin, ordered
 
 
 def survey_run(config: str, switches: Switches) -> list[PluginRow]:

@@ -47,7 +47,7 @@ def list_plugins(
 
 def _survey_run(config: str, chosen: tuple[str, ...], no_plugins: bool) -> Any:
     from gpt_simple.cli.plugin_survey import survey_run
-    from gpt_simple.hooks.activation import Switches
+    from gpt_simple.plugin_host.activation import Switches
 
     return survey_run(config, Switches.parse(chosen, no_plugins=no_plugins))
 

@@ -10,18 +10,18 @@ from typing import Any
 import click
 from attrs import evolve
 
-from gpt_simple.assembly import Assembly, assemble
 from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
 from gpt_simple.cli.main import BEGAN
 from gpt_simple.errors import ExitCode, GptSimpleError
-from gpt_simple.hooks.activation import Switches
 from gpt_simple.launch import member
 from gpt_simple.launch.record import Records
 from gpt_simple.launch.signals import stop_on_signals
 from gpt_simple.launch.torchrun import Launch
+from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.run_dir.stop_request import tell_forced
+from gpt_simple.spec import Assembly, assemble
 
 _GIVEN = "gpt_simple.arguments"
 
@@ -69,7 +69,7 @@ def _train(
         except GptSimpleError as error:
             if not member.tells_alone(os.environ):
                 raise
-            from gpt_simple.engine.parallel import told_once
+            from gpt_simple.distributed.process_group import told_once
 
             raise told_once(error) from None
 
@@ -87,8 +87,8 @@ def _train(
             # Whatever it began with, it goes on now from what it has reached.
             assembly, fresh = check(("training.resume", "auto")), False
         # Only now: a mistake in the configuration is told without the seconds that torch takes to load.
-        from gpt_simple.engine.parallel import disband
-        from gpt_simple.engine.session import train
+        from gpt_simple.distributed.process_group import disband
+        from gpt_simple.job.train import train
 
         code = int(train(assembly, force=fresh, asked=asked, began=_began()).exit_code)
         disband()

@@ -10,7 +10,7 @@ from string import Template
 
 from gpt_simple._names import DISTRIBUTION, PLUGIN_GROUP, PROGRAM, __version__
 from gpt_simple.errors import ConfigError
-from gpt_simple.hooks.discovery import installed, name_problem, usable
+from gpt_simple.plugin_host.discovery import installed, name_problem, usable
 
 SUFFIX = ".tmpl"
 

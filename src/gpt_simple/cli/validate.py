@@ -7,12 +7,12 @@ from typing import Any
 import click
 from attrs import evolve
 
-from gpt_simple.assembly import Questions, attempt
 from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
-from gpt_simple.hooks.activation import Switches
-from gpt_simple.hooks.answers import Finding
-from gpt_simple.validate.findings import exit_code, from_error, to_json, to_table
+from gpt_simple.hooks.results import Finding
+from gpt_simple.plugin_host.activation import Switches
+from gpt_simple.preflight.findings import exit_code, from_error, to_json, to_table
+from gpt_simple.spec import Questions, attempt
 
 
 class _Validate(ConfiguredCommand):

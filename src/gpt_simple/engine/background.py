@@ -17,7 +17,7 @@ from attrs import define, field
 
 from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
-from gpt_simple.engine.numerics import all_finite
+from gpt_simple.engine.loss_monitor import all_finite
 
 
 class NotFinite(Exception):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from attrs import define, field, frozen
 
-from gpt_simple.engine.stopping import StopNow
+from gpt_simple.engine.time_budget import StopNow
 from gpt_simple.errors import PluginError
 
 
@@ -38,7 +38,7 @@ _NOTHING = Verdict()
 
 
 class Voters(Protocol):
-    """All processes, as ``engine.parallel.World`` has them."""
+    """All processes, as ``distributed.process_group.World`` has them."""
 
     def agree(self, flags: Sequence[int]) -> list[int]:
         """The element-wise maximum of everybody's flags, in one collective."""

@@ -11,9 +11,9 @@ import torch
 from attrs import define, field
 
 from gpt_simple.data.loader import StepData
-from gpt_simple.engine.numerics import MadeStep
-from gpt_simple.hooks.answers import Metric
+from gpt_simple.engine.loss_monitor import MadeStep
 from gpt_simple.hooks.events import CollectMetrics
+from gpt_simple.hooks.results import Metric
 
 _FOLD_AT = 1024
 

@@ -17,16 +17,15 @@ from attrs import define, field
 
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.loader import Batch, DataExhausted, Loader
+from gpt_simple.engine.checkpointer import Saving, State
 from gpt_simple.engine.control import Verdict
+from gpt_simple.engine.loss_monitor import Watch, not_finite_in
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.metrics import Clock, Interval, labelled, settled
-from gpt_simple.engine.numerics import Watch, not_finite_in
-from gpt_simple.engine.randomness import Reseeder
-from gpt_simple.engine.run import EngineRun, EvaluationAbandoned
-from gpt_simple.engine.saving import Saving, State
-from gpt_simple.engine.schedule import Schedule
-from gpt_simple.engine.stopping import StopNow, Walltime
-from gpt_simple.hooks.dispatch import Calls
+from gpt_simple.engine.rng import Reseeder
+from gpt_simple.engine.schedules import Schedule
+from gpt_simple.engine.time_budget import StopNow, Walltime
+from gpt_simple.engine.views import EngineRun, EvaluationAbandoned
 from gpt_simple.hooks.events import (
     BatchReady,
     EvalEnd,
@@ -37,9 +36,10 @@ from gpt_simple.hooks.events import (
     StepEnd,
     StepStart,
 )
+from gpt_simple.plugin_host.dispatch import Calls
 
 if TYPE_CHECKING:
-    from gpt_simple.engine.ownership import Ownership
+    from gpt_simple.job.claim import Ownership
 
 GIB = 1024**3
 

@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt_simple.hooks.answers import Finding, Metric
     from gpt_simple.hooks.components import Component, Registry
     from gpt_simple.hooks.events import (
         BatchReady,
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
         StepStart,
     )
     from gpt_simple.hooks.plugin import NoConfig, Plugin
+    from gpt_simple.hooks.results import Finding, Metric
     from gpt_simple.hooks.run import CheckpointInfo, Run
     from gpt_simple.hooks.specs import HOOKS, HookInfo, hookimpl
 
@@ -68,8 +68,8 @@ __all__ = [
 _HOMES = {
     "Component": "components",
     "Registry": "components",
-    "Finding": "answers",
-    "Metric": "answers",
+    "Finding": "results",
+    "Metric": "results",
     "CheckpointInfo": "run",
     "Run": "run",
     "NoConfig": "plugin",

@@ -208,9 +208,9 @@ def builtin_registry() -> Registry:
     """A new registry with the built-in parts."""
     registry = Registry()
     registry.add("model", "gpt", "gpt_simple.model.gpt:build", config=ModelConfig)
-    registry.add("optimizer", "adamw", "gpt_simple.engine.optimizer:adamw", config=OptimizerConfig)
+    registry.add("optimizer", "adamw", "gpt_simple.engine.optimizers:adamw", config=OptimizerConfig)
     for name in ("cosine", "linear", "wsd", "constant"):
-        registry.add("schedule", name, f"gpt_simple.engine.schedule:{name}")
+        registry.add("schedule", name, f"gpt_simple.engine.schedules:{name}")
     for name in ("bpe", "bytes"):
         registry.add("tokenizer", name, f"gpt_simple.data.tokenizer:{name}")
     for name in ("files", "stories", "python_stdlib", "shards"):

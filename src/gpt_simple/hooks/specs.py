@@ -16,8 +16,8 @@ from pluggy import HookimplMarker, HookspecMarker
 if TYPE_CHECKING:
     from gpt_simple.config.schema import Config
     from gpt_simple.hooks import events
-    from gpt_simple.hooks.answers import Finding, Metric
     from gpt_simple.hooks.components import Registry
+    from gpt_simple.hooks.results import Finding, Metric
     from gpt_simple.hooks.run import Run
 
 PROJECT = "gpt_simple"

@@ -17,7 +17,7 @@ import torch
 from gpt_simple import Plugin, Run, hookimpl
 from gpt_simple.errors import GptSimpleError, PluginError
 from gpt_simple.hooks import NoConfig, StepEnd
-from gpt_simple.hooks.lint import lint
+from gpt_simple.plugin_host.lint import lint
 from gpt_simple.testing.faults import misbehaving
 from gpt_simple.testing.host_sync import HostSync, no_host_sync
 from gpt_simple.testing.tiny import Trained, train

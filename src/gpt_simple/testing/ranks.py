@@ -20,7 +20,7 @@ from typing import Any
 
 from attrs import frozen
 
-from gpt_simple.hooks.loading import PassedPlugin
+from gpt_simple.plugin_host.loading import PassedPlugin
 
 
 class Hang(AssertionError):

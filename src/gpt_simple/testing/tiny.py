@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from gpt_simple.assembly import assemble
-from gpt_simple.engine.result import TrainResult
-from gpt_simple.engine.session import train as train_assembly
-from gpt_simple.hooks.activation import Switches
-from gpt_simple.hooks.host import PluginHost
-from gpt_simple.hooks.loading import PassedPlugin
+from gpt_simple.job.result import TrainResult
+from gpt_simple.job.train import train as train_assembly
+from gpt_simple.plugin_host.activation import Switches
+from gpt_simple.plugin_host.host import PluginHost
+from gpt_simple.plugin_host.loading import PassedPlugin
+from gpt_simple.spec import assemble
 from gpt_simple.testing.recorder import Recorder
 
 TINY: Mapping[str, Any] = MappingProxyType(

@@ -12,7 +12,7 @@ from attrs import asdict
 
 from gpt_simple.config.mistakes import printable
 from gpt_simple.errors import GptSimpleError
-from gpt_simple.hooks.answers import Finding
+from gpt_simple.hooks.results import Finding
 
 SCHEMA = 1
 """Version of the JSON output; raised when a key changes its meaning or goes away."""

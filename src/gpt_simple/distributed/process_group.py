@@ -20,9 +20,9 @@ import torch.distributed as dist
 from attrs import define, field
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from gpt_simple.engine.peers import PeerFailed, Peers
+from gpt_simple.distributed.failures import PeerFailed, Peers
 from gpt_simple.errors import ConfigError, GptSimpleError
-from gpt_simple.hooks.answers import Metric
+from gpt_simple.hooks.results import Metric
 
 T = TypeVar("T")
 Layout = tuple[tuple[str, str], ...]

@@ -14,11 +14,11 @@ from attrs.setters import frozen
 
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import Config
+from gpt_simple.distributed.process_group import World
 from gpt_simple.engine.control import Control
 from gpt_simple.engine.memory import peak_bytes
-from gpt_simple.engine.parallel import World
 from gpt_simple.engine.precision import Precision
-from gpt_simple.engine.randomness import isolated_rng, stream
+from gpt_simple.engine.rng import isolated_rng, stream
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.events import LogRecord
 from gpt_simple.hooks.run import CheckpointInfo
@@ -27,7 +27,7 @@ from gpt_simple.model.generate import generate
 if TYPE_CHECKING:
     from gpt_simple.data.loader import Batch, Loader
     from gpt_simple.data.tokenizer import Tokenizer
-    from gpt_simple.hooks.dispatch import Calls
+    from gpt_simple.plugin_host.dispatch import Calls
 
 
 T = TypeVar("T")

@@ -16,15 +16,15 @@ from attrs import define, field, frozen
 from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.background import BackgroundWriter, NotFinite
-from gpt_simple.engine.numerics import all_finite
-from gpt_simple.engine.run import EngineRun
-from gpt_simple.engine.stopping import Walltime
+from gpt_simple.engine.loss_monitor import all_finite
+from gpt_simple.engine.time_budget import Walltime
+from gpt_simple.engine.views import EngineRun
 from gpt_simple.errors import CheckpointError
-from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import CheckpointSaved, CheckpointSaving
+from gpt_simple.plugin_host.dispatch import Calls
 
 if TYPE_CHECKING:
-    from gpt_simple.engine.ownership import Ownership
+    from gpt_simple.job.claim import Ownership
 
 State = tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, Any]]
 """Tensors and JSON documents of a checkpoint, by the stem of the file they go to."""

@@ -17,12 +17,22 @@ from pluggy import HookimplOpts, PluginManager, PluginValidationError
 
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.errors import GptSimpleError, PluginError, collecting, raise_all
-from gpt_simple.hooks.activation import Decision, Switches, Wishes, decide
-from gpt_simple.hooks.answers import Finding
 from gpt_simple.hooks.components import Registry
-from gpt_simple.hooks.discovery import installed, usable
-from gpt_simple.hooks.dispatch import DISPATCHED, Calls, Guard, Implementation, Listener, OnFailure, Policy, checked
-from gpt_simple.hooks.loading import (
+from gpt_simple.hooks.results import Finding
+from gpt_simple.hooks.specs import HOOKS, PROJECT, HookSpecs
+from gpt_simple.plugin_host.activation import Decision, Switches, Wishes, decide
+from gpt_simple.plugin_host.discovery import installed, usable
+from gpt_simple.plugin_host.dispatch import (
+    DISPATCHED,
+    Calls,
+    Guard,
+    Implementation,
+    Listener,
+    OnFailure,
+    Policy,
+    checked,
+)
+from gpt_simple.plugin_host.loading import (
     FAILURES,
     LoadedPlugin,
     PassedPlugin,
@@ -31,8 +41,7 @@ from gpt_simple.hooks.loading import (
     name_passed,
     ordered,
 )
-from gpt_simple.hooks.specs import HOOKS, PROJECT, HookSpecs
-from gpt_simple.hooks.state import PluginStates, Record
+from gpt_simple.plugin_host.state import PluginStates, Record
 
 if TYPE_CHECKING:
     import torch

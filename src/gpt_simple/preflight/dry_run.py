@@ -15,17 +15,17 @@ from attrs import define, field, frozen
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import Batch, StepData
+from gpt_simple.distributed.process_group import World
 from gpt_simple.engine.compile import CompilePlan, compile_model
-from gpt_simple.engine.optimizer import skips_on_device
-from gpt_simple.engine.parallel import World
+from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.precision import Precision
-from gpt_simple.engine.run import EngineRun
 from gpt_simple.engine.trainer import Trainer
+from gpt_simple.engine.views import EngineRun
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.components import Registry
-from gpt_simple.hooks.dispatch import Calls, Policy
-from gpt_simple.hooks.loading import LoadedPlugin
 from gpt_simple.model.shape import padded
+from gpt_simple.plugin_host.dispatch import Calls, Policy
+from gpt_simple.plugin_host.loading import LoadedPlugin
 
 EAGER = CompilePlan(False, "model", "", None)
 

@@ -15,7 +15,6 @@ import torch
 from attrs import define, field
 
 from gpt_simple import __version__
-from gpt_simple.assembly import Assembly, Questions
 from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.dataset import Dataset
@@ -23,22 +22,23 @@ from gpt_simple.data.loader import Loader
 from gpt_simple.data.prepare import prepare
 from gpt_simple.engine.compile import CompilePlan, compile_model
 from gpt_simple.engine.memory import peak_flops
-from gpt_simple.engine.optimizer import skips_on_device
-from gpt_simple.engine.randomness import isolated_rng, stream
+from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan, identity, promise
-from gpt_simple.engine.run import EngineCheckpoints, EngineRun
-from gpt_simple.engine.stopping import Walltime
+from gpt_simple.engine.rng import isolated_rng, stream
+from gpt_simple.engine.time_budget import Walltime
 from gpt_simple.engine.trainer import Trainer
+from gpt_simple.engine.views import EngineCheckpoints, EngineRun
 from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError
-from gpt_simple.hooks.answers import Finding
-from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
+from gpt_simple.hooks.results import Finding
 from gpt_simple.model.shape import padded
+from gpt_simple.plugin_host.dispatch import Calls
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import read_metrics
+from gpt_simple.spec import Assembly, Questions
 
 if TYPE_CHECKING:
-    from gpt_simple.engine.ownership import Ownership
+    from gpt_simple.job.claim import Ownership
 
 _MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which count samples from 0
 

@@ -16,11 +16,11 @@ from attrs import frozen
 
 from gpt_simple.errors import ConfigError
 from gpt_simple.model.flops import flops_per_token, parameter_count
-from gpt_simple.validate.devices import find_card
-from gpt_simple.validate.environment import free_memory
+from gpt_simple.preflight.devices import find_card
+from gpt_simple.preflight.environment import free_memory
 
 if TYPE_CHECKING:
-    from gpt_simple.validate.outlook import Outlook
+    from gpt_simple.preflight.preflight import Outlook
 
 _PROBE_SECONDS, _PROBE_STEPS = 5.0, (3, 20)
 _WRITING = 0.5e9
@@ -69,8 +69,8 @@ def _measured(outlook: Outlook) -> Pace:
 
     from gpt_simple.engine.compile import compile_flags, plan
     from gpt_simple.engine.precision import resolve
-    from gpt_simple.engine.session import process_as_found
-    from gpt_simple.validate.rehearsal import Rehearsal
+    from gpt_simple.engine.process_state import process_as_found
+    from gpt_simple.preflight.dry_run import Rehearsal
 
     config, training = outlook.config, outlook.config.training
     vocab_size = outlook.data.vocab_size
@@ -114,7 +114,7 @@ def _require_memory(outlook: Outlook, vocab_size: int, precision: str, device: A
     """Refuse to probe what plainly does not fit into this machine, before it takes any of it."""
     import torch
 
-    from gpt_simple.validate.memory import predict_memory
+    from gpt_simple.preflight.memory import predict_memory
 
     cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if cuda else free_memory()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 
 from gpt_simple.errors import CheckpointError, PluginError
-from gpt_simple.hooks.dispatch import Guard
-from gpt_simple.hooks.loading import FAILURES, LoadedPlugin, way_back
+from gpt_simple.plugin_host.dispatch import Guard
+from gpt_simple.plugin_host.loading import FAILURES, LoadedPlugin, way_back
 
 if TYPE_CHECKING:
     import torch

@@ -17,17 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import CHUNK_STEPS, CHUNK_TOKENS
 from gpt_simple.engine.precision import Precision
-from gpt_simple.engine.session import process_as_found
+from gpt_simple.engine.process_state import process_as_found
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import Registry, builtin_registry
 from gpt_simple.hooks.events import BatchReady
 from gpt_simple.model import loss
-from gpt_simple.validate.devices import Card, find_card
-from gpt_simple.validate.rehearsal import Rehearsal
-from gpt_simple.validate.tracking import CATEGORIES, MemoryTracker
+from gpt_simple.preflight.devices import Card, find_card
+from gpt_simple.preflight.dry_run import Rehearsal
+from gpt_simple.preflight.memory_tracker import CATEGORIES, MemoryTracker
 
 if TYPE_CHECKING:
-    from gpt_simple.validate.outlook import Outlook
+    from gpt_simple.preflight.preflight import Outlook
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 _CUDA_BLOCK = 512

@@ -19,7 +19,7 @@ from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lock import owner_of
 
 if TYPE_CHECKING:
-    from gpt_simple.validate.outlook import Outlook
+    from gpt_simple.preflight.preflight import Outlook
 
 DOCUMENTS = 8192, 1280, 48
 """At most so many bytes of a checkpoint are no tensors: in all (beside the configuration, which is in it), for the

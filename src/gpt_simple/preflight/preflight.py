@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
-from gpt_simple.assembly import Assembly, Questions, under_check
 from gpt_simple.config.schema import Config
 from gpt_simple.errors import GptSimpleError
 from gpt_simple.hooks.components import BUILTIN, Component, Registry, builtin_registry
+from gpt_simple.spec import Assembly, Questions, under_check
 
 if TYPE_CHECKING:
     from gpt_simple.model.shape import Shape
-    from gpt_simple.validate.data import DataOutlook
-    from gpt_simple.validate.environment import Environment
-    from gpt_simple.validate.memory import MemoryForecast
-    from gpt_simple.validate.output import OutputOutlook
-    from gpt_simple.validate.resume import ResumeOutlook
-    from gpt_simple.validate.runtime import Pace
+    from gpt_simple.preflight.data import DataOutlook
+    from gpt_simple.preflight.environment import Environment
+    from gpt_simple.preflight.memory import MemoryForecast
+    from gpt_simple.preflight.output import OutputOutlook
+    from gpt_simple.preflight.resume import ResumeOutlook
+    from gpt_simple.preflight.runtime import Pace
 
 
 def outlook(config: Config) -> Outlook:
@@ -74,7 +74,7 @@ class Outlook:
     @cached_property
     def data(self) -> DataOutlook:
         """The data as far as they can be known without reading them. Raises DataError or ConfigError."""
-        from gpt_simple.validate.data import look
+        from gpt_simple.preflight.data import look
 
         return look(self.config, self.registry)
 
@@ -93,7 +93,7 @@ class Outlook:
     @cached_property
     def resume(self) -> ResumeOutlook:
         """What the run would start from. Raises CheckpointError."""
-        from gpt_simple.validate.resume import look
+        from gpt_simple.preflight.resume import look
 
         return look(self)
 
@@ -113,7 +113,7 @@ class Outlook:
 
     def check_budget(self) -> None:
         """Raise ConfigError for a time budget that the run would refuse, as far as the model's size is known here."""
-        from gpt_simple.engine.stopping import Walltime
+        from gpt_simple.engine.time_budget import Walltime
         from gpt_simple.model.flops import parameter_count
 
         now = time.monotonic()
@@ -128,27 +128,27 @@ class Outlook:
     @cached_property
     def output(self) -> OutputOutlook:
         """Where the run would write and how much. Raises ConfigError or CheckpointError."""
-        from gpt_simple.validate.output import look
+        from gpt_simple.preflight.output import look
 
         return look(self)
 
     @cached_property
     def environment(self) -> Environment:
         """What package metadata, the environment's variables and the system tell of this machine."""
-        from gpt_simple.validate.environment import look
+        from gpt_simple.preflight.environment import look
 
         return look(self._assembly.host.broken if self._assembly is not None else ())
 
     @cached_property
     def memory(self) -> MemoryForecast:
         """The predicted peak of one process; imports torch."""
-        from gpt_simple.validate.memory import forecast
+        from gpt_simple.preflight.memory import forecast
 
         return forecast(self)
 
     @cached_property
     def pace(self) -> Pace | None:
         """How fast the run would be: measured with ``probe`` (imports torch), estimated for a known device, or None."""
-        from gpt_simple.validate.runtime import look
+        from gpt_simple.preflight.runtime import look
 
         return look(self)

@@ -14,7 +14,7 @@ from attrs import field, frozen
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.errors import ConfigError, GptSimpleError
-from gpt_simple.hooks.discovery import DEFAULT_ON, ENABLED_BY, RESERVED, PluginRecord
+from gpt_simple.plugin_host.discovery import DEFAULT_ON, ENABLED_BY, RESERVED, PluginRecord
 
 
 @frozen

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from attrs import define, field, frozen
 
-from gpt_simple.hooks.answers import Metric
+from gpt_simple.hooks.results import Metric
 
 _WARM_UP = 20
 """Steps until a loss can be called unusual."""

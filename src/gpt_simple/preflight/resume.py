@@ -15,7 +15,7 @@ from gpt_simple.errors import ConfigError, GptSimpleError
 from gpt_simple.run_dir.layout import RunDir
 
 if TYPE_CHECKING:
-    from gpt_simple.validate.outlook import Outlook
+    from gpt_simple.preflight.preflight import Outlook
 
 
 @frozen

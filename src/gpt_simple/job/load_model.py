@@ -10,15 +10,15 @@ import torch
 from attrs import frozen
 
 from gpt_simple._names import DISTRIBUTION
-from gpt_simple.assembly import assemble
 from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.errors import CheckpointError, ConfigError
-from gpt_simple.hooks.activation import Switches
-from gpt_simple.hooks.discovery import installed, usable
 from gpt_simple.model.shape import padded
+from gpt_simple.plugin_host.activation import Switches
+from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.spec import assemble
 
 if TYPE_CHECKING:
     from gpt_simple.data.tokenizer import Tokenizer

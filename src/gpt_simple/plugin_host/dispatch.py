@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import define, field, frozen
 
 from gpt_simple.errors import GptSimpleError, PluginError
-from gpt_simple.hooks.answers import REDUCTIONS, Finding, Metric
-from gpt_simple.hooks.loading import FAILURES, LoadedPlugin
+from gpt_simple.hooks.results import REDUCTIONS, Finding, Metric
 from gpt_simple.hooks.specs import HOOKS, HookInfo
+from gpt_simple.plugin_host.loading import FAILURES, LoadedPlugin
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import events
@@ -43,7 +43,7 @@ class LeftChanged(Exception):
 
 @frozen
 class Guard:
-    """State that all share, which every plugin must leave as it found it; ``engine/guard.py`` has torch's.
+    """State that all share, which every plugin must leave as it found it; ``engine/process_state.py`` has torch's.
 
     ``look(run)`` is that state now, something to compare; ``run`` is None where there is none. ``put_back(run,
     before)`` restores what is another one and says in words what that was; empty if nothing is.

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 
 from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
-from gpt_simple.hooks.discovery import PluginRecord, name_problem
-from gpt_simple.hooks.lint import lint
 from gpt_simple.hooks.plugin import OnError, Plugin
+from gpt_simple.plugin_host.discovery import PluginRecord, name_problem
+from gpt_simple.plugin_host.lint import lint
 
 if TYPE_CHECKING:
     from gpt_simple.hooks.components import Registry

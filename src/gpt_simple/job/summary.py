@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from gpt_simple._names import PROGRAM
-from gpt_simple.assembly import Assembly
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.load import split_overrides
 from gpt_simple.config.redact import redacted
-from gpt_simple.engine.result import TrainResult
 from gpt_simple.engine.resume import ResumePlan
-from gpt_simple.engine.run import EngineRun
-from gpt_simple.engine.setup import Setup
 from gpt_simple.engine.trainer import GIB, Trainer
+from gpt_simple.engine.views import EngineRun
 from gpt_simple.hooks.events import RunStatus
+from gpt_simple.job.result import TrainResult
+from gpt_simple.job.stages import Setup
 from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.spec import Assembly
 
 _SHARED = (
     "status",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,68 +11,31 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.utils._device as devices
 
 from gpt_simple import __version__
-from gpt_simple.assembly import Assembly, Questions
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import TrainingConfig
+from gpt_simple.distributed.process_group import World
 from gpt_simple.engine.compile import compile_flags, plan
-from gpt_simple.engine.guard import TORCH_STATE, autocast_kinds
-from gpt_simple.engine.ownership import Ownership
-from gpt_simple.engine.parallel import World
 from gpt_simple.engine.precision import resolve
-from gpt_simple.engine.result import TrainResult
+from gpt_simple.engine.process_state import TORCH_STATE, process_as_found
 from gpt_simple.engine.resume import ResumePlan, flat, look
-from gpt_simple.engine.run import EngineRun
-from gpt_simple.engine.setup import Setup, report
-from gpt_simple.engine.stopping import Outside, StopNow, Walltime
-from gpt_simple.engine.summary import as_result, finished, stopped_early, summarise
+from gpt_simple.engine.time_budget import Outside, StopNow, Walltime
 from gpt_simple.engine.trainer import Trainer
+from gpt_simple.engine.views import EngineRun
 from gpt_simple.errors import ExitCode, PluginError
-from gpt_simple.hooks.dispatch import Calls
 from gpt_simple.hooks.events import Close, RunEnd, RunError, RunStart
-from gpt_simple.hooks.loading import LoadedPlugin
+from gpt_simple.job.claim import Ownership
+from gpt_simple.job.result import TrainResult
+from gpt_simple.job.stages import Setup, report
+from gpt_simple.job.summary import as_result, finished, stopped_early, summarise
 from gpt_simple.launch.member import owns_run
 from gpt_simple.launch.signals import stop_on_signals
+from gpt_simple.plugin_host.dispatch import Calls
+from gpt_simple.plugin_host.loading import LoadedPlugin
 from gpt_simple.run_dir.layout import RunDir, write_json
-
-
-@contextmanager
-def process_as_found() -> Iterator[None]:
-    """Training has torch's usual state, whatever the caller or a plugin's import made of it, which comes back after."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    grad, dtype, matmul = (
-        torch.is_grad_enabled(),
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-    )
-    device, autocasts = devices.CURRENT_DEVICE, autocast_kinds()
-    try:
-        torch.set_default_dtype(torch.float32)
-        torch.set_float32_matmul_precision("high")
-        if device is not None:
-            torch.set_default_device(None)
-        for kind in autocasts:
-            torch.set_autocast_enabled(kind, False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for kind in autocasts:
-            torch.set_autocast_enabled(kind, True)
-        if device is not None:
-            torch.set_default_device(device)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(matmul)
+from gpt_simple.spec import Assembly, Questions
 
 
 @contextmanager

@@ -7,8 +7,12 @@ put back is put back here and charged to it.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._device as devices
 from torch import (
@@ -20,7 +24,7 @@ from torch import (
 )
 from torch._C import _len_torch_function_stack as count_modes
 
-from gpt_simple.hooks.dispatch import Guard
+from gpt_simple.plugin_host.dispatch import Guard
 
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 """Types of devices that autocast is switched on for."""
@@ -103,3 +107,38 @@ def _word(on: bool) -> str:
 
 
 TORCH_STATE = Guard(_look, _put_back)
+
+
+@contextmanager
+def process_as_found() -> Iterator[None]:
+    """Training has torch's usual state, whatever the caller or a plugin's import made of it, which comes back after."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    grad, dtype, matmul = (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+    )
+    device, autocasts = devices.CURRENT_DEVICE, autocast_kinds()
+    try:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("high")
+        if device is not None:
+            torch.set_default_device(None)
+        for kind in autocasts:
+            torch.set_autocast_enabled(kind, False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for kind in autocasts:
+            torch.set_autocast_enabled(kind, True)
+        if device is not None:
+            torch.set_default_device(device)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(matmul)

@@ -11,8 +11,8 @@ from attrs import define, field
 
 from gpt_simple import __version__
 from gpt_simple.engine.resume import ResumePlan, flat
-from gpt_simple.engine.setup import Setup
 from gpt_simple.errors import CheckpointError, ConfigError
+from gpt_simple.job.stages import Setup
 from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.run_dir.lock import RunLock
 from gpt_simple.run_dir.status import StatusFile

@@ -23,11 +23,11 @@ from gpt_simple.config.schema import Config
 from gpt_simple.config.secret import secrets_in, without
 from gpt_simple.config.structure import structure
 from gpt_simple.errors import ConfigError, GptSimpleError, collecting, raise_all
-from gpt_simple.hooks.activation import Switches
-from gpt_simple.hooks.answers import Finding
 from gpt_simple.hooks.components import CONFIG_KEY, Component, Kind, Registry, builtin_registry
-from gpt_simple.hooks.discovery import installed
-from gpt_simple.hooks.host import PluginHost
+from gpt_simple.hooks.results import Finding
+from gpt_simple.plugin_host.activation import Switches
+from gpt_simple.plugin_host.discovery import installed
+from gpt_simple.plugin_host.host import PluginHost
 
 # The section that a kind may bring a class for.
 _SECTION_OF: dict[Kind, str] = {"model": "model", "optimizer": "optimizer", "source": "data"}
