@@ -16,10 +16,11 @@ import torch
 from gpt_simple.config.schema import Config, Phase
 from gpt_simple.data import loader as module
 from gpt_simple.data.dataset import IGNORED, Dataset
-from gpt_simple.data.loader import Batch, DataExhausted, Loader, StepData
+from gpt_simple.data.loader import DataExhausted, Loader, StepData
 from gpt_simple.data.locate import order_seed
 from gpt_simple.data.prepare import prepare
 from gpt_simple.errors import DataError
+from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import builtin_registry
 
 MakeConfig = Callable[..., Config]

@@ -18,9 +18,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data import byte_level
-from gpt_simple.data.tokenizer import JsonTokenizer, Tokenizer, bpe, load_tokenizer
+from gpt_simple.data.tokenizer import JsonTokenizer, bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.errors import DataError
+from gpt_simple.hooks.batch import Tokenizer
 
 TEXTS = [
     "the cat sat on the mat, the cat sat.",

@@ -27,9 +27,10 @@ from gpt_simple.data.parts import DOCUMENT, Part, Settings, is_made, make_parts,
 from gpt_simple.data.shards import ShardWriter
 from gpt_simple.data.tokenize import TRAINING_BYTES, held_out_of, key_hash
 from gpt_simple.data.tokenizer import FILE as TOKENIZER_FILE
-from gpt_simple.data.tokenizer import Tokenizer, bpe, load_tokenizer
+from gpt_simple.data.tokenizer import bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.errors import DataError
+from gpt_simple.hooks.batch import Tokenizer
 
 REPORT = "tokenize.json"
 SHOWN = 20

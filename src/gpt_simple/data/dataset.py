@@ -20,7 +20,7 @@ from gpt_simple.data.mixture import Mixture, mixture
 from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
 from gpt_simple.data.shards import Shard, open_shard
 from gpt_simple.data.stream import StreamRows
-from gpt_simple.data.tokenizer import Tokenizer
+from gpt_simple.hooks.batch import Tokenizer
 
 I64 = NDArray[np.int64]
 

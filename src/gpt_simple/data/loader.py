@@ -26,6 +26,7 @@ from gpt_simple.config.schema import Config
 from gpt_simple.data.dataset import IGNORED, Dataset, Split
 from gpt_simple.data.locate import order_seed
 from gpt_simple.data.order import key, permute
+from gpt_simple.hooks.batch import Batch
 
 CHUNK_TOKENS = 1 << 17
 CHUNK_STEPS = 64
@@ -46,23 +47,6 @@ T = TypeVar("T")
 
 class DataExhausted(Exception):
     """There is no further whole step: the data have been read as often as ``data.on_exhaustion`` allows."""
-
-
-@frozen(eq=False)
-class Batch:
-    """A micro-batch of one process, on the device. All tensors are int64 [B, T].
-
-    ``labels`` are the next tokens, -100 where there is no target. ``position_ids`` and ``document_ids`` come
-    with ``data.document_mask``: positions restart in every document, and positions with one document id see
-    each other. ``first_sample`` numbers the first row in the order (in an evaluation: in the rows evaluated).
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor | None
-    document_ids: Tensor | None
-    first_sample: int
-    targets: int
 
 
 @frozen(eq=False)

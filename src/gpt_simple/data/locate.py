@@ -13,9 +13,10 @@ from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, WORK, Manifest, r
 from gpt_simple.data.nanogpt import TRAIN
 from gpt_simple.data.sources import Source, Stream
 from gpt_simple.data.sources.shards import Shards
-from gpt_simple.data.tokenizer import BYTE_IDS, Tokenizer, Train, load_tokenizer
+from gpt_simple.data.tokenizer import BYTE_IDS, Train, load_tokenizer
 from gpt_simple.data.tokenizer import FILE as TOKENIZER_FILE
 from gpt_simple.errors import ConfigError, DataError
+from gpt_simple.hooks.batch import Tokenizer
 from gpt_simple.hooks.components import Registry
 
 

@@ -25,8 +25,8 @@ from gpt_simple.data.manifest import (
     SplitRecord,
     token_dtype,
 )
-from gpt_simple.data.tokenizer import Tokenizer
 from gpt_simple.errors import DataError
+from gpt_simple.hooks.batch import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

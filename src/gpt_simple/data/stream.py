@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.sources import Document, Stream
 from gpt_simple.data.tokenize import BATCH_BYTES, key_hash, survey
-from gpt_simple.data.tokenizer import Tokenizer
 from gpt_simple.errors import DataError
+from gpt_simple.hooks.batch import Tokenizer
 
 HEAD_BYTES = 1 << 24
 """The val split is held out of this much text at the beginning, and a tokenizer is trained on the rest of that."""

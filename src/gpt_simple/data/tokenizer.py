@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 from tokenizers import Tokenizer as Backend
@@ -25,6 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.byte_level import pieces, stretches
 from gpt_simple.errors import DataError
+from gpt_simple.hooks.batch import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,38 +41,6 @@ FILE = "tokenizer.json"
 BYTE_IDS = 257
 """Ids of `bytes`: one for each byte and one for the end of a document."""
 _IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What training needs of a tokenizer."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def vocab_size(self) -> int:
-        """Every id is below it."""
-
-    @property
-    def eod_id(self) -> int:
-        """The id that ends a document. No text encodes to it."""
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (hex) of everything that determines ids."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def token_bytes(self) -> NDArray[np.int32]:
-        """How many bytes of text each id stands for, shape [vocab_size]; 0 for special tokens."""
-
-    def save(self, directory: Path) -> None:
-        """Write it so that ``load_tokenizer(directory)`` gives an equal one."""
 
 
 Train = Callable[[DataConfig, Callable[[], Iterator[str]]], Tokenizer]

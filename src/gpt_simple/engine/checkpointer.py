@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from attrs import define, field, frozen
@@ -22,15 +22,24 @@ from gpt_simple.engine.views import EngineRun
 from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.events import CheckpointSaved, CheckpointSaving
 from gpt_simple.plugin_host.dispatch import Calls
-
-if TYPE_CHECKING:
-    from gpt_simple.job.claim import Ownership
+from gpt_simple.run_dir.status import StatusFile
 
 State = tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, Any]]
 """Tensors and JSON documents of a checkpoint, by the stem of the file they go to."""
 
 
 _TELL_SECONDS = 60.0
+
+
+class RunDirOwner(Protocol):
+    """The process's claim on its run directory. Only the main process writes there."""
+
+    @property
+    def status(self) -> StatusFile:
+        """Where the run stands, for other commands to read."""
+
+    def keep(self) -> None:
+        """Recreate the directory if it was deleted. Raises CheckpointError if another process owns it now."""
 
 
 @frozen
@@ -51,7 +60,7 @@ class Saving:
     store: Store
     state: Callable[[], State]
     walltime: Walltime | None
-    owner: Ownership
+    owner: RunDirOwner
     again: str = field(default="", init=False)
     """Why a checkpoint should be written soon: the one before could not be."""
     _newest: int | None = field(default=None, init=False)

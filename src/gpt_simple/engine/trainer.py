@@ -10,14 +10,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from attrs import define, field
 
 from gpt_simple.checkpoint.store import Store
-from gpt_simple.data.loader import Batch, DataExhausted, Loader
-from gpt_simple.engine.checkpointer import Saving, State
+from gpt_simple.data.loader import DataExhausted, Loader
+from gpt_simple.engine.checkpointer import RunDirOwner, Saving, State
 from gpt_simple.engine.control import Verdict
 from gpt_simple.engine.loss_monitor import Watch, not_finite_in
 from gpt_simple.engine.memory import peak_bytes
@@ -26,6 +25,7 @@ from gpt_simple.engine.rng import Reseeder
 from gpt_simple.engine.schedules import Schedule
 from gpt_simple.engine.time_budget import StopNow, Walltime
 from gpt_simple.engine.views import EngineRun, EvaluationAbandoned
+from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.events import (
     BatchReady,
     EvalEnd,
@@ -37,9 +37,6 @@ from gpt_simple.hooks.events import (
     StepStart,
 )
 from gpt_simple.plugin_host.dispatch import Calls
-
-if TYPE_CHECKING:
-    from gpt_simple.job.claim import Ownership
 
 GIB = 1024**3
 
@@ -62,7 +59,7 @@ class Trainer:
     schedule: Schedule
     loader: Loader
     store: Store
-    owner: Ownership
+    owner: RunDirOwner
     state: Callable[[float | None], State]
     skips_on_device: bool
     walltime: Walltime | None = None

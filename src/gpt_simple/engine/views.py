@@ -25,8 +25,8 @@ from gpt_simple.hooks.run import CheckpointInfo
 from gpt_simple.model.generate import generate
 
 if TYPE_CHECKING:
-    from gpt_simple.data.loader import Batch, Loader
-    from gpt_simple.data.tokenizer import Tokenizer
+    from gpt_simple.data.loader import Loader
+    from gpt_simple.hooks.batch import Batch, Tokenizer
     from gpt_simple.plugin_host.dispatch import Calls
 
 

@@ -18,7 +18,7 @@ from gpt_simple.config.frozen import frozen_dict
 if TYPE_CHECKING:
     import torch
 
-    from gpt_simple.data.loader import Batch
+    from gpt_simple.hooks.batch import Batch
 
 RunStatus = Literal["completed", "stopped", "halted"]
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from gpt_simple.config.schema import Config
-    from gpt_simple.data.loader import Batch
-    from gpt_simple.data.tokenizer import Tokenizer
+    from gpt_simple.hooks.batch import Batch, Tokenizer
 
 
 @frozen

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from attrs import define, field
 
-from gpt_simple import __version__
+from gpt_simple._names import __version__
 from gpt_simple.engine.resume import ResumePlan, flat
 from gpt_simple.errors import CheckpointError, ConfigError
 from gpt_simple.job.stages import Setup

@@ -21,7 +21,7 @@ from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.spec import assemble
 
 if TYPE_CHECKING:
-    from gpt_simple.data.tokenizer import Tokenizer
+    from gpt_simple.hooks.batch import Tokenizer
 
 
 @frozen

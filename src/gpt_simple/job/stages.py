@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define, field
 
-from gpt_simple import __version__
+from gpt_simple._names import __version__
 from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.dataset import Dataset

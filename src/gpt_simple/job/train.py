@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gpt_simple import __version__
+from gpt_simple._names import __version__
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.distributed.process_group import World

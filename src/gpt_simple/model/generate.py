@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpt_simple.model.gpt import GPT
 
 if TYPE_CHECKING:
-    from gpt_simple.data.tokenizer import Tokenizer
+    from gpt_simple.hooks.batch import Tokenizer
     from gpt_simple.model.attention import LayerCache
 
 

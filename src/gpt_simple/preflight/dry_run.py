@@ -14,7 +14,7 @@ import torch
 from attrs import define, field, frozen
 
 from gpt_simple.config.schema import Config
-from gpt_simple.data.loader import Batch, StepData
+from gpt_simple.data.loader import StepData
 from gpt_simple.distributed.process_group import World
 from gpt_simple.engine.compile import CompilePlan, compile_model
 from gpt_simple.engine.optimizers import skips_on_device
@@ -22,6 +22,7 @@ from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import EngineRun
 from gpt_simple.errors import PluginError
+from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import Registry
 from gpt_simple.model.shape import padded
 from gpt_simple.plugin_host.dispatch import Calls, Policy

@@ -1,0 +1,63 @@
+"""What a plugin gets of the data: a micro-batch, and the tokenizer that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from attrs import frozen
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+@frozen(eq=False)
+class Batch:
+    """A micro-batch of one process, on the device. All tensors are int64 [B, T].
+
+    ``labels`` are the next tokens, -100 where there is no target. ``position_ids`` and ``document_ids`` come
+    with ``data.document_mask``: positions restart in every document, and positions with one document id see
+    each other. ``first_sample`` numbers the first row in the order (in an evaluation: in the rows evaluated).
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor | None
+    document_ids: Tensor | None
+    first_sample: int
+    targets: int
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What training needs of a tokenizer."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below it."""
+
+    @property
+    def eod_id(self) -> int:
+        """The id that ends a document. No text encodes to it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of everything that determines ids."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        """How many bytes of text each id stands for, shape [vocab_size]; 0 for special tokens."""
+
+    def save(self, directory: Path) -> None:
+        """Write it so that ``load_tokenizer(directory)`` gives an equal one."""
