@@ -1,16 +1,12 @@
-"""What ends a launch from outside: the clock of a time budget, a request left in the run directory, a signal.
-
-A run that is asked to stop ends after the step it is in, with a checkpoint. Before the first step of a launch there is
-nothing to save, so a stop then unwinds at once, from wherever the launch is: ``StopNow``.
-"""
+"""The time that a launch may take, and the reserve that its last step and checkpoint need of it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.errors import ConfigError
@@ -27,34 +23,21 @@ _SPREAD = 1.5
 _FADING = 0.95
 """A slow step counts less with every one after it."""
 
-_LOOK_SECONDS = 1.0
-"""How often the run directory is looked at: a remote file system answers slowly."""
 
-
-class StopNow(BaseException):
-    """A stop before this launch made a step. No Exception: nobody on the way may take it for a failure."""
-
-
-@define
-class Walltime:
-    """A time budget, and the reserve that the last step and checkpoint need of it, learned from those before.
-
-    ``ends`` is the moment of ``time.monotonic`` at which the process must be gone: a clock that jumps moves nothing.
-    """
+@frozen
+class Deadline:
+    """When the process must be gone. ``ends`` is a moment of ``time.monotonic``, which no change of the clock moves."""
 
     ends: float
     source: str
     least_reserve: float
     budget: float = math.inf
     """Seconds from the beginning of the launch, or of its job, to ``ends``."""
-    _longest_save: float = 0.0
-    _measured: bool = False
-    _step: float = 0.0
 
     @classmethod
     def of_launch(
         cls, training: TrainingConfig, environment: Mapping[str, str], *, started: float, now: float, clock: float
-    ) -> Walltime | None:
+    ) -> Deadline | None:
         """The budget that ends first; None if there is none.
 
         ``started`` and ``now`` are of ``time.monotonic``, ``clock`` is ``time.time`` at ``now``. Raises ConfigError
@@ -78,55 +61,57 @@ class Walltime:
         ends, source, budget = min(budgets)
         return cls(ends, source, least, budget)
 
-    @property
-    def reserve(self) -> float:
-        """Seconds before ``ends`` at which no further step may begin."""
-        return max(self.least_reserve, _SPREAD * self._longest_save + 2 * self._step)
+    def reason_to_stop(self) -> str:
+        """Why no step may begin now; empty while there is time. For the time before anything is known of steps."""
+        return _used_up(self, self.least_reserve)
 
-    def expect_save_of(self, size: int) -> None:
-        """A checkpoint will have about so many bytes. ConfigError if no launch could ever make a step before it."""
-        self._longest_save = size / _FIRST_GUESS_BYTES_PER_SECOND
-        if self.reserve >= self.budget:
+
+@define(eq=False)
+class TimeBudget:
+    """A deadline, with the reserve learned from the steps and saves so far.
+
+    ``first_save_bytes``: about the size of a checkpoint. Raises ConfigError if the first save alone would use up the
+    budget, so that no launch could ever finish a step before it.
+    """
+
+    deadline: Deadline
+    first_save_bytes: int
+    _longest_save: float = field(init=False)
+    _measured: bool = field(default=False, init=False)
+    _step: float = field(default=0.0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._longest_save = self.first_save_bytes / _FIRST_GUESS_BYTES_PER_SECOND
+        if self.reserve >= self.deadline.budget:
+            size = self.first_save_bytes / 2**30
             raise ConfigError(
-                f"{self.source}: {self.reserve:.0f} s are kept for the first checkpoint, of {size / 2**30:.1f} GiB, and"
-                f" the budget has {self.budget:.0f} s: raise it"
+                f"{self.deadline.source}: {self.reserve:.0f} s are kept for the first checkpoint, of {size:.1f} GiB,"
+                f" and the budget has {self.deadline.budget:.0f} s: raise it"
             )
 
-    def saved(self, seconds: float) -> None:
-        """A checkpoint took so long, from the end of its step to being durable."""
+    @property
+    def reserve(self) -> float:
+        """Seconds before the deadline at which no further step may begin."""
+        return max(self.deadline.least_reserve, _SPREAD * self._longest_save + 2 * self._step)
+
+    def record_save(self, seconds: float) -> None:
+        """Learn from a checkpoint: seconds from the end of its step until it was durable."""
         self._longest_save = max(seconds, self._longest_save) if self._measured else seconds
         self._measured = True
 
-    def stepped(self, seconds: float) -> None:
-        """A step took so long."""
+    def record_step(self, seconds: float) -> None:
+        """Learn from a step. A slow one counts less with each that follows."""
         self._step = max(seconds, _FADING * self._step)
 
-    def is_up(self) -> bool:
-        """Whether the run must stop now to be gone in time."""
-        return time.monotonic() + self.reserve >= self.ends
-
-    def __str__(self) -> str:
-        return f"the time budget is used up ({self.source}; {self.reserve:.0f} s are kept for the last checkpoint)"
+    def reason_to_stop(self) -> str:
+        """Why no further step may begin; empty while there is time."""
+        return _used_up(self.deadline, self.reserve)
 
 
-@define
-class Outside:
-    """Asked at every step and between the batches of an evaluation: a reason to stop, or nothing.
-
-    ``asked`` looks at the run directory, which on a remote file system takes a while.
-    """
-
-    walltime: Walltime | None
-    asked: Callable[[], str]
-    _looked: float = field(factory=time.monotonic)
-
-    def __call__(self) -> str:
-        if self.walltime is not None and self.walltime.is_up():
-            return str(self.walltime)
-        if (now := time.monotonic()) - self._looked < _LOOK_SECONDS:
-            return ""
-        self._looked = now
-        return self.asked()
+def _used_up(deadline: Deadline, reserve: float) -> str:
+    if time.monotonic() + reserve < deadline.ends:
+        return ""
+    return f"the time budget is used up ({deadline.source}; {reserve:.0f} s are kept for the last checkpoint)"
 
 
 def _number(environment: Mapping[str, str], name: str) -> float | None:

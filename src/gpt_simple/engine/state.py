@@ -1,0 +1,46 @@
+"""Where a run is: the counters that a checkpoint keeps, apart from weights and moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import define
+
+
+@define(eq=False)
+class TrainState:
+    """Counts since step 0, over all ranks. ``tokens`` are positions; ``target_tokens`` are those in the loss.
+
+    ``best_val_loss`` is the lowest validation loss so far in nats per target token, None before an evaluation.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    best_val_loss: float | None = None
+
+    def advance(self, tokens: int, target_tokens: int) -> None:
+        """Count one optimizer step, also one that was skipped."""
+        self.step += 1
+        self.tokens += tokens
+        self.target_tokens += target_tokens
+
+    def record_val_loss(self, loss: float) -> None:
+        """Keep the lower of ``loss`` and the best one so far."""
+        if self.best_val_loss is None or loss < self.best_val_loss:
+            self.best_val_loss = loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "target_tokens": self.target_tokens,
+            "best_val_loss": self.best_val_loss,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``'s values; other keys are ignored."""
+        self.step, self.tokens, self.target_tokens = state["step"], state["tokens"], state["target_tokens"]
+        self.best_val_loss = state["best_val_loss"]

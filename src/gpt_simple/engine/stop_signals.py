@@ -1,0 +1,71 @@
+"""Signals that ask a launch to stop.
+
+A run that is asked to stop ends after the step it is in, with a checkpoint. Before the first step of a launch there is
+nothing to save, so with one process a signal then unwinds at once: ``StopNow``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from attrs import define, field
+
+from gpt_simple.launch.signals import stop_on_signals
+
+
+class StopNow(BaseException):
+    """A stop before this launch finished a step. No Exception: no handler on the way may take it for a failure."""
+
+
+@define(eq=False)
+class StopSignals:
+    """The first signal that arrived (``reason``, empty before), and what a signal does at this moment."""
+
+    reason: str = ""
+    _interrupts: bool = field(default=False, init=False)
+    _before_exit: list[Callable[[], None]] = field(factory=list, init=False)
+
+    def received(self, name: str) -> None:
+        """Note a signal, or raise StopNow where signals interrupt. Called by the handlers at any moment."""
+        self.reason = self.reason or name
+        if self._interrupts:
+            self._interrupts = False  # the next signal must not interrupt the clean-up after this one
+            raise StopNow(name)
+
+    @contextmanager
+    def interrupting(self, enabled: bool) -> Iterator[None]:
+        """Inside, a signal raises StopNow if ``enabled``, until ``defer`` is called."""
+        self._interrupts = enabled
+        try:
+            yield
+        finally:
+            self._interrupts = False
+
+    def defer(self) -> None:
+        """From now on a signal waits for the end of the step: there is work to save."""
+        self._interrupts = False
+
+    @contextmanager
+    def on_forced_exit(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Inside, ``callback`` runs before a second Ctrl-C ends the process."""
+        self._before_exit.append(callback)
+        try:
+            yield
+        finally:
+            self._before_exit.remove(callback)
+
+    def forced_exit(self) -> None:
+        """Run the callbacks. The process ends right after it."""
+        for callback in self._before_exit:
+            callback()
+
+
+@contextmanager
+def stop_signals(pending: Sequence[str] = ()) -> Iterator[StopSignals]:
+    """Install the handlers. ``pending``: a live list of signals that arrived while the program was loading."""
+    signals = StopSignals()
+    with stop_on_signals(signals.received, signals.forced_exit):
+        for name in pending:
+            signals.received(name)
+        yield signals
