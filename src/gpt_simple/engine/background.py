@@ -29,21 +29,29 @@ class BackgroundWriter:
     """Writes one checkpoint at a time. Belongs to the process that owns the store."""
 
     store: Store
-    weights: Collection[str]
-    """Names in ``model`` that must be finite."""
     _pool: ThreadPoolExecutor = field(factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
     _flight: Future[Published] | None = field(default=None, init=False)
     _copies: dict[str, dict[str, torch.Tensor]] = field(factory=dict, init=False)
 
-    def begin(self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], documents: Mapping[str, Any]) -> None:
-        """Copy everything and return; what is passed may change from then on. The one before must have landed."""
+    def begin(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        documents: Mapping[str, Any],
+        *,
+        must_be_finite: Collection[str],
+    ) -> None:
+        """Copy everything and return; what is passed may change from then on. ``result`` of the one before was taken.
+
+        ``must_be_finite``: names in ``model``.
+        """
         assert self._flight is None
         self._copies = {stem: self._copied(stem, group) for stem, group in tensors.items()}
         frozen = json.loads(json.dumps(documents))
-        self._flight = self._pool.submit(self._write, step, frozen)
+        self._flight = self._pool.submit(self._write, step, frozen, must_be_finite)
 
-    def landed(self, *, wait: bool) -> Published | None:
-        """The checkpoint that was begun, once, as soon as it is durable; None while it is on its way.
+    def result(self, *, wait: bool) -> Published | None:
+        """The checkpoint that was begun, once, as soon as it is durable; None while it is being written.
 
         Raises, once, CheckpointError if it could not be written and NotFinite if it must not be.
         """
@@ -53,11 +61,11 @@ class BackgroundWriter:
         return flight.result()
 
     def close(self) -> None:
-        """Wait for what is on its way."""
+        """Wait for the checkpoint that is being written."""
         self._pool.shutdown()
 
-    def _write(self, step: int, documents: Mapping[str, Any]) -> Published:
-        if not all_finite(tensor for name, tensor in self._copies["model"].items() if name in self.weights):
+    def _write(self, step: int, documents: Mapping[str, Any], must_be_finite: Collection[str]) -> Published:
+        if not all_finite(tensor for name, tensor in self._copies["model"].items() if name in must_be_finite):
             raise NotFinite
         return self.store.publish(step, tensors=self._copies, documents=documents)
 

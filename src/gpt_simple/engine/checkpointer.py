@@ -1,13 +1,13 @@
-"""Checkpoints of a run: when one is written, by whom, and what happens if it cannot be.
+"""When a checkpoint of a run is written, and what happens if it cannot be.
 
-The last checkpoint of a run must succeed. A periodic one that cannot be written is told and tried again, because a full
-disk may be empty again tomorrow and hours of training are worth more than a save.
+The last checkpoint of a run must succeed. A periodic one that cannot be written is reported and tried again, because a
+full disk may have room again tomorrow and hours of training are worth more than a save.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -17,154 +17,155 @@ from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.background import BackgroundWriter, NotFinite
 from gpt_simple.engine.loss_monitor import all_finite
-from gpt_simple.engine.time_budget import Walltime
-from gpt_simple.engine.views import EngineRun
+from gpt_simple.engine.time_budget import TimeBudget
+from gpt_simple.engine.views import RunView
 from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.events import CheckpointSaved, CheckpointSaving
 from gpt_simple.plugin_host.dispatch import Calls
 from gpt_simple.run_dir.status import StatusFile
 
-State = tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, Any]]
+Snapshot = tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, Any]]
 """Tensors and JSON documents of a checkpoint, by the stem of the file they go to."""
 
-
-_TELL_SECONDS = 60.0
+_REPEAT_SECONDS = 60.0
+"""How often a failure that goes on is reported again."""
 
 
 class RunDirOwner(Protocol):
-    """The process's claim on its run directory. Only the main process writes there."""
+    """This rank's claim on the run directory. Only the main rank writes there."""
+
+    @property
+    def store(self) -> Store:
+        """The checkpoints."""
 
     @property
     def status(self) -> StatusFile:
         """Where the run stands, for other commands to read."""
 
+    @property
+    def writer(self) -> BackgroundWriter:
+        """Writes checkpoints while training goes on."""
+
     def keep(self) -> None:
         """Recreate the directory if it was deleted. Raises CheckpointError if another process owns it now."""
 
+    def record_val_loss(self, step: int, loss: float) -> None:
+        """Keep the validation loss of ``step`` durably: a checkpoint is saved before it is evaluated."""
+
 
 @frozen
-class Landing:
-    """What became of a checkpoint that was written in the background: it is there, or not, or the run must halt."""
+class SaveResult:
+    """The outcome of a background save. ``written``: it is durable. If neither is set it failed, and is tried again."""
 
-    done: Published | None = None
-    halt: str = ""
+    written: Published | None = None
+    not_finite: str = ""
+    """Why nothing was written: weights that are not finite. The run must halt."""
 
 
-@define(slots=False, eq=False)
-class Saving:
-    """Saves what ``state`` hands out. All processes call ``save`` and ``land`` together; the main one writes."""
+@define(eq=False)
+class Checkpointer:
+    """Saves what ``snapshot`` returns. All ranks call ``save`` and ``poll`` together; the main one writes.
 
-    run: EngineRun
+    ``must_be_finite``: names of the weights in the snapshot's ``model``. A buffer may hold an infinity, as a mask does.
+    """
+
+    run: RunView
     calls: Calls
-    model: torch.nn.Module
-    store: Store
-    state: Callable[[], State]
-    walltime: Walltime | None
-    owner: RunDirOwner
-    again: str = field(default="", init=False)
-    """Why a checkpoint should be written soon: the one before could not be."""
+    run_dir: RunDirOwner
+    snapshot: Callable[[], Snapshot]
+    must_be_finite: Collection[str]
+    time_budget: TimeBudget | None
+    retry_due: bool = field(default=False, init=False)
+    """Whether the newest save failed and should be tried again soon."""
     _newest: int | None = field(default=None, init=False)
-    _told: float = field(default=float("-inf"), init=False)
-    _in_flight: tuple[int, str] | None = field(default=None, init=False)
-    """Step of the checkpoint that is on its way, and the reason for it."""
+    _reported: float = field(default=float("-inf"), init=False)
+    _pending: tuple[int, str] | None = field(default=None, init=False)
+    """Step and reason of the save that is running in the background."""
 
-    def __attrs_post_init__(self) -> None:
-        # Buffers may hold an infinity, as a mask does.
-        weights = self.model.state_dict().keys() - dict(self.model.named_buffers()).keys()
-        self._writer = BackgroundWriter(self.store, weights)
+    def save(self, reason: str, *, blocking: bool) -> str:
+        """Save this step, unless that is done. Raises CheckpointError only if ``blocking``.
 
-    def save(self, reason: str, *, must_succeed: bool) -> bool:
-        """Publish a checkpoint of this step, unless there is one. CheckpointError only if it ``must_succeed``.
-
-        False if there is nothing worth saving because the weights are not finite; the last good one stays. In the
-        background that is found out later, and halts the run when it lands.
+        Returns why the run must halt: weights that are not finite, in which case nothing is written and the last good
+        checkpoint stays. A background save finds that out later; ``poll`` then requests the halt.
         """
-        run, calls, started = self.run, self.calls, time.perf_counter()
-        self.land(wait=True)
+        run, dist, started = self.run, self.run.dist, time.perf_counter()
+        self.poll(wait=True)
         if self._newest == run.step:
-            return True
-        in_background = run.config.training.background_save and not must_succeed
-        if not in_background and not run.world.main_only(lambda: all_finite(self.model.parameters())):
-            return False
-        if calls.on_checkpoint_saving is not None:
+            return ""
+        in_background = run.config.training.background_save and not blocking
+        if not in_background and not dist.main_only(lambda: all_finite(run.model.parameters())):
+            return self._not_finite(run.step)
+        if self.calls.on_checkpoint_saving is not None:
             with run.comm.during("on_checkpoint_saving"):
-                calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
+                self.calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
         if in_background:
-            run.world.main_only(self._begin)
-            self._in_flight = run.step, reason
-            return True
-        self._published(run.world.main_only(lambda: self._publish(must_succeed)), reason)
-        if self.walltime is not None:
-            self.walltime.saved(time.perf_counter() - started)
-        return True
+            dist.main_only(self._begin)
+            self._pending = run.step, reason
+            return ""
+        self._finish(dist.main_only(lambda: self._write(must_succeed=blocking)), reason)
+        if self.time_budget is not None:
+            self.time_budget.record_save(time.perf_counter() - started)
+        return ""
 
-    def land(self, *, wait: bool) -> None:
-        """Tell of a checkpoint that was written in the background, as soon as it is durable."""
-        if self._in_flight is None:
+    def poll(self, *, wait: bool) -> None:
+        """Report a background save as soon as it is durable; ``wait`` until it is."""
+        if self._pending is None:
             return
-        step, reason = self._in_flight
-        landing = self.run.world.main_only(lambda: self._landed(step, wait))
-        if landing is None:
+        step, reason = self._pending
+        result = self.run.dist.main_only(lambda: self._background_result(step, wait))
+        if result is None:
             return
-        self._in_flight = None
-        if landing.halt:
-            self.run.control.halt(landing.halt)
+        self._pending = None
+        if result.not_finite:
+            self.run.control.halt(result.not_finite)
             return
-        self._published(landing.done, reason)
-        if self.walltime is not None and landing.done is not None:
-            # The last one of the run may have to wait for one that is on its way.
-            self.walltime.saved(2 * landing.done.seconds)
+        self._finish(result.written, reason)
+        if self.time_budget is not None and result.written is not None:
+            # The last save of the run may have to wait for one that is still running.
+            self.time_budget.record_save(2 * result.written.seconds)
 
-    def not_finite(self, step: int) -> str:
-        """Why the run halts when the weights after ``step`` are not finite."""
-        good = self.store.list()
+    def _not_finite(self, step: int) -> str:
+        good = self.run_dir.store.list()
         kept = f"the last good checkpoint is {good[-1].path}" if good else "there is no earlier checkpoint"
         return f"weights are not finite after step {step}; nothing was written, {kept}"
 
-    def close(self) -> None:
-        """Wait for a checkpoint that is on its way, and for the files of deleted ones to be gone."""
-        self._writer.close()
-        self.store.settle()
-
     def _begin(self) -> None:
-        self.owner.keep()
-        self._writer.begin(self.run.step, *self.state())
+        self.run_dir.keep()
+        self.run_dir.writer.begin(self.run.step, *self.snapshot(), must_be_finite=self.must_be_finite)
 
-    def _publish(self, must_succeed: bool) -> Published | None:
-        self.owner.keep()
+    def _write(self, *, must_succeed: bool) -> Published | None:
+        self.run_dir.keep()
         try:
-            tensors, documents = self.state()
-            return self.store.publish(self.run.step, tensors=tensors, documents=documents)
+            tensors, documents = self.snapshot()
+            return self.run_dir.store.publish(self.run.step, tensors=tensors, documents=documents)
         except CheckpointError as error:
             if must_succeed:
                 raise
-            self._tell(error)
+            self._report(error)
             return None
 
-    def _landed(self, step: int, wait: bool) -> Landing | None:
-        """What became of the checkpoint of ``step``; None while it is on its way."""
+    def _background_result(self, step: int, wait: bool) -> SaveResult | None:
         try:
-            done = self._writer.landed(wait=wait)
-            return None if done is None else Landing(done)
+            written = self.run_dir.writer.result(wait=wait)
+            return None if written is None else SaveResult(written)
         except NotFinite:
-            return Landing(halt=self.not_finite(step))
+            return SaveResult(not_finite=self._not_finite(step))
         except CheckpointError as error:
-            self._tell(error)
-            return Landing()
+            self._report(error)
+            return SaveResult()
 
-    def _tell(self, error: CheckpointError) -> None:
-        # It is tried again at every logging point: those who read need not be told as often.
-        if (now := time.monotonic()) - self._told >= _TELL_SECONDS:
-            self._told = now
+    def _report(self, error: CheckpointError) -> None:
+        # It is tried again at every logging point, and need not be reported as often.
+        if (now := time.monotonic()) - self._reported >= _REPEAT_SECONDS:
+            self._reported = now
             self.run.log.error(f"{error}; training goes on, and it is tried again", name="checkpoint_failed")
 
-    def _published(self, done: Published | None, reason: str) -> None:
-        # Tried again when the log is due: until then somebody may have made room.
-        self.again = "" if done else "the one before could not be written"
-        if done is None:
+    def _finish(self, written: Published | None, reason: str) -> None:
+        self.retry_due = written is None
+        if written is None:
             return
-        self._told = float("-inf")
-        self._newest = done.step
+        self._reported = float("-inf")
+        self._newest = written.step
         if self.calls.on_checkpoint_saved is not None:
-            event = CheckpointSaved(done.step, done.path, done.seconds, done.bytes, reason)
+            event = CheckpointSaved(written.step, written.path, written.seconds, written.bytes, reason)
             self.calls.on_checkpoint_saved(self.run, event)

@@ -1,30 +1,27 @@
-"""The step loop.
-
-Read ``train`` for the life of a run, ``step`` for one optimizer step, ``_boundary`` for what may happen after it.
-Between logging points nothing here reads a device tensor on the host.
-"""
+"""The step loop: one optimizer step, then metrics, one decision of all ranks, checkpoint, evaluation, stop."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 
 import torch
-from attrs import define, field
+from attrs import define, field, frozen
 
-from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.loader import DataExhausted, Loader
-from gpt_simple.engine.checkpointer import RunDirOwner, Saving, State
-from gpt_simple.engine.control import Verdict
+from gpt_simple.distributed.process_group import World
+from gpt_simple.engine.checkpointer import Checkpointer
+from gpt_simple.engine.control import Control, Decision
 from gpt_simple.engine.loss_monitor import Watch, not_finite_in
-from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.metrics import Clock, Interval, labelled, settled
-from gpt_simple.engine.rng import Reseeder
-from gpt_simple.engine.schedules import Schedule
-from gpt_simple.engine.time_budget import StopNow, Walltime
-from gpt_simple.engine.views import EngineRun, EvaluationAbandoned
+from gpt_simple.engine.state import TrainState
+from gpt_simple.engine.step import TrainStep
+from gpt_simple.engine.stop_signals import StopNow, StopSignals
+from gpt_simple.engine.time_budget import TimeBudget
+from gpt_simple.engine.views import EvaluationAbandoned, RunView
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.events import (
     BatchReady,
@@ -36,229 +33,168 @@ from gpt_simple.hooks.events import (
     StepEnd,
     StepStart,
 )
+from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.plugin_host.dispatch import Calls
-
-GIB = 1024**3
 
 _UNLOGGED = 100
 """Steps after which the device is read when nothing is logged: skipped steps must not go on unseen."""
 
-_CLIP_EPSILON = 1e-6
-"""As in ``torch.nn.utils.clip_grad_norm_``: the norm afterwards is the limit or a hair less."""
+
+@frozen
+class FitResult:
+    """How the loop ended. ``rates``: tokens per second of each logging interval."""
+
+    status: RunStatus
+    reason: str
+    last_train: Mapping[str, float]
+    last_eval: Mapping[str, float]
+    rates: tuple[float, ...]
 
 
 @define(slots=False, eq=False)
 class Trainer:
-    """A prepared run. ``run`` makes its steps and returns how it ended."""
+    """A prepared run. ``fit`` runs its steps to the end of the run, a stop or a halt."""
 
-    run: EngineRun
+    run: RunView
     calls: Calls
-    model: torch.nn.Module
-    wrapped: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
+    dist: World
+    state: TrainState
+    train_step: TrainStep
     loader: Loader
-    store: Store
-    owner: RunDirOwner
-    state: Callable[[float | None], State]
-    skips_on_device: bool
-    walltime: Walltime | None = None
-    best_val_loss: float | None = None
-    last_train: Mapping[str, float] = field(factory=dict)
-    last_eval: Mapping[str, float] = field(factory=dict)
-    rates: list[float] = field(factory=list)
-    _interval: Interval = field(factory=Interval)
-    _clock: Clock = field(factory=Clock)
+    control: Control
+    checkpointer: Checkpointer
+    signals: StopSignals
+    time_budget: TimeBudget | None
+    _last_train: Mapping[str, float] = field(factory=dict, init=False)
+    _last_eval: Mapping[str, float] = field(factory=dict, init=False)
+    _rates: list[float] = field(factory=list, init=False)
+    _interval: Interval = field(factory=Interval, init=False)
+    _clock: Clock = field(factory=Clock, init=False)
+    _first_step: bool = field(default=True, init=False)
 
     def __attrs_post_init__(self) -> None:
-        config = self.run.config
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._reseed = Reseeder(config.training.seed, self.run.device)
-        self._max_norm = config.optimizer.max_grad_norm
-        self._first_step = True
-        self._saving = Saving(
-            self.run,
-            self.calls,
-            self.model,
-            self.store,
-            lambda: self.state(self.best_val_loss),
-            self.walltime,
-            self.owner,
-        )
-        self._watch = Watch(config.training.max_skipped_steps)
+        self._max_steps = self.run.config.training.max_steps
+        self._watch = Watch(self.run.config.training.max_skipped_steps)
 
-    def train(self) -> tuple[RunStatus, str]:
-        """Make steps until the run is over. Returns how and why it ended."""
+    def fit(self) -> FitResult:
+        """Run steps until the run is over."""
         try:
-            return self._train()
+            status, reason = self._fit()
         except StopNow as stop:
-            return "stopped", str(stop)
+            status, reason = "stopped", str(stop)
+        return FitResult(status, reason, self._last_train, self._last_eval, tuple(self._rates))
 
-    def _train(self) -> tuple[RunStatus, str]:
-        run, max_steps = self.run, self.run.config.training.max_steps
-        self.model.train()
-        if (verdict := self._vote()).leave:
-            return self._left(verdict)
-        if run.world.size > 1:
-            self._settle()
+    def _fit(self) -> tuple[RunStatus, str]:
+        self.run.model.train()
+        if (decision := self._decide()).should_stop:
+            return self._stopped(decision)
+        if self.dist.size > 1:
+            self.train_step.warm_up_ddp(self._zero_batch())
         self._clock = Clock(waited_before=self.loader.wait_seconds)
-        while run.step < max_steps:
+        while self.state.step < self._max_steps:
             try:
-                self.step(is_last=run.step + 1 == max_steps)
+                self._step(is_last=self.state.step + 1 == self._max_steps)
             except DataExhausted as exhausted:
                 return self._out_of_data(str(exhausted))
-            verdict = self._boundary(is_last=run.step == max_steps)
-            if verdict.leave:
-                return self._left(verdict)
-        return "completed", f"all {max_steps} steps are made"
+            decision = self._boundary(is_last=self.state.step == self._max_steps)
+            if decision.should_stop:
+                return self._stopped(decision)
+        return "completed", f"finished all {self._max_steps} steps"
 
-    def _settle(self) -> None:
-        """One forward and backward whose result is discarded.
-
-        DDP arranges its buckets anew after its first backward, in the order in which gradients came. From the third
-        process on the arrangement decides in which order numbers are added, so a run that was resumed would differ in
-        its last digits from one that was not, if both did not begin with this.
-        """
-        run, training, data = self.run, self.run.config.training, self.run.config.data
-        shape = (training.per_device_batch_size, data.max_length)
-        zeros = torch.zeros(shape, dtype=torch.int64, device=run.device)
+    def _zero_batch(self) -> Batch:
+        training, data = self.run.config.training, self.run.config.data
+        zeros = torch.zeros(training.per_device_batch_size, data.max_length, dtype=torch.int64, device=self.run.device)
         extra = zeros if data.document_mask else None
-        with run.precision.autocast():
-            nats = run.loss(Batch(zeros, zeros, extra, extra, first_sample=0, targets=zeros.numel()))
-        nats.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.zero_grad(set_to_none=True)
+        return Batch(zeros, zeros, extra, extra, first_sample=0, targets=zeros.numel())
 
-    def step(self, is_last: bool) -> None:
-        """One optimizer step over all its micro-batches."""
-        run, calls, world, scaler = self.run, self.calls, self.run.world, self.run.precision.scaler
-        started, step = time.perf_counter(), run.step + 1
+    def _step(self, is_last: bool) -> None:
+        """One optimizer step over all its micro-batches, with the hooks around it."""
+        run, calls, state, step = self.run, self.calls, self.state, self.state.step + 1
+        started = time.perf_counter()
         data = self.loader.next_step()
         if calls.on_step_start is not None:
             calls.on_step_start(run, StepStart(step))
-
-        # The summed loss over the step's target tokens of all processes; DDP will divide by the world size.
-        scale = world.size / max(1, data.targets)
-        last, loss = len(data.batches) - 1, None
-        for index, batch in enumerate(data.batches):
-            if calls.on_batch is not None:
-                calls.on_batch(run, BatchReady(step, index, batch))
-            self._reseed(batch.first_sample)
-            with world.accumulating(self.wrapped, index == last):
-                with run.precision.autocast():
-                    nats = run.loss(batch)
-                scaler.scale(nats * scale).backward()  # type: ignore[no-untyped-call]
-            loss = nats.detach() if loss is None else loss + nats.detach()
-        assert loss is not None
-
-        scaler.unscale_(self.optimizer)
-        if calls.on_gradients is not None:
-            with run.comm.during("on_gradients"):
-                calls.on_gradients(run, GradientsReady(step))
-        norm, skipped = self._clip()
-        # From here on there is something to save: a signal waits for the end of the step.
-        run.control.at_once = False
-        self._update(step, skipped)
-
-        run.moved_to(step, run.tokens + data.tokens, run.target_tokens + data.targets)
-        self._interval.add(step, data, loss, norm, skipped)
+        result = self.train_step(
+            step,
+            data.batches,
+            data.targets,
+            on_batch=partial(self._on_batch, step) if calls.on_batch is not None else None,
+            on_gradients=partial(self._on_gradients, step) if calls.on_gradients is not None else None,
+            before_update=self.signals.defer if self._first_step else None,
+        )
+        state.advance(data.tokens, data.targets)
+        self._interval.add(step, data, result.loss, result.norm, result.skipped)
         self._clock.step(data.tokens, data.targets)
         if self._first_step:
-            self._warmed_up(started, data.tokens)
-        elif self.walltime is not None:
-            self.walltime.stepped(time.perf_counter() - started)
+            self._exclude_first_step(started, data.tokens)
+        elif self.time_budget is not None:
+            self.time_budget.record_step(time.perf_counter() - started)
         if calls.on_step_end is not None:
-            calls.on_step_end(run, StepEnd(step, run.tokens, run.target_tokens, is_last))
+            calls.on_step_end(run, StepEnd(step, state.tokens, state.target_tokens, is_last))
 
-    def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients' norm before clipping, and 1.0 if this step must be skipped; both stay on the device."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        if self._max_norm is not None:
-            if self.skips_on_device:
-                # The fused optimizer divides by this while it reads the gradients anyway: no pass of its own.
-                divisor = ((norm + _CLIP_EPSILON) / self._max_norm).clamp_(min=1.0)
-                self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-            else:
-                torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
-        # A finite number less itself is 0, anything else is NaN: two kernels, where isfinite takes four.
-        skipped = torch.nan_to_num_((norm - norm).float(), nan=1.0)
-        control = self.run.control
-        if self.calls.on_gradients is not None:
-            # All processes or none: a wish that only one of them has must not leave it waiting.
-            wish, control.skip = control.skip, None
-            skipped = (self.run.world.sum(skipped if wish is None else skipped + wish) > 0).float()
-        return norm, skipped
+    def _on_batch(self, step: int, index: int, batch: Batch) -> None:
+        if (call := self.calls.on_batch) is not None:
+            call(self.run, BatchReady(step, index, batch))
 
-    def _update(self, step: int, skipped: torch.Tensor) -> None:
-        """Step the optimizer at the schedule's rate, unless ``skipped``."""
-        rate = self.schedule(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.skips_on_device:
-            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not bool(skipped):
-            self.optimizer.step()
-        if self.run.precision.scaler.is_enabled():
-            self.run.precision.scaler.update()
-        # As zero_grad(set_to_none=True) would, without its search through groups and its profiler record.
-        for parameter in self._parameters:
-            parameter.grad = None
+    def _on_gradients(self, step: int) -> torch.Tensor | None:
+        if (call := self.calls.on_gradients) is not None:
+            with self.run.comm.during("on_gradients"):
+                call(self.run, GradientsReady(step))
+        return self.run.requests.take_skip()
 
-    def _warmed_up(self, started: float, tokens: int) -> None:
-        """The first step compiles and warms caches up: its time is nobody's throughput."""
+    def _exclude_first_step(self, started: float, tokens: int) -> None:
+        """Exclude the first step (compilation, warm-up) from throughput."""
         self._first_step = False
-        self._finish_queue()
+        self._synchronize()
         self._clock.exclude_step(time.perf_counter() - started, tokens)
 
-    def _finish_queue(self) -> None:
-        """Wait for the device, so that its steps do not count as what comes after them."""
+    def _synchronize(self) -> None:
+        """Wait for the device, so that queued steps do not count as part of what follows them."""
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
 
-    def _boundary(self, is_last: bool) -> Verdict:
-        """What may happen after a step, always in this order: metrics, one vote, checkpoint, evaluation, stop."""
-        run = self.run
-        every = run.config.training.logging_steps
-        looks = is_last or run.step % (every or _UNLOGGED) == 0
-        if looks:
-            self._log(tell=bool(every))
+    def _boundary(self, is_last: bool) -> Decision:
+        """After a step, always in this order: metrics, one decision, checkpoint, evaluation, stop."""
+        step, every = self.state.step, self.run.config.training.logging_steps
+        read_metrics = is_last or step % (every or _UNLOGGED) == 0
+        if read_metrics:
+            self._log(notify=bool(every))
             with self._clock.paused():
-                self._saving.land(wait=False)
-        verdict = self._vote()
-        again = self._saving.again if looks else ""
-        if verdict.save or verdict.leave or is_last or again:
-            reason = "last step" if is_last else verdict.stop or verdict.halt or verdict.ended or verdict.save or again
-            if not self._save(reason, must_succeed=verdict.leave or is_last):
-                return Verdict(halt=self._saving.not_finite(run.step))
-        if verdict.evaluate and not verdict.leave:
+                self.checkpointer.poll(wait=False)
+        decision = self._decide()
+        retry = "the one before could not be written" if read_metrics and self.checkpointer.retry_due else ""
+        if decision.save or decision.should_stop or is_last or retry:
+            reason = "last step" if is_last else decision.stop or decision.halt or decision.end or decision.save
+            if not_finite := self._save(reason or retry, blocking=decision.should_stop or is_last):
+                return Decision(halt=not_finite)
+        if decision.evaluate and not decision.should_stop:
             self._evaluate()
-        return verdict
+        return decision
 
-    def _vote(self) -> Verdict:
-        world = self.run.world
-        verdict = self.run.control.vote(world if world.size > 1 else None)
-        for name in verdict.off:
+    def _decide(self) -> Decision:
+        decision = self.control.decide()
+        for name in decision.disabled_plugins:
             self.calls.disable(name)
-        return verdict
+        return decision
 
-    def _log(self, tell: bool) -> None:
-        """Read the interval's metrics, all at once, and hand them out."""
-        run, calls = self.run, self.calls
-        # Read first: this waits for the device to make the steps that are in its queue, and their time counts.
-        metrics, steps = self._interval.read(self.schedule(run.step), run.world_size)
-        lap, self._clock = self._clock.lap(run.step, self.loader.wait_seconds)
-        if tell and calls.collect_metrics is not None:
+    def _log(self, *, notify: bool) -> None:
+        """Read the interval's metrics in one device read and one collective, and hand them to the plugins."""
+        run, calls, step = self.run, self.calls, self.state.step
+        # Read first: this waits for the steps in the device's queue, and their time counts.
+        metrics, steps = self._interval.read(self.train_step.schedule(step), self.dist.size)
+        split, self._clock = self._clock.lap(step, self.loader.wait_seconds)
+        if notify and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):
-                metrics |= labelled(calls.collect_metrics(run, lap))
-        metrics["train/not_finite_in"] = not_finite_in(steps, run.rank)
-        floats = settled(run.world.reduce(metrics), run.control.plugins)
+                metrics |= labelled(calls.collect_metrics(run, split))
+        metrics["train/not_finite_in"] = not_finite_in(steps, self.dist.rank)
+        floats = settled(self.dist.reduce(metrics), self.control.plugins)
         first = floats.pop("train/not_finite_in")
-        where = f"; the loss was not finite in process {first:.0f}" if run.world.size > 1 and first < math.inf else ""
+        where = f"; the loss was not finite in process {first:.0f}" if self.dist.size > 1 and first < math.inf else ""
         skipped = floats.pop("train/skipped_steps")
         if skipped:
             floats["train/skipped_steps"] = skipped
             run.log.warning(
-                f"{int(skipped)} of the last {lap.steps} steps had a non-finite gradient and were skipped{where}",
+                f"{int(skipped)} of the last {split.steps} steps had a non-finite gradient and were skipped{where}",
                 name="skipped_steps",
                 count=int(skipped),
             )
@@ -266,81 +202,71 @@ class Trainer:
             run.log.warning(str(spike), name="loss_spike", at=spike.made.step, loss=spike.made.loss, usual=spike.usual)
         if streak := self._watch.streak(steps):
             run.control.halt(streak + where)
-        self.last_train = floats
-        if lap.timed_steps and lap.train_seconds > 0:
-            self.rates.append(lap.timed_tokens / lap.train_seconds)
-        self._report_status()
-        if tell and calls.on_metrics is not None:
-            calls.on_metrics(run, MetricsReady(run.step, run.tokens, floats))
+        self._last_train = floats
+        if split.timed_steps and split.train_seconds > 0:
+            self._rates.append(split.timed_tokens / split.train_seconds)
+        self._update_status()
+        if notify and calls.on_metrics is not None:
+            calls.on_metrics(run, MetricsReady(step, self.state.tokens, floats))
 
     def _evaluate(self) -> None:
-        """Ask the plugins for their evaluations; a stop that arrives meanwhile abandons them."""
-        run, calls = self.run, self.calls
+        """Run the plugins' evaluations. A stop that arrives meanwhile abandons them."""
+        run, calls, state = self.run, self.calls, self.state
         if calls.evaluate is None:
             return
-        self._finish_queue()
+        self._synchronize()
         started = time.perf_counter()
         try:
             with run.evaluating(), run.comm.during("evaluate"):
-                metrics = labelled(calls.evaluate(run, Evaluate(run.step)))
+                metrics = labelled(calls.evaluate(run, Evaluate(state.step)))
         except EvaluationAbandoned:
             run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
             return
-        floats = settled(run.world.reduce(metrics), run.control.plugins)
-        loss = floats.get("eval/loss")
-        if loss is not None and (self.best_val_loss is None or loss < self.best_val_loss):
-            self.best_val_loss = loss
-        self.last_eval = floats
+        floats = settled(self.dist.reduce(metrics), self.control.plugins)
+        self._last_eval = floats
+        if (loss := floats.get(VAL_LOSS)) is not None and math.isfinite(loss):
+            state.record_val_loss(loss)
+            self.checkpointer.run_dir.record_val_loss(state.step, loss)
         seconds = time.perf_counter() - started
         if calls.on_eval_end is not None:
-            calls.on_eval_end(run, EvalEnd(run.step, run.tokens, floats, seconds))
+            calls.on_eval_end(run, EvalEnd(state.step, state.tokens, floats, seconds))
         self._clock.exclude(time.perf_counter() - started)
 
-    def _save(self, reason: str, must_succeed: bool) -> bool:
-        """Publish a checkpoint of this step; False if the weights are not finite, and the run must halt."""
-        self._finish_queue()
+    def _save(self, reason: str, *, blocking: bool) -> str:
+        """Save this step. Returns why the run must halt, or an empty string."""
+        self._synchronize()
         with self._clock.paused():
-            return self._saving.save(reason, must_succeed=must_succeed)
+            return self.checkpointer.save(reason, blocking=blocking)
 
-    def close(self) -> None:
-        """Stop the threads; a checkpoint that is on its way arrives."""
-        self.loader.close()
-        self._saving.close()
-
-    def _left(self, verdict: Verdict) -> tuple[RunStatus, str]:
-        if verdict.halt:
-            return "halted", verdict.halt
-        if self.run.step == self.run.config.training.max_steps:
-            return "completed", f"all steps are made; a last evaluation was left out: {verdict.stop or verdict.ended}"
-        if verdict.stop:
-            return "stopped", verdict.stop
-        return "completed", verdict.ended
+    def _stopped(self, decision: Decision) -> tuple[RunStatus, str]:
+        if decision.halt:
+            return "halted", decision.halt
+        if self.state.step == self._max_steps:
+            reason = decision.stop or decision.end
+            return "completed", f"finished all {self._max_steps} steps; the last evaluation was left out: {reason}"
+        if decision.stop:
+            return "stopped", decision.stop
+        return "completed", decision.end
 
     def _out_of_data(self, reason: str) -> tuple[RunStatus, str]:
-        """The data ended before ``max_steps``: that is the end of the run as much as the last step would be."""
+        """The data ended before ``max_steps``: the run is complete, as after its last step."""
         if self._interval:
-            self._log(tell=True)
-        if not self._save(reason, must_succeed=True):
-            return "halted", self._saving.not_finite(self.run.step)
+            self._log(notify=True)
+        if not_finite := self._save(reason, blocking=True):
+            return "halted", not_finite
         if self.run.config.training.eval_steps:
             self._evaluate()
         return "completed", reason
 
-    def _report_status(self) -> None:
-        run = self.run
+    def _update_status(self) -> None:
         # Of the latest intervals only: the list grows with the run.
-        rate = statistics.median(self.rates[-15:]) if self.rates else None
-        left = run.config.training.max_steps - run.step
-        per_step = run.known.get("tokens_per_step", 0)
-        self.owner.status.update(
+        rate = statistics.median(self._rates[-15:]) if self._rates else None
+        left = (self._max_steps - self.state.step) * self.run.known["tokens_per_step"]
+        self.checkpointer.run_dir.status.update(
             state="running",
-            step=run.step,
-            max_steps=run.config.training.max_steps,
-            loss=self.last_train.get("train/loss"),
+            step=self.state.step,
+            max_steps=self._max_steps,
+            loss=self._last_train.get("train/loss"),
             tokens_per_second=rate,
-            eta_seconds=left * per_step / rate if rate else None,
+            eta_seconds=left / rate if rate else None,
         )
-
-    @property
-    def peak_memory_gib(self) -> float:
-        return peak_bytes(self.run.device) / GIB

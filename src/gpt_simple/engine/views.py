@@ -1,50 +1,50 @@
-"""``run`` as plugins see it: the engine's side of ``gpt_simple.hooks.run``."""
+"""``run`` as plugins see it: three complete views, each made once, of a run that is being built.
+
+``LaunchView`` exists from the first log line, ``ModelView`` from the first model on, ``RunView`` when all state is
+restored. They implement ``gpt_simple.hooks.run.Run``; a member that a view does not have yet raises PluginError.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from attrs import define, field
-from attrs.setters import frozen
+from attrs import define, field, frozen
 
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import Config
+from gpt_simple.data.loader import Loader
 from gpt_simple.distributed.process_group import World
-from gpt_simple.engine.control import Control
+from gpt_simple.engine.control import Control, Requests
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import isolated_rng, stream
+from gpt_simple.engine.state import TrainState
+from gpt_simple.engine.step import summed_loss
 from gpt_simple.errors import PluginError
+from gpt_simple.hooks.batch import Batch, Tokenizer
 from gpt_simple.hooks.events import LogRecord
 from gpt_simple.hooks.run import CheckpointInfo
 from gpt_simple.model.generate import generate
 
-if TYPE_CHECKING:
-    from gpt_simple.data.loader import Loader
-    from gpt_simple.hooks.batch import Batch, Tokenizer
-    from gpt_simple.plugin_host.dispatch import Calls
-
-
-T = TypeVar("T")
-
 
 class EvaluationAbandoned(BaseException):
-    """A stop arrived during an evaluation and all processes agreed to leave it.
+    """A stop arrived during an evaluation and all ranks agreed to leave it.
 
-    No Exception: a plugin that is being evaluated must not take it for its own failure.
+    No Exception: a plugin that is evaluating must not take it for its own failure.
     """
 
 
-@define
+@frozen(eq=False)
 class EngineLog:
-    """Lines for people and facts for machines; implements ``gpt_simple.hooks.run.Log``."""
+    """Lines for people and fields for machines; implements ``gpt_simple.hooks.run.Log``."""
 
-    _run: EngineRun
+    _publish: Callable[[LogRecord], None]
+    _state: TrainState
 
     def info(self, message: str, *, name: str = "info", **fields: Any) -> None:
         self._emit("info", message, name, fields)
@@ -58,22 +58,19 @@ class EngineLog:
     def _emit(
         self, level: Literal["info", "warning", "error"], message: str, name: str, fields: dict[str, Any]
     ) -> None:
-        run = self._run
-        if run.is_main and run.calls is not None and run.calls.on_log is not None:
-            with run.comm.during(""):
-                run.calls.on_log(run, LogRecord(level, message, run.step, name, fields))
+        self._publish(LogRecord(level, message, self._state.step, name, fields))
 
 
-@define
+@define(eq=False)
 class EngineComm:
-    """Collectives that are open only during hooks of all processes; implements ``gpt_simple.hooks.run.Comm``."""
+    """Collectives that are open only during hooks of all ranks; implements ``gpt_simple.hooks.run.Comm``."""
 
-    _world: World
-    _hook: str = ""
+    _dist: World
+    _hook: str = field(default="", init=False)
 
     @contextmanager
     def during(self, hook: str) -> Iterator[None]:
-        """Open for the time of a hook that every process runs; closed with an empty name."""
+        """Open for the time of a hook that every rank runs; closed with an empty name."""
         outer, self._hook = self._hook, hook
         try:
             yield
@@ -82,19 +79,19 @@ class EngineComm:
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         self.check("run.comm")
-        return self._world.sum(value)
+        return self._dist.sum(value)
 
     def barrier(self) -> None:
         self.check("run.comm")
-        self._world.barrier()
+        self._dist.barrier()
 
     def check(self, what: str) -> None:
-        """Raise PluginError where a collective would wait for processes that never come; with one process too."""
+        """Raise PluginError where a collective would wait for ranks that never come; with one process too."""
         if not self._hook:
             raise PluginError(f"{what} was used in a hook that not every process runs at once, where it would hang")
 
 
-@define
+@frozen(eq=False)
 class EngineCheckpoints:
     """The run's checkpoints; implements ``gpt_simple.hooks.run.Checkpoints``."""
 
@@ -106,103 +103,96 @@ class EngineCheckpoints:
     def prune(
         self, *, keep_last: int | None, keep_every: int | None = None, protect: Iterable[int] = ()
     ) -> Sequence[CheckpointInfo]:
-        # Giving back the room of large files takes a while, for which training need not wait.
+        # Deleting large files takes a while, for which training need not wait.
         gone = self._store.prune(keep_last, keep_every, set(protect), wait=False)
         return [CheckpointInfo(found.step, found.path) for found in gone]
 
 
-@define(slots=False, eq=False)
-class EngineRun:
-    """State of a run that plugins may read. The trainer writes it; parts appear as they are built.
+@frozen(eq=False)
+class LaunchView:
+    """The run before there is a model."""
 
-    What a plugin might want to write, it cannot: the configuration, and where the run is in its steps and data.
-    """
+    config: Config
+    output_dir: Path
+    dist: World
+    precision: Precision
+    state: TrainState
+    requests: Requests
+    log: EngineLog
+    comm: EngineComm
 
-    config: Config = field(on_setattr=frozen)
-    output_dir: Path = field(on_setattr=frozen)
-    world: World = field(on_setattr=frozen)
-    precision: Precision = field(on_setattr=frozen)
-    control: Control = field(factory=Control)
-    calls: Calls | None = None
-    run_id: str = ""
-    known: dict[str, Any] = field(factory=dict)
-    checkpoints: EngineCheckpoints = field(
-        init=False, default=None, repr=False
-    )  # set by the trainer once the store exists
-    log: EngineLog = field(init=False)
-    comm: EngineComm = field(init=False)
-    _step: int = 0
-    _tokens: int = 0
-    _target_tokens: int = 0
-    _model: torch.nn.Module | None = None
-    _wrapped: torch.nn.Module | None = None
-    _tokenizer: Tokenizer | None = None
-    _loader: Loader | None = None
-
-    def __attrs_post_init__(self) -> None:
-        self.log = EngineLog(self)
-        self.comm = EngineComm(self.world)
-
-    def moved_to(self, step: int, tokens: int, target_tokens: int) -> None:
-        """The run stands here now: a step is made, or a checkpoint is restored."""
-        self._step, self._tokens, self._target_tokens = step, tokens, target_tokens
+    @property
+    def control(self) -> Requests:
+        return self.requests
 
     @property
     def step(self) -> int:
-        return self._step
+        return self.state.step
 
     @property
     def tokens(self) -> int:
-        return self._tokens
+        return self.state.tokens
 
     @property
     def target_tokens(self) -> int:
-        return self._target_tokens
+        return self.state.target_tokens
 
     @property
     def rank(self) -> int:
-        return self.world.rank
+        return self.dist.rank
 
     @property
     def world_size(self) -> int:
-        return self.world.size
+        return self.dist.size
 
     @property
     def is_main(self) -> bool:
-        return self.world.is_main
+        return self.dist.is_main
 
     @property
     def device(self) -> torch.device:
-        return self.world.device
+        return self.dist.device
 
-    @property
-    def model(self) -> torch.nn.Module:
-        return _built(self._model, "model")
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return _built(self._tokenizer, "tokenizer")
+    def peak_memory(self) -> int:
+        return peak_bytes(self.device)
 
     def facts(self) -> dict[str, Any]:
-        return deepcopy(self.known)
+        return {}
 
-    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
-        self.comm.check("run.val_batches")
-        for batch in _built(self._loader, "loader").val_batches(max_batches):
-            leaving = self.control.is_leaving()
-            if self.world.size > 1:
-                leaving = bool(self.world.agree([leaving])[0])
-            if leaving:
-                raise EvaluationAbandoned
-            yield batch
+    def __getattr__(self, name: str) -> Any:
+        if name in _LATER:
+            raise PluginError(f"run.{name} does not exist yet: it is there from {_LATER[name]} on")
+        raise AttributeError(f"run has no attribute {name!r}")
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        wrapped = _built(self._wrapped, "model")
-        if batch.document_ids is None:
-            result: torch.Tensor = wrapped(batch.input_ids, batch.labels)
-        else:
-            result = wrapped(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
-        return result
+
+_LATER = {
+    **dict.fromkeys(("model", "tokenizer", "checkpoints", "evaluating", "generate"), "on_model_built"),
+    **dict.fromkeys(("run_id", "loss", "val_batches"), "on_run_start"),
+}
+"""Members of ``hooks.run.Run`` that only later views have, and the hook that sees them first."""
+
+
+@frozen(eq=False)
+class ModelView(LaunchView):
+    """The run with its model, raw and not yet prepared for training; in ``check_runtime`` without storage."""
+
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    checkpoints: EngineCheckpoints
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with (
+                isolated_rng(stream(self.config.training.seed, self.step), self.device),
+                torch.no_grad(),
+                self.precision.autocast(),
+            ):
+                yield
+        finally:
+            self.model.train(was_training)
 
     def generate(
         self,
@@ -213,7 +203,7 @@ class EngineRun:
         top_k: int | None = 50,
         seed: int = 0,
     ) -> str:
-        # Lengths grow token by token: every one of them would be compiled anew.
+        # The length grows token by token: each one would be compiled anew.
         with self.evaluating(), torch.compiler.set_stance("force_eager"):
             return generate(
                 self.model,
@@ -225,26 +215,27 @@ class EngineRun:
                 seed=seed,
             )
 
-    def peak_memory(self) -> int:
-        return peak_bytes(self.device)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        model = self.model
-        was_training = model.training
-        model.eval()
-        try:
-            with (
-                isolated_rng(stream(self.config.training.seed, self.step), self.device),
-                torch.no_grad(),
-                self.precision.autocast(),
-            ):
-                yield
-        finally:
-            model.train(was_training)
+@frozen(eq=False)
+class RunView(ModelView):
+    """The run with all that trains it. ``wrapped`` is the module whose backward reduces gradients."""
 
+    run_id: str
+    wrapped: torch.nn.Module
+    loader: Loader
+    known: Mapping[str, Any]
+    sync: Control
 
-def _built(part: T | None, name: str) -> T:
-    if part is None:
-        raise PluginError(f"run.{name} does not exist yet: it is there from on_model_built or on_run_start on")
-    return part
+    def facts(self) -> dict[str, Any]:
+        return deepcopy(dict(self.known))
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Summed cross-entropy in nats, 0-d, on the device."""
+        return summed_loss(self.wrapped, batch)
+
+    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
+        self.comm.check("run.val_batches")
+        for batch in self.loader.val_batches(max_batches):
+            if self.sync.any_leaving():
+                raise EvaluationAbandoned
+            yield batch

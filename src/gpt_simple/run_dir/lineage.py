@@ -8,7 +8,7 @@ import secrets
 import socket
 import string
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class RunRecord:
     run_id: str
     lineage: list[dict[str, Any]] = field(factory=list)
     facts: dict[str, Any] = field(factory=dict)
+    val_losses: dict[str, float] = field(factory=dict)
+    """Step -> validation loss, of steps that have a checkpoint."""
 
     @classmethod
     def load(cls, run_dir: RunDir) -> RunRecord:
@@ -40,7 +42,8 @@ class RunRecord:
         path = run_dir.run_json
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            return cls(run_dir, document["run_id"], document["lineage"], document["facts"])
+            losses = document.get("val_losses", {})
+            return cls(run_dir, document["run_id"], document["lineage"], document["facts"], dict(losses))
         except FileNotFoundError:
             return cls(run_dir, new_id())
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -63,9 +66,20 @@ class RunRecord:
         )
         self.write()
 
+    def evaluated(self, step: int, loss: float, steps_with_checkpoint: Collection[int]) -> None:
+        """Keep the validation loss of ``step``, and of other steps only while their checkpoints exist."""
+        kept = {key: value for key, value in self.val_losses.items() if int(key) in steps_with_checkpoint}
+        self.val_losses = {**kept, str(step): loss}
+        self.write()
+
     def write(self) -> None:
         """Write the record, as it is known."""
-        document = {"run_id": self.run_id, "lineage": self.lineage, "facts": self.facts}
+        document = {
+            "run_id": self.run_id,
+            "lineage": self.lineage,
+            "facts": self.facts,
+            "val_losses": self.val_losses,
+        }
         write_json(self.run_dir.run_json, document)
 
 
