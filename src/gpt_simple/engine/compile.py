@@ -123,15 +123,21 @@ def compile_flags(decision: CompilePlan) -> Iterator[None]:
 
 def compile_model(model: torch.nn.Module, decision: CompilePlan) -> None:
     """Compile in place, so that the names of the parameters stay the raw module's."""
+    refuse_uncompilable(model, decision)
     if not decision.enabled:
         return
     if decision.scope == "model":
         model.compile(backend=decision.backend, dynamic=False)
         return
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, torch.nn.ModuleList):
-        raise ConfigError(
-            f'training.compile_scope: {type(model).__name__} has no "blocks" (a ModuleList) to compile; use "model"'
-        )
-    for block in blocks:
+    for block in model.blocks:  # type: ignore[union-attr]
         block.compile(backend=decision.backend, dynamic=False, fullgraph=True)
+
+
+def refuse_uncompilable(model: torch.nn.Module, decision: CompilePlan) -> None:
+    """Raise ConfigError if blocks are to be compiled and the model has none."""
+    if decision.enabled and decision.scope == "blocks":
+        if not isinstance(getattr(model, "blocks", None), torch.nn.ModuleList):
+            raise ConfigError(
+                f'training.compile_scope: {type(model).__name__} has no "blocks" (a ModuleList) to compile;'
+                ' use "model"'
+            )

@@ -52,8 +52,8 @@ _MODEL_FREE = ("model.dropout",)
 
 
 @frozen
-class ResumePlan:
-    """What a launch does: start from scratch, go on from ``checkpoint``, or nothing because all is done."""
+class FoundCheckpoint:
+    """What the run directory says: start from scratch, resume from ``checkpoint``, or all steps are finished."""
 
     kind: Literal["scratch", "resume", "finished"]
     checkpoint: Checkpoint | None = None
@@ -63,14 +63,14 @@ class ResumePlan:
     """The checkpoints that were there, to notice when somebody else writes one before this launch owns the place."""
 
 
-def look(config: Config, run_dir: RunDir, *, force: bool, store: Store | None = None) -> ResumePlan:
+def find_checkpoint(config: Config, run_dir: RunDir, *, force: bool, store: Store | None = None) -> FoundCheckpoint:
     """Decide from what is on disk. Reads only; raises CheckpointError (exit code 4) for what must not go on.
 
     ``store`` may be one that verifies less than everything, for who only wants to know.
     """
     store, wish = store or Store(run_dir.checkpoints), config.training.resume
     if force:
-        return ResumePlan("scratch")
+        return FoundCheckpoint("scratch")
     if wish == "scratch":
         if existing := store.list():
             raise CheckpointError(
@@ -78,7 +78,7 @@ def look(config: Config, run_dir: RunDir, *, force: bool, store: Store | None = 
                 f" newest of step {existing[-1].step}: add --force to discard them, or choose another"
                 " training.output_dir"
             )
-        return ResumePlan("scratch")
+        return FoundCheckpoint("scratch")
     seen = [checkpoint.path for checkpoint in store.list()]
     found, skipped = store.newest_valid()
     inside = wish != "auto" and Path(wish).resolve().parent == run_dir.checkpoints.resolve()
@@ -91,11 +91,11 @@ def look(config: Config, run_dir: RunDir, *, force: bool, store: Store | None = 
     if wish != "auto" and (found is None or inside):
         return evolve(_from_path(config, Path(wish), store, found), seen=seen, skipped=skipped)
     if found is None:
-        return ResumePlan("scratch")
+        return FoundCheckpoint("scratch")
     return evolve(_plan(config, store, found), seen=seen, skipped=skipped)
 
 
-def _from_path(config: Config, path: Path, store: Store, newest: Checkpoint | None) -> ResumePlan:
+def _from_path(config: Config, path: Path, store: Store, newest: Checkpoint | None) -> FoundCheckpoint:
     try:
         checkpoint = Checkpoint.open(path)
         store.verify(checkpoint)
@@ -109,13 +109,45 @@ def _from_path(config: Config, path: Path, store: Store, newest: Checkpoint | No
     return _plan(config, store, checkpoint)
 
 
-def _plan(config: Config, store: Store, checkpoint: Checkpoint) -> ResumePlan:
+def _plan(config: Config, store: Store, checkpoint: Checkpoint) -> FoundCheckpoint:
     state = store.load_document(checkpoint, "state")
     done = checkpoint.step >= config.training.max_steps
-    return ResumePlan("finished" if done else "resume", checkpoint, state)
+    return FoundCheckpoint("finished" if done else "resume", checkpoint, state)
 
 
-def identity(
+@frozen
+class ResumePlan:
+    """How a launch continues: the checkpoint found, the run's fingerprint now, and what resuming guarantees."""
+
+    found: FoundCheckpoint
+    fingerprint: Mapping[str, Any]
+    guarantee: str
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the checkpoint has all steps."""
+        return self.found.kind == "finished"
+
+    @property
+    def source(self) -> Path | None:
+        """The checkpoint's path, None from scratch."""
+        return self.found.checkpoint.path if self.found.checkpoint else None
+
+    @property
+    def samples(self) -> int:
+        """Samples consumed before this launch."""
+        return int(self.found.state["samples"]) if self.found.checkpoint else 0
+
+
+def plan_resume(found: FoundCheckpoint, fingerprint: Mapping[str, Any]) -> ResumePlan:
+    """Compare the run with its checkpoint. Raises CheckpointError if model, tokenizer or data set differ."""
+    if found.checkpoint is None:
+        return ResumePlan(found, fingerprint, "from scratch")
+    kept = resume_guarantee(found.state["run"], fingerprint, found.state["samples"])
+    return ResumePlan(found, fingerprint, f"resumed from step {found.state['step']}: {kept}")
+
+
+def run_fingerprint(
     config: Config, *, data: Mapping[str, Any], numerics: Mapping[str, Any], plugins: Mapping[str, str]
 ) -> dict[str, Any]:
     """What a checkpoint remembers of its run, to be compared with a later one. JSON values.
@@ -151,8 +183,8 @@ def flat(config: Config) -> dict[str, Any]:
     return leaves
 
 
-def promise(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:
-    """What continuing as ``now`` from ``saved`` (both from ``identity``) after ``samples`` samples keeps, in a phrase.
+def resume_guarantee(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:
+    """What continuing as ``now`` from ``saved`` (both from ``run_fingerprint``) after ``samples`` samples keeps, in a phrase.
 
     Raises CheckpointError with every difference if the model, the tokenizer or the data are others.
     """

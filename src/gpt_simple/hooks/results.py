@@ -14,6 +14,9 @@ Reduction = Literal["mean", "sum", "max", "min", "last"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 Severity = Literal["error", "warning", "info"]
 
+VAL_LOSS = "eval/loss"
+"""The metric of ``evaluate`` that is the run's validation loss, in nats per target token: "best" refers to it."""
+
 
 @frozen
 class Metric:

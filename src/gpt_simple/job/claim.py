@@ -1,133 +1,168 @@
-"""The run directory, as long as this process owns it: claimed before anything in it changes, kept, and given back."""
+"""The run directory, claimed before anything in it changes, kept while the run lasts, and released after it."""
 
 from __future__ import annotations
 
-import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 from attrs import define, field
 
-from gpt_simple._names import __version__
-from gpt_simple.engine.resume import ResumePlan, flat
-from gpt_simple.errors import CheckpointError, ConfigError
-from gpt_simple.job.stages import Setup
+from gpt_simple.checkpoint.store import Store
+from gpt_simple.engine.background import BackgroundWriter
+from gpt_simple.engine.resume import ResumePlan
+from gpt_simple.engine.state import TrainState
+from gpt_simple.engine.stop_signals import StopNow
+from gpt_simple.engine.views import EngineLog
+from gpt_simple.errors import CheckpointError, ConfigError, ExitCode
+from gpt_simple.hooks.batch import Tokenizer
+from gpt_simple.job.job import Job
+from gpt_simple.job.stages import PreparedData
+from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.run_dir.lock import RunLock
 from gpt_simple.run_dir.status import StatusFile
 from gpt_simple.run_dir.stop_request import take_stop_request
 
 
-class Dispossessed(CheckpointError):
+class LockLost(CheckpointError):
     """The run directory was deleted, and another process owns what is there now."""
 
 
 @define(eq=False)
-class Ownership:
-    """The lock of the run directory, and the small files in it.
+class ClaimedRunDir:
+    """All that writes into the run directory. On ranks other than the main one the lock is not held: nothing writes."""
 
-    Every process has one, and only the main one's ``claim`` is called: the others own, keep and write nothing.
-    """
+    paths: RunDir
+    store: Store
+    status: StatusFile
+    writer: BackgroundWriter
+    record: RunRecord
+    _lock: RunLock
+    _tokenizer: Tokenizer
+    _log: EngineLog
 
-    setup: Setup
-    lock: RunLock = field(init=False)
-    status: StatusFile = field(init=False)
-    _record: RunRecord | None = field(default=None, init=False)
+    @property
+    def run_id(self) -> str:
+        """8 lower-case letters and digits, kept through every resume in the directory."""
+        return self.record.run_id
 
-    def __attrs_post_init__(self) -> None:
-        self.lock = RunLock(self.setup.run_dir, self.setup.run.log.info)
-        self.status = StatusFile(self.setup.run_dir, may_write=self.lock.is_held)
-
-    def claim(self, resume: ResumePlan, *, force: bool) -> None:
-        """Become the owner of the run directory, and only then change anything in it."""
-        setup = self.setup
-        run_dir, store, log = setup.run_dir, setup.store, setup.run.log
-        run_dir.create()
-        self.lock.acquire()
-        # It was meant for the process before, which is gone.
-        run_dir.stop_request.unlink(missing_ok=True)
-        store.sweep()
-        if force:
-            run_dir.remove_run_files()
-        elif list(resume.seen) != [found.path for found in store.list()]:
-            raise CheckpointError(f"another run has written to {run_dir.root} just now: start again to go on from it")
-        for path, reason in resume.skipped:
-            moved = store.quarantine(path, reason)
-            where = "stays where it is" if moved == path else f"is now {moved}"
-            log.warning(f"{reason}; it {where}, and the one before it is used", name="checkpoint_skipped")
-        setup.dataset.tokenizer.save(run_dir.tokenizer)
-
-    def record(self, resume: ResumePlan) -> str:
-        """Write down in run.json what runs, where, and from which checkpoint it goes on. Returns the run's id."""
-        setup = self.setup
-        run_dir, source = setup.run_dir, resume.checkpoint.path if resume.checkpoint else None
-        if source is not None and source.parent == run_dir.checkpoints and not run_dir.run_json.exists():
-            setup.run.log.warning(f"{run_dir.run_json} is gone: the run goes on under a new id", name="record_gone")
-        self._record = RunRecord.load(run_dir)
+    def record_launch(self, facts: Mapping[str, Any], step: int, plan: ResumePlan) -> None:
+        """Write down in run.json what runs now and from which checkpoint it goes on."""
         try:
-            self._record.launched(_facts(setup), step=setup.run.step, resumed_from=source)
+            self.record.launched(facts, step=step, resumed_from=plan.source)
         except OSError as error:
-            raise CheckpointError(f"{run_dir.run_json} cannot be written: {error.strerror}") from error
-        return self._record.run_id
+            raise CheckpointError(f"{self.paths.run_json} cannot be written: {error.strerror}") from error
+
+    def record_val_loss(self, step: int, loss: float) -> None:
+        """Keep the validation loss of ``step`` durably. A full disk is no reason to stop: it is logged."""
+        if self._lock.is_held():
+            try:
+                self.record.evaluated(step, loss, [found.step for found in self.store.list()])
+            except OSError as error:
+                self._log.error(f"{self.paths.run_json} was not written: {error.strerror}", name="output_failed")
 
     def keep(self) -> None:
         """If somebody deleted the directory, make it anew, with all that a later launch and other commands need.
 
-        Raises Dispossessed if a process that came since owns what is there now. Where nothing can be written, nothing
-        happens: the next checkpoint tells.
+        Raises LockLost if a process that came since owns what is there now. Where nothing can be written, nothing
+        happens: the next checkpoint reports it.
         """
-        setup = self.setup
-        run_dir = setup.run_dir
-        if not self.lock.is_lost():
+        if not self._lock.is_lost():
             return
         try:
-            run_dir.create()
+            self.paths.create()
         except ConfigError:
             return
         try:
-            self.lock.renew()
+            self._lock.renew()
         except CheckpointError as error:
-            raise Dispossessed(f"{run_dir.root} was deleted under the run, and another began there: {error}") from error
+            raise LockLost(f"{self.paths.root} was deleted under the run, and another began there: {error}") from error
         try:
-            setup.dataset.tokenizer.save(run_dir.tokenizer)
-            if self._record is not None:
-                self._record.write()
+            self._tokenizer.save(self.paths.tokenizer)
+            if self.record.lineage:
+                self.record.write()
         except OSError as error:
-            setup.run.log.error(f"{run_dir.root} cannot be written: {error.strerror}", name="output_failed")
+            self._log.error(f"{self.paths.root} cannot be written: {error.strerror}", name="output_failed")
         self.status.update(force=True)
-        message = f"{run_dir.root} is gone, with the earlier checkpoints: it is made anew"
-        setup.run.log.error(message, name="output_gone")
+        message = f"{self.paths.root} is gone, with the earlier checkpoints: it is made anew"
+        self._log.error(message, name="output_gone")
 
-    def asked_to_stop(self) -> str:
-        """A reason to stop that somebody left in the directory, or nothing. Also keeps the directory."""
+    def take_stop_request(self) -> str:
+        """A reason to stop that somebody left in the directory, or an empty string. Also keeps the directory."""
         self.keep()
-        return take_stop_request(self.setup.run_dir) if self.lock.is_held() else ""
+        return take_stop_request(self.paths) if self._lock.is_held() else ""
 
-    def forced(self) -> None:
-        """Leave a truthful status behind, at any moment: the process is about to end."""
-        reason = "second Ctrl-C: the steps since the last checkpoint are lost"
-        self.status.update(state="stopped", step=self.setup.run.step, reason=reason, force=True)
-
-    def release(self) -> None:
-        """Give the directory up; the status says how the run ended."""
-        self.lock.release()
+    def join(self) -> None:
+        """Wait for a checkpoint that is being written, and for the files of deleted ones to be gone."""
+        self.writer.close()
+        self.store.settle()
 
 
-def _facts(setup: Setup) -> dict[str, Any]:
-    run, origins = setup.run, setup.assembly.origins
-    return {
-        "version": __version__,
-        "config": flat(run.config),
-        "origins": {path: origin.where for path, origin in origins.by_path.items()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "plugins": {p.name: f"{p.distribution} {p.version}".strip() or p.file for p in setup.assembly.host.plugins},
-        "run": run.facts(),
-        "data": setup.identity["data"],
-        "numerics": setup.identity["numerics"],
-        "promise": setup.promise,
-    }
+@contextmanager
+def claim_run_dir(job: Job, data: PreparedData, plan: ResumePlan) -> Iterator[ClaimedRunDir]:
+    """Own the run directory. An error that leaves is written into the status; then threads are joined, then it is free.
+
+    Raises CheckpointError, and changes nothing but what the last run left behind, if another process owns it.
+    """
+    log, paths, store = job.plugins.log, job.run_dir, plan.found.store
+    lock = RunLock(paths, log.info)
+    status = StatusFile(paths, may_write=lock.is_held)
+    step = int(plan.found.state.get("step", 0))
+    with job.signals.on_forced_exit(partial(_force_exit, status, job.state)):
+        try:
+            run_id = job.dist.main_only(lambda: _acquire(job, data, plan, lock))
+            record = RunRecord.load(paths) if job.dist.is_main and paths.run_json.exists() else RunRecord(paths, run_id)
+            claimed = ClaimedRunDir(
+                paths, store, status, BackgroundWriter(store), record, lock, data.tokenizer, log
+            )
+            with _status_of_errors(status, step, job.state, claimed), job.dist.telling_peers(lambda: job.state.step):
+                status.update(state="running", step=step, max_steps=job.config.training.max_steps, force=True)
+                yield claimed
+        finally:
+            lock.release()
+
+
+def _acquire(job: Job, data: PreparedData, plan: ResumePlan, lock: RunLock) -> str:
+    """Lock the directory, and only then change anything in it. Returns the run's id."""
+    paths, store, found, log = job.run_dir, plan.found.store, plan.found, job.plugins.log
+    paths.create()
+    lock.acquire()
+    # A request that is there was addressed to the previous owner.
+    paths.stop_request.unlink(missing_ok=True)
+    store.sweep()
+    if job.force:
+        paths.remove_run_files()
+    elif list(found.seen) != [checkpoint.path for checkpoint in store.list()]:
+        raise CheckpointError(f"another run has written to {paths.root} just now: start again to go on from it")
+    for path, reason in found.skipped:
+        moved = store.quarantine(path, reason)
+        where = "stays where it is" if moved == path else f"is now {moved}"
+        log.warning(f"{reason}; it {where}, and the one before it is used", name="checkpoint_skipped")
+    data.tokenizer.save(paths.tokenizer)
+    if plan.source is not None and plan.source.parent == paths.checkpoints and not paths.run_json.exists():
+        log.warning(f"{paths.run_json} is gone: the run goes on under a new id", name="record_gone")
+    return RunRecord.load(paths).run_id
+
+
+@contextmanager
+def _status_of_errors(status: StatusFile, begun: int, state: TrainState, claimed: ClaimedRunDir) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        step = max(begun, state.step)
+        if isinstance(error, StopNow):
+            status.update(state="stopped", step=step, reason=str(error), force=True)
+        else:
+            outcome = "halted" if getattr(error, "exit_code", None) == ExitCode.HALTED else "failed"
+            status.update(state=outcome, step=step, error=f"{type(error).__name__}: {error}", force=True)
+        raise
+    finally:
+        claimed.join()
+
+
+def _force_exit(status: StatusFile, state: TrainState) -> None:
+    """Leave a truthful status behind: the process ends right after it."""
+    reason = "second Ctrl-C: the steps since the last checkpoint are lost"
+    status.update(state="stopped", step=state.step, reason=reason, force=True)

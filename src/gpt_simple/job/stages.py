@@ -1,271 +1,196 @@
-"""From a checked configuration to a Trainer: data, model, optimizer, devices, and the state to start from.
+"""The stages of a launch before there is anything to train: each returns a frozen value that the next ones need.
 
-Everything that can be refused is refused before the run directory is touched.
+A stage runs on every rank or fails on every rank. Everything that can be refused is refused here, before the run
+directory is touched.
 """
 
 from __future__ import annotations
 
 import inspect
-import platform
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import frozen
 
-from gpt_simple._names import __version__
-from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.dataset import Dataset
-from gpt_simple.data.loader import Loader
 from gpt_simple.data.prepare import prepare
-from gpt_simple.engine.compile import CompilePlan, compile_model
-from gpt_simple.engine.memory import peak_flops
-from gpt_simple.engine.optimizers import skips_on_device
-from gpt_simple.engine.resume import ResumePlan, identity, promise
-from gpt_simple.engine.rng import isolated_rng, stream
-from gpt_simple.engine.time_budget import Walltime
-from gpt_simple.engine.trainer import Trainer
-from gpt_simple.engine.views import EngineCheckpoints, EngineRun
+from gpt_simple.distributed.process_group import World
+from gpt_simple.engine.compile import refuse_uncompilable
+from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, run_fingerprint
+from gpt_simple.engine.resume import find_checkpoint as search_checkpoint
+from gpt_simple.engine.resume import plan_resume as compare_with_checkpoint
+from gpt_simple.engine.time_budget import TimeBudget
+from gpt_simple.engine.views import EngineCheckpoints, ModelView
 from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError
-from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
+from gpt_simple.hooks.batch import Tokenizer
 from gpt_simple.hooks.results import Finding
+from gpt_simple.job.job import Job
+from gpt_simple.job.records import launch_facts
 from gpt_simple.model.shape import padded
-from gpt_simple.plugin_host.dispatch import Calls
-from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.run_dir.lineage import read_metrics
 from gpt_simple.spec import Assembly, Questions
 
-if TYPE_CHECKING:
-    from gpt_simple.job.claim import Ownership
 
-_MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which count samples from 0
+@frozen(eq=False)
+class PreparedData:
+    """The data set that the run trains on, and the fingerprints that a checkpoint is compared by."""
 
+    dataset: Dataset
+    fingerprints: Mapping[str, str]
 
-@define(slots=False)
-class Setup:
-    """The steps that lead to a Trainer, in the order in which a launch takes them."""
-
-    assembly: Assembly
-    run: EngineRun
-    calls: Calls
-    compiling: CompilePlan
-    run_dir: RunDir
-    store: Store
-    dataset: Dataset = field(init=False)
-    identity: dict[str, Any] = field(init=False)
-    promise: str = field(init=False, default="from scratch")
-
-    def read_data(self) -> None:
-        """Prepare the data, or find them prepared; only the cache is written."""
-        config, run = self.run.config, self.run
-        self.dataset = run.world.main_first(self._prepare)
-        run._tokenizer = self.dataset.tokenizer
-        self.identity = identity(
-            config,
-            data={
-                "dataset": self.dataset.fingerprint,
-                "tokenizer": self.dataset.tokenizer.fingerprint,
-            },
-            numerics=_numerics(run, self.compiling),
-            plugins={
-                plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in self.assembly.host.plugins
-            },
-        )
-
-    def _prepare(self) -> Dataset:
-        config, log = self.run.config, self.run.log.info
-        try:
-            return prepare(config, self.assembly.registry, log=log, require_val=bool(config.training.eval_steps))
-        except GptSimpleError as error:
-            error.args = (self.assembly.origins.placed(str(error)),)
-            raise
-
-    def check(self, plan: ResumePlan, walltime: Walltime | None, questions: Questions) -> None:
-        """Refuse what cannot work, with the model known but nothing allocated."""
-        for part in self.assembly.components:
-            part.load()
-        if plan.kind == "resume":
-            kept = promise(plan.state["run"], self.identity, plan.state["samples"])
-            self.promise = f"resumed from step {plan.state['step']}: {kept}"
-        elif plan.kind == "finished":
-            promise(plan.state["run"], self.identity, plan.state["samples"])
-        if self.calls.check_runtime is None and walltime is None:
-            return
-        with torch.device("meta"):
-            model = self._new_model()
-        if walltime is not None:
-            walltime.expect_save_of(3 * sum(parameter.nbytes for parameter in model.parameters()))
-        if self.calls.check_runtime is not None:
-            self.run._model = model
-            with self.assembly.asked(questions):
-                found = self.calls.check_runtime(self.run)
-            self.run._model = None
-            report(
-                [self.assembly.shown(finding) for _, findings in found for finding in findings], self.run.log.warning
-            )
-
-    def build(self, plan: ResumePlan, owner: Ownership, *, walltime: Walltime | None) -> Trainer:
-        """Allocate everything and restore the state of ``plan``."""
-        assembly, run, config = self.assembly, self.run, self.run.config
-        with isolated_rng(stream(config.training.seed, _MODEL_STREAM), torch.device("cpu")):
-            model = self._new_model()
-        run._model = model.to(run.device)
-        if self.calls.on_model_built is not None:
-            with run.comm.during("on_model_built"):
-                self.calls.on_model_built(run, ModelBuilt(model))
-        self._checkpoint_activations(model)
-        optimizer = assembly.registry.get("optimizer", config.optimizer.name).build(model, config.optimizer, run.device)
-        if not (alone := skips_on_device(optimizer)):
-            run.log.info(
-                f"optimizer {config.optimizer.name} has no found_inf, with which it would skip a non-finite step by"
-                " itself: the host reads one value a step",
-                name="host_read",
-            )
-        run.checkpoints = EngineCheckpoints(self.store)
-        self._restore(plan, model, optimizer)
-        run._wrapped = run.world.wrap(model)
-        compile_model(model, self.compiling)
-        consumed = plan.state["samples"] if plan.checkpoint else 0
-        run._loader = Loader(
-            self.dataset, config, world_size=run.world_size, rank=run.rank, device=run.device, consumed=consumed
-        )
-        left, steps = run._loader.steps_after(consumed), config.training.max_steps
-        if left is not None and run.step + left < steps:
-            run.log.warning(
-                f"the data end after step {run.step + left:,} of {steps:,}, and the run with them"
-                f' (data.on_exhaustion = "{config.data.on_exhaustion}")',
-                name="data_end_early",
-            )
-        self._gather_facts(model)
-        schedule = assembly.registry.get("schedule", config.optimizer.schedule)
-        return Trainer(
-            run=run,
-            calls=self.calls,
-            model=model,
-            wrapped=run._wrapped,
-            optimizer=optimizer,
-            schedule=schedule.build(config.optimizer, config.training.max_steps),
-            loader=run._loader,
-            store=self.store,
-            owner=owner,
-            state=partial(self._state, model, optimizer),
-            skips_on_device=alone,
-            walltime=walltime,
-            best_val_loss=_best_val_loss(plan),
-        )
-
-    def _new_model(self) -> torch.nn.Module:
-        config, tokenizer = self.run.config, self.dataset.tokenizer
-        wanted = getattr(config.model, "vocab_size", None)
-        if wanted is not None and wanted < tokenizer.vocab_size:
-            raise ConfigError(
-                f"{self.assembly.origins.place('model.vocab_size')}: the tokenizer has {tokenizer.vocab_size} tokens,"
-                f" more than {wanted}; leave it out or raise it"
-            )
-        rows = wanted or padded(tokenizer.vocab_size)
-        part = self.assembly.registry.get("model", config.model.name)
-        model: torch.nn.Module = part.build(config.model, vocab_size=rows, max_length=config.data.max_length)
-        if config.data.document_mask and not _sees_documents(model):
-            raise ConfigError(
-                f"{self.assembly.origins.place('data.document_mask')}: the model {config.model.name!r} takes no"
-                " position_ids and document_ids, so its documents see each other; set it to false"
-            )
-        return model
-
-    def _checkpoint_activations(self, model: torch.nn.Module) -> None:
-        every = int(self.run.config.training.gradient_checkpointing)
-        apply = getattr(model, "set_activation_checkpointing", None)
-        if apply is not None:
-            apply(every)
-        elif every and not self.assembly.origins.is_default("training.gradient_checkpointing"):
-            raise ConfigError(
-                f"training.gradient_checkpointing: the model {self.run.config.model.name!r} has no"
-                " set_activation_checkpointing(every); set it to false"
-            )
-
-    def _restore(self, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if plan.checkpoint is None:
-            return
-        run, state, store = self.run, plan.state, self.store
-        load_model(model, store.load_tensors(plan.checkpoint, "model"))
-        restore_optimizer(optimizer, model, store.load_tensors(plan.checkpoint, "optimizer"), state["optimizer"])
-        if state["scaler"]:
-            run.precision.scaler.load_state_dict(state["scaler"])
-        self.assembly.host.load_state(
-            store.load_document(plan.checkpoint, "plugins"),
-            store.load_tensors(plan.checkpoint, "plugins"),
-            is_main=run.is_main,
-        )
-        run.moved_to(state["step"], state["tokens"], state["target_tokens"])
-        if self.calls.on_checkpoint_loaded is not None:
-            self.calls.on_checkpoint_loaded(run, CheckpointLoaded(run.step, plan.checkpoint.path))
-
-    def _state(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, best_val_loss: float | None
-    ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-        """What a checkpoint holds: tensors and JSON documents by file stem."""
-        run = self.run
-        moments, optimizer_document = flatten_optimizer(optimizer, model)
-        plugin_records, plugin_tensors = self.assembly.host.state()
-        state = {
-            "version": __version__,
-            "step": run.step,
-            "tokens": run.tokens,
-            "target_tokens": run.target_tokens,
-            "samples": run.tokens // run.config.data.max_length,
-            "best_val_loss": best_val_loss,
-            "optimizer": optimizer_document,
-            "scaler": run.precision.scaler.state_dict(),
-            "run": self.identity,
-        }
-        tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
-        return tensors, {"state": state, "plugins": plugin_records}
-
-    def _gather_facts(self, model: torch.nn.Module) -> None:
-        run, training = self.run, self.run.config.training
-        flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
-        kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
-        rows = training.per_device_batch_size * training.gradient_accumulation_steps * run.world_size
-        run.known |= {
-            "device": _device_name(run.device),
-            "precision": run.precision.name,
-            "precision_why": run.precision.why,
-            "compile": self.compiling.scope if self.compiling.enabled else "off",
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "flops_per_token": flops(run.config.data.max_length) if flops is not None else None,
-            "peak_flops": peak_flops(run.device, run.precision.name),
-            "tokens_per_step": rows * run.config.data.max_length,
-            "document_kernel": kernel(run.device) if kernel and run.config.data.document_mask else None,
-            "floor": self.dataset.floor,
-            "data": self.dataset.describe(),
-            "plugins": [plugin.name for plugin in self.assembly.host.plugins],
-            "config_path": str(self.assembly.source) if self.assembly.source else None,
-        }
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.dataset.tokenizer
 
 
-def _best_val_loss(plan: ResumePlan) -> float | None:
-    """The lowest one so far. A checkpoint is written before its step is evaluated: that loss is in the metrics."""
-    if plan.checkpoint is None:
-        return None
-    metrics = RunDir(plan.checkpoint.path.absolute().parent.parent).metrics_jsonl
-    rows = read_metrics(metrics, "eval") if metrics.exists() else []
-    losses = [row.get("eval/loss") for row in rows if row["step"] == plan.checkpoint.step]
-    return min((loss for loss in (plan.state["best_val_loss"], *losses) if loss is not None), default=None)
+@frozen
+class Checked:
+    """What the checks before a run have found out. ``time_budget`` is None without a deadline."""
+
+    parameter_bytes: int
+    time_budget: TimeBudget | None
 
 
-def _sees_documents(model: torch.nn.Module) -> bool:
-    """Whether ``forward`` takes (input_ids, labels, position_ids, document_ids)."""
+@contextmanager
+def init_distributed(spec: Assembly) -> Iterator[World]:
+    """Join the other ranks, and refuse what was not started alike everywhere."""
+    dist = World.join(spec.config.training.peer_timeout_seconds)
     try:
-        inspect.signature(model.forward).bind(None, None, None, None)
-    except TypeError:
-        return False
-    return True
+        dist.compare(lambda: launch_facts(spec), "start the same command with the same packages everywhere")
+        yield dist
+    finally:
+        dist.leave()
+
+
+def check_config(job: Job) -> None:
+    """Log the notes of the configuration, and raise the errors that the plugins' ``check_config`` finds."""
+    spec, log, compile_plan = job.spec, job.plugins.log, job.runtime.compile_plan
+    for note in (*spec.notes, *spec.host.notes, *filter(None, [compile_plan.warning])):
+        log.warning(note)
+    if compile_plan.note:
+        log.info(compile_plan.note, name="ddp_optimizer")
+    job.dist.main_only(lambda: report(spec.check_config(_options(job)), log.warning))
+
+
+def find_checkpoint(job: Job) -> FoundCheckpoint:
+    """Where the run goes on. Before the data are prepared, which may take hours: a refusal must not cost them."""
+    job.dist.together(job.run_dir.check)
+    # One store for the whole launch: what it has verified once it need not hash again.
+    store = Store(job.run_dir.checkpoints)
+    return job.dist.together(lambda: search_checkpoint(job.config, job.run_dir, force=job.force, store=store))
+
+
+def prepare_data(job: Job, found: FoundCheckpoint) -> PreparedData:
+    """Prepare the data, or find them prepared: the main rank first. Only the cache is written."""
+    job.leave_if_requested()
+    with job.signals.interrupting(job.dist.size == 1):
+        dataset = job.dist.main_first(lambda: _prepare(job))
+    fingerprints = {"dataset": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
+    checkpoint = found.checkpoint.path.name if found.checkpoint else None
+    job.dist.compare(lambda: {**fingerprints, "checkpoint": checkpoint}, "all of them must reach the same files")
+    return PreparedData(dataset, fingerprints)
+
+
+def _prepare(job: Job) -> Dataset:
+    config, spec = job.config, job.spec
+    try:
+        return prepare(config, spec.registry, log=job.plugins.log.info, require_val=bool(config.training.eval_steps))
+    except GptSimpleError as error:
+        error.args = (spec.origins.placed(str(error)),)
+        raise
+
+
+def plan_resume(job: Job, found: FoundCheckpoint, data: PreparedData) -> ResumePlan:
+    """Compare the launch with the checkpoint that it goes on from."""
+    origins = {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in job.spec.host.plugins}
+    fingerprint = run_fingerprint(
+        job.config, data=data.fingerprints, numerics=job.runtime.numerics, plugins=origins
+    )
+    return job.dist.together(lambda: compare_with_checkpoint(found, fingerprint))
+
+
+def preflight(job: Job, data: PreparedData, plan: ResumePlan) -> Checked:
+    """Refuse what cannot work, with the model on the meta device: nothing is allocated and nothing deleted yet."""
+    checked = job.dist.together(lambda: _preflight(job, data, plan))
+    if not plan.is_finished:
+        job.leave_if_requested()
+    return checked
+
+
+def _preflight(job: Job, data: PreparedData, plan: ResumePlan) -> Checked:
+    for part in job.spec.components:
+        part.load()
+    with torch.device("meta"):
+        model = new_model(job.spec, data.tokenizer)
+    checkpoint_activations(job.spec, model)
+    refuse_uncompilable(model, job.runtime.compile_plan)
+    size, deadline = sum(parameter.nbytes for parameter in model.parameters()), job.runtime.deadline
+    # A checkpoint holds weights and two moments.
+    time_budget = TimeBudget(deadline, first_save_bytes=3 * size) if deadline is not None else None
+    if (check_runtime := job.plugins.calls.check_runtime) is not None:
+        view = model_view(job, data, model, plan.found.store)
+        with job.spec.asked(_options(job)):
+            found = check_runtime(view)
+        report([job.spec.shown(finding) for _, findings in found for finding in findings], job.plugins.log.warning)
+    return Checked(size, time_budget)
+
+
+def model_view(job: Job, data: PreparedData, model: torch.nn.Module, store: Store) -> ModelView:
+    """The plugins' view of the run with ``model``."""
+    plugins = job.plugins
+    return ModelView(
+        config=job.config,
+        output_dir=job.run_dir.root,
+        dist=job.dist,
+        precision=job.runtime.precision,
+        state=job.state,
+        requests=plugins.requests,
+        log=plugins.log,
+        comm=plugins.comm,
+        model=model,
+        tokenizer=data.tokenizer,
+        checkpoints=EngineCheckpoints(store),
+    )
+
+
+def new_model(spec: Assembly, tokenizer: Tokenizer) -> torch.nn.Module:
+    """The configured model on torch's default device. ConfigError if tokenizer or document mask do not suit it."""
+    config, place = spec.config, spec.origins.place
+    vocab_size = getattr(config.model, "vocab_size", None)
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"{place('model.vocab_size')}: the tokenizer has {tokenizer.vocab_size} tokens, more than {vocab_size};"
+            " leave it out or raise it"
+        )
+    part = spec.registry.get("model", config.model.name)
+    model: torch.nn.Module = part.build(
+        config.model, vocab_size=vocab_size or padded(tokenizer.vocab_size), max_length=config.data.max_length
+    )
+    if config.data.document_mask and not _sees_documents(model):
+        raise ConfigError(
+            f"{place('data.document_mask')}: the model {config.model.name!r} takes no position_ids and document_ids,"
+            " so its documents see each other; set it to false"
+        )
+    return model
+
+
+def checkpoint_activations(spec: Assembly, model: torch.nn.Module) -> None:
+    """Apply ``training.gradient_checkpointing``. ConfigError if it was asked for and the model has none."""
+    every = int(spec.config.training.gradient_checkpointing)
+    apply = getattr(model, "set_activation_checkpointing", None)
+    if apply is not None:
+        apply(every)
+    elif every and not spec.origins.is_default("training.gradient_checkpointing"):
+        raise ConfigError(
+            f"training.gradient_checkpointing: the model {spec.config.model.name!r} has no"
+            " set_activation_checkpointing(every); set it to false"
+        )
 
 
 def report(findings: list[Finding], warn: Callable[..., None]) -> None:
-    """Warn of what is only worth a warning; raise all errors as one, with the exit code of the worst."""
+    """Log the warnings; raise all errors as one, with the exit code of the worst."""
     errors = [finding for finding in findings if finding.severity == "error"]
     for finding in findings:
         if finding.severity == "warning":
@@ -285,21 +210,14 @@ def _line(finding: Finding) -> str:
     return f"{place}{finding.message}" + (f"; {finding.hint}" if finding.hint else "")
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+def _options(job: Job) -> Questions:
+    return Questions(launching=True, force=job.force, world_size=job.dist.size)
 
 
-def _numerics(run: EngineRun, compiling: CompilePlan) -> Mapping[str, Any]:
-    """What decides the last digits of a result."""
-    return {
-        "processes": run.world_size,
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
-        "precision": run.precision.name,
-        "compile": f"{compiling.scope}/{compiling.backend}" if compiling.enabled else "off",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
+def _sees_documents(model: torch.nn.Module) -> bool:
+    """Whether ``forward`` takes (input_ids, labels, position_ids, document_ids)."""
+    try:
+        inspect.signature(model.forward).bind(None, None, None, None)
+    except TypeError:
+        return False
+    return True

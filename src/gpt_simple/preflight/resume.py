@@ -52,7 +52,7 @@ def look(outlook: Outlook) -> ResumeOutlook:
         run_dir.check()
     except ConfigError:
         return ResumeOutlook("scratch")  # nothing can be there; a finding of its own
-    plan = engine.look(config, run_dir, force=outlook.questions.force, store=_Glance(run_dir.checkpoints))
+    plan = engine.find_checkpoint(config, run_dir, force=outlook.questions.force, store=_Glance(run_dir.checkpoints))
     if plan.checkpoint is None:
         return ResumeOutlook("scratch", skipped=plan.skipped)
     saved = plan.state["run"]
@@ -61,6 +61,6 @@ def look(outlook: Outlook) -> ResumeOutlook:
     except GptSimpleError:
         data = saved["data"]  # a finding of its own
     numerics = saved["numerics"] | {"torch": version("torch"), "processes": outlook.questions.world_size}
-    now = engine.identity(config, data=data, numerics=numerics, plugins=outlook.plugins)
+    now = engine.run_fingerprint(config, data=data, numerics=numerics, plugins=outlook.plugins)
     step, path, samples = plan.checkpoint.step, plan.checkpoint.path, plan.state["samples"]
-    return ResumeOutlook(plan.kind, step, path, engine.promise(saved, now, samples), plan.skipped, samples)
+    return ResumeOutlook(plan.kind, step, path, engine.resume_guarantee(saved, now, samples), plan.skipped, samples)

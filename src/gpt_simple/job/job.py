@@ -1,0 +1,56 @@
+"""What every stage of a launch works with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attrs import frozen
+
+from gpt_simple.config.schema import Config
+from gpt_simple.distributed.process_group import World
+from gpt_simple.engine.control import Control, StopCondition
+from gpt_simple.engine.state import TrainState
+from gpt_simple.engine.stop_signals import StopNow, StopSignals
+from gpt_simple.errors import Halted
+from gpt_simple.job.plugin_calls import PluginCalls
+from gpt_simple.job.runtime import Runtime
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.spec import Assembly
+
+
+@frozen(eq=False)
+class Job:
+    """One launch: what was asked for, and where it runs. ``began`` is its time zero, of ``time.monotonic``."""
+
+    spec: Assembly
+    force: bool
+    began: float
+    dist: World
+    runtime: Runtime
+    signals: StopSignals
+    plugins: PluginCalls
+    state: TrainState
+
+    @property
+    def config(self) -> Config:
+        return self.spec.config
+
+    @property
+    def run_dir(self) -> RunDir:
+        return RunDir(Path(self.config.training.output_dir))
+
+    def control(self, *stop_conditions: StopCondition) -> Control:
+        """Decisions of all ranks on a signal, the plugins' requests and ``stop_conditions``."""
+        conditions = (lambda: self.signals.reason, *stop_conditions)
+        return Control(self.dist, self.plugins.requests, conditions, self.spec.host.names)
+
+    def leave_if_requested(self) -> None:
+        """Raise StopNow, or Halted, on all ranks if any of them was asked to leave. For the time before the loop."""
+        requests, deadline = self.plugins.requests, self.runtime.deadline
+        control = self.control(*([deadline.reason_to_stop] if deadline is not None else []))
+        leaving = [control.is_leaving(), bool(requests.halt_reason)]
+        stop, halt = self.dist.agree(leaving) if self.dist.size > 1 else leaving
+        if halt:
+            raise Halted(requests.halt_reason or "another process asked for it")
+        if stop:
+            raise StopNow(requests.stop_reason or "another process was asked to stop")

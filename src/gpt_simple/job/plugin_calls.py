@@ -1,0 +1,78 @@
+"""The plugins of one launch: their hooks, their requests, and the view of the run that they get."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gpt_simple.distributed.process_group import World
+from gpt_simple.engine.control import Requests
+from gpt_simple.engine.precision import Precision
+from gpt_simple.engine.process_state import TORCH_STATE
+from gpt_simple.engine.state import TrainState
+from gpt_simple.engine.views import EngineComm, EngineLog, LaunchView
+from gpt_simple.errors import PluginError
+from gpt_simple.hooks.events import Close, LogRecord, RunError
+from gpt_simple.plugin_host.loading import LoadedPlugin
+from gpt_simple.spec import Assembly
+
+
+class PluginCalls:
+    """The compiled hooks of this rank, and the newest view of the run, which ``adopt`` replaces."""
+
+    def __init__(self, spec: Assembly, dist: World, precision: Precision, state: TrainState) -> None:
+        config = spec.config
+        self.requests = Requests()
+        self.log = EngineLog(self._publish, state)
+        self.comm = EngineComm(dist)
+        self.view: LaunchView = LaunchView(
+            config,
+            Path(config.training.output_dir),
+            dist,
+            precision,
+            state,
+            self.requests,
+            self.log,
+            self.comm,
+        )
+        self.calls = spec.host.calls(dist.is_main, self._plugin_failed, world_size=dist.size, guard=TORCH_STATE)
+
+    def adopt(self, view: LaunchView) -> None:
+        """Hand ``view`` to the hooks from now on."""
+        self.view = view
+
+    def close(self, error: BaseException | None) -> None:
+        """Call ``on_run_error`` if there is an error, and ``on_close``. Their own failures are printed."""
+        failures: list[PluginError] = []
+        if error is not None and self.calls.on_run_error is not None:
+            failures += self.calls.on_run_error(self.view, RunError(error, self.view.step))
+        if self.calls.on_close is not None:
+            failures += self.calls.on_close(self.view, Close(error is None))
+        for failure in failures:
+            # The loggers are closed, and the terminal may be gone.
+            with suppress(OSError):
+                print(f"warning: {failure}", file=sys.stderr)
+
+    def _publish(self, record: LogRecord) -> None:
+        if self.view.is_main and self.calls.on_log is not None:
+            with self.comm.during(""):
+                self.calls.on_log(self.view, record)
+
+    def _plugin_failed(self, plugin: LoadedPlugin, hook: str, error: PluginError) -> None:
+        self.log.warning(f"{error}; it is switched off", name="plugin_failed", plugin=plugin.name, hook=hook)
+        self.requests.disable(plugin.name)
+
+
+@contextmanager
+def plugin_calls(spec: Assembly, dist: World, precision: Precision, state: TrainState) -> Iterator[PluginCalls]:
+    """The plugins' calls. On the way out ``on_run_error`` if an error leaves, and ``on_close`` in any case, once."""
+    plugins = PluginCalls(spec, dist, precision, state)
+    try:
+        yield plugins
+    except BaseException as error:
+        plugins.close(error)
+        raise
+    else:
+        plugins.close(None)

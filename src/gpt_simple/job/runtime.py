@@ -1,0 +1,62 @@
+"""Where and how a launch computes, decided before any plugin is called."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from gpt_simple.distributed.process_group import World
+from gpt_simple.engine.compile import CompilePlan
+from gpt_simple.engine.compile import plan as plan_compile
+from gpt_simple.engine.precision import Precision
+from gpt_simple.engine.precision import resolve as resolve_precision
+from gpt_simple.engine.time_budget import Deadline
+from gpt_simple.spec import Assembly
+
+
+@frozen
+class Runtime:
+    """``numerics`` is what decides the last digits of a result, as JSON values."""
+
+    precision: Precision
+    compile_plan: CompilePlan
+    deadline: Deadline | None
+    numerics: Mapping[str, Any]
+
+
+def resolve_runtime(spec: Assembly, dist: World, began: float) -> Runtime:
+    """Decide for all ranks, or fail on all. Raises ConfigError for what this machine cannot do."""
+    return dist.together(lambda: _resolve(spec, dist, began))
+
+
+def _resolve(spec: Assembly, dist: World, began: float) -> Runtime:
+    training, origins = spec.config.training, spec.origins
+    precision = resolve_precision(
+        training.mixed_precision, dist.device, origins.place("training.mixed_precision")
+    )
+    compile_plan = plan_compile(
+        training,
+        dist.device,
+        dist.size,
+        wished=not origins.is_default("training.compile"),
+        place=origins.place("training.compile"),
+        backend_place=origins.place("training.compile_backend"),
+    )
+    deadline = Deadline.of_launch(training, os.environ, started=began, now=time.monotonic(), clock=time.time())
+    numerics = {
+        "processes": dist.size,
+        "device": torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else dist.device.type,
+        "precision": precision.name,
+        "compile": f"{compile_plan.scope}/{compile_plan.backend}" if compile_plan.enabled else "off",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+    return Runtime(precision, compile_plan, deadline, numerics)
