@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from attrs import evolve
+from attrs import evolve, frozen
 
 from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
 from gpt_simple.cli.main import BEGAN
@@ -34,8 +35,24 @@ class LaunchedCommand(ConfiguredCommand):
         return super().parse_args(context, args)
 
 
+@frozen
+class RunCommand:
+    """What was asked for on the command line. ``arguments``: what followed the program's name."""
+
+    path: str | None
+    overrides: tuple[tuple[str, str], ...]
+    switches: Switches
+    force: bool
+    arguments: tuple[str, ...]
+
+    def resolve(self, *more: tuple[str, str]) -> Assembly:
+        """The configuration with all of its mistakes reported at once; without torch."""
+        spec = assemble(self.path, overrides=[*self.overrides, *more], switches=self.switches)
+        return evolve(spec, arguments=self.arguments)
+
+
 @click.pass_context
-def _train(
+def _run(
     context: click.Context,
     path: str | None,
     option: str | None,
@@ -57,52 +74,63 @@ def _train(
     if quiet or progress:
         overrides = [*overrides, ("plugins.console.progress", progress if progress and not quiet else "off")]
     launch = Launch.asked(nproc_per_node, nnodes, rdzv_endpoint, max_restarts)
-
-    def check(*more: tuple[str, str]) -> Assembly:
-        switches = Switches.parse(plugins, no_plugins=no_plugins)
-        assembly = assemble(path or option, overrides=[*overrides, *more], switches=switches)
-        return evolve(assembly, arguments=[context.info_name or "run", *context.meta[_GIVEN]])
-
-    def check_together() -> Assembly:
-        try:
-            return check()
-        except GptSimpleError as error:
-            if not member.tells_alone(os.environ):
-                raise
-            from gpt_simple.distributed.process_group import told_once
-
-            raise told_once(error) from None
-
-    def work() -> int:
-        asked: list[str] = []
-        try:
-            with stop_on_signals(asked.append):
-                return go(asked)
-        finally:
-            member.give_up_broken_output()
-
-    def go(asked: list[str]) -> int:
-        assembly, fresh = check_together(), force
-        if member.is_restarted() and _has_begun(assembly):
-            # Whatever it began with, it goes on now from what it has reached.
-            assembly, fresh = check(("training.resume", "auto")), False
-        # Only now: a mistake in the configuration is told without the seconds that torch takes to load.
-        from gpt_simple.distributed.process_group import disband
-        from gpt_simple.job.train import train
-
-        code = int(train(assembly, force=fresh, asked=asked, began=_began()).exit_code)
-        disband()
-        return code
-
+    command = RunCommand(
+        path or option,
+        tuple(overrides),
+        Switches.parse(plugins, no_plugins=no_plugins),
+        force,
+        (context.info_name or "run", *context.meta[_GIVEN]),
+    )
     if launch is not None and not launch.joins(os.environ):
-        run_dir = RunDir(Path(check().config.training.output_dir))
-        code = launch.run([*_program(), context.info_name or "run", *context.meta[_GIVEN]])
-        if code == ExitCode.FORCED:
-            tell_forced(run_dir, "second Ctrl-C")
-        return code
+        return run_launcher(command, launch)
     if member.is_member(os.environ):
-        member.live(work)
-    return work()
+        member.live(partial(run_process, command))
+    return run_process(command)
+
+
+def run_launcher(command: RunCommand, launch: Launch) -> int:
+    """Start the processes. A mistake in the configuration is found before, so that it starts none."""
+    run_dir = RunDir(Path(command.resolve().config.training.output_dir))
+    code = launch.run([*_program(), *command.arguments])
+    if code == ExitCode.FORCED:
+        tell_forced(run_dir, "second Ctrl-C")
+    return code
+
+
+def run_process(command: RunCommand) -> int:
+    """Train in this process, alone or as one of several. Signals that arrive while torch loads are kept."""
+    pending: list[str] = []
+    try:
+        with stop_on_signals(pending.append):
+            return _train(command, pending)
+    finally:
+        member.give_up_broken_output()
+
+
+def _train(command: RunCommand, pending: list[str]) -> int:
+    spec, force = _resolve_once(command), command.force
+    if member.is_restarted() and _has_begun(spec):
+        # Whatever it began with, it goes on now from what it has reached.
+        spec, force = command.resolve(("training.resume", "auto")), False
+    # Only now: a mistake in the configuration is reported without the seconds that torch takes to load.
+    from gpt_simple.distributed.process_group import disband
+    from gpt_simple.job.train import train
+
+    code = int(train(spec, force=force, pending_signals=pending, started=_began()).exit_code)
+    disband()
+    return code
+
+
+def _resolve_once(command: RunCommand) -> Assembly:
+    """The configuration. Under a foreign launcher, where every process finds a mistake, one reports it."""
+    try:
+        return command.resolve()
+    except GptSimpleError as error:
+        if not member.tells_alone(os.environ):
+            raise
+        from gpt_simple.distributed.process_group import told_once
+
+        raise told_once(error) from None
 
 
 def _began() -> float:
@@ -111,12 +139,12 @@ def _began() -> float:
     return BEGAN if launched is None else launched
 
 
-def _has_begun(assembly: Assembly) -> bool:
+def _has_begun(spec: Assembly) -> bool:
     """Whether this launch came as far as to own its run directory, before torchrun restarted its processes."""
     if (records := Records.of_this_launch(os.environ)) is not None:
         return records.has_owned()
-    # Another launcher leaves no word: whatever is there must not be discarded.
-    return bool(RunRecord.load(RunDir(Path(assembly.config.training.output_dir))).lineage)
+    # Another launcher keeps no record: whatever is there must not be discarded.
+    return bool(RunRecord.load(RunDir(Path(spec.config.training.output_dir))).lineage)
 
 
 def _program() -> list[str]:
@@ -161,7 +189,7 @@ Every field of the configuration is an option: --training.max_steps 5000 --optim
 
 
 def _command(name: str) -> click.Command:
-    decorated: Any = _train
+    decorated: Any = _run
     for option in reversed(_OPTIONS):
         decorated = option(decorated)
     settings = {

@@ -138,6 +138,5 @@ def refuse_uncompilable(model: torch.nn.Module, decision: CompilePlan) -> None:
     if decision.enabled and decision.scope == "blocks":
         if not isinstance(getattr(model, "blocks", None), torch.nn.ModuleList):
             raise ConfigError(
-                f'training.compile_scope: {type(model).__name__} has no "blocks" (a ModuleList) to compile;'
-                ' use "model"'
+                f'training.compile_scope: {type(model).__name__} has no "blocks" (a ModuleList) to compile; use "model"'
             )

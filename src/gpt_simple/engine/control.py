@@ -6,6 +6,7 @@ only the agreed values are acted on.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from gpt_simple.errors import PluginError
 
 StopCondition = Callable[[], str]
 """Returns a reason to stop (a signal, the time budget, a request in the run directory), or an empty string."""
+
+_THROTTLE_SECONDS = 1.0
 
 
 @frozen
@@ -150,10 +153,25 @@ class Control:
             ]
             disabled = tuple(name for name, yes in zip(self.plugins, agreed[len(mine) :], strict=True) if yes)
         requests.clear()
-        return Decision(*mine, disabled)
+        save, evaluate, stop, halt, end = mine
+        return Decision(save, evaluate, stop, halt, end, disabled)
 
     def _met_condition(self) -> str:
         return next((reason for condition in self.stop_conditions if (reason := condition())), "")
+
+
+def throttled(condition: StopCondition) -> StopCondition:
+    """``condition``, evaluated at most once a second: a remote file system answers slowly."""
+    evaluated = time.monotonic()
+
+    def evaluate() -> str:
+        nonlocal evaluated
+        if (now := time.monotonic()) - evaluated < _THROTTLE_SECONDS:
+            return ""
+        evaluated = now
+        return condition()
+
+    return evaluate
 
 
 def _text(reason: str) -> str:

@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+GIB = 1024**3
+
 _PEAK_FLOPS: dict[str, tuple[float | None, float, float]] = {
     "H200": (989e12, 989e12, 494e12),
     "H100 80GB HBM3": (989e12, 989e12, 494e12),

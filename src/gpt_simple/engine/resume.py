@@ -55,6 +55,7 @@ _MODEL_FREE = ("model.dropout",)
 class FoundCheckpoint:
     """What the run directory says: start from scratch, resume from ``checkpoint``, or all steps are finished."""
 
+    store: Store
     kind: Literal["scratch", "resume", "finished"]
     checkpoint: Checkpoint | None = None
     state: Mapping[str, Any] = field(factory=dict)
@@ -70,7 +71,7 @@ def find_checkpoint(config: Config, run_dir: RunDir, *, force: bool, store: Stor
     """
     store, wish = store or Store(run_dir.checkpoints), config.training.resume
     if force:
-        return FoundCheckpoint("scratch")
+        return FoundCheckpoint(store, "scratch")
     if wish == "scratch":
         if existing := store.list():
             raise CheckpointError(
@@ -78,7 +79,7 @@ def find_checkpoint(config: Config, run_dir: RunDir, *, force: bool, store: Stor
                 f" newest of step {existing[-1].step}: add --force to discard them, or choose another"
                 " training.output_dir"
             )
-        return FoundCheckpoint("scratch")
+        return FoundCheckpoint(store, "scratch")
     seen = [checkpoint.path for checkpoint in store.list()]
     found, skipped = store.newest_valid()
     inside = wish != "auto" and Path(wish).resolve().parent == run_dir.checkpoints.resolve()
@@ -91,7 +92,7 @@ def find_checkpoint(config: Config, run_dir: RunDir, *, force: bool, store: Stor
     if wish != "auto" and (found is None or inside):
         return evolve(_from_path(config, Path(wish), store, found), seen=seen, skipped=skipped)
     if found is None:
-        return FoundCheckpoint("scratch")
+        return FoundCheckpoint(store, "scratch")
     return evolve(_plan(config, store, found), seen=seen, skipped=skipped)
 
 
@@ -112,7 +113,7 @@ def _from_path(config: Config, path: Path, store: Store, newest: Checkpoint | No
 def _plan(config: Config, store: Store, checkpoint: Checkpoint) -> FoundCheckpoint:
     state = store.load_document(checkpoint, "state")
     done = checkpoint.step >= config.training.max_steps
-    return FoundCheckpoint("finished" if done else "resume", checkpoint, state)
+    return FoundCheckpoint(store, "finished" if done else "resume", checkpoint, state)
 
 
 @frozen

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from attrs import define, field
+from attrs import define
 
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.background import BackgroundWriter
@@ -112,11 +112,8 @@ def claim_run_dir(job: Job, data: PreparedData, plan: ResumePlan) -> Iterator[Cl
     step = int(plan.found.state.get("step", 0))
     with job.signals.on_forced_exit(partial(_force_exit, status, job.state)):
         try:
-            run_id = job.dist.main_only(lambda: _acquire(job, data, plan, lock))
-            record = RunRecord.load(paths) if job.dist.is_main and paths.run_json.exists() else RunRecord(paths, run_id)
-            claimed = ClaimedRunDir(
-                paths, store, status, BackgroundWriter(store), record, lock, data.tokenizer, log
-            )
+            record = job.dist.main_only(lambda: _acquire(job, data, plan, lock))
+            claimed = ClaimedRunDir(paths, store, status, BackgroundWriter(store), record, lock, data.tokenizer, log)
             with _status_of_errors(status, step, job.state, claimed), job.dist.telling_peers(lambda: job.state.step):
                 status.update(state="running", step=step, max_steps=job.config.training.max_steps, force=True)
                 yield claimed
@@ -124,8 +121,8 @@ def claim_run_dir(job: Job, data: PreparedData, plan: ResumePlan) -> Iterator[Cl
             lock.release()
 
 
-def _acquire(job: Job, data: PreparedData, plan: ResumePlan, lock: RunLock) -> str:
-    """Lock the directory, and only then change anything in it. Returns the run's id."""
+def _acquire(job: Job, data: PreparedData, plan: ResumePlan, lock: RunLock) -> RunRecord:
+    """Lock the directory, and only then change anything in it."""
     paths, store, found, log = job.run_dir, plan.found.store, plan.found, job.plugins.log
     paths.create()
     lock.acquire()
@@ -143,7 +140,7 @@ def _acquire(job: Job, data: PreparedData, plan: ResumePlan, lock: RunLock) -> s
     data.tokenizer.save(paths.tokenizer)
     if plan.source is not None and plan.source.parent == paths.checkpoints and not paths.run_json.exists():
         log.warning(f"{paths.run_json} is gone: the run goes on under a new id", name="record_gone")
-    return RunRecord.load(paths).run_id
+    return RunRecord.load(paths)
 
 
 @contextmanager

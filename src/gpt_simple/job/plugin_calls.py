@@ -27,7 +27,7 @@ class PluginCalls:
         self.requests = Requests()
         self.log = EngineLog(self._publish, state)
         self.comm = EngineComm(dist)
-        self.view: LaunchView = LaunchView(
+        self.launch_view = LaunchView(
             config,
             Path(config.training.output_dir),
             dist,
@@ -37,6 +37,7 @@ class PluginCalls:
             self.log,
             self.comm,
         )
+        self.view: LaunchView = self.launch_view
         self.calls = spec.host.calls(dist.is_main, self._plugin_failed, world_size=dist.size, guard=TORCH_STATE)
 
     def adopt(self, view: LaunchView) -> None:

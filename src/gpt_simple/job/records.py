@@ -64,4 +64,3 @@ def _val_losses(run_dir: RunDir, step: int) -> list[float | None]:
             return [loss]
     rows = read_metrics(run_dir.metrics_jsonl, "eval") if run_dir.metrics_jsonl.exists() else []
     return [row.get(VAL_LOSS) for row in rows if row["step"] == step]
-

@@ -37,9 +37,7 @@ def resolve_runtime(spec: Assembly, dist: World, began: float) -> Runtime:
 
 def _resolve(spec: Assembly, dist: World, began: float) -> Runtime:
     training, origins = spec.config.training, spec.origins
-    precision = resolve_precision(
-        training.mixed_precision, dist.device, origins.place("training.mixed_precision")
-    )
+    precision = resolve_precision(training.mixed_precision, dist.device, origins.place("training.mixed_precision"))
     compile_plan = plan_compile(
         training,
         dist.device,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import torch
 from attrs import frozen
 
@@ -105,9 +106,7 @@ def _prepare(job: Job) -> Dataset:
 def plan_resume(job: Job, found: FoundCheckpoint, data: PreparedData) -> ResumePlan:
     """Compare the launch with the checkpoint that it goes on from."""
     origins = {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in job.spec.host.plugins}
-    fingerprint = run_fingerprint(
-        job.config, data=data.fingerprints, numerics=job.runtime.numerics, plugins=origins
-    )
+    fingerprint = run_fingerprint(job.config, data=data.fingerprints, numerics=job.runtime.numerics, plugins=origins)
     return job.dist.together(lambda: compare_with_checkpoint(found, fingerprint))
 
 
@@ -139,20 +138,13 @@ def _preflight(job: Job, data: PreparedData, plan: ResumePlan) -> Checked:
 
 def model_view(job: Job, data: PreparedData, model: torch.nn.Module, store: Store) -> ModelView:
     """The plugins' view of the run with ``model``."""
-    plugins = job.plugins
-    return ModelView(
-        config=job.config,
-        output_dir=job.run_dir.root,
-        dist=job.dist,
-        precision=job.runtime.precision,
-        state=job.state,
-        requests=plugins.requests,
-        log=plugins.log,
-        comm=plugins.comm,
-        model=model,
-        tokenizer=data.tokenizer,
-        checkpoints=EngineCheckpoints(store),
-    )
+    return ModelView(**model_view_parts(job, data, model, store))
+
+
+def model_view_parts(job: Job, data: PreparedData, model: torch.nn.Module, store: Store) -> dict[str, Any]:
+    """The fields of a ModelView, which later views have as well."""
+    parts: dict[str, Any] = attrs.asdict(job.plugins.launch_view, recurse=False)
+    return {**parts, "model": model, "tokenizer": data.tokenizer, "checkpoints": EngineCheckpoints(store)}
 
 
 def new_model(spec: Assembly, tokenizer: Tokenizer) -> torch.nn.Module:

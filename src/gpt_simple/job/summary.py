@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
+import time
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from gpt_simple._names import PROGRAM
-from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.load import split_overrides
 from gpt_simple.config.redact import redacted
-from gpt_simple.engine.resume import ResumePlan
-from gpt_simple.engine.trainer import GIB, Trainer
-from gpt_simple.engine.views import EngineRun
-from gpt_simple.hooks.events import RunStatus
+from gpt_simple.engine.memory import GIB, peak_bytes
+from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan
+from gpt_simple.engine.stop_signals import StopNow
+from gpt_simple.engine.trainer import FitResult, Trainer
+from gpt_simple.hooks.events import RunEnd, RunStart
+from gpt_simple.hooks.results import VAL_LOSS
+from gpt_simple.job.claim import ClaimedRunDir
+from gpt_simple.job.job import Job
+from gpt_simple.job.records import run_facts
 from gpt_simple.job.result import TrainResult
-from gpt_simple.job.stages import Setup
-from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.job.stages import PreparedData
+from gpt_simple.launch.member import owns_run
+from gpt_simple.run_dir.layout import write_json
 from gpt_simple.spec import Assembly
 
 _SHARED = (
@@ -40,36 +46,71 @@ _SHARED = (
 )
 
 
-def summarise(trainer: Trainer, setup: Setup, status: RunStatus, reason: str, seconds: float) -> dict[str, Any]:
+def run_to_end(job: Job, data: PreparedData, plan: ResumePlan, run_dir: ClaimedRunDir, trainer: Trainer) -> TrainResult:
+    """Train, with the launch written down before and its outcome after."""
+    run, calls, state = trainer.run, trainer.calls, job.state
+    facts = run_facts(job.spec, plan, run.facts())
+    job.dist.main_only(lambda: run_dir.record_launch(facts, state.step, plan))
+    owns_run()
+    if calls.on_run_start is not None:
+        event = RunStart(
+            step=state.step,
+            max_steps=job.config.training.max_steps,
+            tokens=state.tokens,
+            resumed_from=plan.source,
+            promise=plan.guarantee,
+            best_val_loss=state.best_val_loss,
+            facts=run.facts(),
+        )
+        calls.on_run_start(run, event)
+    fit = trainer.fit()
+    summary = _summarise(job, data, run_dir, fit)
+    if calls.on_run_end is not None:
+        calls.on_run_end(run, RunEnd(fit.status, state.step, state.tokens, fit.reason, summary))
+    if run.is_main:
+        _write_summary(job, summary)
+    run_dir.status.update(state=fit.status, step=state.step, reason=fit.reason, force=True)
+    return as_result(summary, run.output_dir)
+
+
+def _write_summary(job: Job, summary: dict[str, Any]) -> None:
+    path = job.run_dir.summary_json
+    try:
+        write_json(path, summary)
+    except OSError as error:
+        # The weights are saved: a disk that is full now is no reason to call the run failed.
+        job.plugins.log.error(f"{path} was not written: {error.strerror}", name="output_failed")
+
+
+def _summarise(job: Job, data: PreparedData, run_dir: ClaimedRunDir, fit: FitResult) -> dict[str, Any]:
     """What ``summary.json`` holds. Losses are in nats per target token."""
-    run, newest = trainer.run, trainer.store.list()
-    steps = run.config.training.max_steps
-    # What leads further: more steps, data that do not end (there were fewer steps than were wanted), or nothing else.
+    state, newest, steps = job.state, run_dir.store.list(), job.config.training.max_steps
+    # What leads further: more steps, data that do not end (there were fewer steps than asked for), or nothing else.
     change: dict[str, str] = {}
-    if status == "completed" and run.step >= steps:
+    if fit.status == "completed" and state.step >= steps:
         change = {"training.max_steps": str(2 * steps)}
-    elif status == "completed" and run.config.data.on_exhaustion != "repeat":
+    elif fit.status == "completed" and job.config.data.on_exhaustion != "repeat":
         change = {"data.on_exhaustion": "repeat"}
-    host = setup.assembly.host
+    host = job.spec.host
     return {
-        "status": status,
-        "reason": reason,
-        "steps": run.step,
-        "total_tokens": run.tokens,
-        "total_target_tokens": run.target_tokens,
-        "final_loss": trainer.last_train.get("train/loss"),
-        "final_val_loss": trainer.last_eval.get("eval/loss"),
-        "best_val_loss": trainer.best_val_loss,
-        "bits_per_byte": trainer.last_eval.get("eval/bits_per_byte"),
-        "floor": setup.dataset.floor,
-        "tokens_per_second": statistics.median(trainer.rates) if trainer.rates else None,
-        "peak_memory_gib": trainer.peak_memory_gib,
-        "seconds": seconds,
+        "status": fit.status,
+        "reason": fit.reason,
+        "steps": state.step,
+        "total_tokens": state.tokens,
+        "total_target_tokens": state.target_tokens,
+        "final_loss": fit.last_train.get("train/loss"),
+        "final_val_loss": fit.last_eval.get(VAL_LOSS),
+        "best_val_loss": state.best_val_loss,
+        "bits_per_byte": fit.last_eval.get("eval/bits_per_byte"),
+        "floor": data.dataset.floor,
+        "tokens_per_second": statistics.median(fit.rates) if fit.rates else None,
+        "peak_memory_gib": peak_bytes(job.dist.device) / GIB,
+        "seconds": time.monotonic() - job.began,
         "checkpoint": str(newest[-1].path) if newest else None,
         "plugins": host.describe(),
         "plugin_seconds": {plugin.name: round(plugin.seconds, 4) for plugin in host.plugins},
-        "next": f"{_again(setup.assembly, change)} goes on from here",
-        "sample": _sample(setup.assembly),
+        "next": f"{_again(job.spec, change)} goes on from here",
+        "sample": _sample(job.spec),
     }
 
 
@@ -99,43 +140,39 @@ def _sample(assembly: Assembly) -> str:
     return f'{PROGRAM} {shlex.join(words)} --prompt "Once"'
 
 
-def finished(run: EngineRun, run_dir: RunDir, resume: ResumePlan) -> TrainResult:
-    """Nothing is left to do: say so, and hand back what the run had reached. Changes nothing."""
-    assert resume.checkpoint is not None
-    state = resume.state
-    reason = f"step {state['step']} of {run.config.training.max_steps} was reached before: raise training.max_steps"
-    run.log.info(f"{run_dir.root}: nothing to do, {reason}, or add --force to start anew", name="finished")
+def already_finished(job: Job, plan: ResumePlan) -> TrainResult:
+    """All steps are finished: say so, and return what the run had reached. Changes nothing."""
+    state, run_dir = plan.found.state, job.run_dir
+    reason = f"step {state['step']} of {job.config.training.max_steps} was reached before: raise training.max_steps"
+    job.plugins.log.info(f"{run_dir.root}: nothing to do, {reason}, or add --force to start anew", name="finished")
     try:
         summary = json.loads(run_dir.summary_json.read_text())
     except (OSError, ValueError):
         summary = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"], "floor": None}
+    summary |= {"status": "completed", "reason": reason, "checkpoint": str(plan.source)} | _counts(state)
+    return as_result(summary, run_dir.root)
+
+
+def stopped_before_first_step(job: Job, found: FoundCheckpoint, stop: StopNow) -> TrainResult:
+    """Stopped before this launch finished a step: everything is as the launch before it left it."""
+    job.plugins.log.info(f"stopped: {stop}, before the first step; the same command goes on", name="stopped_early")
+    newest = found.store.list()
+    summary: dict[str, Any] = dict.fromkeys(_SHARED) | _counts(found.state)
     summary |= {
-        "status": "completed",
-        "reason": reason,
-        "steps": state["step"],
-        "total_tokens": state["tokens"],
-        "total_target_tokens": state["target_tokens"],
-        "checkpoint": str(resume.checkpoint.path),
-    }
-    return as_result(summary, run.output_dir)
-
-
-def stopped_early(run: EngineRun, store: Store, resume: ResumePlan, reason: str, seconds: float) -> TrainResult:
-    """Stopped before this launch made a step: everything is as the launch before it left it."""
-    run.log.info(f"stopped: {reason}, before the first step; the same command goes on", name="stopped_early")
-    newest, state = store.list(), resume.state
-    summary: dict[str, Any] = dict.fromkeys(_SHARED) | {
         "status": "stopped",
-        "reason": reason,
-        "steps": state.get("step", 0),
-        "total_tokens": state.get("tokens", 0),
-        "total_target_tokens": state.get("target_tokens", 0),
-        "best_val_loss": state.get("best_val_loss"),
-        "seconds": seconds,
-        "peak_memory_gib": run.peak_memory() / GIB,
+        "reason": str(stop),
+        "best_val_loss": found.state.get("best_val_loss"),
+        "seconds": time.monotonic() - job.began,
+        "peak_memory_gib": peak_bytes(job.dist.device) / GIB,
         "checkpoint": str(newest[-1].path) if newest else None,
     }
-    return as_result(summary, run.output_dir)
+    return as_result(summary, job.run_dir.root)
+
+
+def _counts(state: Mapping[str, Any]) -> dict[str, int]:
+    """The counters of a checkpoint's state under the names of a result; zeros without a checkpoint."""
+    names = {"steps": "step", "total_tokens": "tokens", "total_target_tokens": "target_tokens"}
+    return {name: state.get(key, 0) for name, key in names.items()}
 
 
 def as_result(summary: dict[str, Any], output_dir: Path) -> TrainResult:

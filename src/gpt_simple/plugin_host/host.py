@@ -188,9 +188,7 @@ class PluginHost:
             findings += [f if f.place else evolve(f, place=f"plugins.{plugin.name}") for f in found]
         return findings
 
-    def calls(
-        self, is_main: bool, on_failure: OnFailure, *, world_size: int = 1, guard: Guard | None = None
-    ) -> Calls:
+    def calls(self, is_main: bool, on_failure: OnFailure, *, world_size: int = 1, guard: Guard | None = None) -> Calls:
         """Compile the hooks for this process. ``on_failure`` is called for each plugin that is switched off."""
         self.guard = guard or self.guard
         calls = Calls(Policy(on_failure, alone=world_size == 1, strict=self.strict), self.guard)

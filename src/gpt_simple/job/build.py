@@ -1,0 +1,217 @@
+"""From a claimed run directory to a Trainer: allocate everything, and restore the state to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from gpt_simple._names import __version__
+from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
+from gpt_simple.data.loader import Loader
+from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
+from gpt_simple.engine.compile import compile_model
+from gpt_simple.engine.control import throttled
+from gpt_simple.engine.memory import peak_flops
+from gpt_simple.engine.optimizers import skips_on_device
+from gpt_simple.engine.resume import ResumePlan
+from gpt_simple.engine.rng import isolated_rng, stream
+from gpt_simple.engine.step import TrainStep
+from gpt_simple.engine.trainer import Trainer
+from gpt_simple.engine.views import RunView
+from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
+from gpt_simple.job.claim import ClaimedRunDir
+from gpt_simple.job.job import Job
+from gpt_simple.job.records import best_val_loss
+from gpt_simple.job.stages import Checked, PreparedData, checkpoint_activations, model_view, model_view_parts, new_model
+
+_MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which count samples from 0
+
+
+@contextmanager
+def build_trainer(
+    job: Job, data: PreparedData, plan: ResumePlan, checked: Checked, run_dir: ClaimedRunDir
+) -> Iterator[Trainer]:
+    """Build what trains, in an order that checkpoints, hooks and torch depend on. A signal unwinds until a step is made.
+
+    Not one piece for all ranks: hooks and DDP have collectives of their own.
+    """
+    job.leave_if_requested()
+    with job.signals.interrupting(job.dist.size == 1):
+        model = _build_model(job, data, plan)
+        optimizer = _build_optimizer(job, model)
+        _restore(job, plan, model, optimizer)
+        wrapped = job.dist.wrap(model)
+        compile_model(model, job.runtime.compile_plan)
+        loader = Loader(
+            data.dataset,
+            job.config,
+            world_size=job.dist.size,
+            rank=job.dist.rank,
+            device=job.dist.device,
+            consumed=plan.samples,
+        )
+        with closing(loader):
+            yield _assemble(job, data, plan, checked, run_dir, model, wrapped, optimizer, loader)
+
+
+def _build_model(job: Job, data: PreparedData, plan: ResumePlan) -> torch.nn.Module:
+    with isolated_rng(stream(job.config.training.seed, _MODEL_STREAM), torch.device("cpu")):
+        model = new_model(job.spec, data.tokenizer)
+    model.to(job.dist.device)
+    plugins = job.plugins
+    plugins.adopt(model_view(job, data, model, plan.found.store))
+    if plugins.calls.on_model_built is not None:
+        with plugins.comm.during("on_model_built"):
+            plugins.calls.on_model_built(plugins.view, ModelBuilt(model))
+    checkpoint_activations(job.spec, model)
+    return model
+
+
+def _build_optimizer(job: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
+    config = job.config.optimizer
+    part = job.spec.registry.get("optimizer", config.name)
+    optimizer: torch.optim.Optimizer = part.build(model, config, job.dist.device)
+    if not skips_on_device(optimizer):
+        job.plugins.log.info(
+            f"optimizer {config.name} has no found_inf, with which it would skip a non-finite step by itself: the host"
+            " reads one value a step",
+            name="host_read",
+        )
+    return optimizer
+
+
+def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    checkpoint, state, store = plan.found.checkpoint, plan.found.state, plan.found.store
+    if checkpoint is None:
+        return
+    load_model(model, store.load_tensors(checkpoint, "model"))
+    restore_optimizer(optimizer, model, store.load_tensors(checkpoint, "optimizer"), state["optimizer"])
+    if state["scaler"]:
+        job.runtime.precision.scaler.load_state_dict(state["scaler"])
+    job.spec.host.load_state(
+        store.load_document(checkpoint, "plugins"),
+        store.load_tensors(checkpoint, "plugins"),
+        is_main=job.dist.is_main,
+    )
+    job.state.load_state_dict({**state, "best_val_loss": best_val_loss(plan)})
+    plugins = job.plugins
+    if plugins.calls.on_checkpoint_loaded is not None:
+        plugins.calls.on_checkpoint_loaded(plugins.view, CheckpointLoaded(job.state.step, checkpoint.path))
+
+
+def _assemble(
+    job: Job,
+    data: PreparedData,
+    plan: ResumePlan,
+    checked: Checked,
+    run_dir: ClaimedRunDir,
+    model: torch.nn.Module,
+    wrapped: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+) -> Trainer:
+    config, plugins, time_budget = job.config, job.plugins, checked.time_budget
+    _warn_of_early_end(job, loader, plan.samples)
+    control = job.control(
+        *([time_budget.reason_to_stop] if time_budget is not None else []), throttled(run_dir.take_stop_request)
+    )
+    run = RunView(
+        **model_view_parts(job, data, model, plan.found.store),
+        run_id=run_dir.run_id,
+        wrapped=wrapped,
+        loader=loader,
+        known=_facts(job, data, model),
+        sync=control,
+    )
+    plugins.adopt(run)
+    schedule = job.spec.registry.get("schedule", config.optimizer.schedule)
+    train_step = TrainStep(
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        schedule=schedule.build(config.optimizer, config.training.max_steps),
+        precision=job.runtime.precision,
+        world=job.dist,
+        seed=config.training.seed,
+        max_grad_norm=config.optimizer.max_grad_norm,
+    )
+    checkpointer = Checkpointer(
+        run=run,
+        calls=plugins.calls,
+        run_dir=run_dir,
+        snapshot=partial(_snapshot, job, plan, model, optimizer),
+        must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
+        time_budget=time_budget,
+    )
+    return Trainer(
+        run=run,
+        calls=plugins.calls,
+        dist=job.dist,
+        state=job.state,
+        train_step=train_step,
+        loader=loader,
+        control=control,
+        checkpointer=checkpointer,
+        signals=job.signals,
+        time_budget=time_budget,
+    )
+
+
+def _warn_of_early_end(job: Job, loader: Loader, consumed: int) -> None:
+    left, steps = loader.steps_after(consumed), job.config.training.max_steps
+    if left is not None and job.state.step + left < steps:
+        job.plugins.log.warning(
+            f"the data end after step {job.state.step + left:,} of {steps:,}, and the run with them"
+            f' (data.on_exhaustion = "{job.config.data.on_exhaustion}")',
+            name="data_end_early",
+        )
+
+
+def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """What a checkpoint holds: tensors and JSON documents by file stem."""
+    moments, optimizer_document = flatten_optimizer(optimizer, model)
+    plugin_records, plugin_tensors = job.spec.host.state()
+    state = {
+        "version": __version__,
+        **job.state.state_dict(),
+        "samples": job.state.tokens // job.config.data.max_length,
+        "optimizer": optimizer_document,
+        "scaler": job.runtime.precision.scaler.state_dict(),
+        "run": plan.fingerprint,
+    }
+    tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
+    return tensors, {"state": state, "plugins": plugin_records}
+
+
+def _facts(job: Job, data: PreparedData, model: torch.nn.Module) -> dict[str, Any]:
+    """What ``run.facts()`` returns. After ``on_model_built``: a plugin may have added parameters."""
+    config, device = job.config, job.dist.device
+    flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
+    kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
+    precision, compile_plan, training = job.runtime.precision, job.runtime.compile_plan, config.training
+    rows = training.per_device_batch_size * training.gradient_accumulation_steps * job.dist.size
+    return {
+        "device": _device_name(device),
+        "precision": precision.name,
+        "precision_why": precision.why,
+        "compile": compile_plan.scope if compile_plan.enabled else "off",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops_per_token": flops(config.data.max_length) if flops is not None else None,
+        "peak_flops": peak_flops(device, precision.name),
+        "tokens_per_step": rows * config.data.max_length,
+        "document_kernel": kernel(device) if kernel and config.data.document_mask else None,
+        "floor": data.dataset.floor,
+        "data": data.dataset.describe(),
+        "plugins": [plugin.name for plugin in job.spec.host.plugins],
+        "config_path": str(job.spec.source) if job.spec.source else None,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
