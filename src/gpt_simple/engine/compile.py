@@ -135,8 +135,8 @@ def compile_model(model: torch.nn.Module, decision: CompilePlan) -> None:
 
 def refuse_uncompilable(model: torch.nn.Module, decision: CompilePlan) -> None:
     """Raise ConfigError if blocks are to be compiled and the model has none."""
-    if decision.enabled and decision.scope == "blocks":
-        if not isinstance(getattr(model, "blocks", None), torch.nn.ModuleList):
-            raise ConfigError(
-                f'training.compile_scope: {type(model).__name__} has no "blocks" (a ModuleList) to compile; use "model"'
-            )
+    by_block = decision.enabled and decision.scope == "blocks"
+    if by_block and not isinstance(getattr(model, "blocks", None), torch.nn.ModuleList):
+        raise ConfigError(
+            f'training.compile_scope: {type(model).__name__} has no "blocks" (a ModuleList) to compile; use "model"'
+        )

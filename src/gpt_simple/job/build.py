@@ -35,9 +35,9 @@ _MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which c
 def build_trainer(
     job: Job, data: PreparedData, plan: ResumePlan, checked: Checked, run_dir: ClaimedRunDir
 ) -> Iterator[Trainer]:
-    """Build what trains, in an order that checkpoints, hooks and torch depend on. A signal unwinds until a step is made.
+    """Build what trains, in an order that checkpoints, hooks and torch depend on.
 
-    Not one piece for all ranks: hooks and DDP have collectives of their own.
+    Until the first update a signal unwinds. Not one piece for all ranks: hooks and DDP have collectives of their own.
     """
     job.leave_if_requested()
     with job.signals.interrupting(job.dist.size == 1):

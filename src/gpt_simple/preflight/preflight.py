@@ -113,17 +113,17 @@ class Outlook:
 
     def check_budget(self) -> None:
         """Raise ConfigError for a time budget that the run would refuse, as far as the model's size is known here."""
-        from gpt_simple.engine.time_budget import Walltime
+        from gpt_simple.engine.time_budget import Deadline, TimeBudget
         from gpt_simple.model.flops import parameter_count
 
         now = time.monotonic()
-        budget = Walltime.of_launch(self.config.training, os.environ, started=now, now=now, clock=time.time())
+        deadline = Deadline.of_launch(self.config.training, os.environ, started=now, now=now, clock=time.time())
         try:
             shape = self.shape
         except GptSimpleError:
             return  # a finding of its own
-        if budget is not None and shape is not None:
-            budget.expect_save_of(3 * 4 * parameter_count(shape))
+        if deadline is not None and shape is not None:
+            TimeBudget(deadline, first_save_bytes=3 * 4 * parameter_count(shape))
 
     @cached_property
     def output(self) -> OutputOutlook:
