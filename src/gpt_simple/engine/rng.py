@@ -22,7 +22,7 @@ def stream(seed: int, index: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
-class Reseeder:
+class BatchSeeder:
     """Seeds the generator of the training device; 1 us where ``torch.manual_seed`` takes 75."""
 
     def __init__(self, seed: int, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """The step loop.
 
-Read ``train`` for the life of a run, ``step`` for one optimizer step, ``_boundary`` for what may happen after it.
+Read ``train`` for the life of a run, ``TrainStep`` for one optimizer step, ``_boundary`` for what may happen after it.
 Between logging points nothing here reads a device tensor on the host.
 """
 
@@ -21,8 +21,7 @@ from gpt_simple.engine.control import Verdict
 from gpt_simple.engine.loss_monitor import Watch, not_finite_in
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.metrics import Clock, Interval, labelled, settled
-from gpt_simple.engine.rng import Reseeder
-from gpt_simple.engine.schedules import Schedule
+from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.time_budget import StopNow, Walltime
 from gpt_simple.engine.views import EngineRun, EvaluationAbandoned
 from gpt_simple.hooks.batch import Batch
@@ -43,9 +42,6 @@ GIB = 1024**3
 _UNLOGGED = 100
 """Steps after which the device is read when nothing is logged: skipped steps must not go on unseen."""
 
-_CLIP_EPSILON = 1e-6
-"""As in ``torch.nn.utils.clip_grad_norm_``: the norm afterwards is the limit or a hair less."""
-
 
 @define(slots=False, eq=False)
 class Trainer:
@@ -53,15 +49,11 @@ class Trainer:
 
     run: EngineRun
     calls: Calls
-    model: torch.nn.Module
-    wrapped: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
+    train_step: TrainStep
     loader: Loader
     store: Store
     owner: RunDirOwner
     state: Callable[[float | None], State]
-    skips_on_device: bool
     walltime: Walltime | None = None
     best_val_loss: float | None = None
     last_train: Mapping[str, float] = field(factory=dict)
@@ -71,21 +63,17 @@ class Trainer:
     _clock: Clock = field(factory=Clock)
 
     def __attrs_post_init__(self) -> None:
-        config = self.run.config
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._reseed = Reseeder(config.training.seed, self.run.device)
-        self._max_norm = config.optimizer.max_grad_norm
         self._first_step = True
         self._saving = Saving(
             self.run,
             self.calls,
-            self.model,
+            self.train_step.model,
             self.store,
             lambda: self.state(self.best_val_loss),
             self.walltime,
             self.owner,
         )
-        self._watch = Watch(config.training.max_skipped_steps)
+        self._watch = Watch(self.run.config.training.max_skipped_steps)
 
     def train(self) -> tuple[RunStatus, str]:
         """Make steps until the run is over. Returns how and why it ended."""
@@ -96,11 +84,11 @@ class Trainer:
 
     def _train(self) -> tuple[RunStatus, str]:
         run, max_steps = self.run, self.run.config.training.max_steps
-        self.model.train()
+        self.train_step.model.train()
         if (verdict := self._vote()).leave:
             return self._left(verdict)
         if run.world.size > 1:
-            self._settle()
+            self._warm_up_ddp()
         self._clock = Clock(waited_before=self.loader.wait_seconds)
         while run.step < max_steps:
             try:
@@ -112,55 +100,30 @@ class Trainer:
                 return self._left(verdict)
         return "completed", f"all {max_steps} steps are made"
 
-    def _settle(self) -> None:
-        """One forward and backward whose result is discarded.
-
-        DDP arranges its buckets anew after its first backward, in the order in which gradients came. From the third
-        process on the arrangement decides in which order numbers are added, so a run that was resumed would differ in
-        its last digits from one that was not, if both did not begin with this.
-        """
-        run, training, data = self.run, self.run.config.training, self.run.config.data
+    def _warm_up_ddp(self) -> None:
+        training, data = self.run.config.training, self.run.config.data
         shape = (training.per_device_batch_size, data.max_length)
-        zeros = torch.zeros(shape, dtype=torch.int64, device=run.device)
+        zeros = torch.zeros(shape, dtype=torch.int64, device=self.run.device)
         extra = zeros if data.document_mask else None
-        with run.precision.autocast():
-            nats = run.loss(Batch(zeros, zeros, extra, extra, first_sample=0, targets=zeros.numel()))
-        nats.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.train_step.warm_up_ddp(Batch(zeros, zeros, extra, extra, first_sample=0, targets=zeros.numel()))
 
     def step(self, is_last: bool) -> None:
         """One optimizer step over all its micro-batches."""
-        run, calls, world, scaler = self.run, self.calls, self.run.world, self.run.precision.scaler
+        run, calls = self.run, self.calls
         started, step = time.perf_counter(), run.step + 1
         data = self.loader.next_step()
         if calls.on_step_start is not None:
             calls.on_step_start(run, StepStart(step))
-
-        # The summed loss over the step's target tokens of all processes; DDP will divide by the world size.
-        scale = world.size / max(1, data.targets)
-        last, loss = len(data.batches) - 1, None
-        for index, batch in enumerate(data.batches):
-            if calls.on_batch is not None:
-                calls.on_batch(run, BatchReady(step, index, batch))
-            self._reseed(batch.first_sample)
-            with world.accumulating(self.wrapped, index == last):
-                with run.precision.autocast():
-                    nats = run.loss(batch)
-                scaler.scale(nats * scale).backward()  # type: ignore[no-untyped-call]
-            loss = nats.detach() if loss is None else loss + nats.detach()
-        assert loss is not None
-
-        scaler.unscale_(self.optimizer)
-        if calls.on_gradients is not None:
-            with run.comm.during("on_gradients"):
-                calls.on_gradients(run, GradientsReady(step))
-        norm, skipped = self._clip()
-        # From here on there is something to save: a signal waits for the end of the step.
-        run.control.at_once = False
-        self._update(step, skipped)
-
+        result = self.train_step(
+            step,
+            data.batches,
+            data.targets,
+            on_batch=None if calls.on_batch is None else self._on_batch,
+            on_gradients=None if calls.on_gradients is None else self._on_gradients,
+            before_update=self._before_update,
+        )
         run.moved_to(step, run.tokens + data.tokens, run.target_tokens + data.targets)
-        self._interval.add(step, data, loss, norm, skipped)
+        self._interval.add(step, data, *result)
         self._clock.step(data.tokens, data.targets)
         if self._first_step:
             self._warmed_up(started, data.tokens)
@@ -169,40 +132,22 @@ class Trainer:
         if calls.on_step_end is not None:
             calls.on_step_end(run, StepEnd(step, run.tokens, run.target_tokens, is_last))
 
-    def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients' norm before clipping, and 1.0 if this step must be skipped; both stay on the device."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        if self._max_norm is not None:
-            if self.skips_on_device:
-                # The fused optimizer divides by this while it reads the gradients anyway: no pass of its own.
-                divisor = ((norm + _CLIP_EPSILON) / self._max_norm).clamp_(min=1.0)
-                self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-            else:
-                torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
-        # A finite number less itself is 0, anything else is NaN: two kernels, where isfinite takes four.
-        skipped = torch.nan_to_num_((norm - norm).float(), nan=1.0)
-        control = self.run.control
-        if self.calls.on_gradients is not None:
-            # All processes or none: a wish that only one of them has must not leave it waiting.
-            wish, control.skip = control.skip, None
-            skipped = (self.run.world.sum(skipped if wish is None else skipped + wish) > 0).float()
-        return norm, skipped
+    def _on_batch(self, index: int, batch: Batch) -> None:
+        if self.calls.on_batch is not None:
+            self.calls.on_batch(self.run, BatchReady(self.run.step + 1, index, batch))
 
-    def _update(self, step: int, skipped: torch.Tensor) -> None:
-        """Step the optimizer at the schedule's rate, unless ``skipped``."""
-        rate = self.schedule(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.skips_on_device:
-            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not bool(skipped):
-            self.optimizer.step()
-        if self.run.precision.scaler.is_enabled():
-            self.run.precision.scaler.update()
-        # As zero_grad(set_to_none=True) would, without its search through groups and its profiler record.
-        for parameter in self._parameters:
-            parameter.grad = None
+    def _on_gradients(self) -> torch.Tensor | None:
+        """Call the hook; the flag of a plugin that skips the step."""
+        run, calls = self.run, self.calls
+        if calls.on_gradients is not None:
+            with run.comm.during("on_gradients"):
+                calls.on_gradients(run, GradientsReady(run.step + 1))
+        flag, run.control.skip = run.control.skip, None
+        return flag
+
+    def _before_update(self) -> None:
+        # From here on there is something to save: a signal waits for the end of the step.
+        self.run.control.at_once = False
 
     def _warmed_up(self, started: float, tokens: int) -> None:
         """The first step compiles and warms caches up: its time is nobody's throughput."""
@@ -245,7 +190,7 @@ class Trainer:
         """Read the interval's metrics, all at once, and hand them out."""
         run, calls = self.run, self.calls
         # Read first: this waits for the device to make the steps that are in its queue, and their time counts.
-        metrics, steps = self._interval.read(self.schedule(run.step), run.world_size)
+        metrics, steps = self._interval.read(self.train_step.schedule(run.step), run.world_size)
         lap, self._clock = self._clock.lap(run.step, self.loader.wait_seconds)
         if tell and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):

@@ -16,9 +16,11 @@ from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import Config
 from gpt_simple.distributed.process_group import World
 from gpt_simple.engine.control import Control
+from gpt_simple.engine.evaluation import evaluation_mode
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.precision import Precision
-from gpt_simple.engine.rng import isolated_rng, stream
+from gpt_simple.engine.rng import stream
+from gpt_simple.engine.step import summed_loss
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.events import LogRecord
 from gpt_simple.hooks.run import CheckpointInfo
@@ -197,12 +199,7 @@ class EngineRun:
             yield batch
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        wrapped = _built(self._wrapped, "model")
-        if batch.document_ids is None:
-            result: torch.Tensor = wrapped(batch.input_ids, batch.labels)
-        else:
-            result = wrapped(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
-        return result
+        return summed_loss(_built(self._wrapped, "model"), batch)
 
     def generate(
         self,
@@ -230,18 +227,8 @@ class EngineRun:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        model = self.model
-        was_training = model.training
-        model.eval()
-        try:
-            with (
-                isolated_rng(stream(self.config.training.seed, self.step), self.device),
-                torch.no_grad(),
-                self.precision.autocast(),
-            ):
-                yield
-        finally:
-            model.train(was_training)
+        with evaluation_mode(self.model, self.precision, stream(self.config.training.seed, self.step)):
+            yield
 
 
 def _built(part: T | None, name: str) -> T:

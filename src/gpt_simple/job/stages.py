@@ -25,6 +25,7 @@ from gpt_simple.engine.memory import peak_flops
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan, identity, promise
 from gpt_simple.engine.rng import isolated_rng, stream
+from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.time_budget import Walltime
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import EngineCheckpoints, EngineRun
@@ -117,7 +118,7 @@ class Setup:
                 self.calls.on_model_built(run, ModelBuilt(model))
         self._checkpoint_activations(model)
         optimizer = assembly.registry.get("optimizer", config.optimizer.name).build(model, config.optimizer, run.device)
-        if not (alone := skips_on_device(optimizer)):
+        if not skips_on_device(optimizer):
             run.log.info(
                 f"optimizer {config.optimizer.name} has no found_inf, with which it would skip a non-finite step by"
                 " itself: the host reads one value a step",
@@ -143,15 +144,20 @@ class Setup:
         return Trainer(
             run=run,
             calls=self.calls,
-            model=model,
-            wrapped=run._wrapped,
-            optimizer=optimizer,
-            schedule=schedule.build(config.optimizer, config.training.max_steps),
+            train_step=TrainStep(
+                model=model,
+                wrapped=run._wrapped,
+                optimizer=optimizer,
+                schedule=schedule.build(config.optimizer, config.training.max_steps),
+                precision=run.precision,
+                world=run.world,
+                seed=config.training.seed,
+                max_grad_norm=config.optimizer.max_grad_norm,
+            ),
             loader=run._loader,
             store=self.store,
             owner=owner,
             state=partial(self._state, model, optimizer),
-            skips_on_device=alone,
             walltime=walltime,
             best_val_loss=_best_val_loss(plan),
         )
