@@ -1,4 +1,4 @@
-"""Wishes become decisions by one vote, and a wish to leave is final."""
+"""Requests become one decision of all ranks, and a request to leave is final."""
 
 from __future__ import annotations
 
@@ -7,49 +7,91 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_simple.engine.control import Control
+from gpt_simple.engine.control import Control, Decision, Requests, throttled
 from gpt_simple.errors import PluginError
 
 
-def test_nothing_asked_for_is_nothing_decided() -> None:
-    verdict = Control().vote(None)
-    assert not verdict.leave
-    assert not verdict.save
+class Alone:
+    """The only rank."""
+
+    size = 1
+
+    def agree(self, flags: Any) -> list[int]:
+        raise AssertionError("one process has no collective")
+
+    def gather(self, value: Any) -> list[Any]:
+        raise AssertionError("one process has no collective")
+
+
+def alone(requests: Requests, *conditions: Any) -> Control:
+    return Control(Alone(), requests, conditions)
+
+
+def test_without_a_request_nothing_is_decided() -> None:
+    assert alone(Requests()).decide() == Decision()
 
 
 def test_the_first_reason_counts_and_is_used_once() -> None:
-    control = Control()
-    control.save("first")
-    control.save("second")
-    assert control.vote(None).save == "first"
-    assert control.vote(None).save == ""
+    control = alone(requests := Requests())
+    requests.save("first")
+    requests.save("second")
+    assert control.decide().save == "first"
+    assert control.decide().save == ""
 
 
 def test_a_stop_stays() -> None:
-    control = Control()
-    control.stop("SIGTERM")
-    assert [control.vote(None).stop, control.vote(None).stop] == ["SIGTERM", "SIGTERM"]
+    control = alone(requests := Requests())
+    requests.stop("SIGTERM")
+    assert [control.decide().stop, control.decide().stop] == ["SIGTERM", "SIGTERM"]
+
+
+def test_a_stop_condition_that_was_met_stays_met() -> None:
+    reasons = iter(["", "the time budget is used up", ""])
+    control = alone(Requests(), lambda: next(reasons))
+    stops = [control.decide().stop for _ in range(4)]
+    assert stops == ["", *["the time budget is used up"] * 3]
+
+
+def test_a_throttled_condition_is_evaluated_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: moments[-1])
+    condition = throttled(lambda: "stop")
+    assert condition() == ""
+    moments.append(101.5)
+    assert [condition(), condition()] == ["stop", ""]
 
 
 @pytest.mark.parametrize("flag", ["yes", 1, True, torch.ones(()), torch.tensor([True]), torch.ones((), device="meta")])
-def test_a_flag_that_is_none_is_refused(flag: Any) -> None:
-    control = Control()
+def test_a_skip_flag_of_another_type_is_refused(flag: Any) -> None:
+    requests = Requests()
     with pytest.raises(PluginError, match=r"skip_step was given a .*; expected a 0-d bool tensor"):
-        control.skip_step(flag)
-    assert control.skip is None
+        requests.skip_step(flag)
+    assert requests.take_skip() is None
 
 
-@pytest.mark.parametrize("wish", ["save", "evaluate", "stop", "halt"])
+def test_skip_flags_are_combined_and_taken_once() -> None:
+    requests = Requests()
+    requests.skip_step(torch.tensor(False))
+    requests.skip_step(torch.tensor(True))
+    flag = requests.take_skip()
+    assert flag is not None
+    assert bool(flag)
+    assert requests.take_skip() is None
+
+
+@pytest.mark.parametrize("request_", ["save", "evaluate", "stop", "halt"])
 @pytest.mark.parametrize("reason", [None, "", 3, True])
-def test_a_wish_without_a_reason_is_refused(wish: str, reason: Any) -> None:
-    control = Control()
+def test_a_request_without_a_reason_is_refused(request_: str, reason: Any) -> None:
+    requests = Requests()
     with pytest.raises(PluginError, match="as a reason; expected text that says why"):
-        getattr(control, wish)(reason)
-    assert control.vote(None) == Control().vote(None)
+        getattr(requests, request_)(reason)
+    assert alone(requests).decide() == Decision()
 
 
 class Others:
-    """Voters of which another one wants to stop and has seen a plugin fail."""
+    """Two ranks, of which the other one wants to stop and has seen a plugin fail."""
+
+    size = 2
 
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
@@ -62,11 +104,12 @@ class Others:
         return [value, ["", "", "SIGTERM", "", ""]]
 
 
-def test_another_process_can_decide_and_says_why() -> None:
-    others, control = Others(), Control(plugins=("console", "wandb"))
-    control.save("mine")
-    control.switch_off("console")
-    verdict = control.vote(others)
+def test_another_rank_can_decide_and_says_why() -> None:
+    others, requests = Others(), Requests()
+    control = Control(others, requests, (), ("console", "wandb"))
+    requests.save("mine")
+    requests.disable("console")
+    decision = control.decide()
     assert others.seen == [[1, 0, 0, 0, 0, 1, 0]]
-    assert (verdict.save, verdict.stop, verdict.leave) == ("mine", "SIGTERM", True)
-    assert verdict.off == ("wandb",)
+    assert (decision.save, decision.stop, decision.should_stop) == ("mine", "SIGTERM", True)
+    assert decision.disabled_plugins == ("wandb",)

@@ -11,7 +11,7 @@ import pytest
 from gpt_simple import CheckpointError, Config
 from gpt_simple.config.schema import Phase, PluginsConfig
 from gpt_simple.data.mixture import mixture
-from gpt_simple.engine.resume import identity, promise
+from gpt_simple.engine.resume import resume_guarantee, run_fingerprint
 
 SAVED: dict[str, Any] = {
     "config": {
@@ -54,7 +54,7 @@ ORDER = " (the order of samples is another from here on: some come twice, others
     ],
 )
 def test_every_difference_is_told(later: dict[str, Any], expected: str) -> None:
-    assert promise(SAVED, later, 100) == expected
+    assert resume_guarantee(SAVED, later, 100) == expected
 
 
 def phases(*phases: tuple[int, dict[str, float]], **config: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ A, B, C = {"a": 1.0}, {"a": 1.0, "b": 1.0}, {"b": 1.0}
 def test_a_curriculum_may_be_changed_from_here_on_and_another_past_is_told(
     saved: dict[str, Any], later: dict[str, Any], note: str
 ) -> None:
-    told = promise(saved, later, 100)
+    told = resume_guarantee(saved, later, 100)
     assert told.startswith("changed: data.")
     assert told.endswith(note)
     assert (" (" in told) == bool(note)
@@ -104,7 +104,7 @@ def test_where_a_curriculum_is_said_to_be_the_same_up_to_here_so_is_the_order() 
             .tolist()
             for each in (old, new)
         ]
-        told = promise(phases(*old), phases(*new), 100)
+        told = resume_guarantee(phases(*old), phases(*new), 100)
         if told.endswith(AHEAD):
             kept += 1
             assert first[0] == first[1]
@@ -126,7 +126,7 @@ def test_where_a_curriculum_is_said_to_be_the_same_up_to_here_so_is_the_order() 
 )
 def test_other_data_are_refused_with_what_was_asked_for(config: dict[str, Any], told: list[str]) -> None:
     with pytest.raises(CheckpointError, match="of another model, tokenizer or data set") as refused:
-        promise(SAVED, now(**config) | {"data": {"tokenizer": "u"}}, 100)
+        resume_guarantee(SAVED, now(**config) | {"data": {"tokenizer": "u"}}, 100)
     assert str(refused.value).splitlines()[1:-1] == [f"  {line}" for line in told]
 
 
@@ -137,12 +137,15 @@ def test_a_plugin_of_somebody_else_may_change_what_is_learned() -> None:
         tables = {"noise": {"scale": scale}, "console": {"progress": str(scale)}}
         config = Config(plugins=PluginsConfig(tables=tables))
         everybody = plugins | {"console": "gpt-simple-trainer 0.1.0"}
-        return identity(config, data={}, numerics={}, plugins=everybody)
+        return run_fingerprint(config, data={}, numerics={}, plugins=everybody)
 
     saved = launched(0.1, noise="noise 1.0")
-    assert promise(saved, launched(0.1, noise="noise 1.0"), 100) == "bit-exact"
-    assert promise(saved, launched(0.2, noise="noise 1.0"), 100) == "changed: plugins.noise.scale 0.1 -> 0.2"
-    assert promise(saved, launched(0.1, noise="noise 1.1"), 100) == "changed: plugins.noise noise 1.0 -> noise 1.1"
-    gone = promise(saved, launched(0.1), 100)
+    assert resume_guarantee(saved, launched(0.1, noise="noise 1.0"), 100) == "bit-exact"
+    assert resume_guarantee(saved, launched(0.2, noise="noise 1.0"), 100) == "changed: plugins.noise.scale 0.1 -> 0.2"
+    assert (
+        resume_guarantee(saved, launched(0.1, noise="noise 1.1"), 100)
+        == "changed: plugins.noise noise 1.0 -> noise 1.1"
+    )
+    gone = resume_guarantee(saved, launched(0.1), 100)
     assert gone == "changed: plugins.noise noise 1.0 -> None; plugins.noise.scale 0.1 -> None"
-    assert promise(launched(0.1), launched(0.1, noise=""), 100).startswith("changed: plugins.noise None -> on")
+    assert resume_guarantee(launched(0.1), launched(0.1, noise=""), 100).startswith("changed: plugins.noise None -> on")

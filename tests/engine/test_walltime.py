@@ -8,16 +8,16 @@ import pytest
 from attrs import evolve
 
 from gpt_simple.config.schema import TrainingConfig
-from gpt_simple.engine.time_budget import Walltime
+from gpt_simple.engine.time_budget import Deadline, TimeBudget
 from gpt_simple.errors import ConfigError
 
 NOW, CLOCK = 1_000.0, 1_800_000_000.0
 PLAIN = TrainingConfig()
 
 
-def launch(training: TrainingConfig = PLAIN, **environment: str) -> Walltime | None:
+def launch(training: TrainingConfig = PLAIN, **environment: str) -> Deadline | None:
     """A launch that began 10 s ago."""
-    return Walltime.of_launch(training, environment, started=NOW - 10, now=NOW, clock=CLOCK)
+    return Deadline.of_launch(training, environment, started=NOW - 10, now=NOW, clock=CLOCK)
 
 
 def test_without_a_budget_there_is_none() -> None:
@@ -59,14 +59,14 @@ def test_a_checkpoint_that_leaves_nothing_is_refused_too(environment: dict[str, 
     """Else every launch would stop, resumable, before its first step, and be started again."""
     found = launch(**environment)
     assert found is not None
-    found.expect_save_of(30_000_000_000)
+    TimeBudget(found, first_save_bytes=30_000_000_000)
     with pytest.raises(ConfigError, match=rf"{source}: 750 s are kept for the first checkpoint, of 46.6 GiB.* 600 s"):
-        found.expect_save_of(50_000_000_000)
+        TimeBudget(found, first_save_bytes=50_000_000_000)
 
 
 def test_a_job_that_is_nearly_over_is_not_refused_but_stops() -> None:
     """The next job of the chain has its whole time again."""
-    late = Walltime.of_launch(
+    late = Deadline.of_launch(
         PLAIN,
         {"SLURM_JOB_START_TIME": f"{CLOCK - 3600}", "SLURM_JOB_END_TIME": f"{CLOCK + 5}"},
         started=time.monotonic(),
@@ -74,31 +74,31 @@ def test_a_job_that_is_nearly_over_is_not_refused_but_stops() -> None:
         clock=CLOCK,
     )
     assert late is not None
-    assert late.is_up()
+    assert "the time budget is used up ($SLURM_JOB_END_TIME" in late.reason_to_stop()
 
 
 def test_the_reserve_grows_with_what_was_measured_and_never_falls_below_the_least() -> None:
-    walltime = Walltime(ends=NOW, source="a test", least_reserve=30)
-    assert walltime.reserve == 30
-    walltime.expect_save_of(10_000_000_000)
-    assert walltime.reserve == pytest.approx(150), "a first checkpoint is taken to be slow"
-    walltime.saved(40)
-    assert walltime.reserve == pytest.approx(60)
-    walltime.saved(4)
-    assert walltime.reserve == pytest.approx(60), "the longest save counts"
+    deadline = Deadline(ends=NOW, source="a test", least_reserve=30)
+    assert TimeBudget(deadline, first_save_bytes=0).reserve == 30
+    budget = TimeBudget(deadline, first_save_bytes=10_000_000_000)
+    assert budget.reserve == pytest.approx(150), "a first checkpoint is taken to be slow"
+    budget.record_save(40)
+    assert budget.reserve == pytest.approx(60)
+    budget.record_save(4)
+    assert budget.reserve == pytest.approx(60), "the longest save counts"
     for _ in range(3):
-        walltime.stepped(20)
-    assert walltime.reserve == pytest.approx(100), "another step may begin just before the end"
+        budget.record_step(20)
+    assert budget.reserve == pytest.approx(100), "another step may begin just before the end"
     for _ in range(200):
-        walltime.stepped(0.1)
-    assert walltime.reserve == pytest.approx(60.2), "a slow step is forgotten"
+        budget.record_step(0.1)
+    assert budget.reserve == pytest.approx(60.2), "a slow step is forgotten"
 
 
 def test_a_clock_that_jumps_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = time.monotonic()
-    walltime = Walltime.of_launch(
+    deadline = Deadline.of_launch(
         evolve(PLAIN, max_runtime_seconds=3600.0), {}, started=begin, now=begin, clock=time.time()
     )
-    assert walltime is not None
+    assert deadline is not None
     monkeypatch.setattr(time, "time", lambda: CLOCK + 86_400 * 365)
-    assert not walltime.is_up()
+    assert not deadline.reason_to_stop()

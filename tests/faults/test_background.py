@@ -104,13 +104,13 @@ def test_a_kill_while_one_is_on_its_way_costs_only_that_one(
 
 
 def test_a_buffer_may_hold_an_infinity(tmp_path: Path) -> None:
-    writer = BackgroundWriter(Store(tmp_path), weights={"weight"})
+    writer = BackgroundWriter(Store(tmp_path))
     tensors = {"weight": torch.ones(3), "mask": torch.tensor([0.0, -torch.inf])}
-    writer.begin(1, {"model": tensors}, {})
-    assert writer.landed(wait=True) is not None
+    writer.begin(1, {"model": tensors}, {}, must_be_finite={"weight"})
+    assert writer.result(wait=True) is not None
     tensors["weight"][1] = torch.nan
-    writer.begin(2, {"model": tensors}, {})
+    writer.begin(2, {"model": tensors}, {}, must_be_finite={"weight"})
     with pytest.raises(NotFinite):
-        writer.landed(wait=True)
+        writer.result(wait=True)
     writer.close()
     assert [checkpoint.step for checkpoint in Store(tmp_path).list()] == [1]

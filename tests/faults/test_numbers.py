@@ -19,7 +19,7 @@ from gpt_simple import Plugin, TrainResult, hookimpl
 from gpt_simple.checkpoint.draft import Draft
 from gpt_simple.engine.loss_monitor import MadeStep, Watch, all_finite
 from gpt_simple.errors import GptSimpleError
-from gpt_simple.job.claim import Dispossessed
+from gpt_simple.job.claim import LockLost
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
 from gpt_simple.run_dir.lock import RunLock
@@ -220,7 +220,7 @@ def delete(run: Any) -> None:
 def test_a_directory_that_is_deleted_under_the_run_is_told_and_made_anew(
     tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt_simple.engine.time_budget._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("gpt_simple.engine.control._THROTTLE_SECONDS", 0.0)
     names: set[str] = set()
 
     def look(run: Any) -> None:
@@ -255,7 +255,7 @@ def test_a_run_whose_place_another_has_taken_leaves_it_alone(tiny: TinyRun, tmp_
         (run_dir.root / "metrics.jsonl").write_text("theirs\n")
 
     try:
-        with pytest.raises(Dispossessed, match=r"was deleted under the run, and another began there: .* process \d+"):
+        with pytest.raises(LockLost, match=r"was deleted under the run, and another began there: .* process \d+"):
             tiny(plugins=[At("on_step_end", 3, take)], training__save_steps=4)
     finally:
         kill(others[0])
@@ -300,7 +300,7 @@ def test_a_summary_that_cannot_be_written_makes_no_failure_of_a_run(
     def full(path: Path, value: Any, **_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("gpt_simple.job.train.write_json", full)
+    monkeypatch.setattr("gpt_simple.job.summary.write_json", full)
     result = tiny()
     assert (result.status, read_status(RunDir(result.output_dir)).state) == ("completed", "completed")
     assert "summary.json was not written: No space left" in events(result, "output_failed")[0]["message"]

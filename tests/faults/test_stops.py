@@ -162,7 +162,7 @@ def test_a_budget_begins_with_the_program(shell: Shell, monkeypatch: pytest.Monk
     began: list[float] = []
 
     def train(*_: Any, **options: Any) -> Any:
-        began.append(options["began"])
+        began.append(options["started"])
         raise GptSimpleError("that is all")
 
     monkeypatch.setattr("gpt_simple.job.train.train", train)
@@ -185,7 +185,7 @@ class Lingers(Everywhere):
 
 
 def test_a_request_from_another_machine_is_found(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_simple.engine.time_budget._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("gpt_simple.engine.control._THROTTLE_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(Owner, "is_here", lambda owner: False)
         result = tiny(plugins=[At("on_step_end", 2, lambda run: ask_to_stop(RunDir(run.output_dir)))])

@@ -189,7 +189,7 @@ def test_after_a_crash_the_run_goes_on_from_its_last_checkpoint_even_if_it_began
         out, err = launcher.communicate(timeout=100)
         assert launcher.returncode == 0, err
     assert re.search(r"resumed from step (8|\d\d+)", out)
-    assert "completed: all 150 steps" in out
+    assert "completed: finished all 150 steps" in out
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_on_a_terminal_a_view_is_redrawn_and_the_log_stays(here: Path, colour: b
     assert f"{ESCAPE}[?25l" not in output, "a hidden cursor would stay hidden after a second Ctrl-C or a kill"
     assert re.search(r"step \d+/40", output)
     assert "step=4 eval_loss=" in output
-    assert "completed: all 40 steps are made" in output
+    assert "completed: finished all 40 steps" in output
     assert bool(re.search(ESCAPE + r"\[[0-9;]*3[0-9;]*m", output)) == colour
 
 

@@ -110,7 +110,7 @@ def test_a_device_without_a_known_peak_has_no_mfu(tiny: TinyRun) -> None:
 
 
 def test_mfu_is_the_share_of_the_peak_that_the_tokens_took(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_simple.job.stages.peak_flops", lambda *_: 1e12)
+    monkeypatch.setattr("gpt_simple.job.build.peak_flops", lambda *_: 1e12)
     flops: list[float] = []
 
     class Asks(Plugin[Any]):

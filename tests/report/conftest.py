@@ -29,7 +29,7 @@ def make(tmp_path: Path) -> Make:
             "run": {"parameters": 1234567, "device": "cpu", "precision": "no", "floor": 0.5},
         }
         (root / "run.json").write_text(json.dumps({"run_id": "abcd1234", "lineage": lineage, "facts": facts}))
-        status = {"state": "completed", "step": 100, "max_steps": 100, "reason": "all 100 steps are made"}
+        status = {"state": "completed", "step": 100, "max_steps": 100, "reason": "finished all 100 steps"}
         (root / "status.json").write_text(json.dumps(status))
         lines = rows if rows is not None else [*map(train, range(10, 101, 10)), *map(evaluated, (50, 100)), *EVENTS]
         (root / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))

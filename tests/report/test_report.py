@@ -46,7 +46,7 @@ def test_a_real_run_becomes_a_page_that_stands_alone(shell: Shell, here: Path) -
     root = parsed(html)
     assert set(drawings(root, "step")) >= {"Loss", "Learning rate", "Gradient norm", "Throughput", "Peak memory"}
     assert not re.search(r"""(?:src|href)\s*=|url\((?!#)|@import|<script""", html)
-    assert "all 4 steps are made" in texts(root)
+    assert "finished all 4 steps" in texts(root)
     assert "Samples over time" in texts(root)
     assert "perplexity" in texts(root)
     assert re.search(r"its time in plugins\s+[\d.]+ s \(\w+ [\d.]+ s, ", texts(root))

@@ -20,7 +20,7 @@ from gpt_simple.job.train import train
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugins.memory import start_counting, stop_counting
 from gpt_simple.preflight.devices import CARDS, find_card
-from gpt_simple.preflight.dry_run import Rehearsal
+from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory import largest_batch, predict_memory
 from gpt_simple.spec import assemble
 from gpt_simple.testing import train_on_ranks
@@ -144,11 +144,11 @@ def test_an_evaluation_is_predicted_too() -> None:
     config = small(per_device_batch_size=1, gradient_accumulation_steps=1, gradient_checkpointing=True, eval_steps=1)
     prediction = predict_memory(config, vocab_size=30000)
     cpu = torch.device("cpu")
-    rehearsal = Rehearsal.prepare(config, builtin_registry(), resolve("no", cpu), vocab_size=30000)
-    rehearsal.step()
+    dry_run = DryRun.prepare(config, builtin_registry(), resolve("no", cpu), vocab_size=30000)
+    dry_run.step()
     resident = sum(prediction.by_category[name] for name in ("parameters", "optimizer", "data"))
     start_counting()
-    rehearsal.evaluate()
+    dry_run.evaluate()
     assert prediction.by_phase["evaluation"] == pytest.approx(resident + stop_counting(), rel=0.01)
 
 

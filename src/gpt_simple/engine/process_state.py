@@ -24,6 +24,7 @@ from torch import (
 )
 from torch._C import _len_torch_function_stack as count_modes
 
+from gpt_simple.errors import PluginError
 from gpt_simple.plugin_host.dispatch import Guard
 
 _KINDS = ("cpu", "cuda", "mps", "xpu")
@@ -42,8 +43,8 @@ def _look(run: Any) -> State:
     autocasts = autocast_increment_nesting() - 1
     autocast_decrement_nesting()
     try:
-        training = run._model.training
-    except AttributeError:  # there is none yet
+        training = run.model.training
+    except (AttributeError, PluginError):  # there is none yet
         training = None
     return (
         gradients,
@@ -76,9 +77,9 @@ def _put_back(run: Any, before: State) -> str:
         torch.set_default_device(device)
         while count_modes() > modes:
             torch.device("cpu").__exit__(None, None, None)  # leaves what was entered last
-    if training is not None and run._model.training is not training:
+    if training is not None and run.model.training is not training:
         left.append(f"the model in {'evaluation' if training else 'training'} mode")
-        run._model.train(training)
+        run.model.train(training)
     left += _leave_autocast(autocasts, kinds)
     return ", ".join(left)
 

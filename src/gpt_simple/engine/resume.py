@@ -185,7 +185,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def resume_guarantee(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:
-    """What continuing as ``now`` from ``saved`` (two ``run_fingerprint``s) after ``samples`` samples keeps, in a phrase.
+    """What continuing as ``now`` from ``saved`` after ``samples`` samples keeps, in a phrase (two fingerprints).
 
     Raises CheckpointError with every difference if the model, the tokenizer or the data are others.
     """

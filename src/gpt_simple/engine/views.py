@@ -7,7 +7,7 @@ restored. They implement ``gpt_simple.hooks.run.Run``; a member that a view does
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,10 @@ from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import Loader
 from gpt_simple.distributed.process_group import World
 from gpt_simple.engine.control import Control, Requests
+from gpt_simple.engine.evaluation import evaluation_mode
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.precision import Precision
-from gpt_simple.engine.rng import isolated_rng, stream
+from gpt_simple.engine.rng import stream
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.step import summed_loss
 from gpt_simple.errors import PluginError
@@ -159,9 +160,13 @@ class LaunchView:
     def facts(self) -> dict[str, Any]:
         return {}
 
+    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
+        self.comm.check("run.val_batches")
+        raise _missing("val_batches")
+
     def __getattr__(self, name: str) -> Any:
         if name in _LATER:
-            raise PluginError(f"run.{name} does not exist yet: it is there from {_LATER[name]} on")
+            raise _missing(name)
         raise AttributeError(f"run has no attribute {name!r}")
 
 
@@ -172,6 +177,10 @@ _LATER = {
 """Members of ``hooks.run.Run`` that only later views have, and the hook that sees them first."""
 
 
+def _missing(name: str) -> PluginError:
+    return PluginError(f"run.{name} does not exist yet: it is there from {_LATER[name]} on")
+
+
 @frozen(eq=False)
 class ModelView(LaunchView):
     """The run with its model, raw and not yet prepared for training; in ``check_runtime`` without storage."""
@@ -180,19 +189,8 @@ class ModelView(LaunchView):
     tokenizer: Tokenizer
     checkpoints: EngineCheckpoints
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with (
-                isolated_rng(stream(self.config.training.seed, self.step), self.device),
-                torch.no_grad(),
-                self.precision.autocast(),
-            ):
-                yield
-        finally:
-            self.model.train(was_training)
+    def evaluating(self) -> AbstractContextManager[None]:
+        return evaluation_mode(self.model, self.precision, stream(self.config.training.seed, self.step))
 
     def generate(
         self,

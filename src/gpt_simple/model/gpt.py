@@ -57,6 +57,7 @@ class GPT(nn.Module):
         super().__init__()
         self.shape = shape
         self.checkpoint_every = 0
+        self.loss_function: Callable[[Tensor, Tensor, Tensor], Tensor] = summed_cross_entropy
         self.token_embedding = _embedding(shape.vocab_size, shape.n_embd)
         if shape.position == "learned":
             self.position_embedding = _embedding(shape.n_positions, shape.n_embd)
@@ -105,7 +106,7 @@ class GPT(nn.Module):
         x = self.norm(x)
         if labels is None:
             return F.linear(x, self.head_weight)
-        return summed_cross_entropy(x, self.head_weight, labels)
+        return self.loss_function(x, self.head_weight, labels)
 
     def decode(self, input_ids: Tensor, cache: list[LayerCache]) -> Tensor:
         """Logits ``[B, V]`` of the token that follows ``input_ids`` ``[B, T]``, given what the cache has

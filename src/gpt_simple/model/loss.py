@@ -25,16 +25,27 @@ ROWS_PER_CHUNK = {"cpu": 512, "cuda": 4096}
 """Tokens in a chunk. Each one adds to a gradient of vocabulary size, which fewer rows would not repay."""
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    fused: bool | None = None,
+    rows_per_chunk: int | None = None,
+) -> Tensor:
     """Cross-entropy of ``softmax(hidden @ weight.T)`` in nats, summed over labels that are not ``IGNORED``.
 
     ``hidden`` is ``[..., C]``, ``weight`` ``[V, C]``, ``labels`` integer ``[...]``. The product runs in
     autocast's dtype, everything after it in float32. Returns a 0-d float32 tensor.
+
+    ``fused`` chooses the plain formula (None: while it is being compiled); ``rows_per_chunk`` is the size of a chunk of
+    the other (None: by the device).
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() if fused is None else fused:
         return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum", ignore_index=IGNORED)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
+    rows = rows_per_chunk or ROWS_PER_CHUNK.get(hidden.device.type, ROWS_PER_CHUNK["cuda"])
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, rows)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -42,14 +53,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The same number, with the gradients of both factors computed chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
-            return _chunked(ctx, hidden, weight, labels, dtype)
+            return _chunked(ctx, hidden, weight, labels, rows, dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (scale,) = grad_outputs
         # In place: the gradient of the vocabulary is large. A second backward is then refused by autograd's
         # version check, not answered wrongly.
@@ -58,16 +69,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.mul_(scale),
             None if grad_weight is None else grad_weight.mul_(scale),
             None,
+            None,
         )
 
 
-def _chunked(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+def _chunked(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     cast_weight = weight.to(dtype)
-    wants_hidden, wants_weight, _ = ctx.needs_input_grad
+    wants_hidden, wants_weight, *_ = ctx.needs_input_grad
     grad_hidden = torch.empty_like(hidden) if wants_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    rows = ROWS_PER_CHUNK.get(hidden.device.type, 4096)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         inputs, targets = hidden[part].to(dtype), labels[part]

@@ -11,19 +11,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import define, evolve, frozen
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import CHUNK_STEPS, CHUNK_TOKENS
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import process_as_found
+from gpt_simple.engine.step import TrainStep
 from gpt_simple.errors import ConfigError
+from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import Registry, builtin_registry
-from gpt_simple.hooks.events import BatchReady
-from gpt_simple.model import loss
+from gpt_simple.model.loss import ROWS_PER_CHUNK, summed_cross_entropy
 from gpt_simple.preflight.devices import Card, find_card
-from gpt_simple.preflight.dry_run import Rehearsal
+from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory_tracker import CATEGORIES, MemoryTracker
 
 if TYPE_CHECKING:
@@ -80,23 +81,20 @@ def predict_memory(
     dtype = _DTYPES[precision]
     setting = Precision(precision, "", device, dtype, torch.amp.GradScaler("cpu", enabled=False))
     tracker = MemoryTracker(_CUDA_BLOCK if cuda else 1)
-    rows_per_chunk = loss.ROWS_PER_CHUNK | ({"cpu": loss.ROWS_PER_CHUNK["cuda"]} if cuda else {})
-    before = loss.ROWS_PER_CHUNK
-    loss.ROWS_PER_CHUNK = rows_per_chunk
-    try:
-        with process_as_found(), FakeTensorMode(), tracker:
-            rehearsal = Rehearsal.prepare(
-                config,
-                registry or builtin_registry(),
-                setting,
-                vocab_size=vocab_size,
-                as_compiled=compiled,
-                fake_tensors=True,
-            )
-            _watch(rehearsal, tracker, config, world_size, cuda)
-    finally:
-        loss.ROWS_PER_CHUNK = before
-    copy = rehearsal.state_bytes() if config.training.background_save and config.training.save_steps else 0
+    loss_function = partial(
+        summed_cross_entropy, fused=compiled, rows_per_chunk=ROWS_PER_CHUNK["cuda" if cuda else "cpu"]
+    )
+    with process_as_found(), FakeTensorMode(), tracker:
+        dry_run = DryRun.prepare(
+            config,
+            registry or builtin_registry(),
+            setting,
+            vocab_size=vocab_size,
+            loss_function=loss_function,
+            fake_tensors=True,
+        )
+        _watch(dry_run, tracker, config, world_size, cuda)
+    copy = dry_run.state_bytes() if config.training.background_save and config.training.save_steps else 0
     here = 0 if cuda else copy
     by_category = {**{name: tracker.peak_by.get(name, 0) for name in CATEGORIES}, "copies": here}
     by_phase = {phase: size for phase, size in tracker.peaks.items() if phase != "data"}
@@ -104,71 +102,73 @@ def predict_memory(
     return MemoryPrediction(tracker.peak + here, by_category, phase, place, by_phase, compiled, copy)
 
 
-def _watch(rehearsal: Rehearsal, tracker: MemoryTracker, config: Config, world_size: int, cuda: bool) -> None:
+def _watch(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_size: int, cuda: bool) -> None:
     """A step that makes the optimizer's state, one that has it from its start, and an evaluation.
 
     The second micro-batch of a step meets the gradients of the first; more of them need no more.
     """
-    batch = rehearsal.rows.batch
+    batch, train_step = dry_run.batch, dry_run.train_step
     tracker.name([batch.input_ids, batch.labels], "data")
     tracker.phase = "data"
     held = _chunks(config, cuda)
-    trained = {name: p for name, p in rehearsal.model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in train_step.model.named_parameters() if p.requires_grad}
     buckets = {name: torch.zeros_like(parameter) for name, parameter in trained.items()} if world_size > 1 else {}
     tracker.name(buckets.values(), "gradients")
-    _follow(rehearsal, tracker, trained, buckets)
+    phases = _Phases(tracker, buckets)
+    phases.follow(train_step, trained)
     for micro_batches in (1, min(2, config.training.gradient_accumulation_steps)):
-        rehearsal.rows.micro_batches = micro_batches
-        rehearsal.step()
-        states = (value for state in rehearsal.optimizer.state.values() for value in state.values())
+        phases.last = micro_batches - 1
+        dry_run.step(micro_batches, on_batch=phases.on_batch, on_gradients=phases.on_gradients)
+        states = (value for state in train_step.optimizer.state.values() for value in state.values())
         tracker.name([value for value in states if isinstance(value, torch.Tensor)], "optimizer")
     if config.training.eval_steps:
-        tracker.phase, tracker.place = "evaluation", ""
-        rehearsal.evaluate()
+        phases.enter("evaluation")
+        dry_run.evaluate()
     del held
 
 
-def _follow(
-    rehearsal: Rehearsal,
-    tracker: MemoryTracker,
-    trained: Mapping[str, torch.Tensor],
-    buckets: Mapping[str, torch.Tensor],
-) -> None:
-    """Keep the tracker's phase and place up to date through the hooks of torch and the engine.
+@define
+class _Phases:
+    """Keeps the tracker's phase and place up to date through the hooks of torch and of the step.
 
     ``buckets`` stand for those of DistributedDataParallel, which take the gradients of a step's last micro-batch; the
     gradients of the others are kept beside them.
     """
-    model, calls = rehearsal.model, rehearsal.calls
-    is_last = False
 
-    def enter(phase: str) -> None:
-        tracker.phase, tracker.place = phase, ""
+    tracker: MemoryTracker
+    buckets: Mapping[str, torch.Tensor]
+    last: int = 0
+    is_last: bool = False
 
-    def begin(run: Any, event: BatchReady) -> None:
-        nonlocal is_last
-        is_last = event.micro_batch + 1 == rehearsal.rows.micro_batches
-        enter("forward")
+    def follow(self, step: TrainStep, trained: Mapping[str, torch.Tensor]) -> None:
+        step.model.register_forward_hook(lambda module, *_: self.enter("backward") if module.training else None)
+        step.optimizer.register_step_pre_hook(lambda *_: self.enter("optimizer"))
+        for name, module in step.model.named_modules():
+            if name:
+                module.register_forward_pre_hook(partial(self._at, name))
+        for name, parameter in trained.items():
+            hook = partial(self._has_gradient, name)
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
-    def at(name: str, *_: Any) -> None:
-        tracker.place = name
+    def on_batch(self, index: int, batch: Batch) -> None:
+        self.is_last = index == self.last
+        self.enter("forward")
 
-    def has_gradient(name: str, parameter: torch.Tensor) -> None:
-        tracker.place = name
+    def on_gradients(self) -> None:
+        self.enter("clipping")
+
+    def enter(self, phase: str) -> None:
+        self.tracker.phase, self.tracker.place = phase, ""
+
+    def _at(self, name: str, *_: Any) -> None:
+        self.tracker.place = name
+
+    def _has_gradient(self, name: str, parameter: torch.Tensor) -> None:
+        self._at(name)
         if parameter.grad is not None:
-            tracker.name([parameter.grad], "gradients")
-        if is_last and buckets:
-            parameter.grad = buckets[name]
-
-    calls.on_batch = begin
-    calls.on_gradients = lambda run, event: enter("clipping")
-    model.register_forward_hook(lambda module, inputs, output: enter("backward") if module.training else None)
-    rehearsal.optimizer.register_step_pre_hook(lambda optimizer, arguments, options: enter("optimizer"))
-    for name, module in model.named_modules():
-        if name:
-            module.register_forward_pre_hook(partial(at, name))
-    for name, parameter in trained.items():
-        parameter.register_post_accumulate_grad_hook(partial(has_gradient, name))  # type: ignore[no-untyped-call]
+            self.tracker.name([parameter.grad], "gradients")
+        if self.is_last and self.buckets:
+            parameter.grad = self.buckets[name]
 
 
 def _chunks(config: Config, cuda: bool) -> list[torch.Tensor]:

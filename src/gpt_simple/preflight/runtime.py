@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from attrs import frozen
 
@@ -70,7 +69,7 @@ def _measured(outlook: Outlook) -> Pace:
     from gpt_simple.engine.compile import compile_flags, plan
     from gpt_simple.engine.precision import resolve
     from gpt_simple.engine.process_state import process_as_found
-    from gpt_simple.preflight.dry_run import Rehearsal
+    from gpt_simple.preflight.dry_run import DryRun
 
     config, training = outlook.config, outlook.config.training
     vocab_size = outlook.data.vocab_size
@@ -83,15 +82,13 @@ def _measured(outlook: Outlook) -> Pace:
         compiling = plan(training, device, 1, wished=wished, place="training.compile")
         _require_memory(outlook, vocab_size, precision.name, device, compiled=compiling.enabled)
         with compile_flags(compiling), _own_compiler_cache():
-            rehearsal = Rehearsal.prepare(
-                config, outlook.registry, precision, vocab_size=vocab_size, compiling=compiling
-            )
-            first = _seconds(rehearsal.step, device)
-            steps = _repeat(rehearsal.step, device)
+            dry_run = DryRun.prepare(config, outlook.registry, precision, vocab_size=vocab_size, compile_plan=compiling)
+            first = _seconds(dry_run.step, device)
+            steps = _repeat(dry_run.step, device)
             batch = 0.0
             if training.eval_steps:
-                _seconds(rehearsal.evaluate, device)
-                batch = _seconds(rehearsal.evaluate, device)
+                _seconds(dry_run.evaluate, device)
+                batch = _seconds(dry_run.evaluate, device)
     step = statistics.median(steps)
     name = "fp32" if precision.name == "no" else precision.name
     compiled = ", compiled" if compiling.enabled else ""
@@ -104,10 +101,16 @@ def _measured(outlook: Outlook) -> Pace:
 @contextmanager
 def _own_compiler_cache() -> Iterator[None]:
     """What is compiled goes into a directory that is deleted afterwards."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    before = {name: os.environ[name] for name in names if name in os.environ}
     with TemporaryDirectory(prefix="gpt-simple-probe-") as cache:
-        names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-        with patch.dict(os.environ, {name: str(Path(cache, name)) for name in names}):
+        os.environ.update({name: str(Path(cache, name)) for name in names})
+        try:
             yield
+        finally:
+            for name in names:
+                del os.environ[name]
+            os.environ.update(before)
 
 
 def _require_memory(outlook: Outlook, vocab_size: int, precision: str, device: Any, *, compiled: bool) -> None:
