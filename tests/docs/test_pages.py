@@ -60,7 +60,7 @@ def test_the_architecture_names_what_is_there() -> None:
     stages = " ".join(re.findall(r"^\| \w+ \| (`[^|]+`) \|", text, re.MULTILINE))
     code = {path.stem: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
     methods = re.findall(r"`(\w+)\.(\w+)`", stages)
-    assert ("Trainer", "train") in methods
+    assert ("Trainer", "fit") in methods
     for owner, name in methods:
         homes = [body for stem, body in code.items() if stem == owner or re.search(rf"^class {owner}\b", body, re.M)]
         assert any(f"def {name}(" in body for body in homes), f"{owner}.{name}"

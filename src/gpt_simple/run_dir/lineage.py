@@ -42,7 +42,7 @@ class RunRecord:
         path = run_dir.run_json
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            losses = document.get("val_losses", {})
+            losses = document["val_losses"] if "val_losses" in document else {}
             return cls(run_dir, document["run_id"], document["lineage"], document["facts"], dict(losses))
         except FileNotFoundError:
             return cls(run_dir, new_id())
