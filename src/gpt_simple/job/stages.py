@@ -21,7 +21,6 @@ from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.data.prepare import prepare
 from gpt_simple.engine.compile import CompilePlan, compile_model
-from gpt_simple.engine.memory import peak_flops
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan, identity, promise
 from gpt_simple.engine.rng import isolated_rng, stream
@@ -30,6 +29,7 @@ from gpt_simple.engine.time_budget import Walltime
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import EngineCheckpoints, EngineRun
 from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError
+from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
 from gpt_simple.hooks.results import Finding
 from gpt_simple.model.shape import padded
@@ -241,7 +241,7 @@ class Setup:
             "compile": self.compiling.scope if self.compiling.enabled else "off",
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "flops_per_token": flops(run.config.data.max_length) if flops is not None else None,
-            "peak_flops": peak_flops(run.device, run.precision.name),
+            "peak_flops": peak_flops(_device_name(run.device), run.precision.name),
             "tokens_per_step": rows * run.config.data.max_length,
             "document_kernel": kernel(run.device) if kernel and run.config.data.document_mask else None,
             "floor": self.dataset.floor,
