@@ -15,11 +15,11 @@ import gpt_simple
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from gpt_simple.engine.precision import resolve
 from gpt_simple.errors import ConfigError
+from gpt_simple.hardware import GPUS, find_gpu
 from gpt_simple.hooks.components import builtin_registry
 from gpt_simple.job.train import train
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugins.memory import start_counting, stop_counting
-from gpt_simple.preflight.devices import CARDS, find_card
 from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory import largest_batch, predict_memory
 from gpt_simple.spec import assemble
@@ -262,15 +262,15 @@ def test_the_batch_that_is_found_fits_and_one_more_row_does_not(check: Check) ->
         assert "memory-too-small" in ask(f"{rows}{found[key] + 1}", setting, code=2)
 
 
-def test_cards() -> None:
-    assert find_card("H100") is CARDS["h100"]
-    assert find_card("24GiB").memory == 24 * 2**30
-    assert find_card("1000").memory == 1000
+def test_gpus() -> None:
+    assert find_gpu("H100") is GPUS["h100"]
+    assert find_gpu("24GiB").memory == 24 * 2**30
+    assert find_gpu("1000").memory == 1000
     with pytest.raises(ConfigError, match=r"h10.*did you mean h100"):
-        find_card("h10")
+        find_gpu("h10")
 
 
-def test_the_command_compares_with_a_card(check: Check) -> None:
+def test_the_command_compares_with_a_gpu(check: Check) -> None:
     found = check("--device", "3GiB", "--fit", "--training.mixed_precision=fp16", "--model.n_embd=256")
     assert found["memory"]["fields"]["precision"] == "fp16"
     assert found["memory-margin"]["fields"]["margin"] > 0
@@ -285,13 +285,13 @@ def test_a_batch_is_not_looked_for_without_end(check: Check, monkeypatch: pytest
     assert "is at least 4096" in check("--device", "h200", "--fit")["memory-fit"]["message"]
 
 
-def test_a_precision_that_a_card_lacks_is_refused(check: Check) -> None:
+def test_a_precision_that_a_gpu_lacks_is_refused(check: Check) -> None:
     refused = check("--device", "v100", "--training.mixed_precision=bf16", code=2)["memory-refused"]
     assert refused["place"] == "--training.mixed_precision"
     assert "v100 only emulates bf16" in refused["message"]
 
 
-def test_an_unknown_card_is_an_error(check: Check) -> None:
+def test_an_unknown_gpu_is_an_error(check: Check) -> None:
     assert "h100" in check("--device", "h10", code=2)["memory-refused"]["message"]
 
 

@@ -15,13 +15,13 @@ from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
 from gpt_simple.engine.control import throttled
-from gpt_simple.engine.memory import peak_flops
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import isolated_rng, stream
 from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
+from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
@@ -201,7 +201,7 @@ def _facts(job: Job, data: PreparedData, model: torch.nn.Module) -> dict[str, An
         "compile": compile_plan.scope if compile_plan.enabled else "off",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_token": flops(config.data.max_length) if flops is not None else None,
-        "peak_flops": peak_flops(device, precision.name),
+        "peak_flops": peak_flops(_device_name(device), precision.name),
         "tokens_per_step": rows * config.data.max_length,
         "document_kernel": kernel(device) if kernel and config.data.document_mask else None,
         "floor": data.dataset.floor,

@@ -173,26 +173,26 @@ def _forecast(outlook: Outlook) -> Iterator[Finding]:
     if prediction.copy:
         message += f"; background_save holds a copy of {_size(prediction.copy)} in host memory"
     yield Finding("info", "memory", message, fields=fields)
-    card = forecast.card
-    if card is None:
+    gpu = forecast.gpu
+    if gpu is None:
         return
-    margin = card.usable - prediction.peak
-    fields = {"memory": card.memory, "usable": card.usable, "margin": margin}
+    margin = gpu.usable - prediction.peak
+    fields = {"memory": gpu.memory, "usable": gpu.usable, "margin": margin}
     if margin < 0:
-        kept = f"{_size(card.memory - card.usable)} of its {_size(card.memory)} are kept for CUDA and no tensors"
-        message = f"the run needs {_size(-margin)} more than {card.name} has for tensors ({_size(card.usable)}; {kept})"
+        kept = f"{_size(gpu.memory - gpu.usable)} of its {_size(gpu.memory)} are kept for CUDA and no tensors"
+        message = f"the run needs {_size(-margin)} more than {gpu.name} has for tensors ({_size(gpu.usable)}; {kept})"
         hint = "lower per_device_batch_size (--fit finds it), or shorten data.max_length"
         if not training.gradient_checkpointing:
             hint = f"set gradient_checkpointing to true, {hint}"
         yield Finding("error", "memory-too-small", message, "training.per_device_batch_size", hint, fields=fields)
     else:
-        message = f"{card.name} has {_size(card.usable)} for tensors: a margin of {_size(margin)}"
+        message = f"{gpu.name} has {_size(gpu.usable)} for tensors: a margin of {_size(margin)}"
         yield Finding("info", "memory-margin", message, fields=fields)
     if forecast.batch is not None:
         bare = forecast.batch_without_checkpointing
         most = forecast.largest_tried
         at_least = {number: "at least " if number == most else "" for number in (forecast.batch, bare)}
-        message = f"the largest per_device_batch_size for {card.name} is {at_least[forecast.batch]}{forecast.batch}"
+        message = f"the largest per_device_batch_size for {gpu.name} is {at_least[forecast.batch]}{forecast.batch}"
         if training.gradient_checkpointing:
             message += f", and {at_least[bare]}{bare} without gradient checkpointing, which saves a forward pass"
         fields = {"batch": forecast.batch, "batch_without_checkpointing": bare}

@@ -20,10 +20,10 @@ from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import process_as_found
 from gpt_simple.engine.step import TrainStep
 from gpt_simple.errors import ConfigError
+from gpt_simple.hardware import GpuSpec, find_gpu
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import Registry, builtin_registry
 from gpt_simple.model.loss import ROWS_PER_CHUNK, summed_cross_entropy
-from gpt_simple.preflight.devices import Card, find_card
 from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory_tracker import CATEGORIES, MemoryTracker
 
@@ -186,12 +186,12 @@ def _chunks(config: Config, cuda: bool) -> list[torch.Tensor]:
 
 @frozen
 class MemoryForecast:
-    """A prediction, the card that it is compared with, and the batches that would fit if that was asked for."""
+    """A prediction, the GPU that it is compared with, and the batches that would fit if that was asked for."""
 
     prediction: MemoryPrediction
     precision: str
     compiled: bool
-    card: Card | None
+    gpu: GpuSpec | None
     batch: int | None = None
     batch_without_checkpointing: int | None = None
     largest_tried: int = LARGEST_BATCH
@@ -200,13 +200,13 @@ class MemoryForecast:
 def forecast(outlook: Outlook) -> MemoryForecast:
     """Answer the questions about memory that were asked. Raises ConfigError for an unknown device."""
     config, questions = outlook.config, outlook.questions
-    card = find_card(questions.device) if questions.device else _card_here()
+    gpu = find_gpu(questions.device) if questions.device else _gpu_here()
     precision: str = config.training.mixed_precision or "auto"
     if precision == "auto":
-        precision = card.precision if card is not None else "no"
-    if card is not None and (precision, card.precision) == ("bf16", "fp16"):
+        precision = gpu.precision if gpu is not None else "no"
+    if gpu is not None and (precision, gpu.precision) == ("bf16", "fp16"):
         raise ConfigError(
-            f'training.mixed_precision: a {card.name} only emulates bf16; use "fp16", "no", or leave it out'
+            f'training.mixed_precision: a {gpu.name} only emulates bf16; use "fp16", "no", or leave it out'
         )
     vocab_size = outlook.data.vocab_size
     if vocab_size is None:
@@ -219,18 +219,18 @@ def forecast(outlook: Outlook) -> MemoryForecast:
             precision=precision,
             compiled=config.training.compile,
             world_size=questions.world_size,
-            cuda=card is not None,
+            cuda=gpu is not None,
             registry=outlook.registry,
         )
 
-    result = MemoryForecast(predict(config), precision, config.training.compile, card)
+    result = MemoryForecast(predict(config), precision, config.training.compile, gpu)
     if not questions.fit:
         return result
-    if card is None:
+    if gpu is None:
         raise ConfigError("--fit needs to know what to fit into: name a card with --device")
-    batch = largest_batch(config, card.usable, predict)
+    batch = largest_batch(config, gpu.usable, predict)
     bare = evolve(config, training=evolve(config.training, gradient_checkpointing=False))
-    without = largest_batch(bare, card.usable, predict) if config.training.gradient_checkpointing else batch
+    without = largest_batch(bare, gpu.usable, predict) if config.training.gradient_checkpointing else batch
     return evolve(result, batch=batch, batch_without_checkpointing=without)
 
 
@@ -257,9 +257,9 @@ def largest_batch(config: Config, room: int, predict: Any) -> int:
     return fits
 
 
-def _card_here() -> Card | None:
+def _gpu_here() -> GpuSpec | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
     modern = torch.cuda.get_device_capability(0) >= (8, 0)
-    return Card(properties.name, properties.total_memory, "bf16" if modern else "fp16")
+    return GpuSpec(properties.name, properties.total_memory, "bf16" if modern else "fp16")

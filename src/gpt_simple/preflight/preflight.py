@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gpt_simple.preflight.memory import MemoryForecast
     from gpt_simple.preflight.output import OutputOutlook
     from gpt_simple.preflight.resume import ResumeOutlook
-    from gpt_simple.preflight.runtime import Pace
+    from gpt_simple.preflight.runtime import ThroughputEstimate
 
 
 def outlook(config: Config) -> Outlook:
@@ -147,7 +147,7 @@ class Outlook:
         return forecast(self)
 
     @cached_property
-    def pace(self) -> Pace | None:
+    def pace(self) -> ThroughputEstimate | None:
         """How fast the run would be: measured with ``probe`` (imports torch), estimated for a known device, or None."""
         from gpt_simple.preflight.runtime import look
 

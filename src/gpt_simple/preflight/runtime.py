@@ -1,4 +1,4 @@
-"""How long a run takes: measured by a few real steps, or estimated from its arithmetic for a named card."""
+"""How long a run takes: measured by a few real steps, or estimated from its arithmetic for a named GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from gpt_simple.errors import ConfigError
+from gpt_simple.hardware import find_gpu
 from gpt_simple.model.flops import flops_per_token, parameter_count
-from gpt_simple.preflight.devices import find_card
 from gpt_simple.preflight.environment import free_memory
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _WRITING = 0.5e9
 
 
 @frozen
-class Pace:
+class ThroughputEstimate:
     """Seconds of the ``steps_left`` by what they go to. ``basis`` says where the numbers come from.
 
     ``evaluation_seconds`` is None while the data are not prepared, since their validation split is not known then.
@@ -55,14 +55,14 @@ class Pace:
         return {name: getattr(self, name) for name in (*names, "total_seconds")}
 
 
-def look(outlook: Outlook) -> Pace | None:
-    """Measure if a probe was asked for, else estimate for the named card; None if neither can be done."""
+def look(outlook: Outlook) -> ThroughputEstimate | None:
+    """Measure if a probe was asked for, else estimate for the named GPU; None if neither can be done."""
     if outlook.questions.probe:
         return _measured(outlook)
     return _estimated(outlook) if outlook.questions.device else None
 
 
-def _measured(outlook: Outlook) -> Pace:
+def _measured(outlook: Outlook) -> ThroughputEstimate:
     """Make steps on this machine, as configured, on rows that are made up; nothing stays behind."""
     import torch
 
@@ -95,7 +95,7 @@ def _measured(outlook: Outlook) -> Pace:
     basis = f"measured: {len(steps)} steps here, {name}{compiled}; the first took {first:.1f} s"
     if outlook.questions.world_size > 1:
         basis += f"; {outlook.questions.world_size} processes without the time to talk to each other"
-    return _pace(outlook, True, basis, step, batch, first)
+    return _extrapolated(outlook, True, basis, step, batch, first)
 
 
 @contextmanager
@@ -138,25 +138,28 @@ def _require_memory(outlook: Outlook, vocab_size: int, precision: str, device: A
         )
 
 
-def _estimated(outlook: Outlook) -> Pace | None:
+def _estimated(outlook: Outlook) -> ThroughputEstimate | None:
     try:
-        card = find_card(outlook.questions.device or "")
+        gpu = find_gpu(outlook.questions.device or "")
     except ConfigError:
         return None  # the prediction of the memory says it
     shape, config, mfu = outlook.shape, outlook.config, outlook.questions.mfu
-    if card.flops is None or shape is None:
+    peak = gpu.flops.get(gpu.precision)
+    if peak is None or shape is None:
         return None
     rows, length = config.training.per_device_batch_size, config.data.max_length
-    forward = flops_per_token(shape, length) / 3 * rows * length / (card.flops * mfu)
+    forward = flops_per_token(shape, length) / 3 * rows * length / (peak * mfu)
     # The backward pass costs two forward passes, and another one of the blocks whose activations are computed again.
     every = int(config.training.gradient_checkpointing)
     passes = 3 + (-(-shape.n_layer // every) / shape.n_layer if every else 0)
     step = passes * forward * config.training.gradient_accumulation_steps
-    basis = f"an estimate: {mfu:.0%} of the {card.flops / 1e12:.0f} TFLOP/s of a {card.name}"
-    return _pace(outlook, False, basis, step, forward, 0.0)
+    basis = f"an estimate: {mfu:.0%} of the {peak / 1e12:.0f} TFLOP/s of a {gpu.name}"
+    return _extrapolated(outlook, False, basis, step, forward, 0.0)
 
 
-def _pace(outlook: Outlook, measured: bool, basis: str, step: float, batch: float, first: float) -> Pace:
+def _extrapolated(
+    outlook: Outlook, measured: bool, basis: str, step: float, batch: float, first: float
+) -> ThroughputEstimate:
     """From the seconds of a step, of a batch of an evaluation and of the first step to what is left of the run."""
     config, training, world = outlook.config, outlook.config.training, outlook.questions.world_size
     done = min(outlook.done[0], training.max_steps)
@@ -170,7 +173,7 @@ def _pace(outlook: Outlook, measured: bool, basis: str, step: float, batch: floa
     if training.max_eval_batches is not None:
         batches = min(batches, -(-training.max_eval_batches // world))
     saves = events_left(training.save_steps or training.max_steps)
-    return Pace(
+    return ThroughputEstimate(
         measured=measured,
         basis=basis,
         tokens_per_second=outlook.rows_per_step * config.data.max_length / step,

@@ -42,8 +42,8 @@ class RunRecord:
         path = run_dir.run_json
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            losses = document["val_losses"] if "val_losses" in document else {}
-            return cls(run_dir, document["run_id"], document["lineage"], document["facts"], dict(losses))
+            known = document["run_id"], document["lineage"], document["facts"]
+            return cls(run_dir, *known, dict(document.get("val_losses", {})))
         except FileNotFoundError:
             return cls(run_dir, new_id())
         except (OSError, ValueError, KeyError, TypeError) as error:

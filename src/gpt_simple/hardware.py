@@ -1,0 +1,93 @@
+"""The GPUs that are known: their memory, their peak arithmetic, and the names that drivers give them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+
+from attrs import field, frozen
+
+from gpt_simple.errors import ConfigError
+
+_GIB = 2**30
+_RESERVE = 1.5 * _GIB
+"""What is no tensor: the CUDA context, cuBLAS workspaces, NCCL, and holes between blocks."""
+
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@frozen
+class GpuSpec:
+    """A GPU: the bytes that torch sees, the precision that ``auto`` means on it, and FLOP/s in each precision.
+
+    ``device_names`` are the whole names that drivers give it, without the vendor: a similar GPU and a slice of this one
+    (MIG) are others.
+    """
+
+    name: str
+    memory: int
+    precision: str
+    flops: Mapping[str, float] = field(factory=dict)
+    device_names: tuple[str, ...] = ()
+
+    @property
+    def usable(self) -> int:
+        """Bytes for tensors, once the runtime has taken its share."""
+        return max(0, int(self.memory - _RESERVE))
+
+
+def _gpu(name: str, gib: float, bf16: float | None, fp16: float, no: float, *device_names: str) -> GpuSpec:
+    flops = {"bf16": bf16, "fp16": fp16, "no": no}
+    known = {precision: peak * 1e12 for precision, peak in flops.items() if peak is not None}
+    return GpuSpec(name, int(gib * _GIB), "bf16" if bf16 is not None else "fp16", known, device_names)
+
+
+# Memory as torch reports it, rounded down; then TFLOP/s in bf16, fp16 and without mixed precision. They are dense, with
+# fp32 accumulation, from NVIDIA's data sheets (the GeForces: the Ada and GA102 white papers), most of which print the
+# double for sparse matrices. Without mixed precision a run multiplies in TF32, or in fp32 before Ampere.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("h200", 139.5, 989, 989, 494, "H200"),
+        _gpu("h100", 79.0, 989, 989, 494, "H100 80GB HBM3"),
+        _gpu("h100-pcie", 79.0, 756, 756, 378, "H100 PCIe"),
+        _gpu("a100", 79.0, 312, 312, 156, "A100-SXM4-80GB", "A100-PCIE-80GB", "A100 80GB PCIe"),
+        _gpu("a100-40", 39.3, 312, 312, 156, "A100-SXM4-40GB", "A100-PCIE-40GB"),
+        _gpu("l40s", 44.3, 362, 362, 183, "L40S"),
+        _gpu("l4", 22.0, 121, 121, 60, "L4"),
+        _gpu("a10g", 22.0, 70, 70, 35, "A10G"),
+        _gpu("rtx4090", 23.5, 165.2, 165.2, 82.6, "GeForce RTX 4090"),
+        _gpu("rtx3090", 23.5, 71, 71, 35.6, "GeForce RTX 3090"),
+        _gpu("v100", 31.7, None, 125, 15.7, "Tesla V100-SXM2-32GB"),
+        _gpu("v100-16", 15.7, None, 125, 15.7, "Tesla V100-SXM2-16GB"),
+        _gpu("v100-pcie", 31.7, None, 112, 14, "Tesla V100-PCIE-32GB"),
+        _gpu("v100-pcie-16", 15.7, None, 112, 14, "Tesla V100-PCIE-16GB"),
+        _gpu("t4", 14.5, None, 65, 8.1, "Tesla T4"),
+    )
+}
+
+_BY_DEVICE_NAME = {name: gpu for gpu in GPUS.values() for name in gpu.device_names}
+
+
+def find_gpu(text: str) -> GpuSpec:
+    """The GPU of a name, or one with so many bytes (``24GiB``); ConfigError lists the names."""
+    if (gpu := GPUS.get(text.lower().replace(" ", "").replace("_", "-"))) is not None:
+        return gpu
+    found = re.fullmatch(r"([\d_.]+)\s*([kmg]i?b)?", text.strip(), re.IGNORECASE)
+    if found is not None:
+        size = float(found[1].replace("_", "")) * _UNITS[(found[2] or "").lower()]
+        return GpuSpec(text, int(size), "bf16")
+    close = difflib.get_close_matches(text.lower(), GPUS, 1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    raise ConfigError(f"--device {text}: unknown{meant}; expected one of {', '.join(GPUS)}, or bytes such as 24GiB")
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak FLOP/s in ``precision`` (``bf16``, ``fp16`` or ``no``) of the device that the driver calls ``device_name``.
+
+    None for a device that is not known: it has no MFU instead of a wrong one.
+    """
+    # Drivers before 470 leave the vendor out.
+    gpu = _BY_DEVICE_NAME.get(device_name.removeprefix("NVIDIA "))
+    return None if gpu is None else gpu.flops.get(precision)
