@@ -22,11 +22,8 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from gpt_simple.distributed.failures import PeerFailed, Peers
 from gpt_simple.errors import ConfigError, GptSimpleError
-from gpt_simple.hooks.results import Metric
 
 T = TypeVar("T")
-Layout = tuple[tuple[str, str], ...]
-"""Names of metrics and how each is reduced."""
 
 _PATIENCE = timedelta(days=7)
 """How long others wait while the main process prepares data or writes a checkpoint; if it dies they know at once."""
@@ -59,9 +56,6 @@ class World:
     _patient_group: Any = None
     _peers: Peers | None = None
     _threads: int = field(factory=torch.get_num_threads)
-    _room: int = 128
-    """Numbers that a process can tell in one collective; the same everywhere."""
-    _layouts: dict[int, Layout] = field(factory=dict)
 
     @classmethod
     def join(cls, timeout: float) -> World:
@@ -145,12 +139,15 @@ class World:
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._host_group)
         return [int(flag) for flag in vote.tolist()]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value (plain Python objects), in the order of ranks. For start-up, not for the loop."""
+    def gather(self, value: Any, *, patient: bool = True) -> list[Any]:
+        """Every rank's value (plain Python objects), in the order of ranks. For rare moments, not for each step.
+
+        ``patient``: wait for days where the main rank may be preparing data, else only ``timeout`` seconds.
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._patient_group)
+        dist.all_gather_object(values, value, group=self._patient_group if patient else self._host_group)
         return values
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
@@ -204,7 +201,7 @@ class World:
     def compare(self, facts: Callable[[], Mapping[str, Any]], remedy: str) -> None:
         """Raise ConfigError, once, with every difference if processes do not have the same ``facts``."""
         mine = self.together(facts)
-        if len(set(self.gather(_digest(mine)))) == 1:
+        if len(set(self.gather(digest(mine)))) == 1:
             return
         everybody = self.gather(dict(mine))
         lines = [
@@ -228,62 +225,6 @@ class World:
             if self._peers is None or (explained := self._peers.explain(error, step())) is error:
                 raise
             raise explained from error
-
-    def reduce(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
-        """All metrics as floats, over all processes, in one collective and one read of the device.
-
-        Metrics of one name meet. One that not every process tells is reduced over those that do, in the way that the
-        first of them wants.
-        """
-        ordered = sorted(metrics)
-        layout = tuple((name, str(metrics[name].reduce)) for name in ordered)
-        # Values and weights in turn; those that are on the host already need no tensor.
-        parts = [part for name in ordered for part in (metrics[name].value, metrics[name].weight)]
-        waiting = [index for index, part in enumerate(parts) if isinstance(part, torch.Tensor)]
-        born = [parts[index].detach().to(self.device, torch.float64) for index in waiting]  # type: ignore[union-attr]
-        if self.size == 1:
-            for index, value in zip(waiting, torch.stack(born).tolist() if born else [], strict=True):
-                parts[index] = value
-            told = [(layout, [float(part) for part in parts])]
-        else:
-            known = [0.0 if isinstance(part, torch.Tensor) else float(part) for part in parts]
-            numbers = torch.tensor(known, dtype=torch.float64).to(self.device, non_blocking=True)
-            if born:
-                numbers[waiting] = torch.stack(born)
-            told = self._exchange(layout, numbers)
-        ways: dict[str, str] = {}
-        pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in metrics}
-        for names, row in told:
-            for index, (name, way) in enumerate(names):
-                ways.setdefault(name, way)
-                pairs.setdefault(name, []).append((row[2 * index], row[2 * index + 1]))
-        return {name: _combine(ways[name], values) for name, values in pairs.items()}
-
-    def _exchange(self, layout: Layout, numbers: torch.Tensor) -> list[tuple[Layout, list[float]]]:
-        """Every process's layout and numbers, in the order of ranks.
-
-        In one collective, whose size nobody's metrics can change. Only when processes tell different metrics, which
-        they never did before, do they ask each other which.
-        """
-        mine = int(_digest(layout)[:12], 16)  # exact as a float64
-        while True:
-            head = torch.tensor([mine, len(numbers)], dtype=torch.float64).to(self.device, non_blocking=True)
-            packed = torch.cat([head, numbers[: self._room], numbers.new_zeros(max(0, self._room - len(numbers)))])
-            gathered = packed.new_empty(self.size * len(packed))
-            dist.all_gather_single(gathered, packed)
-            rows = gathered.view(self.size, -1).tolist()
-            needed = int(max(row[1] for row in rows))
-            if needed <= self._room:
-                break
-            self._room = needed
-        digests = {int(row[0]) for row in rows}
-        # The same everywhere, as it only ever comes from all processes.
-        if len(digests) > 1 and not digests <= self._layouts.keys():
-            answers: list[Any] = [None] * self.size
-            dist.all_gather_object(answers, (mine, layout), group=self._host_group)
-            self._layouts |= dict(answers)
-        layouts = {mine: layout, **self._layouts}
-        return [(layouts[int(row[0])], row[2:]) for row in rows]
 
     def leave(self) -> None:
         """Undo what joining changed. The group stays: Accelerate keeps one per process for ever."""
@@ -313,18 +254,5 @@ def disband() -> None:
         dist.destroy_process_group()
 
 
-def _digest(facts: object) -> str:
+def digest(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _combine(how: str, pairs: list[tuple[float, float]]) -> float:
-    values = [value for value, _ in pairs]
-    if how == "mean":
-        total = sum(weight for _, weight in pairs)
-        counted = [value * weight for value, weight in pairs if weight != 0]
-        return sum(counted) / total if total else float("nan")
-    if how == "last":
-        return values[0]
-    if how == "sum":
-        return sum(values)
-    return max(values) if how == "max" else min(values)

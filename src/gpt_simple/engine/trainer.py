@@ -12,6 +12,7 @@ import torch
 from attrs import define, field, frozen
 
 from gpt_simple.data.loader import DataExhausted, Loader
+from gpt_simple.distributed.metric_reduction import MetricReducer
 from gpt_simple.distributed.process_group import World
 from gpt_simple.engine.checkpointer import Checkpointer
 from gpt_simple.engine.control import Control, Decision
@@ -74,6 +75,7 @@ class Trainer:
 
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
+        self._reducer = MetricReducer(self.dist)
         self._watch = Watch(self.run.config.training.max_skipped_steps)
 
     def fit(self) -> FitResult:
@@ -187,7 +189,7 @@ class Trainer:
             with run.comm.during("collect_metrics"):
                 metrics |= labelled(calls.collect_metrics(run, split))
         metrics["train/not_finite_in"] = not_finite_in(steps, self.dist.rank)
-        floats = settled(self.dist.reduce(metrics), self.control.plugins)
+        floats = settled(self._reducer.reduce(metrics), self.control.plugins)
         first = floats.pop("train/not_finite_in")
         where = f"; the loss was not finite in process {first:.0f}" if self.dist.size > 1 and first < math.inf else ""
         skipped = floats.pop("train/skipped_steps")
@@ -222,7 +224,7 @@ class Trainer:
         except EvaluationAbandoned:
             run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
             return
-        floats = settled(self.dist.reduce(metrics), self.control.plugins)
+        floats = settled(self._reducer.reduce(metrics), self.control.plugins)
         self._last_eval = floats
         if (loss := floats.get(VAL_LOSS)) is not None and math.isfinite(loss):
             state.record_val_loss(loss)

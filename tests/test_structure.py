@@ -1,0 +1,36 @@
+"""How the code is built: rules that a reader relies on and no linter checks."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src" / "gpt_simple"
+
+OF_TORCH = {"grad", "found_inf", "grad_scale"}
+"""Attributes that torch's own protocol has callers assign."""
+
+
+def assignments_from_outside(path: Path) -> Iterator[str]:
+    """Assignments to an attribute of anything but ``self`` or a flag of torch, as ``file:line target``."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.withitem)):
+            continue
+        for target in targets:
+            for part in ast.walk(target) if target is not None else ():
+                if not isinstance(part, ast.Attribute) or not isinstance(part.ctx, ast.Store):
+                    continue
+                text = ast.unparse(part)
+                if not text.startswith(("self.", "torch.")) and part.attr not in OF_TORCH:
+                    yield f"{path.relative_to(SOURCE)}:{part.lineno} {text}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            yield f"{path.relative_to(SOURCE)}:{node.lineno} setattr"
+
+
+def test_no_object_is_changed_from_outside_its_class() -> None:
+    """What a stage returns is complete: nothing patches it later."""
+    rooms = ("job", "engine", "preflight", "cli")
+    found = [line for room in rooms for path in (SOURCE / room).glob("*.py") for line in assignments_from_outside(path)]
+    assert found == []
