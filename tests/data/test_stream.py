@@ -166,3 +166,19 @@ def test_a_document_that_ends_as_a_block_does_loses_nothing(opened: Opened) -> N
     for consumed in range(45):
         again = next(dataset.stream.blocks(consumed, 5))
         assert np.array_equal(again, rows[consumed : consumed + 5])
+
+
+def test_a_long_stream_tells_each_document_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than what is tokenized at once; a run that is resumed in the middle goes on there."""
+    monkeypatch.setattr(module, "HEAD_BYTES", 50_000)
+    texts = tuple(f"<{i}>" + "a" * 2000 for i in range(400))
+    dataset, settings = opened(texts, max_length=512, on_exhaustion="halt")
+    assert dataset.stream is not None
+    told = list(dataset.stream._texts())
+    whole = steps(Loader(dataset, settings))
+    text = dataset.tokenizer.decode(targets(whole))
+    assert len(text) > 600_000
+    assert "".join(told).startswith(text)
+    middle = len(whole) // 2
+    rest = steps(Loader(dataset, settings, consumed=sum(step.samples for step in whole[:middle])))
+    assert targets(rest) == targets(whole[middle:])

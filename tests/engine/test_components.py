@@ -93,14 +93,13 @@ def run(directory: Path, max_steps: int, **model: Any) -> Trained:
 def test_parts_of_a_plugin_train_and_resume_as_ours(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", 6)
     assert whole.weights["embedding.weight"].shape[1] == 4
-    losses = [event.metrics["train/loss"] for event in whole.recorder.events("on_metrics")]
-    assert losses[-1] < losses[0]
     rates = [event.metrics["train/lr"] for event in whole.recorder.events("on_metrics")]
     assert rates == pytest.approx([1e-2, 5e-3] * 3)
     assert any("optimizer sgd has no found_inf" in event.message for event in whole.recorder.events("on_log"))
-    run(tmp_path / "halves", 3)
+    first = run(tmp_path / "halves", 3)
     second = run(tmp_path / "halves", 6)
     assert second.recorder.events("on_run_start")[0].step == 3
+    assert not any(torch.equal(value, second.weights[name]) for name, value in first.weights.items())
     assert all(torch.equal(value, second.weights[name]) for name, value in whole.weights.items())
 
 

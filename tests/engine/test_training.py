@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,26 @@ def test_the_loss_is_weighted_by_tokens_and_not_by_micro_batches(tiny: TinyRun) 
         torch.testing.assert_close(weights(halves)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("every", [True, 2])
-def test_gradient_checkpointing_gives_the_same_weights(tiny: TinyRun, every: bool | int) -> None:
-    plain = tiny("plain", model__dropout=0.1)
-    checkpointed = tiny("checkpointed", model__dropout=0.1, training__gradient_checkpointing=every)
+class CountsForwards(Everywhere):
+    """How often each block computes its activations."""
+
+    @hookimpl
+    def on_run_start(self, run: Any, event: Any) -> None:
+        self.calls = [0] * len(run.model.blocks)
+        for index, block in enumerate(run.model.blocks):
+            block.register_forward_pre_hook(partial(self._count, index))
+
+    def _count(self, index: int, *_: Any) -> None:
+        self.calls[index] += 1
+
+
+@pytest.mark.parametrize(("every", "calls"), [(True, [24, 24]), (2, [24, 12])])
+def test_gradient_checkpointing_gives_the_same_weights(tiny: TinyRun, every: bool | int, calls: list[int]) -> None:
+    """Six steps of two micro-batches; a block that is checkpointed computes its activations twice."""
+    once, again = CountsForwards(None), CountsForwards(None)
+    plain = tiny("plain", model__dropout=0.1, plugins=[once])
+    checkpointed = tiny("checkpointed", model__dropout=0.1, training__gradient_checkpointing=every, plugins=[again])
+    assert (once.calls, again.calls) == ([12, 12], calls)
     for name, tensor in weights(plain).items():
         torch.testing.assert_close(weights(checkpointed)[name], tensor, rtol=1e-4, atol=1e-6)
 
