@@ -19,8 +19,9 @@ HEAD = """# Hooks
 Every hook there is, in the order in which a run first meets it. This page is written by `docs/build_hook_reference.py`
 from `gpt_simple/hooks/specs.py`, which is the contract; what the words mean is in [policy.md](policy.md).
 
-A hook named `on_*` is told something and returns nothing. Any other name is a verb whose result is used. All examples
-are methods of a plugin class:
+A hook named `on_*` is told something and returns nothing. Any other name is a verb whose result is used. An
+implementation may take [fewer arguments](policy.md#arguments-of-a-hook) than its hook has. All examples are methods of
+a plugin class:
 
 ```python
 import time

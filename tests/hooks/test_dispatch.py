@@ -74,6 +74,64 @@ def test_every_hook_reaches_its_plugin(activate: Activate) -> None:
         assert result == ([] if HOOKS[hook].order == "reverse" else None if answer is None else [("p", answer)])
 
 
+def test_an_implementation_gets_only_the_arguments_that_it_takes(activate: Activate) -> None:
+    seen: list[Any] = []
+
+    class Few(Plugin):
+        @hookimpl
+        def on_metrics(self, event):
+            seen.append(event)
+
+        @hookimpl
+        def on_step_end(self):
+            seen.append("nothing")
+
+        @hookimpl
+        def evaluate(self, event, run):
+            seen.append((run, event))
+            return {"a": Metric(1.0)}
+
+        @hookimpl
+        def collect_metrics(self, run):
+            seen.append(run)
+            return {"b": Metric(2.0)}
+
+        @hookimpl
+        def check_runtime(self):
+            return []
+
+        @hookimpl
+        def on_close(self, run):
+            raise ValueError("boom")
+
+    calls, _ = started(activate(Few))
+    assert calls.on_metrics(RUN, METRICS) is None
+    assert calls.on_step_end(RUN, StepEnd(1, 1, 1, False)) is None
+    assert calls.evaluate(RUN, METRICS) == [("few", {"a": Metric(1.0)})]
+    assert calls.collect_metrics(RUN, COLLECT) == [("few", {"b": Metric(2.0)})]
+    assert calls.check_runtime(RUN) == [("few", [])]
+    assert [str(failure).rpartition(": ")[2] for failure in calls.on_close(RUN, Close(True))] == ["boom"]
+    assert seen == [METRICS, "nothing", (RUN, METRICS), RUN]
+
+
+def test_a_failure_is_blamed_with_its_step_also_where_the_event_is_not_taken(activate: Activate) -> None:
+    class Bad(Plugin):
+        on_error = "abort"
+
+        @hookimpl
+        def on_metrics(self):
+            raise ValueError("boom")
+
+        @hookimpl
+        def collect_metrics(self, run):
+            raise ValueError("boom")
+
+    calls, _ = started(activate(Bad))
+    for hook, event in (("on_metrics", METRICS), ("collect_metrics", COLLECT)):
+        with pytest.raises(PluginError, match=rf"failed in {hook} at step 7: ValueError: boom"):
+            call(calls, hook, event)
+
+
 def test_order_is_before_and_after_and_then_by_name(activate: Activate) -> None:
     seen: list[str] = []
 

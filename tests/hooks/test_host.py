@@ -194,6 +194,25 @@ def test_a_constructor_that_fails_is_blamed(activate: Activate) -> None:
         activate(Bad).instantiate(Config())
 
 
+def test_before_a_run_too_an_implementation_may_take_fewer_arguments(activate: Activate) -> None:
+    class Few(Plugin):
+        @classmethod
+        @hookimpl
+        def register_components(cls):
+            seen.append(cls)
+
+        @hookimpl
+        def check_config(self):
+            return [Finding("info", "few", "no argument is needed")]
+
+    seen: list[type] = []
+    host = activate(Few)
+    host.register_components(Registry())
+    host.instantiate(Config())
+    assert seen == [Few]
+    assert [finding.code for finding in host.check_config(Config())] == ["few"]
+
+
 @pytest.mark.parametrize(("answer", "part"), [(3, "returned a int"), ([3], "other things in it")])
 def test_check_config_must_return_findings(activate: Activate, answer: object, part: str) -> None:
     class Bad(Plugin):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_simple import Metric, Plugin, Run, hookimpl, read_metrics
+from gpt_simple import Finding, Metric, Plugin, Run, hookimpl, read_metrics
 from gpt_simple.hooks import HOOKS, NoConfig
 from gpt_simple.plugin_host.discovery import ENABLED_BY, PluginRecord, installed
 from gpt_simple.plugin_host.loading import load_record
@@ -74,6 +74,49 @@ def test_the_contract_lists_everything_that_is_broken() -> None:
         "differ from those of a run without it",
     ):
         assert part in text
+
+
+class Few(Plugin[NoConfig]):
+    """Takes of each hook only what it needs."""
+
+    def __init__(self, config: NoConfig) -> None:
+        super().__init__(config)
+        self.steps = 0
+
+    @hookimpl
+    def check_config(self) -> list[Finding]:
+        return []
+
+    @hookimpl
+    def on_step_end(self) -> None:
+        self.steps += 1
+
+    @hookimpl
+    def on_metrics(self, event: Any) -> None:
+        assert event.metrics["train/loss"] > 0
+
+    @hookimpl
+    def collect_metrics(self, run: Run) -> dict[str, Metric]:
+        return {"few/steps": Metric(self.steps if run.is_main else 0, reduce="sum")}
+
+    @hookimpl
+    def evaluate(self, event: Any) -> dict[str, Metric]:
+        return {"few/at": Metric(event.step)}
+
+
+def test_a_plugin_whose_hooks_take_fewer_arguments_keeps_the_contract() -> None:
+    check_contract(Few)
+    assert train(Few).failed == []
+
+
+def test_the_contract_finds_a_read_tensor_where_the_event_is_not_taken() -> None:
+    class Bad(Few):
+        @hookimpl
+        def on_step_end(self) -> None:
+            torch.ones(()).item()
+
+    with pytest.raises(AssertionError, match="on_step_end makes the device wait"):
+        check_contract(Bad)
 
 
 @pytest.mark.parametrize(

@@ -68,15 +68,15 @@ def test_every_mistake_is_told_at_once() -> None:
         "no hook on_metrcs; did you mean on_metrics?",
         "on_log is the name of a hook but is not marked",
         "on_step_end is async",
-        "on_step_end must take exactly (self, run, event)",
+        "on_step_end must take (self, run, event) or fewer of these",
         "ranks is 'some'",
     ):
         assert part in mistakes
 
 
-def hook_with(signature: str) -> type[Plugin]:
+def hook_with(signature: str, hook: str = "on_metrics", decorators: str = "@hookimpl") -> type[Plugin]:
     space: dict[str, object] = {"Plugin": Plugin, "hookimpl": hookimpl}
-    source = f"class P(Plugin):\n    @hookimpl\n    def on_metrics({signature}):\n        pass\n"
+    source = f"class P(Plugin):\n    {decorators}\n    def {hook}({signature}):\n        pass\n"
     exec(source, space)
     return space["P"]  # type: ignore[return-value]
 
@@ -84,9 +84,8 @@ def hook_with(signature: str) -> type[Plugin]:
 @pytest.mark.parametrize(
     "signature",
     [
-        "self",
-        "self, event",
-        "self, event, run",
+        "",
+        "run, event",
         "self, run, event, extra",
         "self, run, event=None",
         "self, run, *, event",
@@ -96,8 +95,37 @@ def hook_with(signature: str) -> type[Plugin]:
         "self, run, event, /",
     ],
 )
-def test_a_hook_takes_exactly_run_and_event(signature: str) -> None:
+def test_a_hook_takes_self_and_its_own_arguments_without_defaults(signature: str) -> None:
     assert len(lint(hook_with(signature))) == 1
+
+
+@pytest.mark.parametrize(
+    ("hook", "signature"),
+    [
+        ("on_metrics", "self"),
+        ("on_metrics", "self, run"),
+        ("on_metrics", "self, event"),
+        ("on_metrics", "self, event, run"),
+        ("evaluate", "self, event"),
+        ("collect_metrics", "self"),
+        ("check_config", "self"),
+    ],
+)
+def test_an_implementation_may_take_fewer_arguments_in_any_order(hook: str, signature: str) -> None:
+    assert lint(hook_with(signature, hook)) == []
+
+
+def test_a_class_method_may_take_fewer_arguments_too() -> None:
+    assert lint(hook_with("cls", "register_components", "@classmethod\n    @hookimpl")) == []
+
+
+def test_each_argument_that_a_hook_does_not_have_is_named_with_the_one_that_was_meant() -> None:
+    assert lint(hook_with("self, run, evnt, trainer")) == [
+        "on_metrics has no argument evnt; did you mean event?",
+        "on_metrics has no argument trainer; it has run, event",
+    ]
+    assert lint(hook_with("self, cfg", "check_config"))[0].startswith("check_config has no argument cfg; ")
+    assert len(lint(hook_with("self, run, evnt=None"))) == 2
 
 
 def test_the_message_shows_the_signature_as_it_was_written() -> None:
@@ -113,6 +141,12 @@ def test_a_misspelt_hook_is_found_without_a_decorator_and_a_helper_is_not_taken_
         def on_metric(self, value):
             pass
 
+        def on_step_ends(self):
+            pass
+
+        def on_evl_end(self, event):
+            pass
+
         def _on_metrics(self, run, event):
             pass
 
@@ -120,7 +154,8 @@ def test_a_misspelt_hook_is_found_without_a_decorator_and_a_helper_is_not_taken_
             pass
 
     assert lint(P) == [
-        "on_metrcs looks like on_metrics misspelt, and without @hookimpl; if it is no hook, call it _on_metrcs"
+        "on_metrcs looks like on_metrics misspelt, and without @hookimpl; if it is no hook, call it _on_metrcs",
+        "on_evl_end looks like on_eval_end misspelt, and without @hookimpl; if it is no hook, call it _on_evl_end",
     ]
 
 

@@ -2,7 +2,8 @@
 
 This file is the contract with plugin authors and the only list of hooks: the host, the lint, the
 documentation and the type checker all read it. A hook named ``on_*`` notifies and returns nothing; any other
-name is a verb whose result is used. ``HOOKS`` holds the same facts for machines.
+name is a verb whose result is used. An implementation takes any of its hook's arguments, found by their
+names, so a hook can get a further one later. ``HOOKS`` holds the same facts for machines.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class HookInfo:
     """The facts of one hook.
 
     ``ranks``: ``all`` processes, the ``main`` one, or those that the ``plugin`` declares. ``event_name`` is None
-    where the hook does not take ``(run, event)``; ``arguments`` are the names that an implementation takes
+    where the hook does not take ``(run, event)``; ``arguments`` are the names that an implementation may take
     after ``self``.
     """
 

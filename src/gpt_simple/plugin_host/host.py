@@ -40,6 +40,7 @@ from gpt_simple.plugin_host.loading import (
     load_plugin,
     name_passed,
     ordered,
+    taking_all,
 )
 from gpt_simple.plugin_host.state import PluginStates, Record
 
@@ -193,8 +194,7 @@ class PluginHost:
         calls = Calls(Policy(on_failure, alone=world_size == 1, strict=self.strict), self.guard)
         for hook in DISPATCHED:
             here = [pair for pair in self._listeners(hook) if is_main or _runs_everywhere(hook, pair[1])]
-            wrap = self.wrap or (lambda implementation: implementation)
-            calls.listen(hook, [(wrap(implementation), plugin) for implementation, plugin in here])
+            calls.listen(hook, here)
         self._calls = calls
         return calls
 
@@ -224,8 +224,11 @@ class PluginHost:
         self._states.load(self.plugins, records, tensors, is_main, self.guard)
 
     def _listeners(self, hook: str) -> list[Listener]:
-        found = {impl.plugin_name: impl.function for impl in getattr(self._manager.hook, hook).get_hookimpls()}
-        return [(found[plugin.name], plugin) for plugin in self.plugins if plugin.name in found]
+        """The implementations of a hook as functions of all its arguments, in call order."""
+        found = {impl.plugin_name: impl for impl in getattr(self._manager.hook, hook).get_hookimpls()}
+        wrap, arguments = self.wrap or (lambda implementation: implementation), HOOKS[hook].arguments
+        here = [(found[plugin.name], plugin) for plugin in self.plugins if plugin.name in found]
+        return [(taking_all(wrap(impl.function), impl.argnames, arguments), plugin) for impl, plugin in here]
 
     def _guarded(self, plugin: LoadedPlugin, method: str, call: Callable[[], Any]) -> Any:
         """A plain method under the failure policy; None from a plugin that is off."""

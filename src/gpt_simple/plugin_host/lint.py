@@ -68,12 +68,13 @@ def _hook_mistakes(cls: type) -> Iterator[str]:
 
 
 def _probably_a_hook(name: str, member: object) -> str | None:
-    """The hook that an unmarked method is named almost like and takes the arguments of."""
+    """The hook that an unmarked method is named almost like and takes arguments of."""
     close = None if name.startswith("_") else next(iter(difflib.get_close_matches(name, HOOKS, 1, 0.8)), None)
     function = getattr(member, "__func__", member)
     if close is None or not inspect.isfunction(function):
         return None
-    return close if tuple(inspect.signature(function).parameters)[1:] == HOOKS[close].arguments else None
+    arguments = list(inspect.signature(function).parameters)[1:]
+    return close if arguments and {*arguments} <= {*HOOKS[close].arguments} else None
 
 
 def _implementation_mistakes(name: str, member: object, options: Mapping[str, Any]) -> Iterator[str]:
@@ -92,16 +93,27 @@ def _implementation_mistakes(name: str, member: object, options: Mapping[str, An
         yield f"{name} is async: hooks are called and not awaited"
     elif inspect.isgeneratorfunction(function):
         yield f"{name} has a yield, so calling it would run nothing: return the result instead"
-    parameters = list(inspect.signature(function).parameters.values())
+    yield from _signature_mistakes(name, inspect.signature(function))
+
+
+def _signature_mistakes(name: str, signature: inspect.Signature) -> Iterator[str]:
+    """An implementation takes any of its hook's arguments, in any order: each is found by its name."""
+    parameters = list(signature.parameters.values())
     expected = HOOKS[name].arguments
-    plain = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
-    if not plain or tuple(p.name for p in parameters[1:]) != expected:
+    plain = [p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters]
+    has_first = bool(parameters) and parameters[0].name not in expected
+    if not all(plain) or not has_first:
         first = "cls" if name in CLASS_HOOKS else "self"
         given = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
         yield (
-            f"{name} must take exactly ({', '.join((first, *expected))}), without defaults, * or "
+            f"{name} must take ({', '.join((first, *expected))}) or fewer of these, without defaults, * or "
             f"keyword-only arguments; it takes {given}"
         )
+    for p in parameters[1:]:
+        if p.name not in expected and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            close = difflib.get_close_matches(p.name, expected, 1)
+            meant = f"did you mean {close[0]}?" if close else f"it has {', '.join(expected)}"
+            yield f"{name} has no argument {p.name}; {meant}"
 
 
 def _class_mistakes(cls: type[Plugin[Any]], made: bool) -> Iterator[str]:

@@ -6,7 +6,7 @@ import heapq
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -16,6 +16,7 @@ from attrs import define, field
 
 from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
 from gpt_simple.hooks.plugin import OnError, Plugin
+from gpt_simple.hooks.specs import HOOKS
 from gpt_simple.plugin_host.discovery import PluginRecord, name_problem
 from gpt_simple.plugin_host.lint import lint
 
@@ -73,7 +74,8 @@ class LoadedPlugin:
         """Let the plugin add its parts. What it does wrong there is a PluginError that names it."""
         try:
             if (register := getattr(self.cls, "register_components", None)) is not None:
-                register(registry.owned_by(self.label))
+                taken = inspect.signature(register).parameters
+                taking_all(register, taken, HOOKS["register_components"].arguments)(registry.owned_by(self.label))
         except GptSimpleError:
             raise
         except FAILURES as error:
@@ -222,6 +224,19 @@ def ordered(plugins: Iterable[LoadedPlugin]) -> list[LoadedPlugin]:
         stuck = ", ".join(by_name[name].label for name in sorted(name for name, others in waits_for.items() if others))
         raise PluginError(f"the before and after of these plugins contradict each other: {stuck}")
     return result
+
+
+def taking_all(
+    implementation: Callable[..., Any], taken: Iterable[str], arguments: tuple[str, ...]
+) -> Callable[..., Any]:
+    """An implementation that takes some of a hook's arguments, as a function of all of them in the hook's order.
+
+    One that takes them all is returned as it is, so only those that take fewer pay for it.
+    """
+    if (taken := tuple(taken)) == arguments:
+        return implementation
+    places = [arguments.index(name) for name in taken]
+    return lambda *given: implementation(*[given[place] for place in places])
 
 
 def way_back(name: str, distribution: str, version: str) -> str:

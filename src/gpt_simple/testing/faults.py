@@ -89,16 +89,12 @@ def misbehaving(
     def of_run(self: Any, run: Any) -> Any:
         return misbehave(run.config, run)
 
-    def of_event(self: Any, run: Any, event: Any) -> Any:
-        return misbehave(run.config, run)
-
     def of_registry(cls: Any, registry: Any) -> Any:
         return misbehave(None)
 
-    implementations: dict[tuple[str, ...], Any] = {
-        ("registry",): classmethod(hookimpl(of_registry)),
-        ("config",): hookimpl(of_config),
-        ("run",): hookimpl(of_run),
-        ("run", "event"): hookimpl(of_event),
+    implementations: dict[str, Any] = {
+        "registry": classmethod(hookimpl(of_registry)),
+        "config": hookimpl(of_config),
+        "run": hookimpl(of_run),
     }
-    return type(name.title().replace("_", ""), (Plugin,), {hook: implementations[info.arguments], **declared})
+    return type(name.title().replace("_", ""), (Plugin,), {hook: implementations[info.arguments[0]], **declared})
