@@ -27,6 +27,7 @@ _SPREAD = 1.5
 _FADING = 0.95
 """A slow step counts less with every one after it."""
 
+_KEY = "training.max_runtime_seconds"
 _LOOK_SECONDS = 1.0
 """How often the run directory is looked at: a remote file system answers slowly."""
 
@@ -63,7 +64,7 @@ class Walltime:
         least, budgets = training.walltime_reserve_seconds, []
         if training.max_runtime_seconds is not None:
             most = training.max_runtime_seconds
-            budgets.append((started + most, "training.max_runtime_seconds", most))
+            budgets.append((started + most, _KEY, most))
         if (seconds := _number(environment, MAX_RUNTIME)) is not None:
             _refuse_reserve(least, seconds, f"${MAX_RUNTIME}")
             budgets.append((started + seconds, f"${MAX_RUNTIME}", seconds))
@@ -88,8 +89,9 @@ class Walltime:
         self._longest_save = size / _FIRST_GUESS_BYTES_PER_SECOND
         if self.reserve >= self.budget:
             raise ConfigError(
-                f"{self.source}: {self.reserve:.0f} s are kept for the first checkpoint, of {size / 2**30:.1f} GiB, and"
-                f" the budget has {self.budget:.0f} s: raise it"
+                f"{self.reserve:.0f} s are kept for the first checkpoint, of {size / 2**30:.1f} GiB, and the budget has"
+                f" {self.budget:.0f} s: raise it",
+                **({"key": _KEY} if self.source == _KEY else {"location": self.source}),
             )
 
     def saved(self, seconds: float) -> None:

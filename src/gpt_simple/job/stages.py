@@ -60,7 +60,14 @@ class Setup:
     def read_data(self) -> None:
         """Prepare the data, or find them prepared; only the cache is written."""
         config, run = self.run.config, self.run
-        self.dataset = run.world.main_first(self._prepare)
+        self.dataset = run.world.main_first(
+            lambda: prepare(
+                config,
+                self.assembly.registry,
+                log=run.log.info,
+                require_val=bool(config.training.eval_steps),
+            )
+        )
         run._tokenizer = self.dataset.tokenizer
         self.identity = identity(
             config,
@@ -73,14 +80,6 @@ class Setup:
                 plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in self.assembly.host.plugins
             },
         )
-
-    def _prepare(self) -> Dataset:
-        config, log = self.run.config, self.run.log.info
-        try:
-            return prepare(config, self.assembly.registry, log=log, require_val=bool(config.training.eval_steps))
-        except GptSimpleError as error:
-            error.args = (self.assembly.origins.placed(str(error)),)
-            raise
 
     def check(self, plan: ResumePlan, walltime: Walltime | None, questions: Questions) -> None:
         """Refuse what cannot work, with the model known but nothing allocated."""
@@ -161,16 +160,19 @@ class Setup:
         wanted = getattr(config.model, "vocab_size", None)
         if wanted is not None and wanted < tokenizer.vocab_size:
             raise ConfigError(
-                f"{self.assembly.origins.place('model.vocab_size')}: the tokenizer has {tokenizer.vocab_size} tokens,"
-                f" more than {wanted}; leave it out or raise it"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, more than {wanted}",
+                key="model.vocab_size",
+                hint="leave it out or raise it",
             )
         rows = wanted or padded(tokenizer.vocab_size)
         part = self.assembly.registry.get("model", config.model.name)
         model: torch.nn.Module = part.build(config.model, vocab_size=rows, max_length=config.data.max_length)
         if config.data.document_mask and not _sees_documents(model):
             raise ConfigError(
-                f"{self.assembly.origins.place('data.document_mask')}: the model {config.model.name!r} takes no"
-                " position_ids and document_ids, so its documents see each other; set it to false"
+                f"the model {config.model.name!r} takes no position_ids and document_ids, so its documents see each"
+                " other",
+                key="data.document_mask",
+                hint="set it to false",
             )
         return model
 
@@ -181,8 +183,9 @@ class Setup:
             apply(every)
         elif every and not self.assembly.origins.is_default("training.gradient_checkpointing"):
             raise ConfigError(
-                f"training.gradient_checkpointing: the model {self.run.config.model.name!r} has no"
-                " set_activation_checkpointing(every); set it to false"
+                f"the model {self.run.config.model.name!r} has no set_activation_checkpointing(every)",
+                key="training.gradient_checkpointing",
+                hint="set it to false",
             )
 
     def _restore(self, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -269,20 +272,12 @@ def report(findings: list[Finding], warn: Callable[..., None]) -> None:
     errors = [finding for finding in findings if finding.severity == "error"]
     for finding in findings:
         if finding.severity == "warning":
-            warn(_line(finding), name=finding.code)
+            warn(str(finding.problem), name=finding.code)
     if errors:
         worst = max(finding.exit_code for finding in errors)
         kinds = (ConfigError, DataError, CheckpointError, PluginError)
-        error = next((kind for kind in kinds if kind.exit_code == worst), GptSimpleError)(
-            "\n".join(_line(finding) for finding in errors)
-        )
-        error.exit_code = worst  # type: ignore[assignment]
-        raise error
-
-
-def _line(finding: Finding) -> str:
-    place = f"{finding.place}: " if finding.place else ""
-    return f"{place}{finding.message}" + (f"; {finding.hint}" if finding.hint else "")
+        kind = next((kind for kind in kinds if kind.exit_code == worst), GptSimpleError)
+        raise kind(*(finding.problem for finding in errors), exit_code=worst)
 
 
 def _device_name(device: torch.device) -> str:

@@ -71,22 +71,14 @@ def train(
     config, training = assembly.config, assembly.config.training
     with ExitStack() as stack:
         stack.enter_context(process_as_found())
+        stack.enter_context(assembly.located_errors())
         world = World.join(training.peer_timeout_seconds)
         stack.callback(world.leave)
         world.compare(lambda: _launched(assembly), "start the same command with the same packages everywhere")
         places = assembly.origins
-        precision = world.together(
-            lambda: resolve(training.mixed_precision, world.device, places.place("training.mixed_precision"))
-        )
+        precision = world.together(lambda: resolve(training.mixed_precision, world.device))
         compiling = world.together(
-            lambda: plan(
-                training,
-                world.device,
-                world.size,
-                wished=not places.is_default("training.compile"),
-                place=places.place("training.compile"),
-                backend_place=places.place("training.compile_backend"),
-            )
+            lambda: plan(training, world.device, world.size, wished=not places.is_default("training.compile"))
         )
         stack.enter_context(compile_flags(compiling))
         run_dir = RunDir(Path(training.output_dir))
@@ -105,6 +97,7 @@ def train(
         assembly.host.guard = TORCH_STATE
         calls = run.calls = assembly.host.calls(world.is_main, plugin_failed, world_size=world.size)
         stack.enter_context(closing_plugins(run, calls))
+        stack.enter_context(assembly.located_errors())  # once more: plugins and other processes see the location too
         for note in (*assembly.notes, *assembly.host.notes, *filter(None, [compiling.warning])):
             run.log.warning(note)
         if compiling.note:

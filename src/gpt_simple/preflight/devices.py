@@ -65,4 +65,8 @@ def find_card(text: str) -> Card:
         return Card(text, int(size), "bf16")
     close = difflib.get_close_matches(text.lower(), CARDS, 1)
     meant = f" (did you mean {close[0]}?)" if close else ""
-    raise ConfigError(f"--device {text}: unknown{meant}; expected one of {', '.join(CARDS)}, or bytes such as 24GiB")
+    raise ConfigError(
+        f"unknown{meant}",
+        location=f"--device {text}",
+        hint=f"expected one of {', '.join(CARDS)}, or bytes such as 24GiB",
+    )

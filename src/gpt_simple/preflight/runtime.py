@@ -80,7 +80,7 @@ def _measured(outlook: Outlook) -> Pace:
     wished = not outlook.is_default("training.compile")
     with process_as_found():
         precision = resolve(training.mixed_precision, device)
-        compiling = plan(training, device, 1, wished=wished, place="training.compile")
+        compiling = plan(training, device, 1, wished=wished)
         _require_memory(outlook, vocab_size, precision.name, device, compiled=compiling.enabled)
         with compile_flags(compiling), _own_compiler_cache():
             rehearsal = Rehearsal.prepare(
