@@ -1,14 +1,15 @@
 """Every failure that a user can cause or meet, and the exit code each one ends with.
 
-An error is one sentence that names the thing, says what was expected and what to do next. Code that raises one of
-these has left the disk as it found it.
+An error carries its problems as data: where, which key, what is wrong, and what to do. They become text where they are
+shown, and no code reads that text again. Code that raises one of these errors has left the disk as it found it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class ExitCode(IntEnum):
@@ -25,16 +26,69 @@ class ExitCode(IntEnum):
     FORCED = 130
 
 
-class GptSimpleError(Exception):
-    """Base of all errors that are shown to the user as a sentence and not as a traceback."""
+class Problem(NamedTuple):
+    """One thing that is wrong.
 
-    exit_code: ExitCode = ExitCode.FAILURE
+    ``location`` is where, as the user knows it: ``config.toml:12``, ``--training.max_steps``, ``$WORLD_SIZE``; None if
+    that is unknown. ``key`` is a dotted key of the configuration, or empty. ``hint`` says what to do, or is empty.
+    """
+
+    location: str | None
+    key: str
+    message: str
+    hint: str = ""
+
+    @property
+    def place(self) -> str:
+        """Location and key in one: ``config.toml:12 (training.seed)``."""
+        key = "" if self.location == f"--{self.key}" else self.key
+        return f"{self.location} ({key})" if self.location and key else self.location or key
+
+    def __str__(self) -> str:
+        key = "" if self.location == f"--{self.key}" else self.key
+        text = ": ".join(part for part in (self.location, key, self.message) if part)
+        return f"{text}; {self.hint}" if self.hint else text
+
+
+class GptSimpleError(Exception):
+    """Base of all errors that are shown to the user as sentences and not as a traceback.
+
+    Raise it with a message, and with what is known beside it: ``ConfigError("expected a number", key="plugins.csv.n",
+    hint="write 5")``. Several problems are several ``Problem`` objects.
+    """
+
+    exit_code: int = ExitCode.FAILURE
     silent: bool = False
     """Another process has the message: this one only leaves."""
 
+    def __init__(
+        self,
+        *problems: object,
+        location: str | None = None,
+        key: str = "",
+        hint: str = "",
+        exit_code: int | None = None,
+    ) -> None:
+        super().__init__(*(p if isinstance(p, Problem) else Problem(location, key, str(p), hint) for p in problems))
+        if exit_code is not None:
+            self.exit_code = exit_code
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What is wrong, at least one thing unless the error was raised without a message."""
+        # A subclass may have passed other arguments by the constructor.
+        return tuple(p if isinstance(p, Problem) else Problem(None, "", str(p)) for p in self.args)
+
+    @problems.setter
+    def problems(self, problems: Iterable[Problem]) -> None:
+        self.args = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
+
 
 class ConfigError(GptSimpleError):
-    """Usage or configuration. The message may span several lines: one per mistake."""
+    """Usage or configuration."""
 
     exit_code = ExitCode.CONFIG
 
@@ -67,7 +121,7 @@ class Halted(GptSimpleError):
 
 @contextmanager
 def collecting(errors: list[GptSimpleError]) -> Iterator[None]:
-    """Keep an error and go on behind the block, so that all of them are told at once."""
+    """Keep an error and go on behind the block, so that all of them are reported at once."""
     try:
         yield
     except GptSimpleError as error:
@@ -75,8 +129,8 @@ def collecting(errors: list[GptSimpleError]) -> Iterator[None]:
 
 
 def raise_all(errors: Sequence[GptSimpleError]) -> None:
-    """Raise the errors as one, of the type of the worst; nothing if there are none."""
+    """Raise the worst of the errors with the problems of all of them; nothing if there are none."""
     if errors:
         worst = max(errors, key=lambda error: error.exit_code)
-        lines = dict.fromkeys(line for error in errors for line in str(error).splitlines())
-        raise worst if len(errors) == 1 else type(worst)("\n".join(lines))
+        worst.problems = tuple(dict.fromkeys(problem for error in errors for problem in error.problems))
+        raise worst

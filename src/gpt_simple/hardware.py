@@ -80,7 +80,11 @@ def find_gpu(text: str) -> GpuSpec:
         return GpuSpec(text, int(size), "bf16")
     close = difflib.get_close_matches(text.lower(), GPUS, 1)
     meant = f" (did you mean {close[0]}?)" if close else ""
-    raise ConfigError(f"--device {text}: unknown{meant}; expected one of {', '.join(GPUS)}, or bytes such as 24GiB")
+    raise ConfigError(
+        f"unknown{meant}",
+        location=f"--device {text}",
+        hint=f"expected one of {', '.join(GPUS)}, or bytes such as 24GiB",
+    )
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

@@ -6,12 +6,11 @@ structured against all of that, and all of its mistakes are reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from operator import attrgetter
 from pathlib import Path
-from re import fullmatch
 from typing import Any
 
 from attrs import evolve, field, frozen
@@ -22,7 +21,7 @@ from gpt_simple.config.origin import Origins
 from gpt_simple.config.schema import Config
 from gpt_simple.config.secret import secrets_in, without
 from gpt_simple.config.structure import structure
-from gpt_simple.errors import ConfigError, GptSimpleError, collecting, raise_all
+from gpt_simple.errors import ConfigError, GptSimpleError, Problem, collecting, raise_all
 from gpt_simple.hooks.components import CONFIG_KEY, Component, Kind, Registry, builtin_registry
 from gpt_simple.hooks.results import Finding
 from gpt_simple.plugin_host.activation import Switches
@@ -90,12 +89,18 @@ class Assembly:
             _UNDER_CHECK.reset(token)
 
     def shown(self, finding: Finding) -> Finding:
-        """With the place of its key, or of the one that its message begins with, and without the values of secrets."""
-        key, _, rest = finding.message.partition(": ")
-        if finding.severity == "error" and fullmatch(r"(?:--)?(?:model|data|optimizer|training|plugins)\.[\w.]+", key):
-            finding = evolve(finding, place=key, message=rest)
+        """The finding with the location of its key, and without the values of secrets."""
         message, hint = without(finding.message, self.secrets), without(finding.hint, self.secrets)
         return evolve(finding, place=self.origins.place(finding.place), message=message, hint=hint)
+
+    @contextmanager
+    def located_errors(self) -> Iterator[None]:
+        """Within, an error about a key of the configuration says where that was set, and shows no secret."""
+        try:
+            yield
+        except GptSimpleError as error:
+            error.problems = _shown(error.problems, self.origins, self.secrets)
+            raise
 
 
 _UNDER_CHECK: ContextVar[tuple[Assembly, Questions] | None] = ContextVar("under_check", default=None)
@@ -145,7 +150,6 @@ def attempt(
         set_keys=raw.is_set,
         switches=switches or Switches(),
         extra=plugins,
-        place=raw.origins.place,
         errors=errors,
     )
     registry = builtin_registry()
@@ -154,19 +158,29 @@ def attempt(
     classes, unchecked, unknown = _section_classes(raw, registry, host)
     checked = evolve(raw, values={name: values for name, values in raw.values.items() if name not in unchecked})
     secrets = sorted(set(secrets_in(raw.values)))
-    try:
+    wrong: list[GptSimpleError] = []
+    with collecting(wrong):
         config = structure(checked, sections=classes, plugin_configs=host.config_classes())
-    except GptSimpleError as error:
-        return None, [error, *unknown, *errors]
-    if unknown:
-        return None, [*unknown, *errors]
-    with collecting(errors):
-        registry.pair(config.optimizer.name, config.optimizer.schedule)
-    with collecting(errors):
-        host.instantiate(config)
-    source = Path(path) if path is not None else None
-    shown = [type(error)(without(str(error), secrets)) for error in errors]
-    return Assembly(config, raw.origins, host, registry, source, raw.notes, secrets=secrets), shown
+    wrong += unknown
+    errors, assembly = [*wrong, *errors], None
+    if not wrong:
+        with collecting(errors):
+            registry.pair(config.optimizer.name, config.optimizer.schedule)
+        with collecting(errors):
+            host.instantiate(config)
+        source = Path(path) if path is not None else None
+        assembly = Assembly(config, raw.origins, host, registry, source, raw.notes, secrets=secrets)
+    for error in errors:
+        error.problems = _shown(error.problems, raw.origins, secrets)
+    return assembly, errors
+
+
+def _shown(problems: Iterable[Problem], origins: Origins, secrets: Sequence[str]) -> list[Problem]:
+    """Problems with the location of their keys, and without the values of secrets."""
+    return [
+        problem._replace(message=without(problem.message, secrets), hint=without(problem.hint, secrets))
+        for problem in map(origins.locate, problems)
+    ]
 
 
 def _section_classes(
@@ -187,11 +201,13 @@ def _section_classes(
             continue
         part: Component | None
         try:
-            part = registry.get(kind, name, raw.origins.place(key))
+            part = registry.get(kind, name)
         except ConfigError as error:
             part = registry.closest(kind, name)
             more = ", or the path of a tokenizer.json" if kind == "tokenizer" else ""
-            unknown.append(ConfigError(f"{error}{more}{_who_might_bring_it(host) if part is None else ''}"))
+            more += _who_might_bring_it(host) if part is None else ""
+            error.problems = [problem._replace(hint=problem.hint + more) for problem in error.problems]
+            unknown.append(error)
         if section and part is None:
             unchecked.add(section)
         elif section and part is not None and part.config is not None:

@@ -215,5 +215,5 @@ def test_an_unknown_command_is_met_with_a_suggestion(shell: Shell) -> None:
 def test_data_that_are_refused_are_told_with_the_line_of_their_key(shell: Shell, here: Path) -> None:
     (here / "data").mkdir()
     (here / "c.yaml").write_text("training: {compile: false}\ndata:\n  path: data\n  source: shards\n")
-    assert shell("run", "c.yaml").err.startswith("error: c.yaml:3 (data.path) data: there is no dataset.json")
+    assert shell("run", "c.yaml").err.startswith("error: c.yaml:3: data.path: data: there is no dataset.json")
     assert shell("run", "--data.source=files").err.startswith("error: data.path")

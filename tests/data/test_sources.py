@@ -119,11 +119,11 @@ def test_bad_content_is_named_with_its_place(name: str, content: bytes, message:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (None, r"data\.path is not set"),
-        ("missing.txt", r"data\.path missing\.txt: no such file"),
-        ("empty.txt", r"data\.path empty\.txt: all 1 files are empty"),
-        ("nothing", r"data\.path nothing: the directory holds none of \.txt"),
-        ("image.png", r"data\.path image\.png: expected one of \.txt"),
+        (None, r"data\.path: it is not set"),
+        ("missing.txt", r"data\.path: missing\.txt: no such file"),
+        ("empty.txt", r"data\.path: empty\.txt: all 1 files are empty"),
+        ("nothing", r"data\.path: nothing: the directory holds none of \.txt"),
+        ("image.png", r"data\.path: image\.png: expected one of \.txt"),
     ],
 )
 def test_a_bad_path_is_named(path: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

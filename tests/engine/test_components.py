@@ -114,7 +114,7 @@ def test_the_section_is_the_components_own(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_keep_documents_apart_is_refused(tmp_path: Path) -> None:
-    wanted = r"train\(\.\.\.\) \(data\.document_mask\): the model 'bigram' takes no position_ids"
+    wanted = r"train\(\.\.\.\): data\.document_mask: the model 'bigram' takes no position_ids"
     with pytest.raises(ConfigError, match=wanted):
         train(
             Parts,

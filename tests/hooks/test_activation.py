@@ -67,14 +67,12 @@ def test_a_field_can_switch_a_built_in_on_and_then_a_table_does_not() -> None:
 
 
 def test_all_unknown_names_are_told_with_their_places() -> None:
-    wishes = Wishes.read(
-        {"consle": {}, "disable": ["acm"], "require": ["nothing_like_it"]}, lambda key: f"config.toml ({key})"
-    )
+    wishes = Wishes.read({"consle": {}, "disable": ["acm"], "require": ["nothing_like_it"]})
     with pytest.raises(ConfigError) as caught:
         decide(RECORDS, wishes, lambda key: False, Switches.parse(["acne", "no:memry"]))
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
-    assert lines[0].startswith("config.toml (plugins.consle): no plugin 'consle' is installed; did you mean 'console'?")
+    assert lines[0].startswith("plugins.consle: no plugin 'consle' is installed; did you mean 'console'?")
     assert "did you mean 'acme'?" in lines[1]
     assert "did you mean" not in lines[2]
     assert lines[3].startswith("-p acne")

@@ -91,7 +91,7 @@ def test_a_changed_file_is_not_resumed(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "key", "message"),
     [
-        (None, "text", "data.path is not set"),
+        (None, "text", "data.path: it is not set"),
         ("missing", "text", "no such file or directory"),
         ("nothing", "text", "holds no .parquet files"),
         ("corpus", "body", r"a\.parquet: there is no column 'body' .*expected one of text, n"),

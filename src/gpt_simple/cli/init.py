@@ -81,7 +81,9 @@ def init(preset: str, output: str, force: bool) -> None:
         with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(f"{path} exists already; choose another name with -o, or --force to overwrite it") from None
+        raise ConfigError(
+            f"{path} exists already", hint="choose another name with -o, or --force to overwrite it"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: the file cannot be written ({error.strerror})") from None
     click.echo(f"{path} written; look it over, then: {PROGRAM} run {path}")

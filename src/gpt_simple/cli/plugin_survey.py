@@ -25,7 +25,11 @@ def survey_run(config: str, switches: Switches) -> list[PluginRow]:
     everything = installed()
     records = usable(everything)
     files = dict(load_file(path) for path in switches.files)
-    decisions = decide(records, _wishes(raw), raw.is_set, switches, tuple(files))
+    try:
+        decisions = decide(records, _wishes(raw), raw.is_set, switches, tuple(files))
+    except ConfigError as error:
+        error.problems = map(raw.origins.locate, error.problems)
+        raise
     loaded: dict[str, LoadedPlugin] = {}
     broken: dict[str, str] = {}
     for name, decision in decisions.items():
@@ -78,5 +82,5 @@ def _hook_row(info: HookInfo, plugins: Sequence[PluginRow] | None) -> HookRow:
 def _wishes(raw: RawConfig) -> Wishes:
     table = raw.values.get("plugins") or {}
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{raw.origins.place('plugins')}: expected a table")
-    return Wishes.read(table, raw.origins.place)
+        raise ConfigError("expected a table", key="plugins")
+    return Wishes.read(table)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from attrs import evolve
 
 from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
@@ -112,7 +111,8 @@ def validate(
 
 def _told(error: click.UsageError | ConfigError) -> click.exceptions.Exit:
     """How to leave after a mistake in the options was told as JSON."""
-    text = error.format_message() if isinstance(error, click.UsageError) else str(error)
-    findings = [evolve(finding, code="usage") for finding in from_error(ConfigError(text))]
+    if isinstance(error, click.UsageError):
+        error = ConfigError(error.format_message())
+    findings = Finding.of_error(error, "usage")
     click.echo(to_json(findings, ExitCode.CONFIG))
     return click.exceptions.Exit(ExitCode.CONFIG)

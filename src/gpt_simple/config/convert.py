@@ -34,13 +34,17 @@ _LARGEST = 2**63 - 1
 
 
 class Mismatch(ValueError):
-    """A value that is not what its field wants; ``value`` is that value, ``discreet`` the message without it."""
+    """A value that is not what its field wants.
+
+    ``value`` is that value, ``discreet`` the message without it, ``hint`` how it was probably meant.
+    """
 
     def __init__(self, type_: Any, value: Any, expected: str | None = None) -> None:
         self.value = value
         wanted = f"expected {expected or describe(type_)}"
         self.discreet = f"{wanted}, got something else, which is not shown"
-        super().__init__(f"{wanted}, got {show(value)}{_hint(type_, value)}")
+        self.hint = _hint(type_, value)
+        super().__init__(f"{wanted}, got {show(value)}")
 
 
 class MissingKey(ValueError):
@@ -262,23 +266,23 @@ def _bounded(bare: Any, bounds: tuple[Bound, ...]) -> Hook:
 
 
 def _hint(type_: Any, value: Any) -> str:
-    """How the value was probably meant, as the end of the sentence."""
+    """How the value was probably meant; empty if there is no guess."""
     accepted = members(type_)
     if isinstance(value, str):
         for member in accepted:
             if get_origin(member) is Literal and (choice := closest(value, map(str, get_args(member)))):
-                return f'; did you mean "{choice}"?'
+                return f'did you mean "{choice}"?'
         word = value.strip().lower()
         if bool in accepted and word in ("true", "yes", "on", "false", "no", "off"):
-            return f"; write {'true' if word in ('true', 'yes', 'on') else 'false'}"
+            return f"write {'true' if word in ('true', 'yes', 'on') else 'false'}"
         if NoneType in accepted and word in ("none", "null", "nil", "~", ""):
-            return '; write null (in TOML "null", or leave the key out)'
+            return 'write null (in TOML "null", or leave the key out)'
         if (int in accepted or float in accepted) and (number := _number(word)) is not None:
-            return f"; write {number}"
+            return f"write {number}"
         if any(get_origin(member) is tuple and get_args(member)[0] is str for member in accepted):
-            return f"; write [{show(value)}]"
+            return f"write [{show(value)}]"
     elif str in accepted and isinstance(value, bool | int | float):
-        return f'; write "{show(value)}"'
+        return f'write "{show(value)}"'
     return ""
 
 

@@ -12,10 +12,11 @@ from gpt_simple.config.schema import DataConfig, ModelConfig, PluginsConfig, Tra
 
 @frozen
 class Conflict:
-    """Fields that do not go together, as dotted paths, and one sentence with their values."""
+    """Fields that do not go together, as dotted paths, one sentence with their values, and what to do."""
 
     paths: tuple[str, ...]
     message: str
+    hint: str = ""
 
 
 def conflicts(model: Any, data: Any, training: Any, plugins: Any) -> Iterator[Conflict]:
@@ -34,7 +35,8 @@ def conflicts(model: Any, data: Any, training: Any, plugins: Any) -> Iterator[Co
         for name in sorted(set(plugins.require) & set(plugins.disable)):
             yield Conflict(
                 ("plugins.require", "plugins.disable"),
-                f'plugin "{name}" is both required and disabled; remove it from one of the lists',
+                f'plugin "{name}" is both required and disabled',
+                "remove it from one of the lists",
             )
 
 
@@ -95,7 +97,7 @@ def _curriculum(data: DataConfig) -> Iterator[Conflict]:
         path, duration = f"data.curriculum[{index}].mix", phase.duration_tokens
         negative = sorted(bucket for bucket, weight in phase.mix.items() if weight < 0)
         if negative:
-            yield Conflict((path,), f"the weight of {', '.join(negative)} is negative; weights are >= 0")
+            yield Conflict((path,), f"the weight of {', '.join(negative)} is negative", "weights are >= 0")
         elif sum(phase.mix.values()) <= 0:
             yield Conflict((path,), "the mix needs at least one bucket with a positive weight")
         # The last phase goes on as long as there are steps.
@@ -103,7 +105,8 @@ def _curriculum(data: DataConfig) -> Iterator[Conflict]:
             yield Conflict(
                 (f"data.curriculum[{index}].duration_tokens", "data.max_length"),
                 f"phase {index + 1} lasts {duration:,} tokens, half a row of max_length {data.max_length:,} or less: "
-                "nothing would be read in it; make it longer or leave it out",
+                "nothing would be read in it",
+                "make it longer or leave it out",
             )
 
 

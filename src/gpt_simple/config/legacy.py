@@ -12,12 +12,13 @@ from typing import Any
 
 from attrs import frozen
 
-OLD_VALUES = {
-    "model.attention_mode": "expected causal, sdpa_mask or flex (of the earlier YAML tool), or data.document_mask",
-    "data.allow_bucket_exhaustion": "expected true or false (of the earlier YAML tool), or data.on_exhaustion",
-    "data.allow_budget_mismatch": "expected true or false (of the earlier YAML tool); it has no effect here",
+_EARLIER = "(of the earlier YAML tool)"
+OLD_VALUES: dict[str, tuple[str, str]] = {
+    "model.attention_mode": (f"expected causal, sdpa_mask or flex {_EARLIER}, or data.document_mask", ""),
+    "data.allow_bucket_exhaustion": (f"expected true or false {_EARLIER}, or data.on_exhaustion", ""),
+    "data.allow_budget_mismatch": (f"expected true or false {_EARLIER}", "it has no effect here"),
 }
-"""What to say of an old key whose value is not one of the earlier tool's."""
+"""Message and hint for an old key whose value is not one of the earlier tool's."""
 
 _GIVEN = "data.document_mask is given, and the attention kernel is chosen by device"
 

@@ -112,7 +112,8 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], li
         key, text = found.groups()
         if text is None:
             if not remaining or remaining[0].startswith("--"):
-                raise ConfigError(printable(f"--{key}: a value is missing; write --{key} VALUE or --{key}=VALUE"))
+                hint = printable(f"write --{key} VALUE or --{key}=VALUE")
+                raise ConfigError("a value is missing", location=printable(f"--{key}"), key=key, hint=hint)
             text = remaining.pop(0)
         overrides.append((key, text))
     return overrides, rest
@@ -137,7 +138,7 @@ class _Layers:
         parsed = _parse(path)
         for slip in parsed.mistakes:
             where = ":".join([str(path), *(str(number) for number in (slip.line, slip.column) if number)])
-            self.mistakes.append(Mistake(Origin("file", where, line=slip.line), "", slip.message))
+            self.mistakes.append(Mistake(Origin("file", where, line=slip.line), slip.key, slip.message, slip.hint))
         if parsed.values is None:
             raise config_error(self.mistakes)
         for key, line in parsed.lines.items():
@@ -214,10 +215,12 @@ def _parse(path: Path) -> Parsed:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        message = f"byte {error.start} is not UTF-8"
+        raise ConfigError(message, location=str(path), hint="save the file as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(printable(f"{path}: the configuration cannot be read ({reason})")) from None
+        message = printable(f"the configuration cannot be read ({reason})")
+        raise ConfigError(message, location=printable(str(path))) from None
     try:
         match path.suffix.lower():
             case ".toml":
@@ -233,8 +236,8 @@ def _parse(path: Path) -> Parsed:
 
                 return parse_json(text)
     except RecursionError:
-        raise ConfigError(f"{path}: tables or lists are nested too deeply") from None
-    raise ConfigError(f"{path}: a configuration is a .toml, .yaml, .yml or .json file")
+        raise ConfigError("tables or lists are nested too deeply", location=str(path)) from None
+    raise ConfigError("a configuration is a .toml, .yaml, .yml or .json file", location=str(path))
 
 
 def _literal(text: str) -> Any:

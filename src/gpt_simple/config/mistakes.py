@@ -1,4 +1,4 @@
-"""Mistakes are collected and shown together: one line each, in the order of the file."""
+"""Mistakes are collected and reported together, in the order of the file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from attrs import frozen
 
-from gpt_simple.config.origin import Origin, Origins
-from gpt_simple.errors import ConfigError
+from gpt_simple.config.origin import Origin
+from gpt_simple.errors import ConfigError, Problem
 
 _RANK = {"file": 0, "python": 1, "env": 2, "cli": 3, "default": 4}
 _LONGEST_VALUE = 60
@@ -17,30 +17,26 @@ _LONGEST_VALUE = 60
 
 @frozen
 class Mistake:
-    """One line for the user: where, which key, and what is wrong with it."""
+    """What is wrong with a key, and where that was set. ``unknown``: the key itself is, whatever its value."""
 
     origin: Origin
-    path: str
+    key: str
     message: str
+    hint: str = ""
+    unknown: bool = False
 
     @property
-    def line(self) -> str:
-        """``config.toml:7: training.max_step: unknown key``."""
-        where = "" if self.origin.kind == "default" or self.origin.where == f"--{self.path}" else self.origin.where
-        key = f"--{self.path}" if self.origin.where == f"--{self.path}" else self.path
-        return ": ".join(part for part in (where, key, self.message) if part)
-
-
-def mistake(origins: Origins, path: str, message: str) -> Mistake:
-    """A mistake at a path, placed where that path was set."""
-    return Mistake(origins.nearest(path), path, message)
+    def problem(self) -> Problem:
+        """For the error; each part is one line of printable text."""
+        location = None if self.origin.kind == "default" else self.origin.where
+        key, message, hint = (printable(part.replace("\n", " ")) for part in (self.key, self.message, self.hint))
+        return Problem(location and printable(location), key, message, hint)
 
 
 def config_error(mistakes: Iterable[Mistake]) -> ConfigError:
-    """All mistakes as one error, a line each, sorted by place."""
-    ordered = sorted(mistakes, key=lambda m: (_RANK[m.origin.kind], m.origin.line, m.origin.where, m.path))
-    lines = dict.fromkeys(m.line.replace("\n", " ") for m in ordered)
-    return ConfigError(printable("\n".join(lines)))
+    """All mistakes as one error, sorted by location."""
+    ordered = sorted(mistakes, key=lambda m: (_RANK[m.origin.kind], m.origin.line, m.origin.where, m.key))
+    return ConfigError(*dict.fromkeys(m.problem for m in ordered))
 
 
 def printable(text: str) -> str:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from attrs import field, frozen
 
+from gpt_simple.errors import Problem
+
 Kind = Literal["default", "file", "env", "cli", "python"]
 
 
@@ -46,17 +48,14 @@ class Origins:
             path = parent(path)
         return DEFAULT
 
+    def locate(self, problem: Problem) -> Problem:
+        """The problem with the location where its key was set, if it has a key and no location yet."""
+        origin = self.of(problem.key)
+        return problem if problem.location or origin.kind == "default" else problem._replace(location=origin.where)
+
     def place(self, path: str) -> str:
         """For messages: ``config.toml:12 (training.seed)``, or the bare path of a default."""
-        origin = self.of(path)
-        if origin.where == f"--{path}":
-            return origin.where
-        return path if origin.kind == "default" else f"{origin.where} ({path})"
-
-    def placed(self, message: str) -> str:
-        """A message that begins with a key, with the place of the key in its stead."""
-        key = re.match(r"\w+\.\w+", message)
-        return self.place(key[0]) + message[key.end() :] if key else message
+        return self.locate(Problem(None, path, "")).place
 
     def chain(self, path: str) -> list[str]:
         """The places that set this value, the strongest first: ``["--training.seed", "config.toml:4"]``."""

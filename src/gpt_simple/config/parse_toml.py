@@ -31,10 +31,10 @@ def parse_toml(text: str) -> Parsed:
             values = tomli.loads(text)
         except tomli.TOMLDecodeError as error:
             repair = _mend(text, error)
-            message = repair.hint if repair else _opened_twice(text, error) or _first_lower(error.msg)
+            mistake = repair.mistake if repair else _opened_twice(text, error) or _at(error, _first_lower(error.msg))
             if repair and _names_a_secret(text, error):
-                message = "expected one value in quotes; what is there is not shown"
-            mistakes.append(SyntaxMistake(error.lineno, error.colno, message))
+                mistake = _at(error, "expected one value in quotes", hint="what is there is not shown")
+            mistakes.append(mistake)
             if repair is None:
                 break
             text = repair.text
@@ -53,9 +53,13 @@ def _names_a_secret(text: str, error: tomli.TOMLDecodeError) -> bool:
     return any(is_secret(".".join([*table, key])) for key in keys)
 
 
+def _at(error: tomli.TOMLDecodeError, message: str, key: str = "", hint: str = "") -> SyntaxMistake:
+    return SyntaxMistake(error.lineno, error.colno, message, key, hint)
+
+
 @frozen
 class _Repair:
-    hint: str
+    mistake: SyntaxMistake
     text: str
 
 
@@ -63,14 +67,14 @@ def _mend(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
     """What the user probably meant at the place of the error, if that is plain."""
     start = error.pos
     if error.msg == "Cannot overwrite a value":
-        return _with_line(text, error.lineno, _given_twice(text, error))
+        return _with_line(text, _given_twice(text, error))
     if error.msg.startswith("Expected '=' after a key"):
         found = re.match(r"\s*([\w.-]+)\s*:\s*(.*)", _line_of(text, error))
         if found is None:
             return None
         if not found[2]:
-            return _with_line(text, error.lineno, f"write [{found[1]}]", f"[{found[1]}]")
-        return _with_line(text, error.lineno, short(f"write {found[1]} = {found[2]}"))
+            return _with_line(text, _at(error, f"write [{found[1]}]"), f"[{found[1]}]")
+        return _with_line(text, _at(error, short(f"write {found[1]} = {found[2]}")))
     if error.msg.startswith("Expected newline"):
         while start and text[start - 1] not in " \t=,[{\n":
             start -= 1
@@ -82,10 +86,10 @@ def _mend(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
     word = found[0].strip() if found else ""
     if start != error.pos and not (word and _NUMBER.fullmatch(word)):
         return None
-    hint, value = _meant(word)
+    message, value = _meant(word)
     if value == word:  # nothing is wrong with it but what follows
         return _without_the_rest(text, error)
-    return _Repair(hint, text[:start] + value + text[start + len(word) :])
+    return _Repair(_at(error, message), text[:start] + value + text[start + len(word) :])
 
 
 def _without_the_rest(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
@@ -94,33 +98,33 @@ def _without_the_rest(text: str, error: tomli.TOMLDecodeError) -> _Repair | None
     if found is None:
         return None
     given = found[1].partition(" #")[0].strip()
-    hint = f"expected one value, got {short(given)}; text needs quotes, a list needs brackets"
-    return _with_line(text, error.lineno, hint)
+    message = f"expected one value, got {short(given)}"
+    return _with_line(text, _at(error, message, hint="text needs quotes, a list needs brackets"))
 
 
-def _given_twice(text: str, error: tomli.TOMLDecodeError) -> str:
+def _given_twice(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake:
     scanner = _Scanner(text[: error.pos])
     first = scanner.scan().get(scanner.last, error.lineno)
     if first == error.lineno:  # a value and a table of one name
-        return "this key is given twice; keep one of the two"
-    return f"{scanner.last}: given twice, first on line {first}; keep one of the two"
+        return _at(error, "this key is given twice", hint="keep one of the two")
+    return _at(error, f"given twice, first on line {first}", scanner.last, "keep one of the two")
 
 
-def _opened_twice(text: str, error: tomli.TOMLDecodeError) -> str:
-    """What to say of a second ``[table]``; empty if the error is another one."""
+def _opened_twice(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
+    """The mistake of a second ``[table]``; None if the error is another one."""
     if not error.msg.startswith("Cannot declare"):
-        return ""
+        return None
     lines = text.split("\n")
     header = re.match(r"\s*\[([\w.-]+)\]", lines[error.lineno - 1])
     if header is None:
-        return ""
+        return None
     first = _Scanner("\n".join(lines[: error.lineno - 1])).scan().get(header[1])
     place = f" on line {first}" if first else ""
-    return f"[{header[1]}] is there already{place}; put its keys together"
+    return _at(error, f"[{header[1]}] is there already{place}", hint="put its keys together")
 
 
 def _meant(word: str) -> tuple[str, str]:
-    """The hint for a value that TOML does not know, and a value to read on with."""
+    """What to write instead of a value that TOML does not know, and a value to read on with."""
     if word.lower() in ("true", "yes", "on"):
         return f"write true, not {word}", "true"
     if word.lower() in ("false", "no", "off"):
@@ -137,11 +141,11 @@ def _meant(word: str) -> tuple[str, str]:
     return f"text needs quotes: {show(word)}", '""'
 
 
-def _with_line(text: str, number: int, hint: str, line: str = "") -> _Repair:
-    """The text with another line in the place of one, by default an empty one."""
+def _with_line(text: str, mistake: SyntaxMistake, line: str = "") -> _Repair:
+    """The text with another line in the place of the one with the mistake, by default an empty one."""
     lines = text.split("\n")
-    lines[number - 1] = line
-    return _Repair(hint, "\n".join(lines))
+    lines[mistake.line - 1] = line
+    return _Repair(mistake, "\n".join(lines))
 
 
 def _line_of(text: str, error: tomli.TOMLDecodeError) -> str:

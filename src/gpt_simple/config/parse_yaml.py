@@ -48,9 +48,8 @@ def parse_yaml(text: str) -> Parsed:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = "; ".join(part for part in (error.context, error.problem) if part)
-        if _LIKE_TOML.search(text):
-            problem += "; this looks like TOML, whose files end in .toml"
-        return _broken(mark.line + 1 if mark else 0, mark.column + 1 if mark else 0, problem)
+        hint = "this looks like TOML, whose files end in .toml" if _LIKE_TOML.search(text) else ""
+        return _broken(mark.line + 1 if mark else 0, mark.column + 1 if mark else 0, problem, hint)
     except yaml.reader.ReaderError as error:
         return _broken(
             text.count("\n", 0, error.position) + 1,
@@ -89,8 +88,8 @@ def parse_json(text: str) -> Parsed:
     return Parsed(values, places.lines, places.mistakes if places.values is not None else ())
 
 
-def _broken(line: int, column: int, message: str) -> Parsed:
-    return Parsed(None, {}, (SyntaxMistake(line, column, message),))
+def _broken(line: int, column: int, message: str, hint: str = "") -> Parsed:
+    return Parsed(None, {}, (SyntaxMistake(line, column, message, hint=hint),))
 
 
 class _Walk:
@@ -125,10 +124,11 @@ class _Walk:
             key = self._text(key_node)
             here = join(path, key)
             if key == "<<":
-                self._mistake(key_node, "merging with << is no part of YAML 1.2; write the keys out")
+                self._mistake(key_node, "merging with << is no part of YAML 1.2", hint="write the keys out")
                 continue
             if key in result:
-                self._mistake(key_node, f"{here}: given twice, first on line {self.lines[here]}; keep one of the two")
+                first = self.lines[here]
+                self._mistake(key_node, f"given twice, first on line {first}", here, "keep one of the two")
                 continue
             self.lines[here] = key_node.start_mark.line + 1
             result[key] = self.value(value_node, here)
@@ -159,7 +159,7 @@ class _Walk:
         except ValueError as error:
             self._mistake(node, str(error))
             return None
-        self._mistake(node, f"the tag {node.tag} is not supported; write a plain value")
+        self._mistake(node, f"the tag {node.tag} is not supported", hint="write a plain value")
         return None
 
     def _text(self, node: yaml.Node) -> str:
@@ -168,6 +168,6 @@ class _Walk:
             self._mistake(node, _HALF_CHARACTER)
         return text
 
-    def _mistake(self, node: yaml.Node, message: str) -> None:
+    def _mistake(self, node: yaml.Node, message: str, key: str = "", hint: str = "") -> None:
         mark = node.start_mark
-        self.mistakes.append(SyntaxMistake(mark.line + 1, mark.column + 1, message))
+        self.mistakes.append(SyntaxMistake(mark.line + 1, mark.column + 1, message, key, hint))

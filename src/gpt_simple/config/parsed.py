@@ -15,6 +15,8 @@ class SyntaxMistake:
     line: int
     column: int
     message: str
+    key: str = ""
+    hint: str = ""
 
 
 @frozen

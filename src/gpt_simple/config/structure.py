@@ -9,10 +9,10 @@ import attrs
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.config.convert import Mismatch, UnknownKey, converter, errors_of
-from gpt_simple.config.cross_checks import conflicts
+from gpt_simple.config.cross_checks import Conflict, conflicts
 from gpt_simple.config.legacy import OLD_VALUES
 from gpt_simple.config.load import RawConfig
-from gpt_simple.config.mistakes import Mistake, closest, config_error, mistake
+from gpt_simple.config.mistakes import Mistake, closest, config_error
 from gpt_simple.config.origin import Origin, Origins
 from gpt_simple.config.schema import (
     Config,
@@ -61,22 +61,23 @@ class _Structuring:
         values = self.raw.values
         for name in values:
             if name not in self.sections and name != "plugins":
-                self._report(name, self._unknown_section(name, values[name]))
+                message, hint = self._unknown_section(name, values[name])
+                self._report(name, message, hint, unknown=True)
         parts: dict[str, Any] = {
             name: self._section(name, values.get(name), cls) for name, cls in self.sections.items()
         }
         parts["plugins"] = self._plugins(values.get("plugins"))
-        wrong = {found.path for found in self.mistakes}
+        wrong = {found.key for found in self.mistakes}
         for conflict in conflicts(parts["model"], parts["data"], parts["training"], parts["plugins"]):
             if wrong.isdisjoint(conflict.paths):
-                self.mistakes.append(_conflict(self.raw.origins, conflict.paths, conflict.message))
+                self.mistakes.append(_located(conflict, self.raw.origins))
         if self.raw.mistakes or self.mistakes:
             # A slip in the text was mended to read on; what the mended value broke then is not a mistake of its own.
             slips = {found.origin.line for found in self.raw.mistakes}
             genuine = [
                 found
                 for found in self.mistakes
-                if found.origin.kind != "file" or found.origin.line not in slips or found.message.startswith("unknown ")
+                if found.origin.kind != "file" or found.origin.line not in slips or found.unknown
             ]
             raise config_error([*self.raw.mistakes, *genuine])
         return Config(**parts)
@@ -93,9 +94,11 @@ class _Structuring:
             wrong = set()
             for place, single in errors_of(error, path):
                 if isinstance(single, UnknownKey):
-                    self._report(place, self._unknown_key(place, single.table))
+                    self._report_unknown(place, single.table)
                 elif isinstance(single, Mismatch) and is_secret(place):
                     self._report(place, single.discreet)
+                elif isinstance(single, Mismatch):
+                    self._report(place, str(single), single.hint)
                 else:
                     self._report(place, str(single) or type(single).__name__)
                 wrong.add(_first_key(place.removeprefix(f"{path}.")))
@@ -117,7 +120,7 @@ class _Structuring:
             if name in SWITCHES or name in self.plugin_configs:
                 continue
             if table is not None and not isinstance(table, Mapping):
-                self._report(f"plugins.{name}", self._unknown_key(f"plugins.{name}", PluginsConfig))
+                self._report_unknown(f"plugins.{name}", PluginsConfig)
             tables[name] = table or {}
         for name, cls in self.plugin_configs.items():
             tables[name] = self._section(f"plugins.{name}", value.get(name), cls)
@@ -132,32 +135,36 @@ class _Structuring:
                 typed[spec.name] = text
         return {**value, **typed} if typed else value
 
-    def _unknown_section(self, name: str, value: Any) -> str:
+    def _unknown_section(self, name: str, value: Any) -> tuple[str, str]:
+        """Message and hint."""
         names = [*self.sections, "plugins"]
         if meant := closest(name, names):
-            return f"unknown section; did you mean [{meant}]?"
+            return "unknown section", f"did you mean [{meant}]?"
         if not isinstance(value, Mapping) and (home := self._homes(name) or self._elsewhere(name)):
-            return f"unknown key; did you mean {home}?"
-        return f"unknown section; expected one of {', '.join(names)}"
+            return "unknown key", f"did you mean {home}?"
+        return "unknown section", f"expected one of {', '.join(names)}"
 
-    def _unknown_key(self, path: str, cls: type) -> str:
-        """The key may belong to another section, or be misspelt, or both."""
+    def _report_unknown(self, path: str, cls: type) -> None:
+        """Report a key that may belong to another section, or be misspelt, or both."""
         if path in OLD_VALUES:
-            return OLD_VALUES[path]
+            self._report(path, *OLD_VALUES[path])
+            return
         table, _, key = path.rpartition(".")
         here = _names(cls)
-        near = closest(key, here)
+        near, message = closest(key, here), "unknown key"
         if meant := self._homes(key) or (near and f"{table}.{near}") or self._elsewhere(key):
-            return f"unknown key; did you mean {meant}?"
-        if "epoch" in key:
-            return "unknown key; a run is as long as training.max_steps says"
-        if cls is PluginsConfig:
-            return f"expected a table [{path}] or one of {', '.join(here)}"
-        if not here:
-            return "unknown key; nothing can be set here"
-        if len(here) > _MANY_KEYS:
-            return f"unknown key; all keys are in `{PROGRAM} run --help`"
-        return f"unknown key; expected one of {', '.join(here)}"
+            hint = f"did you mean {meant}?"
+        elif "epoch" in key:
+            hint = "a run is as long as training.max_steps says"
+        elif cls is PluginsConfig:
+            message, hint = f"expected a table [{path}] or one of {', '.join(here)}", ""
+        elif not here:
+            hint = "nothing can be set here"
+        elif len(here) > _MANY_KEYS:
+            hint = f"all keys are in `{PROGRAM} run --help`"
+        else:
+            hint = f"expected one of {', '.join(here)}"
+        self._report(path, message, hint, unknown=True)
 
     def _homes(self, key: str) -> str | None:
         """Where a key belongs: the paths in all sections that have it, or else in the plugins' tables."""
@@ -173,17 +180,17 @@ class _Structuring:
         near = closest(key, dict.fromkeys(name for cls in classes for name in _names(cls)), cutoff=0.8)
         return self._homes(near) if near else None
 
-    def _report(self, path: str, message: str) -> None:
-        self.mistakes.append(mistake(self.raw.origins, path, message))
+    def _report(self, path: str, message: str, hint: str = "", *, unknown: bool = False) -> None:
+        self.mistakes.append(Mistake(self.raw.origins.nearest(path), path, message, hint, unknown))
 
 
-def _conflict(origins: Origins, paths: tuple[str, ...], message: str) -> Mistake:
-    """Two or more fields that do not go together: the line names the place of each."""
-    places = ", ".join(origins.place(path) for path in paths)
+def _located(conflict: Conflict, origins: Origins) -> Mistake:
+    """Two or more fields that do not go together: the location has all of them."""
+    places = ", ".join(origins.place(path) for path in conflict.paths)
     # One of them was set: the places of a mistake in defaults would not be shown.
-    set_ = [origin for origin in map(origins.of, paths) if origin.kind != "default"]
+    set_ = [origin for origin in map(origins.of, conflict.paths) if origin.kind != "default"]
     first = min(set_, key=lambda origin: (origin.kind != "file", origin.line))
-    return Mistake(Origin(first.kind, places, line=first.line), "", message)
+    return Mistake(Origin(first.kind, places, line=first.line), "", conflict.message, conflict.hint)
 
 
 def _names(cls: type) -> list[str]:

@@ -69,8 +69,8 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
         bare, bounds, doc = unwrap(hints[attribute.name])
         if (unknown := _outside(bare)) is not None:
             raise PluginError(
-                f"{cls.__module__}.{cls.__qualname__}.{attribute.name}: a configuration cannot hold {unknown!r}; "
-                + _SUPPORTED
+                f"{cls.__module__}.{cls.__qualname__}.{attribute.name}: a configuration cannot hold {unknown!r}",
+                hint=_SUPPORTED,
             )
         default = attribute.default
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]

@@ -76,8 +76,9 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
             raise DataError(f"no document could be read, {skipped.bad:,} were skipped; the first: {skipped.errors[0]}")
         if _identity(job, find_units(job.input_dir)) != identity:
             raise DataError(
-                f"--input_dir {job.input_dir}: files have changed while they were read; run the command again "
-                "(what has not changed is not done again)"
+                "files have changed while they were read",
+                location=f"--input_dir {job.input_dir}",
+                hint="run the command again (what has not changed is not done again)",
             )
         manifest = _assemble(work / "build", job, units, settings)
         _require_rows(job, manifest)
@@ -98,10 +99,10 @@ def _claim(job: Job) -> Path:
     """The directory of what is not finished; an output that holds anything else is refused."""
     output, work = job.output_dir, job.output_dir / WORK
     if output.exists() and not output.is_dir():
-        raise DataError(f"--output_dir {output} is a file; name a directory")
+        raise DataError(f"--output_dir {output} is a file", hint="name a directory")
     ours = (output / FILE).exists() or work.exists()
     if output.exists() and any(output.iterdir()) and not ours:
-        raise DataError(f"--output_dir {output} holds other files; name a new or an empty directory")
+        raise DataError(f"--output_dir {output} holds other files", hint="name a new or an empty directory")
     return work
 
 
@@ -120,8 +121,8 @@ def _finished(job: Job, identity: str, log: Log) -> Manifest:
     report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if report.get("identity") != identity:
         raise DataError(
-            f"--output_dir {job.output_dir} holds a finished dataset of other files or other options; "
-            "name another directory, or delete this one"
+            f"--output_dir {job.output_dir} holds a finished dataset of other files or other options",
+            hint="name another directory, or delete this one",
         )
     if job.strict and report["skipped"]:
         raise DataError(
@@ -139,8 +140,8 @@ def _require_rows(job: Job, manifest: Manifest) -> None:
     for name, split in manifest.splits.items():
         if split.tokens < (job.max_length or 0) and (name == "train" or job.val_fraction):
             raise DataError(
-                f"the {name} split is shorter than one row: {split.tokens:,} tokens, --max_length {job.max_length:,}; "
-                f"{'raise' if name == 'val' else 'lower'} --val_fraction, give more text, or lower --max_length"
+                f"the {name} split is shorter than one row: {split.tokens:,} tokens, --max_length {job.max_length:,}",
+                hint=f"{'raise' if name == 'val' else 'lower'} --val_fraction, give more text, or lower --max_length",
             )
 
 
@@ -243,7 +244,9 @@ def _assemble(directory: Path, job: Job, units: Sequence[Unit], settings: Settin
             documents += len(hashes)
             lowest, highest = min(lowest, int(hashes.min())), max(highest, int(hashes.max()))
     if not documents:
-        raise DataError(f"--input_dir {job.input_dir}: no document has any text; there is nothing to tokenize")
+        raise DataError(
+            "no document has any text", location=f"--input_dir {job.input_dir}", hint="there is nothing to tokenize"
+        )
     writers = {name: _SplitWriter(directory, name, manifest) for name in ("train", "val")}
     for unit, part in zip(units, _parts(units, settings), strict=True):
         if documents == 1 and job.val_fraction:

@@ -66,8 +66,8 @@ def _writing(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{directory}: cannot be written ({error}); prepared data are kept there, "
-            f"set {ROOT_VARIABLE} to a directory that has room"
+            f"{directory}: cannot be written ({error})",
+            hint=f"prepared data are kept there, set {ROOT_VARIABLE} to a directory that has room",
         ) from error
 
 

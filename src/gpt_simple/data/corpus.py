@@ -75,11 +75,13 @@ class Skipped:
 def find_units(root: Path) -> list[Unit]:
     """All text below a directory. Its sub-directories are the buckets; files beside them are in ``all``."""
     if not root.is_dir():
-        raise DataError(f"--input_dir {root}: no such directory")
+        raise DataError("no such directory", location=f"--input_dir {root}")
     found = [(file, file.stat()) for file in files.find(root, option="--input_dir")]
     total = sum(stat.st_size for _, stat in found)
     if not total:
-        raise DataError(f"--input_dir {root}: all {len(found)} files are empty; there is nothing to tokenize")
+        raise DataError(
+            f"all {len(found)} files are empty", location=f"--input_dir {root}", hint="there is nothing to tokenize"
+        )
     wanted = max(UNIT_BYTES, -(-total // MOST_UNITS))
     pieces: dict[str, list[tuple[Piece, str]]] = {}
     for file, stat in found:

@@ -43,7 +43,8 @@ def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
     if tokenizer.fingerprint != manifest.tokenizer:
         raise DataError(
             f"{directory / TOKENIZER}: its fingerprint is {tokenizer.fingerprint[:12]}, {FILE} says "
-            f"{manifest.tokenizer[:12]}; the tokens were made with another tokenizer"
+            f"{manifest.tokenizer[:12]}",
+            hint="the tokens were made with another tokenizer",
         )
     log("comparing all files with their checksums")
     count = len(verify_checksums(directory, manifest, {}))

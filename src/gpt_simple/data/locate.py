@@ -25,19 +25,22 @@ def check(config: Config, registry: Registry) -> Source | Shards:
     data = config.data
     if data.overlap_size and data.packing != "best_fit":
         raise ConfigError(
-            'data.overlap_size: only windows of packing "best_fit" overlap; set data.packing = "best_fit" '
-            "or leave overlap_size out"
+            'only windows of packing "best_fit" overlap',
+            key="data.overlap_size",
+            hint='set data.packing = "best_fit" or leave overlap_size out',
         )
     if data.overlap_size >= data.max_length:
         raise ConfigError(
-            f"data.overlap_size: {data.overlap_size} leaves nothing new in a row of {data.max_length} tokens; "
-            "expected less than data.max_length"
+            f"{data.overlap_size} leaves nothing new in a row of {data.max_length} tokens",
+            key="data.overlap_size",
+            hint="expected less than data.max_length",
         )
     source: Source | Shards = registry.get("source", _source_name(data)).build(data, data.seed or 0)
     if isinstance(source, Shards) and source.nanogpt is not None and data.tokenizer == "bpe":
         raise ConfigError(
-            f"data.tokenizer: {source.directory} holds nanoGPT's files, which do not say what their ids mean; "
-            "expected the path of the tokenizer.json that they were made with (GPT-2's for its openwebtext)"
+            f"{source.directory} holds nanoGPT's files, which do not say what their ids mean",
+            key="data.tokenizer",
+            hint="expected the path of the tokenizer.json that they were made with (GPT-2's for its openwebtext)",
         )
     if isinstance(source, Stream):
         _refuse_what_needs_an_index(data)
@@ -82,8 +85,9 @@ def tokenizer_choice(data: DataConfig, registry: Registry) -> tuple[str, Train]:
         tokenizer = load_tokenizer(path)
         return tokenizer.fingerprint, lambda config, texts: tokenizer
     raise ConfigError(
-        f"data.tokenizer: {name!r} is neither a tokenizer ({', '.join(registry.names('tokenizer'))}) nor a file; "
-        "expected one of these or the path of a tokenizer.json"
+        f"{name!r} is neither a tokenizer ({', '.join(registry.names('tokenizer'))}) nor a file",
+        key="data.tokenizer",
+        hint="expected one of these or the path of a tokenizer.json",
     )
 
 
@@ -99,12 +103,15 @@ def tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registry
         gone = "" if (own / TOKENIZER_FILE).is_file() else f" ({own / TOKENIZER_FILE} is missing: copy it again)"
         raise DataError(
             f"{directory}: its tokens were made with the tokenizer {manifest.tokenizer[:12]}..., not with "
-            f"{tokenizer.name} ({tokenizer.fingerprint[:12]}...); use the dataset's own{gone} or prepare the data again"
+            f"{tokenizer.name} ({tokenizer.fingerprint[:12]}...)",
+            hint=f"use the dataset's own{gone} or prepare the data again",
         )
     if data.tokenizer == "bytes" and tokenizer.vocab_size != BYTE_IDS:
         raise DataError(
-            f'data.tokenizer: "bytes" has {BYTE_IDS} ids, but {directory} was made with {own / TOKENIZER_FILE}, '
-            f"which has {tokenizer.vocab_size:,}; leave data.tokenizer out, or prepare the data again"
+            f'"bytes" has {BYTE_IDS} ids, but {directory} was made with {own / TOKENIZER_FILE}, '
+            f"which has {tokenizer.vocab_size:,}",
+            key="data.tokenizer",
+            hint="leave data.tokenizer out, or prepare the data again",
         )
     return tokenizer
 
@@ -142,4 +149,4 @@ def _refuse_what_needs_an_index(data: DataConfig) -> None:
         ("curriculum", bool(data.curriculum), "no curriculum"),
     ):
         if unwanted:
-            raise ConfigError(f"data.{field}: the source {data.source} has no index; expected {instead}")
+            raise ConfigError(f"the source {data.source} has no index", key=f"data.{field}", hint=f"expected {instead}")

@@ -122,7 +122,7 @@ def token_dtype(vocab_size: int) -> Dtype:
 
 def unfinished(directory: Path) -> DataError:
     """What is wrong with a directory that holds ``WORK`` and no manifest."""
-    return DataError(f"{directory}: is not finished; run the `gpt-simple tokenize` that began it again")
+    return DataError(f"{directory}: is not finished", hint="run the `gpt-simple tokenize` that began it again")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -135,20 +135,20 @@ def read_manifest(directory: Path) -> Manifest:
             raise unfinished(directory) from error
         raise DataError(f"{directory}: not a dataset directory, {FILE} cannot be read ({error})") from error
     except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error}); delete {directory} and prepare the data again") from error
+        raise DataError(f"{file}: not JSON ({error})", hint=f"delete {directory} and prepare the data again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise DataError(f'{file}: expected "format": "{FORMAT}"; this is not a manifest of token shards')
+        raise DataError(f'{file}: expected "format": "{FORMAT}"', hint="this is not a manifest of token shards")
     if record.get("version") != VERSION:
         raise DataError(
-            f"{file}: version {record.get('version')} of the format, this program reads {VERSION}; "
-            "prepare the data again"
+            f"{file}: version {record.get('version')} of the format, this program reads {VERSION}",
+            hint="prepare the data again",
         )
     mend = f"copy it again, or delete {directory} and prepare the data again"
     try:
         manifest = converter().structure({key: record.get(key) for key in _FIELDS}, Manifest)
     except Exception as error:  # cattrs raises groups of many types
         wrong = "; ".join(f"{path}: {single}" for path, single in islice(errors_of(error, ""), 3))
-        raise DataError(f"{file}: damaged ({wrong}); {mend}") from error
+        raise DataError(f"{file}: damaged ({wrong})", hint=mend) from error
     for name, split in manifest.splits.items():
         shards = [shard for bucket in split.buckets.values() for shard in bucket]
         for what, told, there in (
@@ -157,7 +157,7 @@ def read_manifest(directory: Path) -> Manifest:
         ):
             if told != there:
                 raise DataError(
-                    f"{file}: damaged (splits.{name}.{what} is {told:,}, but its shards have {there:,}); {mend}"
+                    f"{file}: damaged (splits.{name}.{what} is {told:,}, but its shards have {there:,})", hint=mend
                 )
     if record.get("dtype") != manifest.dtype_name:
         raise DataError(
@@ -168,7 +168,7 @@ def read_manifest(directory: Path) -> Manifest:
         size = path.stat().st_size if path.is_file() else None
         if size != expected.size:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise DataError(f"{path}: {found}, {FILE} says {expected.size}; {mend}")
+            raise DataError(f"{path}: {found}, {FILE} says {expected.size}", hint=mend)
     return manifest
 
 
@@ -194,6 +194,7 @@ def verify_checksums(directory: Path, manifest: Manifest, seen: Mapping[str, lis
         if found != expected.sha256:
             raise DataError(
                 f"{path}: its content is not what was prepared (sha256 {found[:12]}..., {FILE} says "
-                f"{expected.sha256[:12]}...); copy it again, or delete {directory} and prepare the data again"
+                f"{expected.sha256[:12]}...)",
+                hint=f"copy it again, or delete {directory} and prepare the data again",
             )
     return now

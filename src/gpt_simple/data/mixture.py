@@ -107,7 +107,7 @@ def mixture(
     segments: list[Segment] = []
     given, begin = np.zeros(len(rows), np.int64), 0
     for number, phase in enumerate(curriculum, 1):
-        weights = _weights(buckets, phase, f"data.curriculum, phase {number}")
+        weights = _weights(buckets, phase, f"phase {number}")
         end = None if number == len(curriculum) else begin + round(phase.duration_tokens / max_length)
         while end is None or begin < end:
             if on_exhaustion == "renormalise":
@@ -130,7 +130,9 @@ def mixture(
 def _weights(buckets: Mapping[str, int], phase: Phase, where: str) -> NDArray[np.float64]:
     """The weight of every bucket over the largest, those that the phase does not name 0."""
     if not phase.mix:
-        raise ConfigError(f"{where}: the mix names no bucket; the data have {', '.join(buckets)}")
+        raise ConfigError(
+            f"{where}: the mix names no bucket", key="data.curriculum", hint=f"the data have {', '.join(buckets)}"
+        )
     largest = max(phase.mix.values())
     shares = {name: weight / largest if largest else 0.0 for name, weight in phase.mix.items()}
     least = sum(shares.values()) / SLOTS
@@ -138,14 +140,19 @@ def _weights(buckets: Mapping[str, int], phase: Phase, where: str) -> NDArray[np
         if name not in buckets:
             close = difflib.get_close_matches(name, buckets, 1)
             meant = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ConfigError(f"{where}: there is no bucket {name!r}{meant}; the data have {', '.join(buckets)}")
+            raise ConfigError(
+                f"{where}: there is no bucket {name!r}{meant}",
+                key="data.curriculum",
+                hint=f"the data have {', '.join(buckets)}",
+            )
         if not weight > 0 or not math.isfinite(weight) or shares[name] < least:
             raise ConfigError(
-                f"{where}: bucket {name!r} has weight {weight}; expected at least 1/{SLOTS:,} of the phase's sum, "
-                "or leave it out"
+                f"{where}: bucket {name!r} has weight {weight}",
+                key="data.curriculum",
+                hint=f"expected at least 1/{SLOTS:,} of the phase's sum, or leave it out",
             )
         if not buckets[name]:
-            raise DataError(f"{where}: bucket {name!r} is empty; leave it out of the mix")
+            raise DataError(f"{where}: bucket {name!r} is empty", key="data.curriculum", hint="leave it out of the mix")
     return np.array([shares.get(name, 0.0) for name in buckets])
 
 

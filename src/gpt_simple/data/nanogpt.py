@@ -55,7 +55,8 @@ class NanoGpt:
         if token_dtype(tokenizer.vocab_size) != "<u2":
             raise DataError(
                 f"{self.directory / TRAIN}: holds uint16 ids, and the tokenizer {tokenizer.name} has "
-                f"{tokenizer.vocab_size:,}; name the one that it was made with (data.tokenizer)"
+                f"{tokenizer.vocab_size:,}",
+                hint="name the one that it was made with (data.tokenizer)",
             )
         splits = {file.stem: _link(file, target, tokenizer) for file in self._files()}
         manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, "nanoGPT", splits)
@@ -79,7 +80,7 @@ def _tokens(file: Path) -> NDArray[np.uint16]:
 
     size = file.stat().st_size
     if size % 2 or size < 4:
-        raise DataError(f"{file}: {size:,} bytes are no row of uint16 ids; the file was cut off, copy it again")
+        raise DataError(f"{file}: {size:,} bytes are no row of uint16 ids", hint="the file was cut off, copy it again")
     return np.asarray(np.memmap(file, "<u2", "r"))
 
 
@@ -94,7 +95,8 @@ def _link(file: Path, target: Path, tokenizer: Tokenizer) -> SplitRecord:
         if block[at] >= tokenizer.vocab_size:
             raise DataError(
                 f"{file}: token {int(block[at])} at position {begin + at} is beyond the {tokenizer.vocab_size:,} ids "
-                f"of the tokenizer {tokenizer.name}; name the one that it was made with (data.tokenizer)"
+                f"of the tokenizer {tokenizer.name}",
+                hint="name the one that it was made with (data.tokenizer)",
             )
         digest.update(block.data)
         counts += np.bincount(block, minlength=tokenizer.vocab_size)

@@ -112,8 +112,8 @@ def make_parts(units: Sequence[Unit], settings: Settings, workers: int) -> Gener
             yield jobs[job], job.result()
     except BrokenProcessPool as error:
         raise GptSimpleError(
-            "a process that tokenizes has died, perhaps for want of memory; what is done is kept: "
-            "run the command again, with a lower --num_workers if need be"
+            "a process that tokenizes has died, perhaps for want of memory",
+            hint="what is done is kept: run the command again, with a lower --num_workers if need be",
         ) from error
     finally:
         # A part is whole or not there, so nothing is lost; and to wait for the end leaves no semaphore behind.

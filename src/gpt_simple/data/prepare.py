@@ -45,7 +45,7 @@ def prepare(config: Config, registry: Registry, *, log: Log | None = None, requi
     tokenizer = tokenizer_of(directory, manifest, data, registry, raw=not isinstance(source, Shards))
     dataset = open_dataset(directory, tokenizer, manifest, data, log)
     if not dataset.train.targets:
-        raise DataError(f"{directory}: the train split is empty; lower data.val_fraction or add text")
+        raise DataError(f"{directory}: the train split is empty", hint="lower data.val_fraction or add text")
     if require_val:
         documents = dataset.val.documents + dataset.train.documents
         _require_val(dataset.val.targets, dataset.val.documents, documents, data, given=isinstance(source, Shards))
@@ -101,6 +101,6 @@ def _require_val(
         share, remedy = ("", "") if given else (f" (data.val_fraction {data.val_fraction:g})", "raise val_fraction, ")
         raise DataError(
             f"the validation split is shorter than one sample: {bound}{tokens:,} tokens in {documents:,} of "
-            f"{of_documents:,} documents{share}, and a sample is data.max_length {data.max_length:,}; "
-            f"{remedy}lower max_length, give more text, or set training.eval_steps = 0"
+            f"{of_documents:,} documents{share}, and a sample is data.max_length {data.max_length:,}",
+            hint=f"{remedy}lower max_length, give more text, or set training.eval_steps = 0",
         )

@@ -56,8 +56,8 @@ class Shard:
                 continue
             if state[0] != record.size or content(path) != record.sha256:
                 raise DataError(
-                    f"{path}: has changed, or is gone, since the run began; put it back as it was, or prepare the "
-                    "data again and start a new run"
+                    f"{path}: has changed, or is gone, since the run began",
+                    hint="put it back as it was, or prepare the data again and start a new run",
                 )
             self._seen[path] = state
 
@@ -70,7 +70,8 @@ class Shard:
             flat = int(values.argmax())
             raise DataError(
                 f"{self.path}: token {int(values.flat[flat])} at position {position(flat)} is beyond the vocabulary of "
-                f"{self.vocab_size}; the file is damaged or was made with another tokenizer"
+                f"{self.vocab_size}",
+                hint="the file is damaged or was made with another tokenizer",
             )
 
 
@@ -80,7 +81,9 @@ def open_shard(directory: Path, record: ShardRecord, manifest: Manifest) -> Shar
     tokens = np.asarray(np.memmap(path, manifest.dtype, "r"))
     starts = np.asarray(np.memmap(path.with_suffix(".idx"), "<i8", "r"))
     if len(tokens) != record.tokens + 1 or len(starts) != record.documents + 1 or starts[-1] != len(tokens):
-        raise DataError(f"{path}: does not hold the {record.documents} documents that dataset.json says; prepare again")
+        raise DataError(
+            f"{path}: does not hold the {record.documents} documents that dataset.json says", hint="prepare again"
+        )
     return Shard(path, tokens, starts, manifest.vocab_size, manifest.eod_id, record)
 
 

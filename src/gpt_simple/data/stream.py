@@ -86,7 +86,7 @@ class StreamRows:
                 total += len(tokens)
                 yield tokens
             if not total:
-                raise DataError(f"data.source {self.data.source}: the stream has no document to train on")
+                raise DataError(f"the stream of {self.data.source} has no document to train on", key="data.source")
             if self.data.on_exhaustion != "repeat":
                 return
 
@@ -104,8 +104,9 @@ def stream_rows(stream: Stream, data: DataConfig, tokenizer: Tokenizer) -> Strea
     found = survey(Head(stream), data)
     if found.documents == 1 and data.val_fraction:
         raise DataError(
-            f"data.source {data.source}: the first {HEAD_BYTES >> 20} MiB of the stream are one document; "
-            "nothing can be held out of it: set data.val_fraction = 0 and training.eval_steps = 0"
+            f"the first {HEAD_BYTES >> 20} MiB of the stream of {data.source} are one document",
+            key="data.source",
+            hint="nothing can be held out of it: set data.val_fraction = 0 and training.eval_steps = 0",
         )
     return StreamRows(stream, found.held_out, data, tokenizer)
 

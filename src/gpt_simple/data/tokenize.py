@@ -56,7 +56,7 @@ def survey(source: Source, data: DataConfig) -> Survey:
         hashes.append(key_hash(document.key))
         sizes.append(len(text.encode()))
     if not hashes:
-        raise DataError("data.path: no document has any text; there is nothing to learn")
+        raise DataError("no document has any text", key="data.path", hint="there is nothing to learn")
     share = np.array(hashes, np.uint64)
     held_out = held_out_of(share, int(share.min()), int(share.max()), data.val_fraction)
     if len(share) == 1 and data.val_fraction:

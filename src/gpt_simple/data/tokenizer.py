@@ -131,7 +131,9 @@ def load_tokenizer(path: Path, name: str | None = None) -> JsonTokenizer:
     """A tokenizer.json, or a directory that holds one. A name that does not exist is an error, never a fallback."""
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
-        raise DataError(f"tokenizer {path}: there is no {file}; expected a tokenizer.json or a directory with one")
+        raise DataError(
+            f"tokenizer {path}: there is no {file}", hint="expected a tokenizer.json or a directory with one"
+        )
     try:
         backend = Backend.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
@@ -142,7 +144,7 @@ def load_tokenizer(path: Path, name: str | None = None) -> JsonTokenizer:
     eod = next((index for index in ends if index is not None), None)
     if eod is None:
         raise DataError(
-            f"tokenizer {file}: it has no token that ends a document; add one of {', '.join(KNOWN_ENDS)} to it"
+            f"tokenizer {file}: it has no token that ends a document", hint=f"add one of {', '.join(KNOWN_ENDS)} to it"
         )
     return JsonTokenizer(name or str(path), backend, eod)
 

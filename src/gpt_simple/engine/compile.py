@@ -38,8 +38,6 @@ def plan(
     world_size: int,
     *,
     wished: bool,
-    place: str,
-    backend_place: str = "training.compile_backend",
 ) -> CompilePlan:
     """Decide about compilation.
 
@@ -48,10 +46,10 @@ def plan(
     """
     if not config.compile:
         return CompilePlan(False, config.compile_scope, config.compile_backend, None)
-    _refuse_unknown(config.compile_backend, backend_place)
+    _refuse_unknown(config.compile_backend)
     missing = _missing_compiler(device) if config.compile_backend == "inductor" else ""
     if missing and wished:
-        raise ConfigError(f"{place}: {missing}, or set training.compile to false")
+        raise ConfigError(f"{missing}, or set training.compile to false", key="training.compile")
     if missing:
         return CompilePlan(False, config.compile_scope, config.compile_backend, None, f"running eager: {missing}")
     flag = _ddp_optimizer(config, world_size)
@@ -66,12 +64,13 @@ def plan(
     return CompilePlan(True, config.compile_scope, config.compile_backend, flag, note=note)
 
 
-def _refuse_unknown(backend: str, place: str) -> None:
+def _refuse_unknown(backend: str) -> None:
     import torch._dynamo  # the run compiles and needs it anyway
 
     known = [name for name in torch._dynamo.list_backends(exclude_tags=()) if "TESTING" not in name]
     if backend not in known:
-        raise ConfigError(f"{place}: torch has no backend {backend!r}; expected one of {', '.join(known)}")
+        hint = f"expected one of {', '.join(known)}"
+        raise ConfigError(f"torch has no backend {backend!r}", key="training.compile_backend", hint=hint)
 
 
 def _missing_compiler(device: torch.device) -> str:
@@ -138,5 +137,7 @@ def refuse_uncompilable(model: torch.nn.Module, decision: CompilePlan) -> None:
     by_block = decision.enabled and decision.scope == "blocks"
     if by_block and not isinstance(getattr(model, "blocks", None), torch.nn.ModuleList):
         raise ConfigError(
-            f'training.compile_scope: {type(model).__name__} has no "blocks" (a ModuleList) to compile; use "model"'
+            f'{type(model).__name__} has no "blocks" (a ModuleList) to compile',
+            key="training.compile_scope",
+            hint='use "model"',
         )

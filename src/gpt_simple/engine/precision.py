@@ -31,7 +31,7 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def resolve(setting: str | None, device: torch.device, place: str = "training.mixed_precision") -> Precision:
+def resolve(setting: str | None, device: torch.device) -> Precision:
     """The precision for ``setting`` (``None`` or ``auto``: by the device) on ``device``.
 
     Raises ConfigError for fp16 where there is no fp16 arithmetic to train with, and for bf16 on GPUs before Ampere.
@@ -42,12 +42,15 @@ def resolve(setting: str | None, device: torch.device, place: str = "training.mi
         assert setting is not None
         name, why = setting, "configured"
         if name == "fp16" and device.type == "cpu":
-            raise ConfigError(f'{place}: fp16 does not train on a CPU; use "bf16", "no", or leave it out')
+            raise ConfigError(
+                "fp16 does not train on a CPU", key="training.mixed_precision", hint='use "bf16", "no", or leave it out'
+            )
         if name == "bf16" and device.type == "cuda" and not _has_bf16(device):
             capability = ".".join(str(part) for part in torch.cuda.get_device_capability(device))
             raise ConfigError(
-                f"{place}: this GPU (compute capability {capability}) only emulates bf16, which needs 8.0;"
-                ' use "fp16", "no", or leave it out'
+                f"this GPU (compute capability {capability}) only emulates bf16, which needs 8.0",
+                key="training.mixed_precision",
+                hint='use "fp16", "no", or leave it out',
             )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[name]
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")

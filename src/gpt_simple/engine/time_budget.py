@@ -23,6 +23,8 @@ _SPREAD = 1.5
 _FADING = 0.95
 """A slow step counts less with every one after it."""
 
+_KEY = "training.max_runtime_seconds"
+
 
 @frozen
 class Deadline:
@@ -46,7 +48,7 @@ class Deadline:
         least, budgets = training.walltime_reserve_seconds, []
         if training.max_runtime_seconds is not None:
             most = training.max_runtime_seconds
-            budgets.append((started + most, "training.max_runtime_seconds", most))
+            budgets.append((started + most, _KEY, most))
         if (seconds := _number(environment, MAX_RUNTIME)) is not None:
             _refuse_reserve(least, seconds, f"${MAX_RUNTIME}")
             budgets.append((started + seconds, f"${MAX_RUNTIME}", seconds))
@@ -83,10 +85,12 @@ class TimeBudget:
     def __attrs_post_init__(self) -> None:
         self._longest_save = self.first_save_bytes / _FIRST_GUESS_BYTES_PER_SECOND
         if self.reserve >= self.deadline.budget:
-            size = self.first_save_bytes / 2**30
+            size, source = self.first_save_bytes / 2**30, self.deadline.source
             raise ConfigError(
-                f"{self.deadline.source}: {self.reserve:.0f} s are kept for the first checkpoint, of {size:.1f} GiB,"
-                f" and the budget has {self.deadline.budget:.0f} s: raise it"
+                f"{self.reserve:.0f} s are kept for the first checkpoint, of {size:.1f} GiB, and the budget has"
+                f" {self.deadline.budget:.0f} s: raise it",
+                key=_KEY if source == _KEY else "",
+                location=None if source == _KEY else source,
             )
 
     @property

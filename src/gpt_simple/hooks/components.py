@@ -63,6 +63,10 @@ _NEEDED: dict[Kind, tuple[str, ...]] = {
 }
 
 
+class UnknownComponent(ConfigError):
+    """No component has the name that the configuration chooses."""
+
+
 @frozen
 class Component:
     """A named part: how it is built, the class that its section is structured into, and who brought it."""
@@ -100,8 +104,8 @@ class Component:
             raise PluginError(f"{self.label}: {error}") from error
         if missing := [name for name in fields if name not in known]:
             raise PluginError(
-                f"{self.label}: {self.config.__qualname__} has no field {', '.join(missing)}, which {reader} reads;"
-                f" inherit from gpt_simple.{_BASE[self.kind].__name__}, or declare it as there"
+                f"{self.label}: {self.config.__qualname__} has no field {', '.join(missing)}, which {reader} reads",
+                hint=f"inherit from gpt_simple.{_BASE[self.kind].__name__}, or declare it as there",
             )
 
     def load(self) -> Callable[..., Any]:
@@ -148,7 +152,9 @@ class Component:
             with suppress(TypeError):
                 if math.isfinite(answer):
                     return float(answer)
-            raise PluginError(f"{self.label} gives the rate {answer!r} for step {step}; expected a finite number")
+            raise PluginError(
+                f"{self.label} gives the rate {answer!r} for step {step}", hint="expected a finite number"
+            )
 
         return checked
 
@@ -172,7 +178,7 @@ class Registry:
         """Register a part. Two parts of one kind and name are an error that names both owners."""
         if kind not in KINDS:
             raise PluginError(
-                f"{self.owner} registers a component of kind {kind!r}; expected one of {', '.join(KINDS)}"
+                f"{self.owner} registers a component of kind {kind!r}", hint=f"expected one of {', '.join(KINDS)}"
             )
         if (known := self.parts.get((kind, name))) is not None:
             raise PluginError(
@@ -200,8 +206,9 @@ class Registry:
             return part
         names, close = self.names(kind), self.closest(kind, name)
         meant = f" (did you mean {close.name!r}?)" if close else ""
-        where = place or CONFIG_KEY[kind]
-        raise ConfigError(f"{where}: there is no {kind} {name!r}{meant}; expected one of {', '.join(names)}")
+        hint = f"expected one of {', '.join(names)}"
+        key = "" if place else CONFIG_KEY[kind]
+        raise UnknownComponent(f"there is no {kind} {name!r}{meant}", location=place or None, key=key, hint=hint)
 
 
 def builtin_registry() -> Registry:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from attrs import field, frozen
 
+from gpt_simple.errors import GptSimpleError, Problem
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,7 +36,7 @@ class Metric:
 
 @frozen
 class Finding:
-    """One remark of a check: what is wrong, where, and what to do about it.
+    """One remark of a check: a problem with a severity and a code.
 
     ``place`` is a dotted key of the configuration, shown with its file and line, or anything else that says where.
     ``fields`` hold the facts of the message for machines, as JSON values.
@@ -47,3 +49,14 @@ class Finding:
     hint: str = ""
     exit_code: int = 2
     fields: Mapping[str, Any] = field(factory=dict)
+
+    @classmethod
+    def of_error(cls, error: GptSimpleError, code: str, place: str = "") -> list[Finding]:
+        """A finding for each problem of an error; ``place`` is that of a problem without one."""
+        worst = int(error.exit_code)
+        return [cls("error", code, p.message, p.place or place, p.hint, worst) for p in error.problems]
+
+    @property
+    def problem(self) -> Problem:
+        """What an error carries of this finding."""
+        return Problem(self.place, "", self.message, self.hint)

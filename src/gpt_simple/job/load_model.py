@@ -13,12 +13,13 @@ from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.data.tokenizer import load_tokenizer
-from gpt_simple.errors import CheckpointError, ConfigError
+from gpt_simple.errors import CheckpointError, ConfigError, raise_all
+from gpt_simple.hooks.components import UnknownComponent
 from gpt_simple.model.shape import padded
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.spec import assemble
+from gpt_simple.spec import attempt
 
 if TYPE_CHECKING:
     from gpt_simple.hooks.batch import Tokenizer
@@ -45,16 +46,17 @@ def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None, p
     values, tokenizer = facts["config"], load_tokenizer(run_dir.tokenizer)
     sections = {"model": _section(values, "model"), "data": {"max_length": values["data.max_length"]}}
     switches = Switches.parse((*_installed(facts["plugins"]), *plugins))
-    try:
-        assembly = assemble(None, sections=sections, switches=switches)
-    except ConfigError as error:
-        gone = [f"{name} ({origin})" for name, origin in facts["plugins"].items() if name not in usable(installed())]
-        if "there is no model" not in str(error) or not gone:
-            raise
+    assembly, errors = attempt(None, sections=sections, switches=switches)
+    gone = [f"{name} ({origin})" for name, origin in facts["plugins"].items() if name not in usable(installed())]
+    if gone and any(isinstance(error, UnknownComponent) for error in errors):
         raise ConfigError(
-            f"{run_dir.root}: nothing here brings its model {values['model.name']!r}; of the run's plugins are missing"
-            f" {', '.join(gone)}: install what brings the model, or name its file with -p ./FILE.py"
-        ) from error
+            f"nothing here brings its model {values['model.name']!r}",
+            location=str(run_dir.root),
+            hint=f"of the run's plugins are missing {', '.join(gone)}: install what brings the model, or name its file"
+            " with -p ./FILE.py",
+        )
+    raise_all(errors)
+    assert assembly is not None, "without errors there is one"
     config = assembly.config
     rows = getattr(config.model, "vocab_size", None) or padded(tokenizer.vocab_size)
     part = assembly.registry.get("model", config.model.name)
@@ -73,7 +75,9 @@ def _find(store: Store, run_dir: RunDir, step: int | None) -> Checkpoint:
     steps = {checkpoint.step: checkpoint for checkpoint in store.list()}
     if step not in steps:
         kept = ", ".join(map(str, sorted(steps))) or "none"
-        raise CheckpointError(f"{run_dir.checkpoints} has no checkpoint of step {step}; expected one of: {kept}")
+        raise CheckpointError(
+            f"{run_dir.checkpoints} has no checkpoint of step {step}", hint=f"expected one of: {kept}"
+        )
     return steps[step]
 
 

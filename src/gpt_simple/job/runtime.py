@@ -36,16 +36,10 @@ def resolve_runtime(spec: Assembly, dist: World, began: float) -> Runtime:
 
 
 def _resolve(spec: Assembly, dist: World, began: float) -> Runtime:
-    training, origins = spec.config.training, spec.origins
-    precision = resolve_precision(training.mixed_precision, dist.device, origins.place("training.mixed_precision"))
-    compile_plan = plan_compile(
-        training,
-        dist.device,
-        dist.size,
-        wished=not origins.is_default("training.compile"),
-        place=origins.place("training.compile"),
-        backend_place=origins.place("training.compile_backend"),
-    )
+    training = spec.config.training
+    precision = resolve_precision(training.mixed_precision, dist.device)
+    wished = not spec.origins.is_default("training.compile")
+    compile_plan = plan_compile(training, dist.device, dist.size, wished=wished)
     deadline = Deadline.of_launch(training, os.environ, started=began, now=time.monotonic(), clock=time.time())
     numerics = {
         "processes": dist.size,

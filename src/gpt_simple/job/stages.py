@@ -95,12 +95,8 @@ def prepare_data(job: Job, found: FoundCheckpoint) -> PreparedData:
 
 
 def _prepare(job: Job) -> Dataset:
-    config, spec = job.config, job.spec
-    try:
-        return prepare(config, spec.registry, log=job.plugins.log.info, require_val=bool(config.training.eval_steps))
-    except GptSimpleError as error:
-        error.args = (spec.origins.placed(str(error)),)
-        raise
+    config, log = job.config, job.plugins.log.info
+    return prepare(config, job.spec.registry, log=log, require_val=bool(config.training.eval_steps))
 
 
 def plan_resume(job: Job, found: FoundCheckpoint, data: PreparedData) -> ResumePlan:
@@ -149,12 +145,13 @@ def model_view_parts(job: Job, data: PreparedData, model: torch.nn.Module, store
 
 def new_model(spec: Assembly, tokenizer: Tokenizer) -> torch.nn.Module:
     """The configured model on torch's default device. ConfigError if tokenizer or document mask do not suit it."""
-    config, place = spec.config, spec.origins.place
+    config = spec.config
     vocab_size = getattr(config.model, "vocab_size", None)
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise ConfigError(
-            f"{place('model.vocab_size')}: the tokenizer has {tokenizer.vocab_size} tokens, more than {vocab_size};"
-            " leave it out or raise it"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than {vocab_size}",
+            key="model.vocab_size",
+            hint="leave it out or raise it",
         )
     part = spec.registry.get("model", config.model.name)
     model: torch.nn.Module = part.build(
@@ -162,8 +159,9 @@ def new_model(spec: Assembly, tokenizer: Tokenizer) -> torch.nn.Module:
     )
     if config.data.document_mask and not _sees_documents(model):
         raise ConfigError(
-            f"{place('data.document_mask')}: the model {config.model.name!r} takes no position_ids and document_ids,"
-            " so its documents see each other; set it to false"
+            f"the model {config.model.name!r} takes no position_ids and document_ids, so its documents see each other",
+            key="data.document_mask",
+            hint="set it to false",
         )
     return model
 
@@ -176,8 +174,9 @@ def checkpoint_activations(spec: Assembly, model: torch.nn.Module) -> None:
         apply(every)
     elif every and not spec.origins.is_default("training.gradient_checkpointing"):
         raise ConfigError(
-            f"training.gradient_checkpointing: the model {spec.config.model.name!r} has no"
-            " set_activation_checkpointing(every); set it to false"
+            f"the model {spec.config.model.name!r} has no set_activation_checkpointing(every)",
+            key="training.gradient_checkpointing",
+            hint="set it to false",
         )
 
 
@@ -186,20 +185,12 @@ def report(findings: list[Finding], warn: Callable[..., None]) -> None:
     errors = [finding for finding in findings if finding.severity == "error"]
     for finding in findings:
         if finding.severity == "warning":
-            warn(_line(finding), name=finding.code)
+            warn(str(finding.problem), name=finding.code)
     if errors:
         worst = max(finding.exit_code for finding in errors)
         kinds = (ConfigError, DataError, CheckpointError, PluginError)
-        error = next((kind for kind in kinds if kind.exit_code == worst), GptSimpleError)(
-            "\n".join(_line(finding) for finding in errors)
-        )
-        error.exit_code = worst  # type: ignore[assignment]
-        raise error
-
-
-def _line(finding: Finding) -> str:
-    place = f"{finding.place}: " if finding.place else ""
-    return f"{place}{finding.message}" + (f"; {finding.hint}" if finding.hint else "")
+        kind = next((kind for kind in kinds if kind.exit_code == worst), GptSimpleError)
+        raise kind(*(finding.problem for finding in errors), exit_code=worst)
 
 
 def _options(job: Job) -> Questions:

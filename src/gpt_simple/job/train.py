@@ -30,13 +30,14 @@ def train(
     launch began (None: now). A spec serves one launch: it holds the instances of its plugins.
     """
     began, state = time.monotonic() if started is None else started, TrainState()
-    with process_as_found(), init_distributed(spec) as dist:
+    with process_as_found(), spec.located_errors(), init_distributed(spec) as dist:
         runtime = resolve_runtime(spec, dist, began)
         with (
             compile_flags(runtime.compile_plan),
             dist.telling_peers(lambda: state.step),
             stop_signals(pending_signals) as signals,
             plugin_calls(spec, dist, runtime.precision, state) as plugins,
+            spec.located_errors(),  # inside, too: plugins and other ranks see where an error comes from
         ):
             job = Job(spec, force, began, dist, runtime, signals, plugins, state)
             check_config(job)

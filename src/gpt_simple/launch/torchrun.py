@@ -57,9 +57,11 @@ class Launch:
         if nproc_per_node is None and nnodes is None and rdzv_endpoint is None and max_restarts is None:
             return None
         if nproc_per_node not in (None, "auto") and not re.fullmatch(r"[1-9]\d*", str(nproc_per_node)):
-            raise ConfigError(f'--nproc_per_node {nproc_per_node}: expected a number of processes or "auto"')
+            raise ConfigError('expected a number of processes or "auto"', location=f"--nproc_per_node {nproc_per_node}")
         if nnodes is not None and not re.fullmatch(r"[1-9]\d*", nnodes):
-            raise ConfigError(f"--nnodes {nnodes}: expected a number of machines, which stays the same for the launch")
+            raise ConfigError(
+                "expected a number of machines, which stays the same for the launch", location=f"--nnodes {nnodes}"
+            )
         if nnodes not in (None, "1") and not rdzv_endpoint:
             raise ConfigError(f"--nnodes {nnodes} needs --rdzv_endpoint HOST:PORT, the same on every machine")
         if nnodes is None and rdzv_endpoint:
@@ -153,11 +155,13 @@ def _check_endpoint(endpoint: str) -> None:
     """Refuse at once what torch would try to reach for minutes."""
     host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "")
     if endpoint and (not host or (port and not (port.isdecimal() and 0 < int(port) < 65536))):
-        raise ConfigError(f"--rdzv_endpoint {endpoint}: expected HOST:PORT, the same on every machine")
+        raise ConfigError("expected HOST:PORT, the same on every machine", location=f"--rdzv_endpoint {endpoint}")
     try:
         socket.getaddrinfo(host.strip("[]") or None, port or "0")
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--rdzv_endpoint {endpoint}: the host {host} cannot be found ({error})") from None
+        raise ConfigError(
+            f"the host {host} cannot be found ({error})", location=f"--rdzv_endpoint {endpoint}"
+        ) from None
 
 
 def _check_answer(endpoint: str) -> None:
@@ -180,7 +184,9 @@ def _check_answer(endpoint: str) -> None:
     threading.Thread(target=ask, name="ask-meeting-point", daemon=True).start()
     if not answered.wait(_ANSWER_SECONDS):
         raise ConfigError(
-            f"--rdzv_endpoint {endpoint}: something listens there that is no launcher; choose a free port"
+            "something listens there that is no launcher",
+            location=f"--rdzv_endpoint {endpoint}",
+            hint="choose a free port",
         )
 
 
@@ -236,7 +242,7 @@ def _outcome(records: Sequence[Record], failures: Mapping[int, Any], signals: _S
         raise GptSimpleError(_death(lost, failures, echoes=[record.message for record in told]))
     if told:
         if silent := [record.rank for record in records if record.code is None]:
-            raise GptSimpleError(f"process {silent[0]} left without a word; {AGAIN}")
+            raise GptSimpleError(f"process {silent[0]} left without a word", hint=AGAIN)
         raise _error(told[0], len(records))
     return max((record.code or 0 for record in ended), default=ExitCode.FAILURE)
 

@@ -12,7 +12,7 @@ from typing import Literal
 from attrs import frozen
 
 from gpt_simple.config.schema import ModelConfig
-from gpt_simple.errors import ConfigError
+from gpt_simple.errors import ConfigError, Problem
 
 VOCABULARY_MULTIPLE = 128
 
@@ -84,7 +84,7 @@ def resolve(config: ModelConfig, *, vocab_size: int, max_length: int) -> Shape:
             "raise it, leave it unset, or shorten the rows"
         )
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise ConfigError(*(Problem(None, "", mistake) for mistake in mistakes))
 
     def bias(own: bool | None) -> bool:
         return config.use_bias if own is None else own

@@ -10,10 +10,10 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from attrs import field, frozen
+from attrs import frozen
 
 from gpt_simple._names import PROGRAM
-from gpt_simple.errors import ConfigError, GptSimpleError
+from gpt_simple.errors import ConfigError, GptSimpleError, Problem
 from gpt_simple.plugin_host.discovery import DEFAULT_ON, ENABLED_BY, RESERVED, PluginRecord
 
 
@@ -62,17 +62,14 @@ class Wishes:
     require: tuple[str, ...] = ()
     strict: bool = False
     tables: tuple[str, ...] = ()
-    place: Callable[[str], str] = field(default=str, repr=False, eq=False)
 
     @classmethod
-    def read(cls, raw: Mapping[str, Any], place: Callable[[str], str] = str) -> Wishes:
-        """``place`` turns a dotted key into where it was written, for messages."""
+    def read(cls, raw: Mapping[str, Any]) -> Wishes:
         return cls(
             _names(raw.get("disable")),
             _names(raw.get("require")),
             raw.get("strict") is True,
             tuple(key for key in raw if key not in RESERVED),
-            place,
         )
 
 
@@ -92,20 +89,23 @@ def decide(
     """A decision for every known plugin, sorted by name. ``given``: names of passed classes and files, always
     known.
 
-    Names that do not exist and a required plugin that is off are a ConfigError, one line per mistake: raised, or
-    put into ``errors`` if there is such a list.
+    Names that do not exist and a required plugin that is off are the problems of one ConfigError: raised, or put into
+    ``errors`` if there is such a list.
     """
     known = {*records, *given}
     decisions = {name: _decide(name, records.get(name), wishes, is_set, switches, given) for name in sorted(known)}
     mistakes = list(_unknown_names(known, wishes, switches))
     mistakes += [
-        f"{wishes.place('plugins.require')}: plugin {name!r} is required but not active "
-        f"({decisions[name].why}): {_remedy(decisions[name])}"
+        Problem(
+            None,
+            "plugins.require",
+            f"plugin {name!r} is required but not active ({decisions[name].why}): {_remedy(decisions[name])}",
+        )
         for name in wishes.require
         if name in decisions and not decisions[name].active
     ]
     if mistakes:
-        error = ConfigError("\n".join(mistakes))
+        error = ConfigError(*mistakes)
         if errors is None:
             raise error
         errors.append(error)
@@ -154,17 +154,18 @@ def _remedy(decision: Decision) -> str:
     return f"{remedies.get(why) or f'set {ENABLED_BY[name]}'}, or add -p {name}"
 
 
-def _unknown_names(known: set[str], wishes: Wishes, switches: Switches) -> Iterable[str]:
-    places = [(name, wishes.place(f"plugins.{name}")) for name in wishes.tables]
-    places += [(name, wishes.place("plugins.disable")) for name in wishes.disable]
-    places += [(name, wishes.place("plugins.require")) for name in wishes.require]
-    places += [(name, f"-p {name}") for name in switches.enable if not is_file(name)]
-    places += [(name, f"-p no:{name}") for name in switches.disable]
-    for name, place in places:
+def _unknown_names(known: set[str], wishes: Wishes, switches: Switches) -> Iterable[Problem]:
+    places: list[tuple[str, str | None, str]] = [(name, None, f"plugins.{name}") for name in wishes.tables]
+    places += [(name, None, "plugins.disable") for name in wishes.disable]
+    places += [(name, None, "plugins.require") for name in wishes.require]
+    places += [(name, f"-p {name}", "") for name in switches.enable if not is_file(name)]
+    places += [(name, f"-p no:{name}", "") for name in switches.disable]
+    for name, location, key in places:
         if name not in known:
             close = difflib.get_close_matches(name, sorted(known), 1)
-            meant = f"; did you mean {close[0]!r}?" if close else ""
-            yield f"{place}: no plugin {name!r} is installed{meant} (`{PROGRAM} plugins list` shows them all)"
+            message, all_of_them = f"no plugin {name!r} is installed", f"(`{PROGRAM} plugins list` shows them all)"
+            hint = f"did you mean {close[0]!r}? {all_of_them}" if close else ""
+            yield Problem(location, key, message if close else f"{message} {all_of_them}", hint)
 
 
 def _names(value: Any) -> tuple[str, ...]:

@@ -90,22 +90,21 @@ class PluginHost:
         set_keys: Callable[[str], bool],
         switches: Switches | None = None,
         extra: Sequence[PassedPlugin] = (),
-        place: Callable[[str], str] = str,
         errors: list[GptSimpleError] | None = None,
     ) -> PluginHost:
         """Decide which plugins are on, import exactly those and check them.
 
         ``raw_plugins`` is the ``[plugins]`` table as it was read; ``set_keys`` tells whether a dotted key of
         the configuration has a value; ``extra`` are classes or instances from Python, named like their class
-        in lower case; ``place`` turns a dotted key into where it was written. Names that do not exist are a
-        ConfigError, each mistake of a plugin that the run uses is a line of a PluginError: raised, or put into
-        ``errors`` if there is such a list; the host then has the other plugins.
+        in lower case. Names that do not exist are a ConfigError, each mistake of a plugin that the run uses is a
+        problem of a PluginError: raised, or put into ``errors`` if there is such a list; the host then has the other
+        plugins.
         """
         found: list[GptSimpleError] = []
         switches = switches or Switches()
         everything = installed()
         records = usable(everything)
-        wishes = Wishes.read(raw_plugins, place)
+        wishes = Wishes.read(raw_plugins)
         given = name_passed(extra, records, wishes.tables)
         for path in switches.files:
             with collecting(found):
@@ -184,7 +183,7 @@ class PluginHost:
                 found = checked(HOOKS["check_config"], self.guard.call(None, partial(implementation, config)))
             except FAILURES as error:
                 failure = plugin.failure("check_config", error)
-                findings.append(Finding("error", "plugin-failed", str(failure), exit_code=int(failure.exit_code)))
+                findings += Finding.of_error(failure, "plugin-failed")
                 continue
             findings += [f if f.place else evolve(f, place=f"plugins.{plugin.name}") for f in found]
         return findings
@@ -248,7 +247,7 @@ def _described(plugin: LoadedPlugin) -> Mapping[str, Any]:
     """What a plugin says of itself, which must be something that can be written down."""
     facts = plugin.active.describe()
     if not isinstance(facts, Mapping):
-        raise PluginError(f"it returned a {type(facts).__name__}; expected a mapping")
+        raise PluginError(f"it returned a {type(facts).__name__}", hint="expected a mapping")
     json.dumps(facts)
     return facts
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
-from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
+from gpt_simple.errors import ConfigError, GptSimpleError, PluginError, Problem
 from gpt_simple.hooks.plugin import OnError, Plugin
 from gpt_simple.hooks.specs import HOOKS
 from gpt_simple.plugin_host.discovery import PluginRecord, name_problem
@@ -113,7 +113,7 @@ def load_plugin(name: str, passed: object | None, record: PluginRecord | None, w
         package = f"{distribution} {version}".strip()
         origin = ", ".join(part for part in (package, _source_file(cls)) if part)
         subject = f"plugin {name} ({origin})" if origin else f"plugin {name}"
-        raise PluginError("\n".join(f"{subject}: {mistake}" for mistake in mistakes))
+        raise PluginError(*(Problem(None, "", f"{subject}: {mistake}") for mistake in mistakes))
     return LoadedPlugin(name, cls, distribution, version, why, instance)
 
 
@@ -124,7 +124,7 @@ def load_record(record: PluginRecord, kind: str = "plugin") -> object:
     module_name, _, attribute = record.value.partition(":")
     subject = f"{kind} {record.label}"
     if not attribute:
-        raise PluginError(f"{subject}: its entry point is {record.value!r}; expected MODULE:NAME")
+        raise PluginError(f"{subject}: its entry point is {record.value!r}", hint="expected MODULE:NAME")
     with _foreign(f"{subject}: importing {module_name} failed"):
         found: object = importlib.import_module(module_name)
     try:
@@ -154,9 +154,9 @@ def load_file(path: str) -> tuple[str, object]:
     """The one plugin class of a Python file, under the name of the file."""
     file = Path(path)
     if not file.is_file() or file.suffix != ".py":
-        raise ConfigError(f"-p {path}: expected the path of a Python file")
+        raise ConfigError("expected the path of a Python file", location=f"-p {path}")
     if problem := name_problem(file.stem):
-        raise ConfigError(f"-p {path}: a plugin is named after its file, and {problem}: rename the file")
+        raise ConfigError(f"a plugin is named after its file, and {problem}: rename the file", location=f"-p {path}")
     spec = spec_from_file_location(f"gpt_simple_plugin_file_{file.stem}", file)
     assert spec, "a .py file has a spec"
     assert spec.loader, "and a loader"
@@ -190,11 +190,14 @@ def name_passed(
         cls = plugin if isinstance(plugin, type) else type(plugin)
         name = by_value.get(_path_of(cls), cls.__name__.lower())
         if name in given:
-            raise ConfigError(f"plugins: two plugins named {name!r} were passed; a name is that of the class")
+            raise ConfigError(
+                f"two plugins named {name!r} were passed", key="plugins", hint="a name is that of the class"
+            )
         if isinstance(plugin, Plugin) and name in tables:
             raise ConfigError(
-                f"plugins.{name}: the plugin was passed as an instance, which has its configuration already: "
-                "remove the table or pass the class"
+                "the plugin was passed as an instance, which has its configuration already",
+                key=f"plugins.{name}",
+                hint="remove the table or pass the class",
             )
         given[name] = plugin
     return given

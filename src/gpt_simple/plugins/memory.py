@@ -48,7 +48,7 @@ class Memory(Plugin[NoConfig]):
         try:
             return list(_forecast(outlook))
         except GptSimpleError as error:
-            return [Finding("error", "memory-refused", str(error), exit_code=int(error.exit_code))]
+            return Finding.of_error(error, "memory-refused")
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:

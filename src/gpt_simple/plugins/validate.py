@@ -56,7 +56,7 @@ def _guarded(subject: str, key: str, check: Check, outlook: Outlook) -> Iterator
     try:
         yield from check(outlook)
     except GptSimpleError as error:
-        yield Finding("error", f"{subject}-refused", str(error), key, exit_code=int(error.exit_code))
+        yield from Finding.of_error(error, f"{subject}-refused", key)
 
 
 def _steps(outlook: Outlook) -> Iterator[Finding]:
@@ -134,7 +134,7 @@ def _components(outlook: Outlook) -> Iterator[Finding]:
             if part.kind != "source":
                 part.load()
         except GptSimpleError as error:
-            yield Finding("error", "component-refused", str(error), part.key, exit_code=int(error.exit_code))
+            yield from Finding.of_error(error, "component-refused", part.key)
 
 
 def _summary(outlook: Outlook) -> Iterator[Finding]:

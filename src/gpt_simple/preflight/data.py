@@ -154,8 +154,10 @@ def _refuse_other_buckets(data: DataConfig) -> None:
     for number, phase in enumerate(data.curriculum, 1):
         if others := [name for name in phase.mix if name != ALL]:
             raise ConfigError(
-                f"data.curriculum, phase {number}: there is no bucket {others[0]!r}; data that a run prepares are"
-                f" one, {ALL!r}: make buckets of sub-directories with `{PROGRAM} tokenize`"
+                f"phase {number}: there is no bucket {others[0]!r}",
+                key="data.curriculum",
+                hint=f"data that a run prepares are one, {ALL!r}: make buckets of sub-directories with"
+                f" `{PROGRAM} tokenize`",
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -11,35 +10,20 @@ from collections.abc import Iterable, Sequence
 from attrs import asdict
 
 from gpt_simple.config.mistakes import printable
-from gpt_simple.errors import GptSimpleError
+from gpt_simple.errors import ExitCode, GptSimpleError
 from gpt_simple.hooks.results import Finding
 
 SCHEMA = 1
 """Version of the JSON output; raised when a key changes its meaning or goes away."""
-
-_KEY = r"(?:model|data|optimizer|training|plugins)\.[\w.\[\]-]+"
-_PLACE = rf"(?:\S+:\d+(?::\d+)?(?: \([^)]*\))?|--[\w.]+|\$\w+(?: \([^)]*\))?|-p \S+|{_KEY})"
-_PLACES = re.compile(rf"{_PLACE}(?:, {_PLACE})*: (?:[a-z_][\w.\[\]-]*: )?")
-"""Where a mistake is, at the beginning of its line: one place or more, and perhaps the key that is set there."""
 
 _RANK = {"error": 0, "warning": 1, "info": 2}
 _MARK = {"error": "error", "warning": "warn", "info": "ok"}
 
 
 def from_error(error: GptSimpleError) -> list[Finding]:
-    """One finding for each line of an error's message: its place, what is wrong there, and what to do."""
-    findings = []
-    for line in str(error).splitlines():
-        place, text = "", line.strip()
-        if found := _PLACES.match(text):
-            place, text = found[0].removesuffix(": "), text[found.end() :]
-            if len(parts := place.split(": ")) == 2:
-                place = f"{parts[0]} ({parts[1]})"
-        message, _, hint = text.partition("; ")
-        findings.append(
-            Finding("error", error.exit_code.name.lower(), message, place, hint, exit_code=int(error.exit_code))
-        )
-    return findings
+    """One finding for each problem of an error, with the name of its exit code as code."""
+    kind = next((code for code in ExitCode if code == error.exit_code), ExitCode.FAILURE)
+    return Finding.of_error(error, kind.name.lower())
 
 
 def exit_code(findings: Iterable[Finding], *, strict: bool = False) -> int:
@@ -62,8 +46,8 @@ def to_table(findings: Sequence[Finding], *, width: int | None = None) -> str:
     lines: list[str] = []
     for finding in sorted(findings, key=lambda finding: _RANK[finding.severity]):
         head = f"{_MARK[finding.severity]:<6} {finding.code:<{column}}  "
-        place = f"{finding.place}: " if finding.place and finding.severity != "info" else ""
-        text = printable(f"{place}{finding.message}" + (f"; {finding.hint}" if finding.hint else ""))
+        shown = finding.problem if finding.severity != "info" else finding.problem._replace(location=None)
+        text = printable(str(shown))
         body = [part for line in text.splitlines() for part in textwrap.wrap(line, width - len(head)) or [""]]
         lines += [(head if number == 0 else " " * len(head)) + part for number, part in enumerate(body)]
     counts = {kind: sum(finding.severity == kind for finding in findings) for kind in _RANK}

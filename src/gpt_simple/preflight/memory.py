@@ -206,7 +206,9 @@ def forecast(outlook: Outlook) -> MemoryForecast:
         precision = gpu.precision if gpu is not None else "no"
     if gpu is not None and (precision, gpu.precision) == ("bf16", "fp16"):
         raise ConfigError(
-            f'training.mixed_precision: a {gpu.name} only emulates bf16; use "fp16", "no", or leave it out'
+            f"a {gpu.name} only emulates bf16",
+            key="training.mixed_precision",
+            hint='use "fp16", "no", or leave it out',
         )
     vocab_size = outlook.data.vocab_size
     if vocab_size is None:

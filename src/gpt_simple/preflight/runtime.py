@@ -79,7 +79,7 @@ def _measured(outlook: Outlook) -> ThroughputEstimate:
     wished = not outlook.is_default("training.compile")
     with process_as_found():
         precision = resolve(training.mixed_precision, device)
-        compiling = plan(training, device, 1, wished=wished, place="training.compile")
+        compiling = plan(training, device, 1, wished=wished)
         _require_memory(outlook, vocab_size, precision.name, device, compiled=compiling.enabled)
         with compile_flags(compiling), _own_compiler_cache():
             dry_run = DryRun.prepare(config, outlook.registry, precision, vocab_size=vocab_size, compile_plan=compiling)

@@ -71,9 +71,13 @@ class RunDir:
         """Raise ConfigError if the directory plainly cannot be made or written; changes nothing."""
         nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
         if not nearest.is_dir():
-            raise ConfigError(f"training.output_dir: {nearest} is a file, not a directory; choose another directory")
+            raise ConfigError(
+                f"{nearest} is a file, not a directory", key="training.output_dir", hint="choose another directory"
+            )
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise ConfigError(f"training.output_dir: {nearest} cannot be written; choose another directory")
+            raise ConfigError(
+                f"{nearest} cannot be written", key="training.output_dir", hint="choose another directory"
+            )
 
     def create(self) -> None:
         """Make the directory and see that it can be written; on ConfigError nothing is left behind."""
@@ -87,7 +91,9 @@ class RunDir:
             for path in missing:
                 _remove_if_empty(path)
             raise ConfigError(
-                f"training.output_dir: {self.root} cannot be written ({error.strerror}); choose another one"
+                f"{self.root} cannot be written ({error.strerror})",
+                key="training.output_dir",
+                hint="choose another one",
             ) from error
 
     def is_used(self) -> bool:

@@ -48,8 +48,8 @@ class RunRecord:
             return cls(run_dir, new_id())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} is damaged ({error}): move it away to go on under a new run id; "
-                "the checkpoints do not depend on it"
+                f"{path} is damaged ({error})",
+                hint="move it away to go on under a new run id; the checkpoints do not depend on it",
             ) from error
 
     def launched(self, facts: Mapping[str, Any], *, step: int, resumed_from: Path | None) -> None:

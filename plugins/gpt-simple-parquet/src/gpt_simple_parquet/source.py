@@ -45,7 +45,7 @@ class ParquetFiles:
 def build(config: DataConfig, seed: int) -> ParquetFiles:
     """The files that ``data.path`` names, after the column ``data.text_key`` was found in each."""
     if not config.path:
-        raise DataError("data.path is not set: name a Parquet file or a directory of them")
+        raise DataError("it is not set", key="data.path", hint="name a Parquet file or a directory of them")
     paths = (config.path,) if isinstance(config.path, str) else config.path
     files = [file for path in paths for file in _find(Path(path))]
     for file in files:
@@ -55,10 +55,10 @@ def build(config: DataConfig, seed: int) -> ParquetFiles:
 
 def _find(path: Path) -> list[Path]:
     if not path.exists():
-        raise DataError(f"data.path {path}: no such file or directory (relative paths start at {Path.cwd()})")
+        raise DataError(f"{path}: no such file or directory (relative paths start at {Path.cwd()})", key="data.path")
     found = sorted(_below(path, frozenset())) if path.is_dir() else [path]
     if not found:
-        raise DataError(f"data.path {path}: the directory holds no {SUFFIX} files; name one that does")
+        raise DataError(f"{path}: the directory holds no {SUFFIX} files", key="data.path", hint="name one that does")
     return found
 
 

@@ -130,11 +130,11 @@ def _text(line: bytes, text_key: str, option: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError(_not_utf8(error)) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON ({error}); expected one object per line") from error
+        raise DataError(f"not JSON ({error})", hint="expected one object per line") from error
     if not isinstance(record, dict):
         raise DataError(
-            f"expected a JSON object, found {_kind(record)}; every line is one object with the text "
-            f"under {text_key!r} ({option})"
+            f"expected a JSON object, found {_kind(record)}",
+            hint=f"every line is one object with the text under {text_key!r} ({option})",
         )
     text = record.get(text_key)
     if not isinstance(text, str):
@@ -144,7 +144,7 @@ def _text(line: bytes, text_key: str, option: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"character {error.start} of the text is half of a surrogate pair; it stands for no text"
+            f"character {error.start} of the text is half of a surrogate pair", hint="it stands for no text"
         ) from error
     return text
 
@@ -174,39 +174,48 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except known as error:
-        raise DataError(f"{file}: cannot be read ({error}); mend it, or take it out of the data") from error
+        raise DataError(f"{file}: cannot be read ({error})", hint="mend it, or take it out of the data") from error
 
 
 def build(config: DataConfig, seed: int) -> Files:
     """The files that ``data.path`` names; directories are walked in sorted order."""
     if config.path is None or config.path == () or config.path == "":
-        raise DataError("data.path is not set: name a file or a directory of text, or choose data.source = 'stories'")
+        raise DataError(
+            "it is not set",
+            key="data.path",
+            hint="name a file or a directory of text, or choose data.source = 'stories'",
+        )
     paths = (config.path,) if isinstance(config.path, str) else config.path
     suffixes = {"text": TEXT, "jsonl": JSON_LINES}.get(config.format or "", TEXT + JSON_LINES)
     files = [file for path in paths for file in find(Path(path), suffixes, by_suffix=config.format is None)]
     if not any(file.stat().st_size for file in files):
-        raise DataError(f"data.path {', '.join(paths)}: all {len(files)} files are empty; there is nothing to learn")
+        raise DataError(
+            f"{', '.join(paths)}: all {len(files)} files are empty", key="data.path", hint="there is nothing to learn"
+        )
     return Files(tuple(files), config.text_key, None if config.format is None else config.format == "jsonl")
 
 
 def find(
-    path: Path, suffixes: tuple[str, ...] = TEXT + JSON_LINES, *, by_suffix: bool = True, option: str = "data.path"
+    path: Path, suffixes: tuple[str, ...] = TEXT + JSON_LINES, *, by_suffix: bool = True, option: str = ""
 ) -> list[Path]:
     """A file, or all files with these suffixes below a directory, in sorted order, but none that is hidden.
 
-    ``option``: what the user calls ``path``. Links are followed. Raises DataError for a directory that cannot be read
-    and for a link that leads to nothing.
+    ``option``: what the user gave ``path`` with; by default data.path. Links are followed. Raises DataError for a
+    directory that cannot be read and for a link that leads to nothing.
     """
     wanted = " ".join(suffixes)
+    where, subject = {"location": f"{option} {path}"}, ""
+    if not option:
+        where, subject = {"key": "data.path"}, f"{path}: "
     if path.is_dir():
         found = sorted(_walk(path, suffixes, frozenset()))
         if not found:
-            raise DataError(f"{option} {path}: the directory holds none of {wanted}; name one that does")
+            raise DataError(f"{subject}the directory holds none of {wanted}", **where, hint="name one that does")
         return found
     if not path.exists():
-        raise DataError(f"{option} {path}: no such file or directory (relative paths start at {Path.cwd()})")
+        raise DataError(f"{subject}no such file or directory (relative paths start at {Path.cwd()})", **where)
     if by_suffix and not path.name.endswith(suffixes):
-        raise DataError(f"{option} {path}: expected one of {wanted}; say what it is with data.format")
+        raise DataError(f"{subject}expected one of {wanted}", **where, hint="say what it is with data.format")
     return [path]
 
 
@@ -222,7 +231,9 @@ def _walk(directory: Path, suffixes: tuple[str, ...], above: frozenset[Path]) ->
         if entry in directories:
             yield from _walk(entry, suffixes, above | {here})
         elif not entry.exists():
-            raise DataError(f"{entry}: leads to {os.readlink(entry)}, and there is nothing; mend the link or remove it")
+            raise DataError(
+                f"{entry}: leads to {os.readlink(entry)}, and there is nothing", hint="mend the link or remove it"
+            )
         elif entry.name.endswith(suffixes) and entry.is_file():
             yield entry
 

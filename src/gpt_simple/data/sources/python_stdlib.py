@@ -19,7 +19,7 @@ def build(config: DataConfig, seed: int) -> Files:
     root = Path(sysconfig.get_path("stdlib"))
     files = tuple(_modules(root))
     if not files:
-        raise DataError(f"data.source python_stdlib: {root} holds no .py files; use another Python or data.path")
+        raise DataError(f"{root} holds no .py files", key="data.source", hint="use another Python or data.path")
     return Files(files, json_lines=False)
 
 

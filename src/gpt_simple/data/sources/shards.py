@@ -23,7 +23,7 @@ class Shards:
 def build(config: DataConfig, seed: int) -> Shards:
     """The directory that ``data.path`` names: a dataset, or nanoGPT's files."""
     if not isinstance(config.path, str) or not config.path:
-        raise DataError("data.path: expected one directory of token shards (with a dataset.json)")
+        raise DataError("expected one directory of token shards (with a dataset.json)", key="data.path")
     directory = Path(config.path)
     if not (directory / FILE).is_file():
         if (directory / TRAIN).is_file():
@@ -31,7 +31,8 @@ def build(config: DataConfig, seed: int) -> Shards:
         if (directory / WORK).is_dir():
             raise unfinished(directory)
         raise DataError(
-            f"data.path {directory}: there is no {FILE} (or {TRAIN} of nanoGPT); expected a directory of token shards, "
-            "or data.format = 'text' or 'jsonl'"
+            f"{directory}: there is no {FILE} (or {TRAIN} of nanoGPT)",
+            key="data.path",
+            hint="expected a directory of token shards, or data.format = 'text' or 'jsonl'",
         )
     return Shards(directory)
