@@ -91,7 +91,8 @@ class Walltime:
             raise ConfigError(
                 f"{self.reserve:.0f} s are kept for the first checkpoint, of {size / 2**30:.1f} GiB, and the budget has"
                 f" {self.budget:.0f} s: raise it",
-                **({"key": _KEY} if self.source == _KEY else {"location": self.source}),
+                location=None if self.source == _KEY else self.source,
+                key=_KEY if self.source == _KEY else "",
             )
 
     def saved(self, seconds: float) -> None:
