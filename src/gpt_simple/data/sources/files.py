@@ -204,18 +204,22 @@ def find(
     directory that cannot be read and for a link that leads to nothing.
     """
     wanted = " ".join(suffixes)
-    where, subject = {"location": f"{option} {path}"}, ""
-    if not option:
-        where, subject = {"key": "data.path"}, f"{path}: "
+    where, key, subject = (f"{option} {path}", "", "") if option else (None, "data.path", f"{path}: ")
     if path.is_dir():
         found = sorted(_walk(path, suffixes, frozenset()))
         if not found:
-            raise DataError(f"{subject}the directory holds none of {wanted}", **where, hint="name one that does")
+            raise DataError(
+                f"{subject}the directory holds none of {wanted}", location=where, key=key, hint="name one that does"
+            )
         return found
     if not path.exists():
-        raise DataError(f"{subject}no such file or directory (relative paths start at {Path.cwd()})", **where)
+        raise DataError(
+            f"{subject}no such file or directory (relative paths start at {Path.cwd()})", location=where, key=key
+        )
     if by_suffix and not path.name.endswith(suffixes):
-        raise DataError(f"{subject}expected one of {wanted}", **where, hint="say what it is with data.format")
+        raise DataError(
+            f"{subject}expected one of {wanted}", location=where, key=key, hint="say what it is with data.format"
+        )
     return [path]
 
 
