@@ -31,12 +31,14 @@ from gpt_simple.engine.views import EngineCheckpoints, EngineRun
 from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError
 from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
+from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.model.shape import padded
 from gpt_simple.plugin_host.dispatch import Calls
+from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import read_metrics
-from gpt_simple.spec import Assembly, Questions
+from gpt_simple.spec import Assembly
 
 if TYPE_CHECKING:
     from gpt_simple.job.claim import Ownership
@@ -83,7 +85,7 @@ class Setup:
             error.args = (self.assembly.origins.placed(str(error)),)
             raise
 
-    def check(self, plan: ResumePlan, walltime: Walltime | None, questions: Questions) -> None:
+    def check(self, plan: ResumePlan, walltime: Walltime | None, options: PreflightOptions) -> None:
         """Refuse what cannot work, with the model known but nothing allocated."""
         for part in self.assembly.components:
             part.load()
@@ -100,8 +102,7 @@ class Setup:
             walltime.expect_save_of(3 * sum(parameter.nbytes for parameter in model.parameters()))
         if self.calls.check_runtime is not None:
             self.run._model = model
-            with self.assembly.asked(questions):
-                found = self.calls.check_runtime(self.run)
+            found = self.calls.check_runtime(self.run, RunPreflight(self.assembly, options))
             self.run._model = None
             report(
                 [self.assembly.shown(finding) for _, findings in found for finding in findings], self.run.log.warning

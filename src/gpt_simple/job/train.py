@@ -26,6 +26,7 @@ from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import EngineRun
 from gpt_simple.errors import ExitCode, PluginError
 from gpt_simple.hooks.events import Close, RunEnd, RunError, RunStart
+from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.job.claim import Ownership
 from gpt_simple.job.result import TrainResult
 from gpt_simple.job.stages import Setup, report
@@ -34,8 +35,9 @@ from gpt_simple.launch.member import owns_run
 from gpt_simple.launch.signals import stop_on_signals
 from gpt_simple.plugin_host.dispatch import Calls
 from gpt_simple.plugin_host.loading import LoadedPlugin
+from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.run_dir.layout import RunDir, write_json
-from gpt_simple.spec import Assembly, Questions
+from gpt_simple.spec import Assembly
 
 
 @contextmanager
@@ -109,8 +111,8 @@ def train(
             run.log.warning(note)
         if compiling.note:
             run.log.info(compiling.note, name="ddp_optimizer")
-        questions = Questions(launching=True, force=force, world_size=world.size)
-        world.main_only(lambda: report(assembly.check_config(questions), run.log.warning))
+        options = PreflightOptions(launching=True, force=force, world_size=world.size)
+        world.main_only(lambda: report(assembly.check_config(RunPreflight(assembly, options)), run.log.warning))
 
         # One store for the whole launch: what it has verified once it need not hash again.
         store = Store(run_dir.checkpoints)
@@ -124,7 +126,7 @@ def train(
             with _leaving_at_once(run):
                 setup.read_data()
             world.compare(lambda: _found(setup, resume), "all of them must reach the same files")
-            world.together(lambda: setup.check(resume, walltime, questions))
+            world.together(lambda: setup.check(resume, walltime, options))
             if resume.kind == "finished":
                 return finished(run, run_dir, resume)
             _leave_if_asked(run)
