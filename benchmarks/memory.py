@@ -70,12 +70,13 @@ CASES: dict[str, dict[str, Any]] = {
 LARGE = """
 import resource
 import gpt_simple as g
+from gpt_simple.preflight.memory import predict_memory
 config = g.Config(
     model=g.ModelConfig(n_embd=2048, n_layer=24, n_head=16),
     data=g.DataConfig(max_length=2048),
     training=g.TrainingConfig(per_device_batch_size=4),
 )
-prediction = g.predict_memory(config, vocab_size=50257, precision="bf16")
+prediction = predict_memory(config, vocab_size=50257, precision="bf16")
 parameters = prediction.by_category["parameters"] / 4e9
 most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(f"{parameters:.2f} billion parameters need {prediction.peak / 2**30:.1f} GiB; {most:,.0f} MiB were used", end="")

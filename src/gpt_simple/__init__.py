@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     )
     from gpt_simple.hooks import Finding, Metric, Plugin, Run, hookimpl
     from gpt_simple.job.result import TrainResult
-    from gpt_simple.preflight.memory import MemoryPrediction, predict_memory
-    from gpt_simple.preflight.preflight import Outlook, outlook
     from gpt_simple.run_dir.lineage import read_metrics
 
 _HOMES = {
@@ -51,8 +49,6 @@ _HOMES = {
     ),
     "Document": "gpt_simple.data.sources",
     **dict.fromkeys(("Finding", "Metric", "Plugin", "Run", "hookimpl"), "gpt_simple.hooks"),
-    **dict.fromkeys(("MemoryPrediction", "predict_memory"), "gpt_simple.preflight.memory"),
-    **dict.fromkeys(("Outlook", "outlook"), "gpt_simple.preflight.preflight"),
 }
 
 __all__ = [
@@ -65,11 +61,9 @@ __all__ = [
     "ExitCode",
     "Finding",
     "GptSimpleError",
-    "MemoryPrediction",
     "Metric",
     "ModelConfig",
     "OptimizerConfig",
-    "Outlook",
     "Plugin",
     "PluginError",
     "PluginsConfig",
@@ -78,8 +72,6 @@ __all__ = [
     "TrainingConfig",
     "__version__",
     "hookimpl",
-    "outlook",
-    "predict_memory",
     "read_metrics",
     "redacted",
     "train",

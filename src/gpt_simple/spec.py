@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, field, frozen
 
@@ -28,28 +27,11 @@ from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugin_host.discovery import installed
 from gpt_simple.plugin_host.host import PluginHost
 
+if TYPE_CHECKING:
+    from gpt_simple.hooks.preflight import Preflight
+
 # The section that a kind may bring a class for.
 _SECTION_OF: dict[Kind, str] = {"model": "model", "optimizer": "optimizer", "source": "data"}
-
-
-@frozen
-class Questions:
-    """What is asked of the checks.
-
-    ``launching``: a run is about to start and reads its data and checkpoints itself in a moment. ``force``: it would
-    discard what is in its output directory. ``world_size``: processes. ``memory`` asks for a prediction, for the memory
-    of ``device`` (a name or bytes), ``fit`` for the largest batch in it; ``probe`` for real steps; ``mfu`` is what an
-    estimate without steps assumes.
-    """
-
-    launching: bool = False
-    force: bool = False
-    world_size: int = 1
-    memory: bool = False
-    device: str | None = None
-    fit: bool = False
-    probe: bool = False
-    mfu: float = 0.4
 
 
 @frozen
@@ -73,20 +55,9 @@ class Assembly:
         names = {kind: attrgetter(key)(self.config) for kind, key in CONFIG_KEY.items()}
         return [part for (kind, name), part in self.registry.parts.items() if names[kind] == name]
 
-    def check_config(self, questions: Questions) -> list[Finding]:
+    def check_config(self, preflight: Preflight) -> list[Finding]:
         """The findings of all plugins, with the places of keys as the user knows them."""
-        with self.asked(questions):
-            findings = self.host.check_config(self.config)
-        return [self.shown(finding) for finding in findings]
-
-    @contextmanager
-    def asked(self, questions: Questions) -> Iterator[None]:
-        """Within, ``outlook(config)`` is that of this run."""
-        token = _UNDER_CHECK.set((self, questions))
-        try:
-            yield
-        finally:
-            _UNDER_CHECK.reset(token)
+        return [self.shown(finding) for finding in self.host.check_config(self.config, preflight)]
 
     def shown(self, finding: Finding) -> Finding:
         """The finding with the location of its key, and without the values of secrets."""
@@ -101,14 +72,6 @@ class Assembly:
         except GptSimpleError as error:
             error.problems = _shown(error.problems, self.origins, self.secrets)
             raise
-
-
-_UNDER_CHECK: ContextVar[tuple[Assembly, Questions] | None] = ContextVar("under_check", default=None)
-
-
-def under_check() -> tuple[Assembly, Questions] | None:
-    """What is being checked by plugins right now: behind ``gpt_simple.outlook``, since a check gets a Config alone."""
-    return _UNDER_CHECK.get()
 
 
 def assemble(

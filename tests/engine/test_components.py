@@ -18,9 +18,10 @@ from gpt_simple import ConfigError, Document, Plugin, PluginError, hookimpl
 from gpt_simple.config.schema import DataConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
-from gpt_simple.hooks import NoConfig, Registry
+from gpt_simple.hooks import NoConfig, PreflightOptions, Registry
 from gpt_simple.hooks.components import SECTION_FIELDS
-from gpt_simple.spec import Questions, assemble
+from gpt_simple.preflight.preflight import RunPreflight
+from gpt_simple.spec import assemble
 from gpt_simple.testing import Trained, train
 
 
@@ -280,5 +281,6 @@ def test_the_fields_that_are_required_are_all_that_a_run_and_its_checks_read(tmp
         "optimizer": {"name": "least"},
     }
     assert train(Least, output_dir=tmp_path, max_steps=2, overrides=sections).result.steps == 2
-    findings = assemble(None, sections=sections, plugins=[Least]).check_config(Questions())
+    assembly = assemble(None, sections=sections, plugins=[Least])
+    findings = assembly.check_config(RunPreflight(assembly, PreflightOptions()))
     assert {finding.code for finding in findings} >= {"data", "epochs", "config"}

@@ -14,7 +14,7 @@ import pytest
 
 import gpt_simple
 from gpt_simple import Plugin, hookimpl, hooks, testing
-from gpt_simple.hooks import HOOKS, Registry, events, results, run
+from gpt_simple.hooks import HOOKS, Registry, events, preflight, results, run
 from gpt_simple.hooks.specs import HookSpecs
 from gpt_simple.plugin_host.dispatch import DISPATCHED, Calls
 from gpt_simple.plugin_host.lint import hooks_of, lint
@@ -40,6 +40,13 @@ def catalogue() -> dict[str, object]:
             name: {field.name: str(field.type) for field in attrs.fields(value)}
             for name, value in sorted({**vars(events), **vars(results)}.items())
             if isinstance(value, type) and attrs.has(value) and value.__module__ in (events.__name__, results.__name__)
+        },
+        "preflight": {
+            name: {field.name: str(field.type) for field in attrs.fields(value)}
+            if attrs.has(value)
+            else {member: _signature(item) for member, item in vars(value).items() if not member.startswith("_")}
+            for name, value in sorted(vars(preflight).items())
+            if isinstance(value, type) and value.__module__ == preflight.__name__
         },
         "plugin": {name: _signature(member) for name, member in vars(Plugin).items() if not name.startswith("_")},
         "run": {

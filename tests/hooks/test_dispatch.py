@@ -49,8 +49,7 @@ def failing(error: BaseException) -> Callable[[], None]:
 
 
 def call(calls: Calls, hook: str, event: object) -> Any:
-    function = getattr(calls, hook)
-    return function(RUN) if HOOKS[hook].arguments == ("run",) else function(RUN, event)
+    return getattr(calls, hook)(RUN, event)
 
 
 def test_a_hook_without_listeners_is_none(activate: Activate) -> None:
@@ -109,7 +108,7 @@ def test_an_implementation_gets_only_the_arguments_that_it_takes(activate: Activ
     assert calls.on_step_end(RUN, StepEnd(1, 1, 1, False)) is None
     assert calls.evaluate(RUN, METRICS) == [("few", {"a": Metric(1.0)})]
     assert calls.collect_metrics(RUN, COLLECT) == [("few", {"b": Metric(2.0)})]
-    assert calls.check_runtime(RUN) == [("few", [])]
+    assert calls.check_runtime(RUN, None) == [("few", [])]
     assert [str(failure).rpartition(": ")[2] for failure in calls.on_close(RUN, Close(True))] == ["boom"]
     assert seen == [METRICS, "nothing", (RUN, METRICS), RUN]
 

@@ -156,7 +156,7 @@ def test_a_plugin_gets_its_own_configuration(activate: Activate) -> None:
     host = activate(Sized)
     assert host.config_classes() == {"sized": SizeConfig}
     host.instantiate(Config(plugins=PluginsConfig(tables={"sized": SizeConfig(size=5)})))
-    assert [(f.message, f.place) for f in host.check_config(Config())] == [
+    assert [(f.message, f.place) for f in host.check_config(Config(), None)] == [
         ("5", "plugins.sized"),
         ("y", "model.n_head"),
     ]
@@ -210,7 +210,7 @@ def test_before_a_run_too_an_implementation_may_take_fewer_arguments(activate: A
     host.register_components(Registry())
     host.instantiate(Config())
     assert seen == [Few]
-    assert [finding.code for finding in host.check_config(Config())] == ["few"]
+    assert [finding.code for finding in host.check_config(Config(), None)] == ["few"]
 
 
 @pytest.mark.parametrize(("answer", "part"), [(3, "returned a int"), ([3], "other things in it")])
@@ -222,7 +222,7 @@ def test_check_config_must_return_findings(activate: Activate, answer: object, p
 
     host = activate(Bad)
     host.instantiate(Config())
-    (finding,) = host.check_config(Config())
+    (finding,) = host.check_config(Config(), None)
     assert (finding.severity, finding.exit_code) == ("error", 5)
     assert part in finding.message
 

@@ -107,17 +107,15 @@ def seen_by(hook: str, look: Callable[[Any], Any]) -> list[Any]:
     seen: list[Any] = []
     answer: Any = {"none": None, "metrics": {}, "findings": []}[HOOKS[hook].returns]
 
-    def act(self: Any, run: Any, event: Any) -> Any:
+    def of_config(self: Any, config: Any) -> Any:
+        seen.append(look(config))
+        return answer
+
+    def of_run(self: Any, run: Any) -> Any:
         seen.append(look(run))
         return answer
 
-    def act_alone(self: Any, run: Any) -> Any:
-        return act(self, run, None)
-
-    def act_on_config(self: Any, config: Any) -> Any:
-        return act(self, config, None)
-
-    implementation = {("run", "event"): act, ("run",): act_alone, ("config",): act_on_config}[HOOKS[hook].arguments]
+    implementation = of_config if "config" in HOOKS[hook].arguments else of_run
     train(type("Looks", (Plugin,), {hook: hookimpl(implementation), "on_error": "abort"}))
     return seen
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt_simple import Finding, Plugin, hookimpl
+from gpt_simple import Config, Finding, Plugin, Run, hookimpl
+from gpt_simple.hooks import NoConfig, Preflight
 from gpt_simple.preflight.findings import exit_code
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import CONFIG, Shell
@@ -186,12 +187,10 @@ class Curious(Plugin):  # type: ignore[type-arg]
     """Sees what a check is given."""
 
     @hookimpl
-    def check_config(self, config: object) -> list[Finding]:
-        import gpt_simple
-
-        outlook = gpt_simple.outlook(config)  # type: ignore[arg-type]
-        assert outlook.questions.launching
-        return [Finding("error", "seen", f"registry {outlook.registry.names('model')}", "model.n_embd", exit_code=3)]
+    def check_config(self, config: Config, preflight: Preflight) -> list[Finding]:
+        assert preflight.options.launching
+        assert preflight.config is config
+        return [Finding("error", "seen", f"registry {preflight.registry.names('model')}", "model.n_embd", exit_code=3)]
 
 
 def test_an_error_at_start_ends_the_run_with_its_code_before_anything_exists(tmp_path: Path) -> None:
@@ -244,13 +243,38 @@ def test_wandb_that_is_meant_to_be_offline_needs_no_key(check: Check, monkeypatc
     assert "could not be logged" in check(project, "--plugins.wandb.mode=online")["wandb-offline"]["message"]
 
 
+class Watches(Plugin[NoConfig]):
+    """Sees the data before and after they are prepared."""
+
+    def __init__(self) -> None:
+        super().__init__(NoConfig())
+        self.prepared: list[bool] = []
+
+    @hookimpl
+    def check_config(self, config: Config, preflight: Preflight) -> list[Finding]:
+        self.prepared.append(not preflight.data.estimated)
+        return []
+
+    @hookimpl
+    def check_runtime(self, run: Run, preflight: Preflight) -> list[Finding]:
+        self.prepared.append(not preflight.data.estimated)
+        return []
+
+
+def test_a_preflight_of_the_runtime_finds_the_data_prepared(here: Path) -> None:
+    import gpt_simple
+
+    gpt_simple.train("config.toml", plugins=[watches := Watches()])
+    assert watches.prepared == [False, True]
+
+
 class Exacting(Plugin):  # type: ignore[type-arg]
     """Finds something once the devices are known."""
 
     on_error = "abort"
 
     @hookimpl
-    def check_runtime(self, run: object) -> list[Finding]:
+    def check_runtime(self, run: Run, preflight: Preflight) -> list[Finding]:
         return [Finding("error", "odd", "too many", "training.max_steps")]
 
 

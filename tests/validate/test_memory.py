@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-import gpt_simple
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from gpt_simple.engine.precision import resolve
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import GPUS, find_gpu
 from gpt_simple.hooks.components import builtin_registry
+from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.job.train import train
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugins.memory import start_counting, stop_counting
@@ -301,4 +301,4 @@ def test_a_batch_fits_into_something(check: Check) -> None:
 
 def test_memory_is_predicted_only_when_asked(check: Check) -> None:
     assert "memory" not in check()
-    assert gpt_simple.outlook(Config()).questions.memory is False
+    assert PreflightOptions().memory is False

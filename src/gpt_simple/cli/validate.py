@@ -8,10 +8,12 @@ import click
 
 from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
+from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.preflight.findings import exit_code, from_error, to_json, to_table
-from gpt_simple.spec import Questions, attempt
+from gpt_simple.preflight.preflight import RunPreflight
+from gpt_simple.spec import attempt
 
 
 class _Validate(ConfiguredCommand):
@@ -81,7 +83,7 @@ def validate(
     if problem:
         raise _told(mistake) if as_json else mistake
     memory = memory or fit or device is not None
-    questions = Questions(
+    options = PreflightOptions(
         force=force,
         world_size=world_size,
         memory=memory,
@@ -98,7 +100,7 @@ def validate(
             findings += from_error(error)
         if assembly is not None:
             findings += [Finding("warning", "note", note) for note in (*assembly.notes, *assembly.host.notes)]
-            findings += assembly.check_config(questions)
+            findings += assembly.check_config(RunPreflight(assembly, options))
             if "validate" not in (plugin.name for plugin in assembly.host.plugins):
                 message = "the plugin validate is off: nothing but the configuration's own values was checked"
                 findings.append(Finding("warning", "unchecked", message, hint="leave out what switches it off"))

@@ -30,6 +30,17 @@ if TYPE_CHECKING:
         StepStart,
     )
     from gpt_simple.hooks.plugin import NoConfig, Plugin
+    from gpt_simple.hooks.preflight import (
+        CheckedOutput,
+        Environment,
+        InspectedData,
+        MemoryForecast,
+        MemoryPrediction,
+        PlannedResume,
+        Preflight,
+        PreflightOptions,
+        ThroughputEstimate,
+    )
     from gpt_simple.hooks.results import Finding, Metric
     from gpt_simple.hooks.run import CheckpointInfo, Run
     from gpt_simple.hooks.specs import HOOKS, HookInfo, hookimpl
@@ -37,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HOOKS",
     "BatchReady",
+    "CheckedOutput",
     "CheckpointInfo",
     "CheckpointLoaded",
     "CheckpointSaved",
@@ -44,17 +56,24 @@ __all__ = [
     "Close",
     "CollectMetrics",
     "Component",
+    "Environment",
     "EvalEnd",
     "Evaluate",
     "Finding",
     "GradientsReady",
     "HookInfo",
+    "InspectedData",
     "LogRecord",
+    "MemoryForecast",
+    "MemoryPrediction",
     "Metric",
     "MetricsReady",
     "ModelBuilt",
     "NoConfig",
+    "PlannedResume",
     "Plugin",
+    "Preflight",
+    "PreflightOptions",
     "Registry",
     "Run",
     "RunEnd",
@@ -62,12 +81,27 @@ __all__ = [
     "RunStart",
     "StepEnd",
     "StepStart",
+    "ThroughputEstimate",
     "hookimpl",
 ]
 
 _HOMES = {
     "Component": "components",
     "Registry": "components",
+    **dict.fromkeys(
+        (
+            "CheckedOutput",
+            "Environment",
+            "InspectedData",
+            "MemoryForecast",
+            "MemoryPrediction",
+            "PlannedResume",
+            "Preflight",
+            "PreflightOptions",
+            "ThroughputEstimate",
+        ),
+        "preflight",
+    ),
     "Finding": "results",
     "Metric": "results",
     "CheckpointInfo": "run",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gpt_simple.config.schema import Config
     from gpt_simple.hooks import events
     from gpt_simple.hooks.components import Registry
+    from gpt_simple.hooks.preflight import Preflight
     from gpt_simple.hooks.results import Finding, Metric
     from gpt_simple.hooks.run import Run
 
@@ -97,13 +98,16 @@ class HookSpecs:
         """
 
     @_hook(ranks="main", returns="findings")
-    def check_config(self, config: Config) -> Sequence[Finding]:
+    def check_config(self, config: Config, preflight: Preflight) -> Sequence[Finding]:
         """Look at the configuration, by ``gpt-simple validate`` and before every run, with no device touched.
 
+        ``preflight`` has what is known of the run beyond its configuration: data, checkpoints, output, this machine.
         Return findings; one of severity ``error`` stops the run before anything is created::
 
             @hookimpl
-            def check_config(self, config):
+            def check_config(self, config, preflight):
+                if preflight.is_default("training.max_steps"):
+                    return []
                 if config.training.max_steps < self.config.every:
                     return [Finding("warning", "never-due", "every is larger than training.max_steps")]
                 return []
@@ -111,10 +115,10 @@ class HookSpecs:
         return ()
 
     @_hook(ranks="all", returns="findings")
-    def check_runtime(self, run: Run) -> Sequence[Finding]:
+    def check_runtime(self, run: Run, preflight: Preflight) -> Sequence[Finding]:
         """Look at devices and the model on the meta device: shapes are known and nothing is allocated yet.
 
-        Return findings, as for ``check_config``::
+        ``preflight`` now finds the data prepared. Return findings, as for ``check_config``::
 
             @hookimpl
             def check_runtime(self, run):

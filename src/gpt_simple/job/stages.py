@@ -27,11 +27,13 @@ from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.views import EngineCheckpoints, ModelView
 from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError
 from gpt_simple.hooks.batch import Tokenizer
+from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.job.job import Job
 from gpt_simple.job.records import launch_facts
 from gpt_simple.model.shape import padded
-from gpt_simple.spec import Assembly, Questions
+from gpt_simple.preflight.preflight import RunPreflight
+from gpt_simple.spec import Assembly
 
 
 @frozen(eq=False)
@@ -72,7 +74,7 @@ def check_config(job: Job) -> None:
         log.warning(note)
     if compile_plan.note:
         log.info(compile_plan.note, name="ddp_optimizer")
-    job.dist.main_only(lambda: report(spec.check_config(_options(job)), log.warning))
+    job.dist.main_only(lambda: report(spec.check_config(_preflight_of(job)), log.warning))
 
 
 def find_checkpoint(job: Job) -> FoundCheckpoint:
@@ -126,8 +128,7 @@ def _preflight(job: Job, data: PreparedData, plan: ResumePlan) -> Checked:
     time_budget = TimeBudget(deadline, first_save_bytes=3 * size) if deadline is not None else None
     if (check_runtime := job.plugins.calls.check_runtime) is not None:
         view = model_view(job, data, model, plan.found.store)
-        with job.spec.asked(_options(job)):
-            found = check_runtime(view)
+        found = check_runtime(view, _preflight_of(job))
         report([job.spec.shown(finding) for _, findings in found for finding in findings], job.plugins.log.warning)
     return Checked(size, time_budget)
 
@@ -193,8 +194,8 @@ def report(findings: list[Finding], warn: Callable[..., None]) -> None:
         raise kind(*(finding.problem for finding in errors), exit_code=worst)
 
 
-def _options(job: Job) -> Questions:
-    return Questions(launching=True, force=job.force, world_size=job.dist.size)
+def _preflight_of(job: Job) -> RunPreflight:
+    return RunPreflight(job.spec, PreflightOptions(launching=True, force=job.force, world_size=job.dist.size))
 
 
 def _sees_documents(model: torch.nn.Module) -> bool:

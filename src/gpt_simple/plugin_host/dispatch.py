@@ -23,6 +23,7 @@ from gpt_simple.plugin_host.loading import FAILURES, LoadedPlugin
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import events
+    from gpt_simple.hooks.preflight import Preflight
     from gpt_simple.hooks.run import Run
 
     Metrics = list[tuple[str, Mapping[str, Metric]]]
@@ -104,7 +105,7 @@ class Calls:
     policy: Policy
     guard: Guard = field(factory=Guard)
     _listeners: dict[str, list[tuple[Listener, ...]]] = field(factory=dict)
-    check_runtime: Callable[[Run], Findings] | None = None
+    check_runtime: Callable[[Run, Preflight], Findings] | None = None
     on_model_built: Callable[[Run, events.ModelBuilt], None] | None = None
     on_checkpoint_loaded: Callable[[Run, events.CheckpointLoaded], None] | None = None
     on_run_start: Callable[[Run, events.RunStart], None] | None = None

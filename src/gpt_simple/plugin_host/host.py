@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import torch
 
     from gpt_simple.config.schema import Config
+    from gpt_simple.hooks.preflight import Preflight
 
 
 class _Manager(PluginManager):
@@ -175,12 +176,13 @@ class PluginHost:
         except FAILURES as error:
             raise plugin.failure("__init__", error) from error
 
-    def check_config(self, config: Config) -> list[Finding]:
+    def check_config(self, config: Config, preflight: Preflight) -> list[Finding]:
         """The findings of all plugins; one without a place is put at its plugin's table. A failure is a finding."""
         findings: list[Finding] = []
         for implementation, plugin in self._listeners("check_config"):
             try:
-                found = checked(HOOKS["check_config"], self.guard.call(None, partial(implementation, config)))
+                answer = self.guard.call(None, partial(implementation, config, preflight))
+                found = checked(HOOKS["check_config"], answer)
             except FAILURES as error:
                 failure = plugin.failure("check_config", error)
                 findings += Finding.of_error(failure, "plugin-failed")

@@ -11,13 +11,12 @@ import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import gpt_simple
 from gpt_simple import Finding, GptSimpleError
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
 
 if TYPE_CHECKING:
-    from gpt_simple import Config, MemoryPrediction, Outlook
-    from gpt_simple.hooks import Registry, Run
+    from gpt_simple import Config
+    from gpt_simple.hooks import MemoryPrediction, Preflight, Run
     from gpt_simple.hooks import events as ev
 
 _MIB, _GIB = 2**20, 2**30
@@ -31,7 +30,7 @@ class Memory(Plugin[NoConfig]):
 
     after = ("validate",)
 
-    _registry: Registry | None = None
+    _preflight: Preflight
     _prediction: MemoryPrediction
     _predicted = 0
     _measured: int | None = None
@@ -40,27 +39,24 @@ class Memory(Plugin[NoConfig]):
     _until = 0
 
     @hookimpl
-    def check_config(self, config: Config) -> list[Finding]:
-        outlook = gpt_simple.outlook(config)
-        self._registry = outlook.registry
-        if not outlook.questions.memory:
+    def check_config(self, config: Config, preflight: Preflight) -> list[Finding]:
+        self._preflight = preflight
+        if not preflight.options.memory:
             return []
         try:
-            return list(_forecast(outlook))
+            return list(_forecast(preflight))
         except GptSimpleError as error:
             return Finding.of_error(error, "memory-refused")
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
         facts = run.facts()
-        self._prediction = gpt_simple.predict_memory(
-            run.config,
+        self._prediction = self._preflight.predict_memory(
             vocab_size=run.tokenizer.vocab_size,
             precision=facts["precision"],
             compiled=facts["compile"] != "off",
             world_size=run.world_size,
             cuda=run.device.type == "cuda",
-            registry=self._registry,
         )
         self._until = event.step + _MEASURED_STEPS
         self._predicted = self._prediction.training_peak
@@ -149,8 +145,8 @@ def stop_counting() -> int:
     return most
 
 
-def _forecast(outlook: Outlook) -> Iterator[Finding]:
-    forecast, training = outlook.memory, outlook.config.training
+def _forecast(preflight: Preflight) -> Iterator[Finding]:
+    forecast, training = preflight.memory, preflight.config.training
     prediction = forecast.prediction
     parts = ", ".join(f"{name} {_size(size)}" for name, size in prediction.by_category.items() if size > _SHOWN)
     place = f" near {prediction.place}" if prediction.place else ""

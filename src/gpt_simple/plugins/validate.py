@@ -11,21 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import gpt_simple
 from gpt_simple import CheckpointError, Finding, GptSimpleError, ModelConfig, OptimizerConfig
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
 from gpt_simple.plugins.validate_data import data_findings
 
 if TYPE_CHECKING:
-    from gpt_simple import Config, Outlook
-    from gpt_simple.hooks import Run
+    from gpt_simple import Config
+    from gpt_simple.hooks import Preflight, Run
 
 _MIB, _GIB = 2**20, 2**30
 _DATA, _CHECKPOINT, _PLUGIN = 3, 4, 5
 _WITHOUT_FILES = ("stories", "python_stdlib")
 """Sources that read neither data.path nor data.format."""
 
-Check = Callable[["Outlook"], Iterator[Finding]]
+Check = Callable[["Preflight"], Iterator[Finding]]
 
 
 class Validate(Plugin[NoConfig]):
@@ -34,40 +33,40 @@ class Validate(Plugin[NoConfig]):
     on_error = "abort"
 
     @hookimpl
-    def check_config(self, config: Config) -> list[Finding]:
-        outlook = gpt_simple.outlook(config)
-        findings = [*_steps(outlook), *_schedule(outlook), *_checkpoints(outlook), *_idle(outlook), *_cuda(outlook)]
-        if not outlook.questions.launching:
-            findings += [*_components(outlook), *_summary(outlook)]
-            findings += [*_guarded("data", "data.path", data_findings, outlook)]
-            findings += [*_guarded("resume", "training.resume", _resume, outlook), *_environment(outlook)]
-            findings += _guarded("budget", "", _budget, outlook)
-            if outlook.questions.probe or outlook.questions.device:
-                findings += _guarded("runtime", "training", _runtime, outlook)
-        return [*findings, *_guarded("output", "training.output_dir", _output, outlook)]
+    def check_config(self, config: Config, preflight: Preflight) -> list[Finding]:
+        findings = [*_steps(preflight), *_schedule(preflight), *_checkpoints(preflight)]
+        findings += [*_idle(preflight), *_cuda(preflight)]
+        if not preflight.options.launching:
+            findings += [*_components(preflight), *_summary(preflight)]
+            findings += [*_guarded("data", "data.path", data_findings, preflight)]
+            findings += [*_guarded("resume", "training.resume", _resume, preflight), *_environment(preflight)]
+            findings += _guarded("budget", "", _budget, preflight)
+            if preflight.options.probe or preflight.options.device:
+                findings += _guarded("runtime", "training", _runtime, preflight)
+        return [*findings, *_guarded("output", "training.output_dir", _output, preflight)]
 
     @hookimpl
-    def check_runtime(self, run: Run) -> list[Finding]:
-        return [*_fits(run), *_precision(run), *_prepared(run)]
+    def check_runtime(self, run: Run, preflight: Preflight) -> list[Finding]:
+        return [*_fits(run), *_precision(run), *(_prepared(preflight) if run.is_main else ())]
 
 
-def _guarded(subject: str, key: str, check: Check, outlook: Outlook) -> Iterator[Finding]:
+def _guarded(subject: str, key: str, check: Check, preflight: Preflight) -> Iterator[Finding]:
     """What a check yields; what the run would refuse is an error with the run's own words and exit code."""
     try:
-        yield from check(outlook)
+        yield from check(preflight)
     except GptSimpleError as error:
         yield from Finding.of_error(error, f"{subject}-refused", key)
 
 
-def _steps(outlook: Outlook) -> Iterator[Finding]:
-    training = outlook.config.training
+def _steps(preflight: Preflight) -> Iterator[Finding]:
+    training = preflight.config.training
     for name, what in (
         ("logging_steps", "nothing is logged before the end"),
         ("eval_steps", "it is evaluated only at the end"),
         ("save_steps", "a checkpoint is written only at the end"),
     ):
         every = getattr(training, name)
-        if every and every > training.max_steps and not outlook.is_default(f"training.{name}"):
+        if every and every > training.max_steps and not preflight.is_default(f"training.{name}"):
             message = f"{name} {every} is more than max_steps {training.max_steps}: {what}"
             yield Finding("warning", "interval-beyond-run", message, f"training.{name}")
     if training.max_runtime_seconds is not None and training.resume == "scratch":
@@ -75,8 +74,8 @@ def _steps(outlook: Outlook) -> Iterator[Finding]:
         yield Finding("warning", "stops-for-good", message, "training.resume", 'use "auto"')
 
 
-def _schedule(outlook: Outlook) -> Iterator[Finding]:
-    optimizer, steps = outlook.config.optimizer, outlook.config.training.max_steps
+def _schedule(preflight: Preflight) -> Iterator[Finding]:
+    optimizer, steps = preflight.config.optimizer, preflight.config.training.max_steps
     if type(optimizer) is not OptimizerConfig:
         return
     warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
@@ -97,8 +96,8 @@ def _schedule(outlook: Outlook) -> Iterator[Finding]:
         yield Finding("warning", "learning-rate-high", message, "optimizer.learning_rate")
 
 
-def _checkpoints(outlook: Outlook) -> Iterator[Finding]:
-    training = outlook.config.training
+def _checkpoints(preflight: Preflight) -> Iterator[Finding]:
+    training = preflight.config.training
     every, milestone = training.save_steps, training.keep_milestone_every
     if every and milestone and milestone % every:
         message = (
@@ -110,14 +109,14 @@ def _checkpoints(outlook: Outlook) -> Iterator[Finding]:
         yield Finding("warning", "keeps-everything", message, "training.keep_last_k")
 
 
-def _idle(outlook: Outlook) -> Iterator[Finding]:
+def _idle(preflight: Preflight) -> Iterator[Finding]:
     """What somebody set and nothing reads."""
-    model, data = outlook.config.model, outlook.config.data
+    model, data = preflight.config.model, preflight.config.data
     idle: dict[str, str] = {}
     if type(model) is ModelConfig:
         if model.rope_scaling_type is not None and model.rope_scaling_factor == 1:
             idle["model.rope_scaling_type"] = "rope_scaling_factor is 1"
-        if model.position == "learned" and not outlook.is_default("model.rope_base"):
+        if model.position == "learned" and not preflight.is_default("model.rope_base"):
             idle["model.rope_base"] = 'position is "learned"'
     if data.source in _WITHOUT_FILES:
         for name in ("path", "format"):
@@ -127,9 +126,9 @@ def _idle(outlook: Outlook) -> Iterator[Finding]:
         yield Finding("warning", "without-effect", f"{key.partition('.')[2]} has no effect: {why}", key)
 
 
-def _components(outlook: Outlook) -> Iterator[Finding]:
+def _components(preflight: Preflight) -> Iterator[Finding]:
     """Plugins' parts are imported, which no check but this one does before a run; the data ask for their source."""
-    for part in outlook.components:
+    for part in preflight.components:
         try:
             if part.kind != "source":
                 part.load()
@@ -137,45 +136,45 @@ def _components(outlook: Outlook) -> Iterator[Finding]:
             yield from Finding.of_error(error, "component-refused", part.key)
 
 
-def _summary(outlook: Outlook) -> Iterator[Finding]:
-    config, rows = outlook.config, outlook.rows_per_step
+def _summary(preflight: Preflight) -> Iterator[Finding]:
+    config, rows = preflight.config, preflight.rows_per_step
     tokens = rows * config.data.max_length
     message = (
         f"{config.training.max_steps:,} steps of {tokens:,} tokens ({rows} rows of {config.data.max_length}):"
-        f" {outlook.samples * config.data.max_length:,} tokens"
+        f" {preflight.samples * config.data.max_length:,} tokens"
     )
     fields = {"steps": config.training.max_steps, "tokens_per_step": tokens}
     yield Finding("info", "config", message, fields=fields)
 
 
-def _resume(outlook: Outlook) -> Iterator[Finding]:
-    resume, steps = outlook.resume, outlook.config.training.max_steps
+def _resume(preflight: Preflight) -> Iterator[Finding]:
+    resume, steps = preflight.resume, preflight.config.training.max_steps
     for path, reason in resume.skipped:
         yield Finding("warning", "checkpoint-damaged", f"{reason}; the one before it is used", str(path))
-    changes = resume.promise.removeprefix("changed: ").split("; ") if resume.promise.startswith("changed") else []
+    changes = resume.guarantee.removeprefix("changed: ").split("; ") if resume.guarantee.startswith("changed") else []
     # To go on for longer is what one resumes for.
     differs = resume.kind == "resume" and any(not change.startswith("training.max_steps ") for change in changes)
-    fields = {"kind": resume.kind, "step": resume.step, "promise": resume.promise}
+    fields = {"kind": resume.kind, "step": resume.step, "promise": resume.guarantee}
     if resume.kind == "scratch":
         message = "starts from scratch"
     elif resume.kind == "finished":
         message = f"{resume.path} has reached step {resume.step} of {steps}: there is nothing to do"
     else:
         message = f"goes on from {resume.path}, step {resume.step} of {steps}"
-        message += "" if differs else f": {resume.promise}"
+        message += "" if differs else f": {resume.guarantee}"
     yield Finding("info", "resume", message, fields=fields)
     if differs:
-        message = f"the run that goes on was configured differently: {resume.promise.removeprefix('changed: ')}"
+        message = f"the run that goes on was configured differently: {resume.guarantee.removeprefix('changed: ')}"
         yield Finding("warning", "resume-changed", message, "training.resume", exit_code=_CHECKPOINT)
 
 
-def _budget(outlook: Outlook) -> Iterator[Finding]:
-    outlook.check_budget()
+def _budget(preflight: Preflight) -> Iterator[Finding]:
+    preflight.check_time_budget()
     yield from ()
 
 
-def _output(outlook: Outlook) -> Iterator[Finding]:
-    output = outlook.output
+def _output(preflight: Preflight) -> Iterator[Finding]:
+    output = preflight.output
     if output.checkpoint_bytes is None or output.needed is None:
         return
     size, free = _size(output.checkpoint_bytes), _size(output.free)
@@ -190,59 +189,59 @@ def _output(outlook: Outlook) -> Iterator[Finding]:
         # No error: a run that prunes, or that is stopped in time, may do with less.
         hint = f"lower keep_last_k, {hint}"
         yield Finding("warning", "space-short", message, "training.output_dir", hint, _CHECKPOINT, fields)
-    elif not outlook.questions.launching:
+    elif not preflight.options.launching:
         message = f"{output.directory}: {sizes}; {free} are free"
         yield Finding("info", "output", message, fields=fields)
 
 
-def _environment(outlook: Outlook) -> Iterator[Finding]:
-    here, training = outlook.environment, outlook.config.training
+def _environment(preflight: Preflight) -> Iterator[Finding]:
+    here, training = preflight.environment, preflight.config.training
     gpus = f"{len(here.gpus)} x {here.gpus[0]}, driver {here.driver}" if here.gpus else "no NVIDIA GPU"
     torch = here.packages.get("torch", "missing")
     fields = {"python": here.python, "packages": dict(here.packages), "gpus": list(here.gpus), "driver": here.driver}
     yield Finding("info", "environment", f"Python {here.python}, torch {torch}, {gpus}", fields=fields)
     if training.compile and training.compile_backend == "inductor" and not here.compiler:
-        severity: Any = "warning" if outlook.is_default("training.compile") else "error"
+        severity: Any = "warning" if preflight.is_default("training.compile") else "error"
         message = f"torch.compile needs a C++ compiler, and there is no {here.missing_compiler} here"
         hint = "install g++, correct $CXX if it is set, or set training.compile to false"
         yield Finding(severity, "compiler-missing", message, "training.compile", hint)
-    yield from _backend(outlook)
-    if training.mixed_precision == "fp16" and not here.gpus and not outlook.questions.device:
+    yield from _backend(preflight)
+    if training.mixed_precision == "fp16" and not here.gpus and not preflight.options.device:
         message = "fp16 does not train on a CPU, and no GPU is seen here"
         yield Finding(
             "warning", "precision-needs-gpu", message, "training.mixed_precision", 'use "bf16", "no" or "auto"'
         )
     if training.wandb_project is not None:
-        yield from _wandb(outlook)
-    plugins = dict(outlook.plugins)
-    if outlook.questions.memory and outlook.is_default("plugins.memory"):
+        yield from _wandb(preflight)
+    plugins = dict(preflight.plugins)
+    if preflight.options.memory and preflight.is_default("plugins.memory"):
         plugins.pop("memory", None)  # it answers a question of this command, and the run will not have it
     yield Finding("info", "plugins", ", ".join(plugins), fields={"plugins": plugins})
     for sentence in here.broken:
         yield Finding("warning", "plugin-broken", sentence, exit_code=_PLUGIN)
 
 
-def _cuda(outlook: Outlook) -> Iterator[Finding]:
-    here = outlook.environment
+def _cuda(preflight: Preflight) -> Iterator[Finding]:
+    here = preflight.environment
     if here.gpus and not here.torch_has_cuda:
         torch = here.packages.get("torch", "missing")
         message = f"this machine has a GPU and torch {torch} was built without CUDA: the run would use the CPU"
         yield Finding("warning", "torch-without-cuda", message, hint="install a CUDA build of torch")
 
 
-def _backend(outlook: Outlook) -> Iterator[Finding]:
+def _backend(preflight: Preflight) -> Iterator[Finding]:
     """Names that torch has; other packages and plugins may register more, which only torch would tell."""
-    training = outlook.config.training
-    if training.compile and training.compile_backend not in outlook.environment.backends:
-        known = ", ".join(outlook.environment.backends)
-        third_party = any(not label.startswith("gpt-simple-trainer ") for label in outlook.plugins.values())
+    training = preflight.config.training
+    if training.compile and training.compile_backend not in preflight.environment.backends:
+        known = ", ".join(preflight.environment.backends)
+        third_party = any(not label.startswith("gpt-simple-trainer ") for label in preflight.plugins.values())
         severity: Any = "warning" if third_party else "error"
         message = f"torch has no backend {training.compile_backend!r} that is known here"
         yield Finding(severity, "backend-unknown", message, "training.compile_backend", f"expected one of {known}")
 
 
-def _wandb(outlook: Outlook) -> Iterator[Finding]:
-    here, table = outlook.environment, outlook.config.plugins.tables.get("wandb")
+def _wandb(preflight: Preflight) -> Iterator[Finding]:
+    here, table = preflight.environment, preflight.config.plugins.tables.get("wandb")
     mode = getattr(table, "mode", None) or ("offline" if here.wandb_offline else None)
     if "wandb" not in here.packages:
         return  # the plugin wandb says it
@@ -259,21 +258,21 @@ def _wandb(outlook: Outlook) -> Iterator[Finding]:
         )
 
 
-def _runtime(outlook: Outlook) -> Iterator[Finding]:
-    pace = outlook.pace
-    if pace is None:
+def _runtime(preflight: Preflight) -> Iterator[Finding]:
+    estimate = preflight.runtime
+    if estimate is None:
         message = "how long the run takes is unknown without --probe"
         yield Finding("info", "runtime", message)
         return
-    training, total = outlook.config.training, pace.total_seconds
-    evaluating = "unknown" if pace.evaluation_seconds is None else _duration(pace.evaluation_seconds)
+    training, total = preflight.config.training, estimate.total_seconds
+    evaluating = "unknown" if estimate.evaluation_seconds is None else _duration(estimate.evaluation_seconds)
     message = (
-        f"{_duration(total)} for {_count(pace.steps_left, 'step')} (evaluation {evaluating},"
-        f" saving {_duration(pace.saving_seconds)}),"
-        f" {pace.tokens_per_second:,.0f} tokens/s, {pace.step_seconds:.4g} s a step: {pace.basis}"
+        f"{_duration(total)} for {_count(estimate.steps_left, 'step')} (evaluation {evaluating},"
+        f" saving {_duration(estimate.saving_seconds)}),"
+        f" {estimate.tokens_per_second:,.0f} tokens/s, {estimate.step_seconds:.4g} s a step: {estimate.basis}"
     )
-    yield Finding("info", "runtime", message, fields=pace.fields())
-    budgets = {"max_runtime_seconds": training.max_runtime_seconds, "SLURM": outlook.environment.seconds_left}
+    yield Finding("info", "runtime", message, fields=estimate.fields())
+    budgets = {"max_runtime_seconds": training.max_runtime_seconds, "SLURM": preflight.environment.seconds_left}
     for name, seconds in budgets.items():
         if seconds is not None and total > seconds:
             message = f"the run takes about {_duration(total)} and {name} grants {_duration(seconds)}"
@@ -303,13 +302,12 @@ def _precision(run: Run) -> Iterator[Finding]:
         yield Finding("warning", "precision-slow", message, "training.mixed_precision", 'use "auto"')
 
 
-def _prepared(run: Run) -> Iterator[Finding]:
+def _prepared(preflight: Preflight) -> Iterator[Finding]:
     """Warnings that need the data, which a launch has by now; of what it refuses or shortens it speaks itself."""
-    outlook = gpt_simple.outlook(run.config)
     # The launch has read its checkpoints whole; this looks at their sizes, and may refuse what the launch knows better.
     with suppress(CheckpointError):
-        if run.is_main and outlook.resume.kind != "finished":
-            found = _guarded("data", "data.path", data_findings, outlook)
+        if preflight.resume.kind != "finished":
+            found = _guarded("data", "data.path", data_findings, preflight)
             yield from (finding for finding in found if finding.code in ("phase-never-reached", "evaluation-heavy"))
 
 

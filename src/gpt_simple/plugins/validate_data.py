@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from gpt_simple import Finding
 
 if TYPE_CHECKING:
-    from gpt_simple import Outlook
+    from gpt_simple.hooks import Preflight
+
+RowsTaken = Callable[[int], Mapping[str, int]]
 
 _DATA = 3
 _EVALUATION_SHARE = 0.25
 """More of the time than this in evaluation is worth a warning; a forward pass is a third of a training step."""
 
 
-def data_findings(outlook: Outlook) -> Iterator[Finding]:
-    """What is there, and how far it reaches; raises what ``outlook.data`` raises."""
-    config, data = outlook.config, outlook.data
+def data_findings(preflight: Preflight) -> Iterator[Finding]:
+    """What is there, and how far it reaches; raises what ``preflight.data`` raises."""
+    config, data = preflight.config, preflight.data
     where = f" in {data.directory}" if data.directory else ""
     about = "about " if data.estimated else ""
     size = "of unknown size until they are prepared"
@@ -41,19 +44,19 @@ def data_findings(outlook: Outlook) -> Iterator[Finding]:
         else:
             message = f"the tokenizer has {data.vocab_size} tokens, more than {wanted}"
             yield Finding("error", "vocabulary-too-small", message, "model.vocab_size", hint)
-    yield from _epochs(outlook)
-    yield from _validation(outlook)
+    yield from _epochs(preflight)
+    yield from _validation(preflight)
 
 
-def _epochs(outlook: Outlook) -> Iterator[Finding]:
-    config, data = outlook.config, outlook.data
-    steps, rows, length = config.training.max_steps, outlook.rows_per_step, config.data.max_length
+def _epochs(preflight: Preflight) -> Iterator[Finding]:
+    config, data = preflight.config, preflight.data
+    steps, rows, length = config.training.max_steps, preflight.rows_per_step, config.data.max_length
     if data.train_tokens is None:
         return
     about = "about " if data.estimated or data.unpacked else ""
-    needed, total = outlook.samples, data.total
+    needed, total = preflight.samples, data.total
     if total is not None and total < needed:
-        made, before = outlook.done
+        made, before = preflight.steps_done, preflight.samples_done
         left = max(0, total - before) // rows
         exhausted = f"on_exhaustion {config.data.on_exhaustion!r}"
         message = f"the data end after {about}step {made + left:,} of {steps:,} ({exhausted})"
@@ -63,26 +66,26 @@ def _epochs(outlook: Outlook) -> Iterator[Finding]:
     epochs = needed / (sum(data.buckets.values()) or data.train_tokens / length or 1)
     message = f"the run reads the data {about}{epochs:.2f} times"
     yield Finding("info", "epochs", message, fields={"epochs": epochs})
-    if data.order is not None:
-        yield from _buckets(outlook, needed)
-        yield from _ends(outlook, needed)
+    if data.rows_taken is not None:
+        yield from _buckets(preflight, data.rows_taken, needed)
+        yield from _ends(preflight, data.rows_taken, needed)
 
 
-def _buckets(outlook: Outlook, needed: int) -> Iterator[Finding]:
+def _buckets(preflight: Preflight, rows_taken: RowsTaken, needed: int) -> Iterator[Finding]:
     """What the first ``needed`` rows take of each bucket, in all and in each phase."""
-    data, length = outlook.data, outlook.config.data.max_length
+    data, length = preflight.data, preflight.config.data.max_length
     about = "about " if data.unpacked else ""
-    shares = {name: taken / max(1, data.buckets[name]) for name, taken in data.taken(needed).items()}
+    shares = {name: taken / max(1, data.buckets[name]) for name, taken in rows_taken(needed).items()}
     message = "buckets read: " + ", ".join(f"{name} {about}{share:.2f} times" for name, share in shares.items())
     yield Finding("info", "buckets", message, fields={"epochs": shares})
-    begin, phases = 0, outlook.config.data.curriculum
+    begin, phases = 0, preflight.config.data.curriculum
     for number, phase in enumerate(phases, 1):
         if begin >= needed:
             message = f"the run ends before phase {number} of {len(phases)} begins, after {begin * length:,} tokens"
             yield Finding("warning", "phase-never-reached", message, "data.curriculum", "raise training.max_steps")
             return
         end = needed if number == len(phases) else min(needed, begin + round(phase.duration_tokens / length))
-        before, after = data.taken(begin), data.taken(end)
+        before, after = rows_taken(begin), rows_taken(end)
         tokens = {name: (after[name] - before[name]) * length for name in phase.mix}
         there = {name: data.buckets[name] * length for name in phase.mix}
         parts = ", ".join(f"{name} {tokens[name]:,} of {about}{there[name]:,}" for name in phase.mix)
@@ -91,18 +94,20 @@ def _buckets(outlook: Outlook, needed: int) -> Iterator[Finding]:
         begin = end
 
 
-def _ends(outlook: Outlook, needed: int) -> Iterator[Finding]:
-    made, before = outlook.done
-    about = "about " if outlook.data.unpacked else ""
-    for name, samples in outlook.data.ends(needed).items():
-        step = made + -(-max(0, samples - before) // outlook.rows_per_step)
-        rows = f"{about}{outlook.data.buckets[name]:,} rows"
-        message = f"bucket {name!r} ({rows}) has been read whole after {about}step {step:,}"
-        yield Finding("info", "bucket-ends", message, fields={"bucket": name, "step": step})
+def _ends(preflight: Preflight, rows_taken: RowsTaken, needed: int) -> Iterator[Finding]:
+    """Buckets without an unread row after ``needed`` samples, each with the step that reads its last one."""
+    about = "about " if preflight.data.unpacked else ""
+    taken = rows_taken(needed)
+    for name, there in preflight.data.buckets.items():
+        if there and taken[name] >= there:
+            samples = bisect_left(range(needed), True, key=lambda samples: rows_taken(samples)[name] >= there)
+            step = preflight.steps_done + -(-max(0, samples - preflight.samples_done) // preflight.rows_per_step)
+            message = f"bucket {name!r} ({about}{there:,} rows) has been read whole after {about}step {step:,}"
+            yield Finding("info", "bucket-ends", message, fields={"bucket": name, "step": step})
 
 
-def _validation(outlook: Outlook) -> Iterator[Finding]:
-    config, data = outlook.config, outlook.data
+def _validation(preflight: Preflight) -> Iterator[Finding]:
+    config, data = preflight.config, preflight.data
     training, length = config.training, config.data.max_length
     if not training.eval_steps:
         return
@@ -125,7 +130,7 @@ def _validation(outlook: Outlook) -> Iterator[Finding]:
     rows = data.val_rows
     if training.max_eval_batches is not None:
         rows = min(rows, training.max_eval_batches * training.per_device_batch_size)
-    evaluating, stepping = rows / 3, min(training.eval_steps, training.max_steps) * outlook.rows_per_step
+    evaluating, stepping = rows / 3, min(training.eval_steps, training.max_steps) * preflight.rows_per_step
     share = evaluating / (evaluating + stepping)
     if share > _EVALUATION_SHARE:
         message = f"evaluating {rows:,} rows every {training.eval_steps} steps takes about {share:.0%} of the time"

@@ -24,7 +24,7 @@ from gpt_simple.hooks import Finding, Plugin, hookimpl
 
 if TYPE_CHECKING:
     from gpt_simple import Config as RunConfig
-    from gpt_simple.hooks import Run
+    from gpt_simple.hooks import Preflight, Run
     from gpt_simple.hooks import events as ev
 
 Mode = Literal["online", "offline"]
@@ -60,7 +60,7 @@ class Wandb(Plugin[WandbConfig]):
         self._id = ""
 
     @hookimpl
-    def check_config(self, config: RunConfig) -> Sequence[Finding]:
+    def check_config(self, config: RunConfig, preflight: Preflight) -> Sequence[Finding]:
         place = "training.wandb_project"
         if not is_installed():
             message = "Weights & Biases is asked for, but the package wandb is not installed"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from gpt_simple.data.sources.shards import Shards
 from gpt_simple.data.tokenizer import BYTE_IDS, load_tokenizer
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import Registry
+from gpt_simple.hooks.preflight import InspectedData
 
 if TYPE_CHECKING:
     from gpt_simple.data.mixture import Mixture
@@ -38,58 +40,7 @@ LONGEST_TOKEN = 4.5
 """Bytes of English or code for each token of a large vocabulary."""
 
 
-@frozen
-class DataOutlook:
-    """What is known of the data. ``estimated``: nothing is prepared yet, so numbers of tokens are guesses;
-    ``unpacked``: numbers of rows are lower bounds, because documents were not packed in this way yet.
-
-    ``vocab_size`` is that of the tokenizer, at most, and None where only training it would tell. ``train_tokens`` and
-    ``val_tokens`` count targets, None where nobody knows; a val split has at most ``val_at_most``. ``total`` is the
-    number of rows there are to read, None where they are read again or nobody knows; ``order`` is the order of a
-    curriculum.
-    """
-
-    source: str
-    directory: Path | None
-    vocab_size: int | None
-    estimated: bool
-    text_bytes: int | None
-    train_tokens: int | None
-    val_tokens: int | None
-    buckets: Mapping[str, int]
-    val_rows: int
-    fingerprints: Mapping[str, str] | None
-    val_at_most: int | None = None
-    total: int | None = None
-    order: Mixture | None = None
-    unpacked: bool = False
-
-    def ends(self, samples: int) -> dict[str, int]:
-        """Buckets without an unread row after ``samples`` samples, each with the fewest samples that leave it none."""
-        taken = self.taken(samples)
-        return {
-            name: self._samples_for(name, rows, samples)
-            for name, rows in self.buckets.items()
-            if rows and taken[name] >= rows
-        }
-
-    def taken(self, samples: int) -> dict[str, int]:
-        """Rows that the first ``samples`` samples of a curriculum take of each bucket."""
-        assert self.order is not None
-        return dict(zip(self.buckets, self.order.taken(samples), strict=True))
-
-    def _samples_for(self, bucket: str, rows: int, samples: int) -> int:
-        low, high = 0, samples
-        while low < high:
-            middle = (low + high) // 2
-            if self.taken(middle)[bucket] >= rows:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
-
-def look(config: Config, registry: Registry) -> DataOutlook:
+def inspect_data(config: Config, registry: Registry) -> InspectedData:
     """The data that ``config`` names; reads no more text than a few lines. Raises what a run would raise."""
     source = check(config, registry)
     size = _size(source)
@@ -102,11 +53,11 @@ def look(config: Config, registry: Registry) -> DataOutlook:
     train, val = (manifest.splits.get(name, empty) for name in ("train", "val"))
     packing = _Packing(directory, manifest, data)
     buckets = packing.rows(train)
-    order, total = None, None if data.on_exhaustion == "repeat" else sum(buckets.values())
+    rows_taken, total = None, None if data.on_exhaustion == "repeat" else sum(buckets.values())
     if data.curriculum:
         order = _order(buckets, config)
-        total = order.total
-    return DataOutlook(
+        rows_taken, total = partial(_rows_taken, order, tuple(buckets)), order.total
+    return InspectedData(
         source=_name(source, data),
         directory=directory,
         vocab_size=manifest.vocab_size,
@@ -119,12 +70,12 @@ def look(config: Config, registry: Registry) -> DataOutlook:
         val_at_most=val.tokens,
         fingerprints={"dataset": manifest.fingerprint, "tokenizer": manifest.tokenizer},
         total=total,
-        order=order,
+        rows_taken=rows_taken,
         unpacked=not packing.is_known(train),
     )
 
 
-def _unprepared(source: Source | Shards, size: int | None, config: Config, registry: Registry) -> DataOutlook:
+def _unprepared(source: Source | Shards, size: int | None, config: Config, registry: Registry) -> InspectedData:
     data, vocab_size = config.data, _vocab_size(config.data, registry)
     _refuse_other_buckets(data)
     tokens = None if size is None else int(size * _text_share(source, data) / _bytes_per_token(vocab_size))
@@ -133,7 +84,7 @@ def _unprepared(source: Source | Shards, size: int | None, config: Config, regis
     if data.val_fraction == 0 and not isinstance(source, Shards):
         val = at_most = 0
     rows = None if tokens is None or val is None else (tokens - val) // data.max_length
-    return DataOutlook(
+    return InspectedData(
         source=_name(source, data),
         directory=None,
         vocab_size=vocab_size,
@@ -188,6 +139,10 @@ def _at_most(source: Source | Shards, size: int | None) -> int | None:
     if not isinstance(source, Files) or size is None or any(file.suffix in COMPRESSED for file in source.files):
         return None
     return size + len(source.files)
+
+
+def _rows_taken(order: Mixture, buckets: Sequence[str], samples: int) -> dict[str, int]:
+    return dict(zip(buckets, order.taken(samples), strict=True))
 
 
 def _order(buckets: Mapping[str, int], config: Config) -> Mixture:

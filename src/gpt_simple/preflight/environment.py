@@ -9,11 +9,11 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 
-from attrs import frozen
+from gpt_simple.hooks.preflight import Environment
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "tokenizers", "wandb")
 BACKENDS = (
@@ -25,34 +25,7 @@ BACKENDS = (
 _DRIVER, _CONTROL_GROUP = Path("/proc/driver/nvidia"), Path("/sys/fs/cgroup")
 
 
-@frozen
-class Environment:
-    """``gpus`` are the models that the NVIDIA driver lists; ``broken`` a sentence for each plugin that cannot be used.
-
-    ``compiler`` is the path of a C++ compiler or empty, and ``missing_compiler`` what was looked for then; ``backends``
-    are those that ``torch.compile`` is known to have; ``seconds_left`` what SLURM still grants or None, and
-    ``wandb_key`` whether one is at hand (never the key).
-    """
-
-    python: str
-    packages: Mapping[str, str]
-    driver: str
-    gpus: Sequence[str]
-    compiler: str
-    missing_compiler: str
-    broken: Sequence[str]
-    wandb_key: bool
-    wandb_offline: bool
-    seconds_left: float | None
-    backends: Sequence[str]
-
-    @property
-    def torch_has_cuda(self) -> bool:
-        """Whether the installed torch was built for CUDA, by its version's local part (``+cpu``)."""
-        return not self.packages.get("torch", "").endswith("+cpu")
-
-
-def look(broken: Sequence[str]) -> Environment:
+def check_environment(broken: Sequence[str]) -> Environment:
     """Look around; a fact that the system does not tell is empty. ``broken`` is passed on."""
     # As torch chooses: $CXX alone if it is set.
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from attrs import define, evolve, frozen
+from attrs import define, evolve
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt_simple.config.schema import Config
@@ -23,42 +23,15 @@ from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import GpuSpec, find_gpu
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import Registry, builtin_registry
+from gpt_simple.hooks.preflight import MemoryForecast, MemoryPrediction, PreflightOptions
 from gpt_simple.model.loss import ROWS_PER_CHUNK, summed_cross_entropy
 from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory_tracker import CATEGORIES, MemoryTracker
-
-if TYPE_CHECKING:
-    from gpt_simple.preflight.preflight import Outlook
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 _CUDA_BLOCK = 512
 LARGEST_BATCH = 4096
 """No larger one is looked for."""
-
-
-@frozen
-class MemoryPrediction:
-    """The most bytes of tensors that one process has at a time.
-
-    ``by_category`` divides ``peak`` into parameters, gradients, optimizer, activations, temporaries and data at that
-    moment, which is in ``phase`` (forward, backward, clipping, optimizer, evaluation) at ``place``; ``by_phase`` is the
-    most in each phase. ``is_bound``: the truth is at most this (compiled), else it is this (eager). ``copy`` bytes of
-    host memory hold the state that ``background_save`` writes, from the first save on; on a CPU they are in ``peak``
-    and, as ``copies``, in ``by_category``.
-    """
-
-    peak: int
-    by_category: Mapping[str, int]
-    phase: str
-    place: str
-    by_phase: Mapping[str, int]
-    is_bound: bool
-    copy: int = 0
-
-    @property
-    def training_peak(self) -> int:
-        """The most in an optimizer step, without evaluation and before the first save."""
-        return max(size for phase, size in self.by_phase.items() if phase != "evaluation")
 
 
 def predict_memory(
@@ -184,23 +157,14 @@ def _chunks(config: Config, cuda: bool) -> list[torch.Tensor]:
     return [torch.empty(steps * step_rows, length, dtype=torch.int64) for _ in range(chunks * tensors)]
 
 
-@frozen
-class MemoryForecast:
-    """A prediction, the GPU that it is compared with, and the batches that would fit if that was asked for."""
+def forecast_memory(
+    config: Config, registry: Registry, options: PreflightOptions, vocab_size: int | None
+) -> MemoryForecast:
+    """Answer the questions about memory that were asked. Raises ConfigError for an unknown device.
 
-    prediction: MemoryPrediction
-    precision: str
-    compiled: bool
-    gpu: GpuSpec | None
-    batch: int | None = None
-    batch_without_checkpointing: int | None = None
-    largest_tried: int = LARGEST_BATCH
-
-
-def forecast(outlook: Outlook) -> MemoryForecast:
-    """Answer the questions about memory that were asked. Raises ConfigError for an unknown device."""
-    config, questions = outlook.config, outlook.questions
-    gpu = find_gpu(questions.device) if questions.device else _gpu_here()
+    ``vocab_size`` is the tokenizer's, None if it is not known.
+    """
+    gpu = find_gpu(options.device) if options.device else _gpu_here()
     precision: str = config.training.mixed_precision or "auto"
     if precision == "auto":
         precision = gpu.precision if gpu is not None else "no"
@@ -210,23 +174,19 @@ def forecast(outlook: Outlook) -> MemoryForecast:
             key="training.mixed_precision",
             hint='use "fp16", "no", or leave it out',
         )
-    vocab_size = outlook.data.vocab_size
     if vocab_size is None:
         raise ConfigError("the vocabulary is not known before the data are prepared: set model.vocab_size")
-
-    def predict(wished: Config) -> MemoryPrediction:
-        return predict_memory(
-            wished,
-            vocab_size=vocab_size,
-            precision=precision,
-            compiled=config.training.compile,
-            world_size=questions.world_size,
-            cuda=gpu is not None,
-            registry=outlook.registry,
-        )
-
-    result = MemoryForecast(predict(config), precision, config.training.compile, gpu)
-    if not questions.fit:
+    predict = partial(
+        predict_memory,
+        vocab_size=vocab_size,
+        precision=precision,
+        compiled=config.training.compile,
+        world_size=options.world_size,
+        cuda=gpu is not None,
+        registry=registry,
+    )
+    result = MemoryForecast(predict(config), precision, gpu, LARGEST_BATCH)
+    if not options.fit:
         return result
     if gpu is None:
         raise ConfigError("--fit needs to know what to fit into: name a card with --device")

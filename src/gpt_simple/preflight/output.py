@@ -6,20 +6,16 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from attrs import frozen
 
 from gpt_simple.checkpoint.store import Store
-from gpt_simple.config.schema import OptimizerConfig, TrainingConfig
+from gpt_simple.config.schema import Config, OptimizerConfig, TrainingConfig
 from gpt_simple.engine.resume import flat
-from gpt_simple.errors import CheckpointError, GptSimpleError
+from gpt_simple.errors import CheckpointError
+from gpt_simple.hooks.preflight import CheckedOutput
 from gpt_simple.model.flops import parameter_count, tensor_count
+from gpt_simple.model.shape import Shape
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lock import owner_of
-
-if TYPE_CHECKING:
-    from gpt_simple.preflight.preflight import Outlook
 
 DOCUMENTS = 8192, 1280, 48
 """At most so many bytes of a checkpoint are no tensors: in all (beside the configuration, which is in it), for the
@@ -27,32 +23,12 @@ names and layouts of a parameter in headers, manifest and state, and for each ev
 """
 
 
-@frozen
-class OutputOutlook:
-    """``checkpoint_bytes`` is None where the model or the optimizer is a plugin's and none was written yet.
+def check_output(config: Config, shape: Shape | None, *, steps_done: int, force: bool) -> CheckedOutput:
+    """``shape`` is None for a model of a plugin.
 
-    ``tensor_bytes`` of it are certain. ``most`` is how many checkpoints the run has on disk at once at most, with the
-    one being written; ``needed`` the bytes that it adds to what is there, ``free`` what the file system has, and
-    ``freed`` what ``--force`` gives back before the first step.
+    Raises ConfigError for a place that cannot be written, CheckpointError for one that is in use.
     """
-
-    directory: Path
-    checkpoint_bytes: int | None
-    tensor_bytes: int
-    most: int
-    needed: int | None
-    free: int
-    freed: int
-
-    @property
-    def holds_one(self) -> bool:
-        """Whether there is room for a checkpoint, or none is to be written."""
-        return not self.needed or self.tensor_bytes <= self.free + self.freed
-
-
-def look(outlook: Outlook) -> OutputOutlook:
-    """Raises ConfigError for a place that cannot be written, CheckpointError for one that is in use."""
-    training = outlook.config.training
+    training = config.training
     run_dir = RunDir(Path(training.output_dir))
     run_dir.check()
     owner, liveness = owner_of(run_dir)
@@ -60,18 +36,18 @@ def look(outlook: Outlook) -> OutputOutlook:
         who = owner or "another process"
         raise CheckpointError(f"{run_dir.root} is in use by {who}: stop it, or choose another training.output_dir")
     existing = Store(run_dir.checkpoints).list()
-    tensors, documents = _sizes(outlook)
+    tensors, documents = _sizes(config, shape)
     if not tensors and existing:
         tensors = _tree_bytes(existing[-1].path)
     size = tensors + documents or None
     there = sum(_tree_bytes(checkpoint.path) for checkpoint in existing)
-    freed = there if outlook.questions.force else 0
+    freed = there if force else 0
     most = most_checkpoints(training)
     needed = None if size is None else max(size - freed, most * size - there)
-    if outlook.done[0] >= training.max_steps:
+    if steps_done >= training.max_steps:
         needed = 0
     nearest = next(path for path in (run_dir.root, *run_dir.root.absolute().parents) if path.exists())
-    return OutputOutlook(run_dir.root, size, tensors, most, needed, shutil.disk_usage(nearest).free, freed)
+    return CheckedOutput(run_dir.root, size, tensors, most, needed, shutil.disk_usage(nearest).free, freed)
 
 
 def most_checkpoints(training: TrainingConfig) -> int:
@@ -91,24 +67,20 @@ def most_checkpoints(training: TrainingConfig) -> int:
     return min(saves, newest + milestones + best + 1)
 
 
-def _sizes(outlook: Outlook) -> tuple[int, int]:
+def _sizes(config: Config, shape: Shape | None) -> tuple[int, int]:
     """Bytes of a checkpoint's tensors, and the most of everything else; 0 and 0 for parts of plugins.
 
     Tensors are weights and both moments in fp32, and AdamW's step counters.
     """
-    training = outlook.config.training
-    try:
-        shape = outlook.shape
-    except GptSimpleError:
-        return 0, 0  # a finding of its own
-    if shape is None or type(outlook.config.optimizer) is not OptimizerConfig:
+    training = config.training
+    if shape is None or type(config.optimizer) is not OptimizerConfig:
         return 0, 0
     in_all, per_parameter, per_evaluation = DOCUMENTS
     evaluations = training.max_steps // training.eval_steps if training.eval_steps else 0
-    config = len(json.dumps(flat(outlook.config), indent=4))
+    fields = len(json.dumps(flat(config), indent=4))
     count = tensor_count(shape)
     tensors = 12 * parameter_count(shape) + 4 * count
-    return tensors, in_all + config + per_parameter * count + per_evaluation * evaluations
+    return tensors, in_all + fields + per_parameter * count + per_evaluation * evaluations
 
 
 def _tree_bytes(directory: Path) -> int:

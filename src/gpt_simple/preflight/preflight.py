@@ -1,87 +1,94 @@
-"""``gpt_simple.outlook(config)``: the facts that a check needs beyond the configuration, without torch.
-
-A check that is called for a run or by ``gpt-simple validate`` sees that run's components and origins; called by hand it
-sees the built-in ones. Every part is looked at when it is asked for, and raises what the run would raise.
-"""
+"""The parts of a preflight, each from the function that computes it. Nothing here imports torch before it is needed."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from attrs import field, frozen
+from attrs import frozen
 
-from gpt_simple.config.schema import Config
+from gpt_simple.config.schema import Config, ModelConfig
 from gpt_simple.errors import GptSimpleError
-from gpt_simple.hooks.components import BUILTIN, Component, Registry, builtin_registry
-from gpt_simple.spec import Assembly, Questions, under_check
+from gpt_simple.hooks.components import BUILTIN, Component, Registry
+from gpt_simple.hooks.preflight import (
+    CheckedOutput,
+    Environment,
+    InspectedData,
+    MemoryForecast,
+    MemoryPrediction,
+    PlannedResume,
+    PreflightOptions,
+    ThroughputEstimate,
+)
+from gpt_simple.spec import Assembly
 
 if TYPE_CHECKING:
     from gpt_simple.model.shape import Shape
-    from gpt_simple.preflight.data import DataOutlook
-    from gpt_simple.preflight.environment import Environment
-    from gpt_simple.preflight.memory import MemoryForecast
-    from gpt_simple.preflight.output import OutputOutlook
-    from gpt_simple.preflight.resume import ResumeOutlook
-    from gpt_simple.preflight.runtime import ThroughputEstimate
 
-
-def outlook(config: Config) -> Outlook:
-    """What there is to know before a run of ``config``."""
-    asked = under_check()
-    assembly, questions = asked if asked is not None else (None, Questions())
-    return Outlook(config, questions, assembly)
+T = TypeVar("T")
 
 
 @frozen
-class Outlook:
-    """The facts about a run that has not started. Parts raise GptSimpleError for what the run would refuse."""
+class RunPreflight:
+    """Implements ``gpt_simple.hooks.preflight.Preflight``. Parts stay as they were first computed: after something has
+    changed, for instance once data are prepared, make another one.
+    """
 
-    config: Config
-    questions: Questions
-    _assembly: Assembly | None = field(default=None, repr=False)
+    _assembly: Assembly
+    options: PreflightOptions
+
+    @property
+    def config(self) -> Config:
+        return self._assembly.config
 
     @property
     def registry(self) -> Registry:
-        """The components that the configuration can choose from."""
-        return self._assembly.registry if self._assembly is not None else builtin_registry()
+        return self._assembly.registry
 
     @property
     def plugins(self) -> dict[str, str]:
-        """The plugins that the run loads, in call order, each with its distribution and version."""
-        loaded = self._assembly.host.plugins if self._assembly is not None else ()
+        loaded = self._assembly.host.plugins
         return {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in loaded}
 
     @property
     def components(self) -> list[Component]:
-        """The chosen parts that plugins bring."""
-        chosen = self._assembly.components if self._assembly is not None else ()
-        return [part for part in chosen if part.owner != BUILTIN]
+        return [part for part in self._assembly.components if part.owner != BUILTIN]
 
     def is_default(self, key: str) -> bool:
-        """Whether nobody set this dotted key."""
-        return self._assembly is None or self._assembly.origins.is_default(key)
+        return self._assembly.origins.is_default(key)
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimizer step over all micro-batches and processes."""
         training = self.config.training
         per_process = training.per_device_batch_size * training.gradient_accumulation_steps
-        return per_process * self.questions.world_size
+        return per_process * self.options.world_size
+
+    @property
+    def steps_done(self) -> int:
+        resume = _unless_refused(lambda: self.resume)
+        return resume.step if resume is not None else 0
+
+    @property
+    def samples_done(self) -> int:
+        resume = _unless_refused(lambda: self.resume)
+        return resume.samples if resume is not None else 0
+
+    @property
+    def samples(self) -> int:
+        return self.samples_done + max(0, self.config.training.max_steps - self.steps_done) * self.rows_per_step
 
     @cached_property
-    def data(self) -> DataOutlook:
-        """The data as far as they can be known without reading them. Raises DataError or ConfigError."""
-        from gpt_simple.preflight.data import look
+    def data(self) -> InspectedData:
+        from gpt_simple.preflight.data import inspect_data
 
-        return look(self.config, self.registry)
+        return inspect_data(self.config, self.registry)
 
     @cached_property
     def shape(self) -> Shape | None:
         """The model's numbers; None for a model of a plugin, or while the vocabulary is unknown."""
-        from gpt_simple.config.schema import ModelConfig
         from gpt_simple.model.shape import padded, resolve
 
         model = self.config.model
@@ -91,64 +98,78 @@ class Outlook:
         return resolve(model, vocab_size=rows, max_length=self.config.data.max_length)
 
     @cached_property
-    def resume(self) -> ResumeOutlook:
-        """What the run would start from. Raises CheckpointError."""
-        from gpt_simple.preflight.resume import look
+    def resume(self) -> PlannedResume:
+        from gpt_simple.preflight.resume import plan_resume
 
-        return look(self)
+        def fingerprints() -> dict[str, str] | None:
+            data = _unless_refused(lambda: self.data)
+            return dict(data.fingerprints) if data is not None and data.fingerprints else None
 
-    @property
-    def done(self) -> tuple[int, int]:
-        """Steps and samples that were made before; none where the run would be refused."""
-        try:
-            return self.resume.step, self.resume.samples
-        except GptSimpleError:
-            return 0, 0  # a finding of its own
+        return plan_resume(self.config, self.options, self.plugins, fingerprints)
 
-    @property
-    def samples(self) -> int:
-        """Samples of the run from its first step on, those of another batch before it goes on included."""
-        step, samples = self.done
-        return samples + max(0, self.config.training.max_steps - step) * self.rows_per_step
+    @cached_property
+    def output(self) -> CheckedOutput:
+        from gpt_simple.preflight.output import check_output
 
-    def check_budget(self) -> None:
-        """Raise ConfigError for a time budget that the run would refuse, as far as the model's size is known here."""
+        shape = _unless_refused(lambda: self.shape)
+        return check_output(self.config, shape, steps_done=self.steps_done, force=self.options.force)
+
+    @cached_property
+    def environment(self) -> Environment:
+        from gpt_simple.preflight.environment import check_environment
+
+        return check_environment(self._assembly.host.broken)
+
+    @cached_property
+    def memory(self) -> MemoryForecast:
+        from gpt_simple.preflight.memory import forecast_memory
+
+        return forecast_memory(self.config, self.registry, self.options, self.data.vocab_size)
+
+    @cached_property
+    def runtime(self) -> ThroughputEstimate | None:
+        from gpt_simple.preflight.runtime import estimate_runtime
+
+        return estimate_runtime(
+            self.config,
+            self.registry,
+            self.options,
+            data=self.data,
+            shape=self.shape,
+            steps_done=self.steps_done,
+            checkpoint_bytes=self.output.checkpoint_bytes,
+            compile_is_explicit=not self.is_default("training.compile"),
+        )
+
+    def check_time_budget(self) -> None:
         from gpt_simple.engine.time_budget import Deadline, TimeBudget
         from gpt_simple.model.flops import parameter_count
 
         now = time.monotonic()
         deadline = Deadline.of_launch(self.config.training, os.environ, started=now, now=now, clock=time.time())
-        try:
-            shape = self.shape
-        except GptSimpleError:
-            return  # a finding of its own
+        shape = _unless_refused(lambda: self.shape)
         if deadline is not None and shape is not None:
             TimeBudget(deadline, first_save_bytes=3 * 4 * parameter_count(shape))
 
-    @cached_property
-    def output(self) -> OutputOutlook:
-        """Where the run would write and how much. Raises ConfigError or CheckpointError."""
-        from gpt_simple.preflight.output import look
+    def predict_memory(
+        self, *, vocab_size: int, precision: str, compiled: bool, world_size: int, cuda: bool
+    ) -> MemoryPrediction:
+        from gpt_simple.preflight.memory import predict_memory
 
-        return look(self)
+        return predict_memory(
+            self.config,
+            vocab_size=vocab_size,
+            precision=precision,
+            compiled=compiled,
+            world_size=world_size,
+            cuda=cuda,
+            registry=self.registry,
+        )
 
-    @cached_property
-    def environment(self) -> Environment:
-        """What package metadata, the environment's variables and the system tell of this machine."""
-        from gpt_simple.preflight.environment import look
 
-        return look(self._assembly.host.broken if self._assembly is not None else ())
-
-    @cached_property
-    def memory(self) -> MemoryForecast:
-        """The predicted peak of one process; imports torch."""
-        from gpt_simple.preflight.memory import forecast
-
-        return forecast(self)
-
-    @cached_property
-    def pace(self) -> ThroughputEstimate | None:
-        """How fast the run would be: measured with ``probe`` (imports torch), estimated for a known device, or None."""
-        from gpt_simple.preflight.runtime import look
-
-        return look(self)
+def _unless_refused(part: Callable[[], T]) -> T | None:
+    """A part that another one needs; None where the run would refuse it, which is a finding of that part alone."""
+    try:
+        return part()
+    except GptSimpleError:
+        return None

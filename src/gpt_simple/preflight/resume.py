@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-from attrs import define, frozen
+from attrs import define
 
 from gpt_simple.checkpoint.store import Checkpoint, Store
+from gpt_simple.config.schema import Config
 from gpt_simple.engine import resume as engine
-from gpt_simple.errors import ConfigError, GptSimpleError
+from gpt_simple.errors import ConfigError
+from gpt_simple.hooks.preflight import PlannedResume, PreflightOptions
 from gpt_simple.run_dir.layout import RunDir
-
-if TYPE_CHECKING:
-    from gpt_simple.preflight.preflight import Outlook
-
-
-@frozen
-class ResumeOutlook:
-    """``scratch``, ``resume`` from ``path`` at ``step`` after so many ``samples``, or ``finished``; ``skipped`` are
-    damaged checkpoints that are newer.
-
-    ``promise`` is what going on keeps: ``bit-exact``, ``order-exact: ...`` or ``changed: ...``, as far as the
-    configuration, the data and the installed torch tell.
-    """
-
-    kind: Literal["scratch", "resume", "finished"]
-    step: int = 0
-    path: Path | None = None
-    promise: str = ""
-    skipped: Sequence[tuple[Path, str]] = ()
-    samples: int = 0
 
 
 @define
@@ -44,23 +25,26 @@ class _Glance(Store):
         self._verified.add(checkpoint.path)
 
 
-def look(outlook: Outlook) -> ResumeOutlook:
-    """Raises CheckpointError for what must not go on."""
-    config = outlook.config
+def plan_resume(
+    config: Config,
+    options: PreflightOptions,
+    plugins: Mapping[str, str],
+    fingerprints: Callable[[], Mapping[str, str] | None],
+) -> PlannedResume:
+    """Raises CheckpointError for a checkpoint that must not be resumed.
+
+    ``fingerprints`` of the data are asked for only if there is a checkpoint to compare them with; None: not known.
+    """
     run_dir = RunDir(Path(config.training.output_dir))
     try:
         run_dir.check()
     except ConfigError:
-        return ResumeOutlook("scratch")  # nothing can be there; a finding of its own
-    plan = engine.find_checkpoint(config, run_dir, force=outlook.questions.force, store=_Glance(run_dir.checkpoints))
-    if plan.checkpoint is None:
-        return ResumeOutlook("scratch", skipped=plan.skipped)
-    saved = plan.state["run"]
-    try:
-        data = outlook.data.fingerprints or saved["data"]
-    except GptSimpleError:
-        data = saved["data"]  # a finding of its own
-    numerics = saved["numerics"] | {"torch": version("torch"), "processes": outlook.questions.world_size}
-    now = engine.run_fingerprint(config, data=data, numerics=numerics, plugins=outlook.plugins)
-    step, path, samples = plan.checkpoint.step, plan.checkpoint.path, plan.state["samples"]
-    return ResumeOutlook(plan.kind, step, path, engine.resume_guarantee(saved, now, samples), plan.skipped, samples)
+        return PlannedResume("scratch")  # nothing can be there, and check_output refuses the directory
+    found = engine.find_checkpoint(config, run_dir, force=options.force, store=_Glance(run_dir.checkpoints))
+    if found.checkpoint is None:
+        return PlannedResume("scratch", skipped=found.skipped)
+    saved = found.state["run"]
+    numerics = saved["numerics"] | {"torch": version("torch"), "processes": options.world_size}
+    now = engine.run_fingerprint(config, data=fingerprints() or saved["data"], numerics=numerics, plugins=plugins)
+    step, path, samples = found.checkpoint.step, found.checkpoint.path, found.state["samples"]
+    return PlannedResume(found.kind, step, path, engine.resume_guarantee(saved, now, samples), found.skipped, samples)

@@ -11,15 +11,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
+from gpt_simple.config.schema import Config
 from gpt_simple.errors import ConfigError
-from gpt_simple.hardware import find_gpu
+from gpt_simple.hardware import GpuSpec, find_gpu
+from gpt_simple.hooks.components import Registry
+from gpt_simple.hooks.preflight import InspectedData, PreflightOptions, ThroughputEstimate
 from gpt_simple.model.flops import flops_per_token, parameter_count
+from gpt_simple.model.shape import Shape
 from gpt_simple.preflight.environment import free_memory
 
 if TYPE_CHECKING:
-    from gpt_simple.preflight.preflight import Outlook
+    from gpt_simple.engine.precision import Precision
 
 _PROBE_SECONDS, _PROBE_STEPS = 5.0, (3, 20)
 _WRITING = 0.5e9
@@ -27,42 +31,56 @@ _WRITING = 0.5e9
 
 
 @frozen
-class ThroughputEstimate:
-    """Seconds of the ``steps_left`` by what they go to. ``basis`` says where the numbers come from.
-
-    ``evaluation_seconds`` is None while the data are not prepared, since their validation split is not known then.
-    """
+class _Timing:
+    """Seconds of a step, of a batch of an evaluation and of the first step, and where they come from."""
 
     measured: bool
     basis: str
-    tokens_per_second: float
-    step_seconds: float
-    first_step_seconds: float
-    steps_left: int
-    training_seconds: float
-    evaluation_seconds: float | None
-    saving_seconds: float
-
-    @property
-    def total_seconds(self) -> float:
-        """From the first step to the last checkpoint."""
-        stepping = self.first_step_seconds + self.training_seconds
-        return stepping + (self.evaluation_seconds or 0.0) + self.saving_seconds
-
-    def fields(self) -> dict[str, Any]:
-        """The same for machines."""
-        names = ("measured", "basis", "tokens_per_second", "step_seconds", "first_step_seconds", "steps_left")
-        return {name: getattr(self, name) for name in (*names, "total_seconds")}
+    step: float
+    evaluation_batch: float
+    first_step: float = 0.0
 
 
-def look(outlook: Outlook) -> ThroughputEstimate | None:
+def estimate_runtime(
+    config: Config,
+    registry: Registry,
+    options: PreflightOptions,
+    *,
+    data: InspectedData,
+    shape: Shape | None,
+    steps_done: int,
+    checkpoint_bytes: int | None,
+    compile_is_explicit: bool,
+) -> ThroughputEstimate | None:
     """Measure if a probe was asked for, else estimate for the named GPU; None if neither can be done."""
-    if outlook.questions.probe:
-        return _measured(outlook)
-    return _estimated(outlook) if outlook.questions.device else None
+    if options.probe:
+        if data.vocab_size is None:
+            raise ConfigError("the vocabulary is not known before the data are prepared: prepare them, then probe")
+        state_bytes = 16 * parameter_count(shape) if shape is not None else 0
+        timing = _measured(config, registry, data.vocab_size, state_bytes, compile_is_explicit=compile_is_explicit)
+        if options.world_size > 1:
+            basis = f"{timing.basis}; {options.world_size} processes without the time to talk to each other"
+            timing = evolve(timing, basis=basis)
+    elif options.device and shape is not None and (gpu := _known_gpu(options.device)) is not None:
+        if (peak := gpu.flops.get(gpu.precision)) is None:
+            return None
+        basis = f"an estimate: {options.mfu:.0%} of the {peak / 1e12:.0f} TFLOP/s of a {gpu.name}"
+        timing = _estimated(config, shape, peak * options.mfu, basis)
+    else:
+        return None
+    return _extrapolated(timing, config, options.world_size, data, steps_done, checkpoint_bytes or 0)
 
 
-def _measured(outlook: Outlook) -> ThroughputEstimate:
+def _known_gpu(device: str) -> GpuSpec | None:
+    try:
+        return find_gpu(device)
+    except ConfigError:
+        return None  # the forecast of the memory refuses it
+
+
+def _measured(
+    config: Config, registry: Registry, vocab_size: int, state_bytes: int, *, compile_is_explicit: bool
+) -> _Timing:
     """Make steps on this machine, as configured, on rows that are made up; nothing stays behind."""
     import torch
 
@@ -71,31 +89,24 @@ def _measured(outlook: Outlook) -> ThroughputEstimate:
     from gpt_simple.engine.process_state import process_as_found
     from gpt_simple.preflight.dry_run import DryRun
 
-    config, training = outlook.config, outlook.config.training
-    vocab_size = outlook.data.vocab_size
-    if vocab_size is None:
-        raise ConfigError("the vocabulary is not known before the data are prepared: prepare them, then probe")
+    training = config.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wished = not outlook.is_default("training.compile")
     with process_as_found():
         precision = resolve(training.mixed_precision, device)
-        compiling = plan(training, device, 1, wished=wished)
-        _require_memory(outlook, vocab_size, precision.name, device, compiled=compiling.enabled)
+        compiling = plan(training, device, 1, wished=compile_is_explicit)
+        _require_memory(config, registry, vocab_size, state_bytes, precision, compiled=compiling.enabled)
         with compile_flags(compiling), _own_compiler_cache():
-            dry_run = DryRun.prepare(config, outlook.registry, precision, vocab_size=vocab_size, compile_plan=compiling)
+            dry_run = DryRun.prepare(config, registry, precision, vocab_size=vocab_size, compile_plan=compiling)
             first = _seconds(dry_run.step, device)
             steps = _repeat(dry_run.step, device)
             batch = 0.0
             if training.eval_steps:
                 _seconds(dry_run.evaluate, device)
                 batch = _seconds(dry_run.evaluate, device)
-    step = statistics.median(steps)
     name = "fp32" if precision.name == "no" else precision.name
     compiled = ", compiled" if compiling.enabled else ""
     basis = f"measured: {len(steps)} steps here, {name}{compiled}; the first took {first:.1f} s"
-    if outlook.questions.world_size > 1:
-        basis += f"; {outlook.questions.world_size} processes without the time to talk to each other"
-    return _extrapolated(outlook, True, basis, step, batch, first)
+    return _Timing(True, basis, statistics.median(steps), batch, first)
 
 
 @contextmanager
@@ -113,23 +124,22 @@ def _own_compiler_cache() -> Iterator[None]:
             os.environ.update(before)
 
 
-def _require_memory(outlook: Outlook, vocab_size: int, precision: str, device: Any, *, compiled: bool) -> None:
-    """Refuse to probe what plainly does not fit into this machine, before it takes any of it."""
+def _require_memory(
+    config: Config, registry: Registry, vocab_size: int, state_bytes: int, precision: Precision, *, compiled: bool
+) -> None:
+    """Refuse to probe what plainly does not fit into this machine, before it takes any of it.
+
+    ``state_bytes`` of weights, gradients and both moments are there whatever the compiler does.
+    """
     import torch
 
     from gpt_simple.preflight.memory import predict_memory
 
-    cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if cuda else free_memory()
-    # Weights, gradients and both moments are there whatever the compiler does; they take no time to know.
-    needed = 16 * parameter_count(outlook.shape) if outlook.shape is not None else 0
+    cuda = precision.device.type == "cuda"
+    free, needed = torch.cuda.mem_get_info(precision.device)[0] if cuda else free_memory(), state_bytes
     if free is not None and needed <= free and not compiled:
         needed = predict_memory(
-            outlook.config,
-            vocab_size=vocab_size,
-            precision=precision,
-            cuda=cuda,
-            registry=outlook.registry,
+            config, vocab_size=vocab_size, precision=precision.name, cuda=cuda, registry=registry
         ).peak
     if free is not None and needed > free:
         raise ConfigError(
@@ -138,51 +148,45 @@ def _require_memory(outlook: Outlook, vocab_size: int, precision: str, device: A
         )
 
 
-def _estimated(outlook: Outlook) -> ThroughputEstimate | None:
-    try:
-        gpu = find_gpu(outlook.questions.device or "")
-    except ConfigError:
-        return None  # the prediction of the memory says it
-    shape, config, mfu = outlook.shape, outlook.config, outlook.questions.mfu
-    peak = gpu.flops.get(gpu.precision)
-    if peak is None or shape is None:
-        return None
+def _estimated(config: Config, shape: Shape, flops: float, basis: str) -> _Timing:
+    """The times of the model's arithmetic at ``flops`` operations a second."""
     rows, length = config.training.per_device_batch_size, config.data.max_length
-    forward = flops_per_token(shape, length) / 3 * rows * length / (peak * mfu)
+    forward = flops_per_token(shape, length) / 3 * rows * length / flops
     # The backward pass costs two forward passes, and another one of the blocks whose activations are computed again.
     every = int(config.training.gradient_checkpointing)
     passes = 3 + (-(-shape.n_layer // every) / shape.n_layer if every else 0)
-    step = passes * forward * config.training.gradient_accumulation_steps
-    basis = f"an estimate: {mfu:.0%} of the {peak / 1e12:.0f} TFLOP/s of a {gpu.name}"
-    return _extrapolated(outlook, False, basis, step, forward, 0.0)
+    return _Timing(False, basis, passes * forward * config.training.gradient_accumulation_steps, forward)
 
 
 def _extrapolated(
-    outlook: Outlook, measured: bool, basis: str, step: float, batch: float, first: float
+    timing: _Timing, config: Config, world_size: int, data: InspectedData, steps_done: int, checkpoint_bytes: int
 ) -> ThroughputEstimate:
-    """From the seconds of a step, of a batch of an evaluation and of the first step to what is left of the run."""
-    config, training, world = outlook.config, outlook.config.training, outlook.questions.world_size
-    done = min(outlook.done[0], training.max_steps)
-    left, first = training.max_steps - done, first if done < training.max_steps else 0.0
+    """What is left of the run."""
+    training = config.training
+    done = min(steps_done, training.max_steps)
+    left, first = training.max_steps - done, timing.first_step if done < training.max_steps else 0.0
+    rows_per_batch = training.per_device_batch_size * world_size
+    tokens_per_step = rows_per_batch * training.gradient_accumulation_steps * config.data.max_length
 
     def events_left(every: int) -> int:
         return -(-training.max_steps // every) - done // every if left else 0
 
     evaluations = events_left(training.eval_steps) if training.eval_steps else 0
-    batches = -(-outlook.data.val_rows // (training.per_device_batch_size * world))
+    batches = -(-data.val_rows // rows_per_batch)
     if training.max_eval_batches is not None:
-        batches = min(batches, -(-training.max_eval_batches // world))
+        batches = min(batches, -(-training.max_eval_batches // world_size))
+    evaluating = evaluations * batches * timing.evaluation_batch
     saves = events_left(training.save_steps or training.max_steps)
     return ThroughputEstimate(
-        measured=measured,
-        basis=basis,
-        tokens_per_second=outlook.rows_per_step * config.data.max_length / step,
-        step_seconds=step,
+        measured=timing.measured,
+        basis=timing.basis,
+        tokens_per_second=tokens_per_step / timing.step,
+        step_seconds=timing.step,
         first_step_seconds=first,
         steps_left=left,
-        training_seconds=step * (left - (1 if first else 0)),
-        evaluation_seconds=evaluations * batches * batch if outlook.data.val_tokens is not None else None,
-        saving_seconds=saves * (outlook.output.checkpoint_bytes or 0) / _WRITING,
+        training_seconds=timing.step * (left - (1 if first else 0)),
+        evaluation_seconds=evaluating if data.val_tokens is not None else None,
+        saving_seconds=saves * checkpoint_bytes / _WRITING,
     )
 
 
