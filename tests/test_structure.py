@@ -23,7 +23,8 @@ def assignments_from_outside(path: Path) -> Iterator[str]:
                 if not isinstance(part, ast.Attribute) or not isinstance(part.ctx, ast.Store):
                     continue
                 text = ast.unparse(part)
-                if not text.startswith(("self.", "torch.")) and part.attr not in OF_TORCH:
+                of_self = isinstance(part.value, ast.Name) and part.value.id in ("self", "cls")
+                if not of_self and not text.startswith("torch.") and part.attr not in OF_TORCH:
                     yield f"{path.relative_to(SOURCE)}:{part.lineno} {text}"
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
             yield f"{path.relative_to(SOURCE)}:{node.lineno} setattr"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 
 class ExitCode(IntEnum):
@@ -79,9 +79,10 @@ class GptSimpleError(Exception):
         # A subclass may have passed other arguments by the constructor.
         return tuple(p if isinstance(p, Problem) else Problem(None, "", str(p)) for p in self.args)
 
-    @problems.setter
-    def problems(self, problems: Iterable[Problem]) -> None:
+    def with_problems(self, problems: Iterable[Problem]) -> Self:
+        """This error with other problems: located, without secrets, or with those of further errors."""
         self.args = tuple(problems)
+        return self
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.problems))
@@ -132,5 +133,4 @@ def raise_all(errors: Sequence[GptSimpleError]) -> None:
     """Raise the worst of the errors with the problems of all of them; nothing if there are none."""
     if errors:
         worst = max(errors, key=lambda error: error.exit_code)
-        worst.problems = tuple(dict.fromkeys(problem for error in errors for problem in error.problems))
-        raise worst
+        raise worst.with_problems(dict.fromkeys(problem for error in errors for problem in error.problems))

@@ -28,8 +28,7 @@ def survey_run(config: str, switches: Switches) -> list[PluginRow]:
     try:
         decisions = decide(records, _wishes(raw), raw.is_set, switches, tuple(files))
     except ConfigError as error:
-        error.problems = map(raw.origins.locate, error.problems)
-        raise
+        raise error.with_problems(map(raw.origins.locate, error.problems))
     loaded: dict[str, LoadedPlugin] = {}
     broken: dict[str, str] = {}
     for name, decision in decisions.items():

@@ -183,6 +183,10 @@ class GPT(nn.Module):
             self.cos.copy_(cos)
             self.sin.copy_(sin)
 
+    def set_loss_function(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        """Compute the loss with ``loss(hidden [B, T, C], head_weight [V, C], labels [B, T])``, summed, in nats."""
+        self.loss_function = loss
+
     def set_activation_checkpointing(self, every: int) -> None:
         """Recompute the activations of every ``every``-th block in the backward pass; 0: of none."""
         self.checkpoint_every = every

@@ -58,7 +58,7 @@ class DryRun:
         with torch.device("meta" if fake_tensors else device):
             model: torch.nn.Module = factory(config.model, vocab_size=rows, max_length=config.data.max_length)
         if isinstance(model, GPT):
-            model.loss_function = loss_function
+            model.set_loss_function(loss_function)
         if fake_tensors:
             _to_empty(model, device)
         set_checkpointing = getattr(model, "set_activation_checkpointing", None)

@@ -82,7 +82,7 @@ def _watch(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_size: 
     """
     batch, train_step = dry_run.batch, dry_run.train_step
     tracker.name([batch.input_ids, batch.labels], "data")
-    tracker.phase = "data"
+    tracker.enter("data")
     held = _chunks(config, cuda)
     trained = {name: p for name, p in train_step.model.named_parameters() if p.requires_grad}
     buckets = {name: torch.zeros_like(parameter) for name, parameter in trained.items()} if world_size > 1 else {}
@@ -90,7 +90,7 @@ def _watch(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_size: 
     phases = _Phases(tracker, buckets)
     phases.follow(train_step, trained)
     for micro_batches in (1, min(2, config.training.gradient_accumulation_steps)):
-        phases.last = micro_batches - 1
+        phases.begin_step(micro_batches)
         dry_run.step(micro_batches, on_batch=phases.on_batch, on_gradients=phases.on_gradients)
         states = (value for state in train_step.optimizer.state.values() for value in state.values())
         tracker.name([value for value in states if isinstance(value, torch.Tensor)], "optimizer")
@@ -123,6 +123,9 @@ class _Phases:
             hook = partial(self._has_gradient, name)
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
+    def begin_step(self, micro_batches: int) -> None:
+        self.last = micro_batches - 1
+
     def on_batch(self, index: int, batch: Batch) -> None:
         self.is_last = index == self.last
         self.enter("forward")
@@ -131,10 +134,10 @@ class _Phases:
         self.enter("clipping")
 
     def enter(self, phase: str) -> None:
-        self.tracker.phase, self.tracker.place = phase, ""
+        self.tracker.enter(phase)
 
     def _at(self, name: str, *_: Any) -> None:
-        self.tracker.place = name
+        self.tracker.move_to(name)
 
     def _has_gradient(self, name: str, parameter: torch.Tensor) -> None:
         self._at(name)

@@ -23,7 +23,7 @@ _BORN_AS = {"set-up": "parameters", "data": "data", "forward": "activations"}
 
 
 class MemoryTracker(TorchDispatchMode):
-    """``phase`` and ``place`` are set by who watches; ``peaks`` is the most in each phase.
+    """``peaks`` is the most in each phase; the peak's own phase and place (a module) are kept beside it.
 
     ``granularity``: an allocator hands out multiples of this many bytes (a GPU's: 512).
     """
@@ -50,6 +50,14 @@ class MemoryTracker(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self._see(leaf.untyped_storage())
         return result
+
+    def enter(self, phase: str) -> None:
+        """A phase begins."""
+        self.phase, self.place = phase, ""
+
+    def move_to(self, place: str) -> None:
+        """The computation is at this module now."""
+        self.place = place
 
     def name(self, tensors: Iterable[torch.Tensor], category: str) -> None:
         """Move tensors to another category: what they are for is known only after they were made."""
