@@ -79,8 +79,8 @@ class GptSimpleError(Exception):
         # A subclass may have passed other arguments by the constructor.
         return tuple(p if isinstance(p, Problem) else Problem(None, "", str(p)) for p in self.args)
 
-    def with_problems(self, problems: Iterable[Problem]) -> Self:
-        """This error with other problems: located, without secrets, or with those of further errors."""
+    def replace_problems(self, problems: Iterable[Problem]) -> Self:
+        """Give this error other problems: located ones, without secrets, or those of further errors. Returns it."""
         self.args = tuple(problems)
         return self
 
@@ -133,4 +133,4 @@ def raise_all(errors: Sequence[GptSimpleError]) -> None:
     """Raise the worst of the errors with the problems of all of them; nothing if there are none."""
     if errors:
         worst = max(errors, key=lambda error: error.exit_code)
-        raise worst.with_problems(dict.fromkeys(problem for error in errors for problem in error.problems))
+        raise worst.replace_problems(dict.fromkeys(problem for error in errors for problem in error.problems))

@@ -70,7 +70,8 @@ class Assembly:
         try:
             yield
         except GptSimpleError as error:
-            raise error.with_problems(_shown(error.problems, self.origins, self.secrets))
+            error.replace_problems(_shown(error.problems, self.origins, self.secrets))
+            raise
 
 
 def assemble(
@@ -132,7 +133,7 @@ def attempt(
             host.instantiate(config)
         source = Path(path) if path is not None else None
         assembly = Assembly(config, raw.origins, host, registry, source, raw.notes, secrets=secrets)
-    return assembly, [error.with_problems(_shown(error.problems, raw.origins, secrets)) for error in errors]
+    return assembly, [error.replace_problems(_shown(error.problems, raw.origins, secrets)) for error in errors]
 
 
 def _shown(problems: Iterable[Problem], origins: Origins, secrets: Sequence[str]) -> list[Problem]:
@@ -166,7 +167,7 @@ def _section_classes(
             part = registry.closest(kind, name)
             more = ", or the path of a tokenizer.json" if kind == "tokenizer" else ""
             more += _who_might_bring_it(host) if part is None else ""
-            unknown.append(error.with_problems(p._replace(hint=p.hint + more) for p in error.problems))
+            unknown.append(error.replace_problems(p._replace(hint=p.hint + more) for p in error.problems))
         if section and part is None:
             unchecked.add(section)
         elif section and part is not None and part.config is not None:

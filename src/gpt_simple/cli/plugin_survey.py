@@ -28,7 +28,8 @@ def survey_run(config: str, switches: Switches) -> list[PluginRow]:
     try:
         decisions = decide(records, _wishes(raw), raw.is_set, switches, tuple(files))
     except ConfigError as error:
-        raise error.with_problems(map(raw.origins.locate, error.problems))
+        error.replace_problems(map(raw.origins.locate, error.problems))
+        raise
     loaded: dict[str, LoadedPlugin] = {}
     broken: dict[str, str] = {}
     for name, decision in decisions.items():

@@ -101,7 +101,8 @@ def _from_path(config: Config, path: Path, store: Store, newest: Checkpoint | No
         checkpoint = Checkpoint.open(path)
         store.verify(checkpoint)
     except CheckpointError as error:
-        raise error.with_problems(problem._replace(key="training.resume") for problem in error.problems)
+        error.replace_problems(problem._replace(key="training.resume") for problem in error.problems)
+        raise
     if newest is not None and newest.path.resolve() != path.resolve():
         raise CheckpointError(
             f"training.resume names {path}, but {newest.path} is newer in the same run: name another"
