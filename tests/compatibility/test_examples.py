@@ -120,4 +120,5 @@ def test_a_data_set_is_read_and_made_again(example: Path, shell: Shell) -> None:
     assert shell("data", "inspect", "dataset").code == 0
     assert shell("tokenize", "--input_dir", "text", "--output_dir", "again", *TOKENIZE).code == 0
     made = {path.relative_to("again"): path.read_bytes() for path in Path("again").rglob("*") if path.is_file()}
+    del made[Path("tokenize.json")]  # it identifies the text by the times of its files
     assert {name: (Path("dataset") / name).read_bytes() for name in made} == made

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
+from gpt_simple.cli.fields import ConfiguredCommand, pass_overrides, plugins_option
 
 _PLUGINS = plugins_option("As for `run`.")
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -26,7 +26,7 @@ def config() -> None:
 @click.option("--toml", "as_toml", is_flag=True, help="TOML; the default.")
 @_PLUGINS
 @click.option("--no-plugins", is_flag=True, help="As for `run`.")
-@click.pass_obj
+@pass_overrides
 def show(
     overrides: list[tuple[str, str]],
     path: str | None,

@@ -24,21 +24,24 @@ _WIDTH = 110
 _AWAITED = "gpt_simple.awaited"
 _OFF = "-p no:"
 
+OVERRIDES = "gpt_simple.overrides"
+pass_overrides = click.decorators.pass_meta_key(OVERRIDES, doc_description="the overrides of the configuration")
+
 
 class ConfiguredCommand(click.Command):
     """A command that also takes every field of the configuration as ``--section.key value``.
 
-    They are left in ``context.obj`` as (dotted key, text) pairs, in their order.
+    They are left in ``context.meta[OVERRIDES]`` as (dotted key, text) pairs, in their order.
     """
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         awaited, args = _awaited(args) if context.resilient_parsing else (None, args)
         try:
-            context.obj, rest = split_overrides(args)
+            context.meta[OVERRIDES], rest = split_overrides(args)
         except ConfigError:
             if not context.resilient_parsing:
                 raise
-            context.obj, rest = [], []
+            context.meta[OVERRIDES], rest = [], []
         try:
             left = super().parse_args(context, rest)
         except click.NoSuchOption as error:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from attrs import evolve, frozen
 
-from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
+from gpt_simple.cli.fields import OVERRIDES, ConfiguredCommand, plugins_option
 from gpt_simple.cli.main import BEGAN
 from gpt_simple.errors import ExitCode, GptSimpleError
 from gpt_simple.launch import member
@@ -66,7 +66,7 @@ def _run(
     rdzv_endpoint: str | None,
     max_restarts: int | None,
 ) -> int:
-    overrides: list[tuple[str, str]] = context.obj
+    overrides: list[tuple[str, str]] = context.meta[OVERRIDES]
     if path and option and path != option:
         raise click.UsageError(f"two configurations were given: {path} and --config {option}")
     if not (path or option or overrides):

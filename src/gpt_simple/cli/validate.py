@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from gpt_simple.cli.fields import ConfiguredCommand, plugins_option
+from gpt_simple.cli.fields import ConfiguredCommand, pass_overrides, plugins_option
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
@@ -53,7 +53,7 @@ class _Validate(ConfiguredCommand):
 @click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), default=0.4, help="Assumed without --probe.")
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-@click.pass_obj
+@pass_overrides
 def validate(
     overrides: list[tuple[str, str]],
     path: str | None,
