@@ -89,15 +89,16 @@ def _watch(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_size: 
     tracker.name(buckets.values(), "gradients")
     phases = _Phases(tracker, buckets)
     phases.follow(train_step, trained)
+    results: list[torch.Tensor] = []  # the trainer keeps them until it logs
     for micro_batches in (1, min(2, config.training.gradient_accumulation_steps)):
         phases.begin_step(micro_batches)
-        dry_run.step(micro_batches, on_batch=phases.on_batch, on_gradients=phases.on_gradients)
+        results += dry_run.step(micro_batches, on_batch=phases.on_batch, on_gradients=phases.on_gradients)
         states = (value for state in train_step.optimizer.state.values() for value in state.values())
         tracker.name([value for value in states if isinstance(value, torch.Tensor)], "optimizer")
     if config.training.eval_steps:
         phases.enter("evaluation")
         dry_run.evaluate()
-    del held
+    del held, results
 
 
 @define
