@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from attrs import frozen
 
 from gpt_simple._names import __version__
 from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
@@ -29,6 +30,16 @@ from gpt_simple.job.records import best_val_loss
 from gpt_simple.job.stages import Checked, PreparedData, checkpoint_activations, model_view, model_view_parts, new_model
 
 _MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which count samples from 0
+
+
+@frozen(eq=False)
+class Built:
+    """What is allocated. ``wrapped`` is the module whose backward reduces gradients over the ranks."""
+
+    model: torch.nn.Module
+    wrapped: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: Loader
 
 
 @contextmanager
@@ -55,7 +66,8 @@ def build_trainer(
             consumed=plan.samples,
         )
         with closing(loader):
-            yield _assemble(job, data, plan, checked, run_dir, model, wrapped, optimizer, loader)
+            _warn_of_early_end(job, loader, plan.samples)
+            yield _trainer(job, data, plan, checked, run_dir, Built(model, wrapped, optimizer, loader))
 
 
 def _build_model(job: Job, data: PreparedData, plan: ResumePlan) -> torch.nn.Module:
@@ -103,27 +115,17 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
         plugins.calls.on_checkpoint_loaded(plugins.view, CheckpointLoaded(job.state.step, checkpoint.path))
 
 
-def _assemble(
-    job: Job,
-    data: PreparedData,
-    plan: ResumePlan,
-    checked: Checked,
-    run_dir: ClaimedRunDir,
-    model: torch.nn.Module,
-    wrapped: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Loader,
+def _trainer(
+    job: Job, data: PreparedData, plan: ResumePlan, checked: Checked, run_dir: ClaimedRunDir, built: Built
 ) -> Trainer:
-    config, plugins, time_budget = job.config, job.plugins, checked.time_budget
-    _warn_of_early_end(job, loader, plan.samples)
-    control = job.control(
-        *([time_budget.reason_to_stop] if time_budget is not None else []), throttled(run_dir.take_stop_request)
-    )
+    config, plugins, time_budget, model = job.config, job.plugins, checked.time_budget, built.model
+    conditions = [] if time_budget is None else [time_budget.reason_to_stop]
+    control = job.control(*conditions, throttled(run_dir.take_stop_request))
     run = RunView(
         **model_view_parts(job, data, model, plan.found.store),
         run_id=run_dir.run_id,
-        wrapped=wrapped,
-        loader=loader,
+        wrapped=built.wrapped,
+        loader=built.loader,
         known=_facts(job, data, model),
         sync=control,
     )
@@ -131,8 +133,8 @@ def _assemble(
     schedule = job.spec.registry.get("schedule", config.optimizer.schedule)
     train_step = TrainStep(
         model=model,
-        wrapped=wrapped,
-        optimizer=optimizer,
+        wrapped=built.wrapped,
+        optimizer=built.optimizer,
         schedule=schedule.build(config.optimizer, config.training.max_steps),
         precision=job.runtime.precision,
         world=job.dist,
@@ -143,7 +145,7 @@ def _assemble(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, optimizer),
+        snapshot=partial(_snapshot, job, plan, model, built.optimizer),
         must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
         time_budget=time_budget,
     )
@@ -153,7 +155,7 @@ def _assemble(
         dist=job.dist,
         state=job.state,
         train_step=train_step,
-        loader=loader,
+        loader=built.loader,
         control=control,
         checkpointer=checkpointer,
         signals=job.signals,
