@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PluginsConfig,
         TrainingConfig,
     )
+    from gpt_simple.config.types import LegacyDefault
     from gpt_simple.data.sources import Document
     from gpt_simple.errors import (
         CheckpointError,
@@ -47,6 +48,7 @@ _HOMES = {
         ("CheckpointError", "ConfigError", "DataError", "ExitCode", "GptSimpleError", "PluginError"),
         "gpt_simple.errors",
     ),
+    "LegacyDefault": "gpt_simple.config.types",
     "Document": "gpt_simple.data.sources",
     **dict.fromkeys(("Finding", "Metric", "Plugin", "Run", "hookimpl"), "gpt_simple.hooks"),
 }
@@ -61,6 +63,7 @@ __all__ = [
     "ExitCode",
     "Finding",
     "GptSimpleError",
+    "LegacyDefault",
     "Metric",
     "ModelConfig",
     "OptimizerConfig",

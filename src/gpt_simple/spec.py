@@ -39,7 +39,7 @@ class Assembly:
     """A checked configuration, the plugins that it activates, and the components it can choose from."""
 
     config: Config
-    origins: Origins
+    raw: RawConfig = field(repr=False)
     host: PluginHost
     registry: Registry
     source: Path | None
@@ -48,6 +48,27 @@ class Assembly:
     """What followed the program's name on the command line that asked for it: ``run``, ``config.toml``, ..."""
     secrets: Sequence[str] = field(default=(), repr=False)
     """Values that no message may show."""
+
+    @property
+    def origins(self) -> Origins:
+        """Where every value was set."""
+        return self.raw.origins
+
+    def with_defaults(self, values: Mapping[str, Any]) -> Assembly:
+        """The configuration with ``values`` (``section.field`` -> value) as defaults, checked again.
+
+        The plugins and their tables stay. Raises ConfigError if the values do not go with those that were set.
+        """
+        merged = dict(self.raw.values)
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            merged[section] = {**(merged.get(section) or {}), name: value}
+        raw = evolve(self.raw, values=merged)
+        classes, _, unknown = _section_classes(raw, self.registry, self.host)
+        raise_all(unknown)
+        config = structure(raw, sections=classes, plugin_configs=self.host.config_classes())
+        self.registry.pair(config.optimizer.name, config.optimizer.schedule)
+        return evolve(self, config=evolve(config, plugins=self.config.plugins), raw=raw)
 
     @property
     def components(self) -> list[Component]:
@@ -132,7 +153,7 @@ def attempt(
         with collecting(errors):
             host.instantiate(config)
         source = Path(path) if path is not None else None
-        assembly = Assembly(config, raw.origins, host, registry, source, raw.notes, secrets=secrets)
+        assembly = Assembly(config, raw, host, registry, source, raw.notes, secrets=secrets)
     return assembly, [error.replace_problems(_shown(error.problems, raw.origins, secrets)) for error in errors]
 
 

@@ -99,6 +99,9 @@ def validate(
         for error in errors:
             findings += from_error(error)
         if assembly is not None:
+            from gpt_simple.engine.resume import keep_values_of_run
+
+            assembly = keep_values_of_run(assembly, force=force)
             findings += [Finding("warning", "note", note) for note in (*assembly.notes, *assembly.host.notes)]
             findings += assembly.check_config(RunPreflight(assembly, options))
             if "validate" not in (plugin.name for plugin in assembly.host.plugins):

@@ -13,7 +13,7 @@ from gpt_simple.config.cross_checks import Conflict, conflicts
 from gpt_simple.config.legacy import OLD_VALUES
 from gpt_simple.config.load import RawConfig
 from gpt_simple.config.mistakes import Mistake, closest, config_error
-from gpt_simple.config.origin import Origin, Origins
+from gpt_simple.config.origin import DEFAULT, Origin, Origins
 from gpt_simple.config.schema import (
     Config,
     DataConfig,
@@ -189,7 +189,7 @@ def _located(conflict: Conflict, origins: Origins) -> Mistake:
     places = ", ".join(origins.place(path) for path in conflict.paths)
     # One of them was set: the places of a mistake in defaults would not be shown.
     set_ = [origin for origin in map(origins.of, conflict.paths) if origin.kind != "default"]
-    first = min(set_, key=lambda origin: (origin.kind != "file", origin.line))
+    first = min(set_, key=lambda origin: (origin.kind != "file", origin.line), default=DEFAULT)
     return Mistake(Origin(first.kind, places, line=first.line), "", conflict.message, conflict.hint)
 
 

@@ -34,10 +34,22 @@ _SUPPORTED = (
 
 
 @frozen
+class LegacyDefault:
+    """The value that a new field has in runs that began without it: the one that keeps what they do.
+
+    ``Annotated[bool, Doc("..."), LegacyDefault(False)] = True``. Only a field whose default changes what a run does
+    needs the mark: without it the default is the value.
+    """
+
+    value: Any
+
+
+@frozen
 class FieldSpec:
     """A field as its section declares it.
 
     ``type`` is the ``annotation`` without help and bounds; ``default`` is ``attrs.NOTHING`` if the field must be given.
+    ``legacy_default`` is the value in a run that began before the field existed.
     """
 
     name: str
@@ -46,6 +58,7 @@ class FieldSpec:
     bounds: tuple[Bound, ...]
     doc: str
     default: Any
+    legacy_default: Any
 
     @property
     def expected(self) -> str:
@@ -75,7 +88,9 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
         default = attribute.default
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = default.factory()
-        specs.append(FieldSpec(attribute.name, hints[attribute.name], bare, bounds, doc, default))
+        marks = (mark.value for mark in get_args(hints[attribute.name]) if isinstance(mark, LegacyDefault))
+        legacy = next(marks, default)
+        specs.append(FieldSpec(attribute.name, hints[attribute.name], bare, bounds, doc, default, legacy))
     return tuple(specs)
 
 

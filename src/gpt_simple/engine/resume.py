@@ -7,19 +7,23 @@ is told: ``bit-exact``, ``order-exact`` or ``changed: ...``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import attrs
-from attrs import evolve, field, frozen
+from attrs import define, evolve, field, frozen
 
 from gpt_simple._names import DISTRIBUTION
+from gpt_simple.checkpoint.manifest import Manifest, check_file
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.config.redact import redacted
 from gpt_simple.config.schema import Config
-from gpt_simple.errors import CheckpointError
+from gpt_simple.engine.compatibility import changed_defaults, leaves, with_legacy_options, with_legacy_values
+from gpt_simple.errors import CheckpointError, GptSimpleError
 from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.lineage import RunRecord
+from gpt_simple.spec import Assembly
 
 # Fields that cannot change what is learned: when things are reported and kept, and where.
 _NEUTRAL = (
@@ -49,6 +53,16 @@ _AHEAD = " (the curriculum up to here is the same: nothing comes twice or is lef
 _READ = " (where a bucket has been read to its end before, the order of samples is another from here on)"
 # Fields of the model that can differ between two launches of one run.
 _MODEL_FREE = ("model.dropout",)
+
+
+@define
+class SizeCheckingStore(Store):
+    """A store that compares the sizes of files, and a checksum only of state.json, the one file that is read here."""
+
+    def verify(self, checkpoint: Checkpoint, *, full: bool = True) -> None:
+        super().verify(checkpoint, full=False)
+        check_file(checkpoint.path / "state.json", Manifest.read(checkpoint.path).files["state.json"], full=True)
+        self._verified.add(checkpoint.path)
 
 
 @frozen
@@ -113,8 +127,46 @@ def _from_path(config: Config, path: Path, store: Store, newest: Checkpoint | No
 
 def _plan(config: Config, store: Store, checkpoint: Checkpoint) -> FoundCheckpoint:
     state = store.load_document(checkpoint, "state")
+    saved = state["run"]
+    values, options = with_legacy_values(saved["config"], config), with_legacy_options(saved.get("plugins", {}), config)
+    state["run"] = saved | {"config": values, "plugins": options}
     done = checkpoint.step >= config.training.max_steps
     return FoundCheckpoint(store, "finished" if done else "resume", checkpoint, state)
+
+
+def keep_values_of_run(spec: Assembly, *, force: bool) -> Assembly:
+    """The configuration of a launch: what nobody set, now or when the run began, stays as the run began.
+
+    Refuses nothing: what cannot be resumed ``find_checkpoint`` refuses later.
+    """
+    run_dir = RunDir(Path(spec.config.training.output_dir))
+    try:
+        run_dir.check()
+        found = find_checkpoint(spec.config, run_dir, force=force, store=SizeCheckingStore(run_dir.checkpoints))
+        if found.checkpoint is None:
+            return spec
+        explicit = RunRecord.load(RunDir(found.checkpoint.path.absolute().parent.parent)).facts["origins"]
+    except (GptSimpleError, KeyError):
+        return spec
+    return keep_values(spec, found.state["run"]["config"], explicit)
+
+
+def keep_values(spec: Assembly, saved: Mapping[str, Any], explicit: Collection[str] = ()) -> Assembly:
+    """``spec`` with the saved values of fields whose defaults have changed, and a note that names them.
+
+    ``explicit``: the fields that were set when ``saved`` was.
+    """
+    kept: dict[str, str] = {}
+    for _ in ("components", "their fields"):
+        now, began = flat(spec.config), with_legacy_values(saved, spec.config)
+        values = changed_defaults(began, now, explicit, spec.origins.is_default)
+        kept |= {key: f"{key} {json.dumps(value)} (now {json.dumps(now[key])})" for key, value in values.items()}
+        spec = spec.with_defaults(values) if values else spec
+    if not kept:
+        return spec
+    return evolve(
+        spec, notes=[*spec.notes, f"the run keeps the defaults that it began with: {', '.join(kept.values())}"]
+    )
 
 
 @frozen
@@ -170,19 +222,9 @@ def flat(config: Config) -> dict[str, Any]:
 
     ``[model]`` holds none, and is needed as it is to build the model again.
     """
-    leaves: dict[str, Any] = {}
-
-    def walk(path: str, value: Any) -> None:
-        if isinstance(value, Mapping) and value:
-            for key, item in value.items():
-                walk(f"{path}.{key}" if path else str(key), item)
-        else:
-            leaves[path] = value
-
     # As it will come back from a file: tuples become lists.
     values = json.loads(json.dumps(attrs.asdict(config), default=str))
-    walk("", {**redacted(values), "model": values["model"]})
-    return leaves
+    return dict(leaves("", {**redacted(values), "model": values["model"]}))
 
 
 def resume_guarantee(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:

@@ -13,6 +13,7 @@ from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.data.tokenizer import load_tokenizer
+from gpt_simple.engine.resume import keep_values
 from gpt_simple.errors import CheckpointError, ConfigError, raise_all
 from gpt_simple.hooks.components import UnknownComponent
 from gpt_simple.model.shape import padded
@@ -57,7 +58,7 @@ def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None, p
         )
     raise_all(errors)
     assert assembly is not None, "without errors there is one"
-    config = assembly.config
+    config = keep_values(assembly, {key: value for key, value in values.items() if key.startswith("model.")}).config
     rows = getattr(config.model, "vocab_size", None) or padded(tokenizer.vocab_size)
     part = assembly.registry.get("model", config.model.name)
     model: torch.nn.Module = part.build(config.model, vocab_size=rows, max_length=config.data.max_length)

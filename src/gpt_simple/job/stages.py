@@ -20,7 +20,7 @@ from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.prepare import prepare
 from gpt_simple.distributed.process_group import World
 from gpt_simple.engine.compile import refuse_uncompilable
-from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, run_fingerprint
+from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, keep_values_of_run, run_fingerprint
 from gpt_simple.engine.resume import find_checkpoint as search_checkpoint
 from gpt_simple.engine.resume import plan_resume as compare_with_checkpoint
 from gpt_simple.engine.time_budget import TimeBudget
@@ -65,6 +65,11 @@ def init_distributed(spec: Assembly) -> Iterator[World]:
         yield dist
     finally:
         dist.leave()
+
+
+def keep_values(spec: Assembly, dist: World, *, force: bool) -> Assembly:
+    """The configuration with the defaults of the run that goes on. First of all stages: precision depends on it."""
+    return dist.together(lambda: keep_values_of_run(spec, force=force))
 
 
 def check_config(job: Job) -> None:

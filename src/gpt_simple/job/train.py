@@ -15,7 +15,15 @@ from gpt_simple.job.job import Job
 from gpt_simple.job.plugin_calls import plugin_calls
 from gpt_simple.job.result import TrainResult
 from gpt_simple.job.runtime import resolve_runtime
-from gpt_simple.job.stages import check_config, find_checkpoint, init_distributed, plan_resume, preflight, prepare_data
+from gpt_simple.job.stages import (
+    check_config,
+    find_checkpoint,
+    init_distributed,
+    keep_values,
+    plan_resume,
+    preflight,
+    prepare_data,
+)
 from gpt_simple.job.summary import already_finished, run_to_end, stopped_before_first_step
 from gpt_simple.spec import Assembly
 
@@ -31,6 +39,7 @@ def train(
     """
     began, state = time.monotonic() if started is None else started, TrainState()
     with process_as_found(), spec.located_errors(), init_distributed(spec) as dist:
+        spec = keep_values(spec, dist, force=force)
         runtime = resolve_runtime(spec, dist, began)
         with (
             compile_flags(runtime.compile_plan),

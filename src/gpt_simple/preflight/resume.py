@@ -6,23 +6,11 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from attrs import define
-
-from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.config.schema import Config
 from gpt_simple.engine import resume as engine
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.preflight import PlannedResume, PreflightOptions
 from gpt_simple.run_dir.layout import RunDir
-
-
-@define
-class _Glance(Store):
-    """A store that believes a file of the right size."""
-
-    def verify(self, checkpoint: Checkpoint, *, full: bool = True) -> None:
-        super().verify(checkpoint, full=False)
-        self._verified.add(checkpoint.path)
 
 
 def plan_resume(
@@ -40,7 +28,9 @@ def plan_resume(
         run_dir.check()
     except ConfigError:
         return PlannedResume("scratch")  # nothing can be there, and check_output refuses the directory
-    found = engine.find_checkpoint(config, run_dir, force=options.force, store=_Glance(run_dir.checkpoints))
+    found = engine.find_checkpoint(
+        config, run_dir, force=options.force, store=engine.SizeCheckingStore(run_dir.checkpoints)
+    )
     if found.checkpoint is None:
         return PlannedResume("scratch", skipped=found.skipped)
     saved = found.state["run"]
