@@ -53,6 +53,12 @@ _HOMES = {
     **dict.fromkeys(("Finding", "Metric", "Plugin", "Run", "hookimpl"), "gpt_simple.hooks"),
 }
 
+_DEPRECATED = {
+    "MemoryPrediction": ("gpt_simple.hooks", "gpt_simple.hooks.MemoryPrediction"),
+    "predict_memory": ("gpt_simple.preflight.memory", "preflight.predict_memory in check_config or check_runtime"),
+}
+"""Name -> home, and what replaces it."""
+
 __all__ = [
     "CheckpointError",
     "Config",
@@ -82,6 +88,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _DEPRECATED:
+        from gpt_simple.deprecation import warn_deprecated
+
+        module, instead = _DEPRECATED[name]
+        warn_deprecated(f"gpt_simple.{name}", removal="1.0", instead=instead)
+        return getattr(importlib.import_module(module), name)
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'gpt_simple' has no attribute {name!r}")
