@@ -34,6 +34,16 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def coverage(session: nox.Session) -> None:
+    """Branch coverage of the tests that take seconds, with the processes that they start or fork."""
+    _install(session, "dev", "test")
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", "-m", "not slow", "-n", "2", *session.posargs)
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")
+
+
+@nox.session
 def slow(session: nox.Session) -> None:
     """Tests that take minutes: long fault injection, the quickstart as a newcomer runs it."""
     _install(session, "test")
