@@ -173,15 +173,35 @@ def promise(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> s
             f"the checkpoint is of another model, tokenizer or data set:{listing}\n"
             "go back to its configuration, choose another training.output_dir, or add --force to start anew"
         )
-    free = {key: line for key, line in changed.items() if not key.startswith(_NEUTRAL)}
-    free |= _differences(saved.get("plugins", {}), now["plugins"])
-    numerics = _differences(saved["numerics"], now["numerics"])
-    if free:
-        order = _order_kept(saved["config"], now["config"], samples)
-        return f"changed: {'; '.join([*free.values(), *numerics.values()])}{order}"
-    if numerics:
+    if (reconfigured := changes(saved, now, samples)) is not None:
+        return f"changed: {reconfigured}"
+    if numerics := _differences(saved["numerics"], now["numerics"]):
         return f"order-exact: same samples, other last digits ({'; '.join(numerics.values())})"
     return "bit-exact"
+
+
+@frozen
+class Changes:
+    """What a resumed run has that was configured otherwise before: a line for each key, and what becomes of the order
+    of samples.
+    """
+
+    lines: Mapping[str, str]
+    order: str
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines.values()) + self.order
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> Changes | None:
+    """What ``now`` has changed on purpose, with other numerics that come with it; None if nothing."""
+    changed = _differences(saved["config"], now["config"])
+    free = {key: line for key, line in changed.items() if not key.startswith(_NEUTRAL)}
+    free |= _differences(saved.get("plugins", {}), now["plugins"])
+    if not free:
+        return None
+    numerics = _differences(saved["numerics"], now["numerics"])
+    return Changes({**free, **numerics}, _order_kept(saved["config"], now["config"], samples))
 
 
 def _order_kept(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:

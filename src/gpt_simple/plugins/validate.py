@@ -152,9 +152,9 @@ def _resume(outlook: Outlook) -> Iterator[Finding]:
     resume, steps = outlook.resume, outlook.config.training.max_steps
     for path, reason in resume.skipped:
         yield Finding("warning", "checkpoint-damaged", f"{reason}; the one before it is used", str(path))
-    changes = resume.promise.removeprefix("changed: ").split("; ") if resume.promise.startswith("changed") else []
     # To go on for longer is what one resumes for.
-    differs = resume.kind == "resume" and any(not change.startswith("training.max_steps ") for change in changes)
+    changed = resume.changes is not None and resume.changes.lines.keys() != {"training.max_steps"}
+    differs = resume.kind == "resume" and changed
     fields = {"kind": resume.kind, "step": resume.step, "promise": resume.promise}
     if resume.kind == "scratch":
         message = "starts from scratch"
@@ -165,7 +165,7 @@ def _resume(outlook: Outlook) -> Iterator[Finding]:
         message += "" if differs else f": {resume.promise}"
     yield Finding("info", "resume", message, fields=fields)
     if differs:
-        message = f"the run that goes on was configured differently: {resume.promise.removeprefix('changed: ')}"
+        message = f"the run that goes on was configured differently: {resume.changes}"
         yield Finding("warning", "resume-changed", message, "training.resume", exit_code=_CHECKPOINT)
 
 

@@ -24,13 +24,14 @@ class ResumeOutlook:
     damaged checkpoints that are newer.
 
     ``promise`` is what going on keeps: ``bit-exact``, ``order-exact: ...`` or ``changed: ...``, as far as the
-    configuration, the data and the installed torch tell.
+    configuration, the data and the installed torch tell. ``changes``: what is configured otherwise than before.
     """
 
     kind: Literal["scratch", "resume", "finished"]
     step: int = 0
     path: Path | None = None
     promise: str = ""
+    changes: engine.Changes | None = None
     skipped: Sequence[tuple[Path, str]] = ()
     samples: int = 0
 
@@ -63,4 +64,5 @@ def look(outlook: Outlook) -> ResumeOutlook:
     numerics = saved["numerics"] | {"torch": version("torch"), "processes": outlook.questions.world_size}
     now = engine.identity(config, data=data, numerics=numerics, plugins=outlook.plugins)
     step, path, samples = plan.checkpoint.step, plan.checkpoint.path, plan.state["samples"]
-    return ResumeOutlook(plan.kind, step, path, engine.promise(saved, now, samples), plan.skipped, samples)
+    kept, changes = engine.promise(saved, now, samples), engine.changes(saved, now, samples)
+    return ResumeOutlook(plan.kind, step, path, kept, changes, plan.skipped, samples)
