@@ -189,7 +189,7 @@ def checked(info: HookInfo, result: Any) -> Any:
         if result is None:
             return None
         expected = "None, since a hook named on_* only notifies"
-    raise PluginError(f"it returned {_describe(result)}", hint=f"expected {expected}")
+    raise PluginError(f"it returned {_describe(result)}; expected {expected}")
 
 
 def _compile(info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls) -> Callable[..., Any]:

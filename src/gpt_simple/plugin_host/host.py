@@ -249,7 +249,7 @@ def _described(plugin: LoadedPlugin) -> Mapping[str, Any]:
     """What a plugin says of itself, which must be something that can be written down."""
     facts = plugin.active.describe()
     if not isinstance(facts, Mapping):
-        raise PluginError(f"it returned a {type(facts).__name__}", hint="expected a mapping")
+        raise PluginError(f"it returned a {type(facts).__name__}; expected a mapping")
     json.dumps(facts)
     return facts
 
