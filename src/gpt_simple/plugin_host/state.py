@@ -82,7 +82,7 @@ class PluginStates:
                     self._remember(plugin, name, dict(record), _of(name, tensors))
                 try:
                     state = unpack(record["state"], tensors)
-                    guard.call(None, partial(plugin.active.load_state_dict, state, record["version"]))
+                    guard.call(partial(plugin.active.load_state_dict, state, record["version"]))
                 except FAILURES as error:
                     raise plugin.failure("load_state_dict", error) from error
 
