@@ -72,7 +72,7 @@ class _Structuring:
             if wrong.isdisjoint(conflict.paths):
                 self.mistakes.append(_located(conflict, self.raw.origins))
         if self.raw.mistakes or self.mistakes:
-            # A slip in the text was mended to read on; what the mended value broke then is not a mistake of its own.
+            # Null is read in place of text that is no value; what that breaks is not a mistake of its own.
             slips = {found.origin.line for found in self.raw.mistakes}
             genuine = [
                 found
