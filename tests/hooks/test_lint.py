@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
@@ -365,7 +366,7 @@ def test_what_has_the_name_of_a_hook_and_is_no_method() -> None:
     "kind",
     [
         list[int], dict[str, int], set[str], bytes, object, tuple[int, int], Mapping[int, str], list, complex,
-        str | bytes, Final[int],
+        str | bytes, Final[int], typing.Mapping,
     ],
 )  # fmt: skip
 def test_what_a_configuration_file_cannot_hold(kind: object) -> None:

@@ -238,7 +238,7 @@ def parse_type(annotation: Any, bounds: tuple[Bound, ...] = ()) -> FieldType:
     if origin is tuple and arguments[1:] == (Ellipsis,):
         item = parse_type(arguments[0])
         return FieldType("list", annotation, f"a list of {item.plural}", f"list of {item.plural}", parts=(item,))
-    if origin is Mapping and arguments[0] is str:
+    if origin is Mapping and arguments[:1] == (str,):
         item = parse_type(arguments[1])
         return FieldType("mapping", annotation, f"a table of {item.plural}", f"table of {item.plural}", parts=(item,))
     if isinstance(annotation, type) and attrs.has(annotation):
