@@ -8,10 +8,10 @@ from pathlib import Path
 import attrs
 
 from gpt_simple.cli.fields import builtin_configs
-from gpt_simple.config.render import plain, summary, value_text
+from gpt_simple.config.render import plain, value_text
 from gpt_simple.config.schema import Phase, PluginsConfig
 from gpt_simple.config.structure import SECTIONS
-from gpt_simple.config.types import fields_of
+from gpt_simple.config.types import fields_of, summary
 
 PAGE = Path(__file__).with_name("configuration.md")
 START = "<!-- The rest of this page is written by docs/build_reference.py. -->\n"
@@ -40,7 +40,7 @@ def _section(name: str, cls: type) -> Iterator[str]:
     yield "|---|---|---|---|"
     for spec in fields_of(cls):
         default = "" if spec.default is attrs.NOTHING else f"`{value_text(plain(spec.default))}`"
-        kind = spec.label.replace("|", "\\|")
+        kind = spec.type.label.replace("|", "\\|")
         yield f"| `{spec.name}` | {kind} | {default} | {spec.doc.replace('|', chr(92) + '|')} |"
     yield ""
 

@@ -44,6 +44,10 @@ class Problem(NamedTuple):
         key = "" if self.location == f"--{self.key}" else self.key
         return f"{self.location} ({key})" if self.location and key else self.location or key
 
+    def within(self, place: str) -> Problem:
+        """The same problem at a wider location, which goes before its own: ``process 2: config.toml:12``."""
+        return self._replace(location=f"{place}: {self.location}" if self.location else place)
+
     def __str__(self) -> str:
         key = "" if self.location == f"--{self.key}" else self.key
         text = ": ".join(part for part in (self.location, key, self.message) if part)
@@ -112,6 +116,25 @@ class PluginError(GptSimpleError):
     exit_code = ExitCode.PLUGIN
     blamed = False
     """Whether the message says whose failure in which hook it is. Such an error ends the run through any other hook."""
+
+
+class PeerFailed(GptSimpleError):
+    """Another process failed. ``silent`` where that process, or a third one, reports it.
+
+    A launcher that knows how the other process ended knows more. ``timed_out``: the other one did not come in time.
+    """
+
+    def __init__(
+        self,
+        *problems: object,
+        hint: str = "",
+        exit_code: int = ExitCode.FAILURE,
+        silent: bool = True,
+        timed_out: bool = False,
+    ) -> None:
+        super().__init__(*problems, hint=hint, exit_code=exit_code)
+        self.silent = silent
+        self.timed_out = timed_out
 
 
 class Halted(GptSimpleError):

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, field, frozen
 
-from gpt_simple.config.convert import null_words
 from gpt_simple.config.load import RawConfig, read
 from gpt_simple.config.origin import Origins
 from gpt_simple.config.schema import Config
 from gpt_simple.config.secret import secrets_in, without
 from gpt_simple.config.structure import structure
+from gpt_simple.config.types import NULL_WORDS
 from gpt_simple.errors import ConfigError, GptSimpleError, Problem, collecting, raise_all
 from gpt_simple.hooks.components import CONFIG_KEY, Component, Kind, Registry, builtin_registry
 from gpt_simple.hooks.results import Finding
@@ -179,7 +179,7 @@ def _section_classes(
         name, section = raw.as_text(key) or raw.get(key), _SECTION_OF.get(kind)
         if not isinstance(name, str) or (kind == "tokenizer" and _is_file(name)):
             continue  # not a name, which the structuring or the data will look at
-        if kind == "source" and name in null_words(str | None):
+        if kind == "source" and name in NULL_WORDS:
             continue
         part: Component | None
         try:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import gpt_simple
 from tests.conftest import Shell
+from tests.run_dir.test_layout import snapshot
 
 PROGRAM = [sys.executable, "-c", "from gpt_simple.cli.main import main; main()"]
 
@@ -60,6 +62,26 @@ def test_a_finished_run_says_so_and_goes_on_when_steps_are_added(shell: Shell, h
     assert json.loads((here / "out/summary.json").read_text())["steps"] == 6
     lineage = json.loads((here / "out/run.json").read_text())["lineage"]
     assert [(launch["step"], launch["from"]) for launch in lineage] == [(0, None), (4, "out/checkpoints/step-00000004")]
+
+
+@pytest.mark.parametrize("left", [None, 0.5])
+def test_a_finished_run_without_its_summary_says_so(shell: Shell, here: Path, left: float | None) -> None:
+    """Deleted, or torn by a full disk."""
+    assert shell("run", "config.toml").code == 0
+    summary = here / "out/summary.json"
+    content = summary.read_bytes()
+    summary.unlink()
+    if left is not None:
+        summary.write_bytes(content[: int(left * len(content))])
+    before = snapshot(here / "out")
+    again = shell("run", "config.toml")
+    assert (again.code, again.err) == (0, "")
+    assert "nothing to do, step 4 of 4 was reached before" in again.out
+    assert snapshot(here / "out") == before
+    result = gpt_simple.train(here / "config.toml")
+    best = json.loads((here / "out/checkpoints/step-00000004/state.json").read_text())["best_val_loss"]
+    assert (result.status, result.steps, result.total_tokens, result.final_loss) == ("completed", 4, 4 * 64, None)
+    assert (result.best_val_loss, result.checkpoint_path) == (best, Path("out/checkpoints/step-00000004"))
 
 
 def test_scratch_is_refused_over_checkpoints_and_force_discards_them(shell: Shell, here: Path) -> None:

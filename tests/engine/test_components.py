@@ -257,7 +257,7 @@ def least(kind: Any, base: type, **own: str) -> type:
     """A class with the fields that the engine reads of a section, and no other."""
     fields = {spec.name: spec for spec in fields_of(base) if spec.name in SECTION_FIELDS[kind]}
     values = {name: own.get(name, spec.default) for name, spec in fields.items()}
-    return frozen(type("Least", (), {"__annotations__": {n: s.type for n, s in fields.items()}, **values}))
+    return frozen(type("Least", (), {"__annotations__": {n: s.annotation for n, s in fields.items()}, **values}))
 
 
 def test_the_fields_that_are_required_are_all_that_a_run_and_its_checks_read(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from gpt_simple import Plugin, TrainResult, hookimpl
+from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.precision import resolve
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import peak_flops
+from tests.engine.conftest import TinyRun, weights
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -115,3 +120,70 @@ def test_the_peak_of_a_known_device_is_dense_and_without_mixed_precision_that_of
 )
 def test_a_device_with_a_similar_name_has_no_peak(name: str) -> None:
     assert [peak_flops(name, precision) for precision in ("bf16", "fp16", "no")] == [None] * 3
+
+
+def test_the_peak_of_a_gpu_is_what_was_allocated_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {CUDA: 7 << 40}[device])
+    assert peak_bytes(CUDA) == 7 << 40
+    assert 1 << 20 < peak_bytes(CPU) < 1 << 40
+
+
+class Overflows(Plugin[Any]):
+    """The scaled gradient of step 2 is not finite. Stops the run after step ``last``."""
+
+    ranks = "all"
+    on_error = "abort"
+
+    def __init__(self, last: int) -> None:
+        super().__init__(None)
+        self.last = last
+
+    @hookimpl
+    def on_batch(self, run: Any, event: Any) -> None:
+        if (event.step, event.micro_batch) == (2, 0):
+            handle = next(run.model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+            self.handles = [handle]
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        if event.step == 2:
+            self.handles[0].remove()
+        if event.step == self.last:
+            run.control.stop("enough")
+
+
+def scaler_of(result: TrainResult) -> dict[str, Any]:
+    assert result.checkpoint_path is not None
+    state: dict[str, Any] = json.loads((result.checkpoint_path / "state.json").read_text())["scaler"]
+    return state
+
+
+def test_a_resumed_run_keeps_its_loss_scale(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, which has a scaler but no fp16: the scale doubles every two steps and is halved by an overflow."""
+    real = torch.amp.GradScaler
+
+    def scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
+        return real(device, init_scale=1024.0, growth_interval=2, enabled=True)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    part = tiny("parts", plugins=[Overflows(3)])
+    assert (scaler_of(part)["scale"], scaler_of(part)["_growth_tracker"]) == (512.0, 1)
+    rest = tiny("parts")
+    assert (scaler_of(rest)["scale"], scaler_of(rest)["_growth_tracker"]) == (2048.0, 0)
+    whole = tiny("whole", plugins=[Overflows(6)])
+    assert scaler_of(rest) == scaler_of(whole)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(rest)[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fp16_trains_and_resumes_on_a_gpu(tiny: TinyRun) -> None:
+    options = {"training__mixed_precision": "fp16", "optimizer__learning_rate": 1e-3}
+    whole = tiny("whole", plugins=[Overflows(6)], **options)
+    tiny("parts", plugins=[Overflows(3)], **options)
+    rest = tiny("parts", **options)
+    assert scaler_of(rest) == scaler_of(whole)
+    assert scaler_of(rest)["scale"] < 2.0**16
+    assert rest.final_loss == pytest.approx(whole.final_loss, rel=1e-2)
+    assert rest.final_loss == pytest.approx(tiny("fp32", training__mixed_precision="no").final_loss, rel=0.1)

@@ -188,6 +188,17 @@ def test_compilation_gives_the_same_loss_and_clean_names(tiny: TinyRun, scope: s
     assert "sample" in compiled.summary["plugins"]["sample"]
 
 
+@pytest.mark.parametrize(("first", "then"), [(False, True), (True, False)])
+def test_a_resume_with_another_compilation_says_so(tiny: TinyRun, first: bool, then: bool) -> None:
+    options: dict[str, Any] = {"training__compile_backend": "aot_eager", "training__compile_scope": "model"}
+    tiny(plugins=[StopAfter(2)], training__compile=first, **options)
+    rest = tiny(training__compile=then, **options)
+    rows = read_metrics(rest.output_dir / "metrics.jsonl")
+    (told,) = [row["message"] for row in rows if row.get("name") == "run_start" and row["step"] == 2]
+    names = {False: "off", True: "model/aot_eager"}
+    assert told.endswith(f"; compile {names[first]} -> {names[then]}")
+
+
 def test_bf16_trains_on_a_cpu_with_fp32_weights(tiny: TinyRun) -> None:
     result = tiny(training__mixed_precision="bf16")
     assert {tensor.dtype for tensor in weights(result).values()} == {torch.float32}

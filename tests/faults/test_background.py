@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,23 @@ def test_one_that_cannot_be_written_is_told_and_tried_again(tiny: TinyRun, monke
     names = [row["name"] for row in rows if row["kind"] == "event"]
     assert "checkpoint_failed" in names
     assert result.checkpoint_path is not None
+
+
+def test_a_time_budget_learns_from_one(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the last checkpoint, which may have to wait for one that is on its way, comes too late."""
+    real = Draft.add_tensors
+
+    def add_tensors(self: Draft, stem: str, tensors: Any) -> None:
+        time.sleep(0.2)
+        real(self, stem, tensors)
+
+    monkeypatch.setattr(Draft, "add_tensors", add_tensors)
+    budget = {"training__max_runtime_seconds": 5, "training__walltime_reserve_seconds": 0}
+    result = tiny(**IN_BACKGROUND | {"training__max_steps": 10**6}, **budget)
+    kept = re.search(r"the time budget is used up \(.*; (\d+) s are kept for the last checkpoint\)", result.reason)
+    assert result.status == "stopped"
+    assert kept is not None
+    assert int(kept[1]) >= 2, "1.5 times two saves of 0.6 s and more"
 
 
 def test_a_kill_while_one_is_on_its_way_costs_only_that_one(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import resource
 import signal
 import subprocess
 import sys
@@ -76,8 +77,14 @@ def test_a_stop_while_data_are_prepared_leaves_at_once_and_changes_nothing(
         patch.setattr("gpt_simple.job.stages.prepare", prepare)
         result = tiny()
     assert (result.status, result.exit_code, result.reason, result.steps) == ("stopped", 75, "SIGTERM", 0)
+    assert result.peak_memory_gib == pytest.approx(peak_gib(), rel=0.1)
     assert not (tmp_path / "run").exists()
     assert tiny().status == "completed"
+
+
+def peak_gib() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Evaluates(Plugin[Any]):

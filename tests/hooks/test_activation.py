@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+import gpt_simple
+from gpt_simple import Config, DataConfig, ModelConfig, OptimizerConfig, PluginsConfig, TrainingConfig
 from gpt_simple.errors import ConfigError
 from gpt_simple.plugin_host.activation import Switches, Wishes, decide
 from gpt_simple.plugin_host.discovery import PluginRecord
+from tests.engine.conftest import TINY
 
+from .conftest import PLUGIN, FakePackage
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
 RECORDS = {
     "console": PluginRecord("console", "m:C", "gpt-simple-trainer", "1", "builtin"),
     "wandb": PluginRecord("wandb", "m:W", "gpt-simple-trainer", "1", "builtin"),
@@ -100,3 +107,17 @@ def test_wrong_types_are_left_to_the_structuring() -> None:
 def test_files_are_told_from_names() -> None:
     switches = Switches.parse(["acme", "./mine.py", "no:console", "dir/other.py"])
     assert switches.files == ("./mine.py", "dir/other.py")
+
+
+def test_a_table_switches_a_package_on_in_python_too(fake_package: FakePackage, tmp_path: Path) -> None:
+    """``train`` is given no switches of a command line."""
+    for name in ("acme", "other"):
+        module, cls = f"{name}_log", name.title()
+        plugins, modules = {name: f"{module}:{cls}"}, {module: PLUGIN.format(cls=cls)}
+        fake_package(f"{name}-log", plugins=plugins, modules=modules)
+    training = TINY["training"] | {"max_steps": 1, "output_dir": str(tmp_path / "run")}
+    sections = {name: cls(**TINY[name]) for name, cls in SECTIONS.items()}
+    config = Config(**sections, training=TrainingConfig(**training), plugins=PluginsConfig(tables={"acme": {}}))
+    active = gpt_simple.train(config).summary["plugin_seconds"]
+    assert "acme" in active
+    assert "other" not in active

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import time
 import timeit
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -154,9 +155,10 @@ def test_a_cycle_is_named(activate: Activate) -> None:
 
 @pytest.mark.parametrize("is_main", [True, False])
 def test_ranks_decide_who_is_called_where(activate: Activate, is_main: bool) -> None:
+    seen: list[str] = []
     host = activate(
-        plugin("Onlymain", "on_step_end", lambda: None),
-        plugin("Everywhere", "on_step_end", lambda: None, ranks="all"),
+        plugin("Onlymain", "on_step_end", lambda: seen.append("onlymain")),
+        plugin("Everywhere", "on_step_end", lambda: seen.append("everywhere"), ranks="all"),
         plugin("Collects", "collect_metrics", dict),
         plugin("Logs", "on_metrics", lambda: None, ranks="all"),
     )
@@ -164,9 +166,7 @@ def test_ranks_decide_who_is_called_where(activate: Activate, is_main: bool) -> 
     calls.on_step_end(RUN, StepEnd(1, 1, 1, False))
     assert [name for name, _ in calls.collect_metrics(RUN, COLLECT)] == ["collects"]
     assert (calls.on_metrics is not None) == is_main
-    assert {p.name for p in host.plugins if p.calls} == {"everywhere", "collects"} | (
-        {"onlymain"} if is_main else set()
-    )
+    assert seen == (["everywhere", "onlymain"] if is_main else ["everywhere"])
 
 
 @pytest.mark.parametrize("error", [ValueError("boom"), SystemExit(3), KeyError()])
@@ -343,16 +343,20 @@ def test_a_failure_inside_another_hook_of_the_same_plugin_skips_nobody(activate:
     assert off == ["a"]
 
 
-def test_time_is_charged_to_who_spends_it(activate: Activate) -> None:
-    import time
+@pytest.mark.parametrize("hook", ["on_metrics", "evaluate", "on_run_error", "on_close"])
+def test_time_is_charged_to_who_spends_it(activate: Activate, hook: str) -> None:
+    answer: Any = {"none": None, "metrics": {}}[HOOKS[hook].returns]
 
-    host = activate(plugin("Slow", "on_metrics", lambda: time.sleep(0.02)), plugin("Fast", "on_metrics", lambda: None))
+    def slow() -> Any:
+        time.sleep(0.02)
+        return answer
+
+    host = activate(plugin("Slow", hook, slow), plugin("Fast", hook, lambda: answer))
     calls, _ = started(host)
-    calls.on_metrics(RUN, METRICS)
+    call(calls, hook, METRICS)
     seconds = {p.name: p.seconds for p in host.plugins}
-    assert seconds["slow"] >= 0.02
-    assert seconds["fast"] < 0.01
-    assert [p.calls for p in host.plugins] == [1, 1]
+    assert 0.02 <= seconds["slow"] < 10
+    assert 0 <= seconds["fast"] < 0.01
 
 
 def test_a_wrapper_goes_around_every_implementation(activate: Activate) -> None:
@@ -374,7 +378,7 @@ def test_a_wrapper_goes_around_every_implementation(activate: Activate) -> None:
 def test_what_a_listener_leaves_changed_is_put_back_before_the_next_one(activate: Activate, hook: str) -> None:
     state, seen = ["clean"], []
 
-    def put_back(run: object, before: str) -> str:
+    def restore(subject: object, before: str) -> str:
         left, state[0] = state[0], before
         return left
 
@@ -389,7 +393,7 @@ def test_what_a_listener_leaves_changed_is_put_back_before_the_next_one(activate
 
     listeners = [plugin(name, hook, body) for name, body in (("A", leaves), ("B", raises), ("C", leaves))]
     host = activate(*listeners)
-    host.guard = Guard(lambda run: state[0], put_back)
+    host.guard = Guard(state=lambda subject: state[0], restore=restore)
     calls, off = started(host)
     call(calls, hook, METRICS)
     assert (seen, state) == (["clean"] * 3, ["clean"])

@@ -250,6 +250,22 @@ def test_a_device_that_is_entered_or_autocast_that_is_doubled_in_an_evaluation_i
     assert (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()) == (1, 0)
 
 
+@pytest.mark.parametrize("mode", ["cpu", "meta"])
+def test_a_default_device_under_one_that_was_entered_is_undone_and_named(mode: str) -> None:
+    class Both(Plugin[Any]):
+        @hookimpl
+        def on_step_end(self) -> None:
+            torch.set_default_device("meta")
+            torch.device(mode).__enter__()
+
+    trained = run(Both)
+    (warning,) = [event.message for event in trained.recorder.events("on_log") if event.name == "plugin_failed"]
+    assert f"LeftChanged: the process was left with the default device {mode}" in warning
+    assert trained.failed == ["both"]
+    assert torch.get_default_device().type == torch.empty(0).device.type == "cpu"
+    assert not torch.overrides.has_torch_function((None,))
+
+
 def test_what_one_plugin_is_told_no_other_can_change() -> None:
     refused: list[str] = []
 

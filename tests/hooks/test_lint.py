@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
@@ -308,6 +309,7 @@ def test_configuration_is_frozen_attrs_with_defaults() -> None:
         (Literal["a"], "a"),
         (str | tuple[str, ...], "a"),
         (Annotated[int, Ge(1), Doc("x")], 1),
+        (tuple[Annotated[int, Ge(1)], ...], ()),
     ],
 )
 def test_supported_types(kind: object, default: object) -> None:
@@ -362,8 +364,11 @@ def test_what_has_the_name_of_a_hook_and_is_no_method() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [list[int], set[str], bytes, object, tuple[int, int], Mapping[int, str], list, complex, str | bytes, Final[int]],
-)
+    [
+        list[int], dict[str, int], set[str], bytes, object, tuple[int, int], Mapping[int, str], list, complex,
+        str | bytes, Final[int], typing.Mapping,
+    ],
+)  # fmt: skip
 def test_what_a_configuration_file_cannot_hold(kind: object) -> None:
     plugin = config_of(value=attrs.field(default=None, type=kind), other=attrs.field(default=None, type=list))
     assert ["Config.value" in mistake for mistake in lint(plugin)] == [True, False]

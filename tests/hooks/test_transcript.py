@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from gpt_simple import Metric, Plugin, Run, hookimpl
@@ -60,6 +61,18 @@ def test_the_calls_of_a_run_that_is_stopped_come_in_this_order(
         *(STEP + LOG),
         *(STEP + SAVE + EVALUATE),
         *(STEP + LOG + SAVE),
+        "on_run_end",
+        "on_close",
+    ]
+
+
+def test_the_calls_of_a_whole_run_come_in_this_order(whole: Recorder) -> None:
+    assert hooks(whole) == [
+        *START,
+        "on_run_start",
+        *(STEP + LOG),
+        *(STEP + LOG + SAVE + EVALUATE),
+        *(STEP + LOG + SAVE + EVALUATE),
         "on_run_end",
         "on_close",
     ]
@@ -179,9 +192,11 @@ def test_collect_metrics() -> None:
 
 
 def test_on_metrics(whole: Recorder) -> None:
-    for event in whole.events("on_metrics"):
+    events = whole.events("on_metrics")
+    assert [event.step for event in events] == [1, 2, 3]
+    for event in events:
         assert all(type(value) is float for value in event.metrics.values())
-        assert event.metrics["train/loss"] > 0
+        assert 4 < event.metrics["train/loss"] < 7
 
 
 def test_on_checkpoint_saving(stopped_and_resumed: tuple[Trained, Trained]) -> None:
@@ -192,7 +207,9 @@ def test_on_checkpoint_saving(stopped_and_resumed: tuple[Trained, Trained]) -> N
 
 def test_on_checkpoint_saved(stopped_and_resumed: tuple[Trained, Trained]) -> None:
     stopped, _ = stopped_and_resumed
-    for event in stopped.recorder.events("on_checkpoint_saved"):
+    events = stopped.recorder.events("on_checkpoint_saved")
+    assert [event.step for event in events] == [3, 4]
+    for event in events:
         assert (event.path / "MANIFEST.json").exists()
         assert event.bytes > 0
 
@@ -244,10 +261,12 @@ def test_on_close(whole: Recorder) -> None:
 
 
 def test_nothing_that_a_hook_is_told_can_be_changed(whole: Recorder) -> None:
-    for call in whole.calls:
-        if call.event is not None:
-            with pytest.raises(AttributeError):
-                call.event.step = 7
+    events = {type(call.event): call.event for call in whole.calls if call.event is not None}
+    assert len(events) > 10
+    for kind, event in events.items():
+        for field in attrs.fields(kind):
+            with pytest.raises(attrs.exceptions.FrozenInstanceError):
+                setattr(event, field.name, 7)
 
 
 def test_the_configuration_cannot_be_changed_from_a_hook(tmp_path: Path) -> None:

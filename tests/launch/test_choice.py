@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gpt_simple.errors import ConfigError, GptSimpleError
+from gpt_simple.errors import ConfigError, GptSimpleError, Problem
 from gpt_simple.launch import member
 from gpt_simple.launch.member import is_member, owns_run
 from gpt_simple.launch.record import DIRECTORY, Record, Records
@@ -105,10 +105,10 @@ def test_processes_that_come_too_late_leave_what_was_said(tmp_path: Path) -> Non
     records = Records(tmp_path)
     record = records.begin(1)
     assert record is not None
-    records.end(Record(1, os.getpid(), 3, "no data"))
+    records.end(Record(1, os.getpid(), 3, [Problem(None, "", "no data")]))
     records.no_more()
     assert records.begin(1) is None
-    assert [(left.code, left.message) for left in records.read()] == [(3, "no data")]
+    assert [(left.code, str(*left.problems)) for left in records.read()] == [(3, "no data")]
 
 
 def test_a_process_whose_launcher_has_left_does_not_begin(tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def failure(status: int, timestamp: float = 1.0) -> Any:
 def test_the_first_that_has_something_to_say_is_heard() -> None:
     with pytest.raises(GptSimpleError, match=r"^process 2: no room$") as caught:
         outcome(
-            Record(0, 1, 1, "process 2 failed: no room", silent=True, time=5.0),
-            Record(1, 1, 5, "broken too", time=9.0),
-            Record(2, 1, 4, "no room", time=7.0),
+            Record(0, 1, 1, [Problem(None, "", "process 2 failed: no room")], silent=True, time=5.0),
+            Record(1, 1, 5, [Problem(None, "", "broken too")], time=9.0),
+            Record(2, 1, 4, [Problem(None, "", "no room")], time=7.0),
         )
     assert caught.value.exit_code == 4
 
@@ -140,14 +140,14 @@ def test_codes_of_ends_that_all_agreed_on() -> None:
 
 
 def test_a_process_without_a_word_is_named_by_how_it_ended() -> None:
-    echo = Record(0, 1, 1, "a process died in step 3", silent=True)
+    echo = Record(0, 1, 1, [Problem(None, "", "a process died in step 3")], silent=True)
     for status, how in ((-9, "SIGKILL"), (-11, "SIGSEGV"), (134, "status 134")):
         with pytest.raises(GptSimpleError, match=rf"^process 1 .*{how}"):
             outcome(echo, Record(1, 2), failures={0: failure(1, 2.0), 1: failure(status)})
 
 
 def test_a_process_that_left_as_if_all_were_done_is_named() -> None:
-    echo = Record(0, 1, 1, "a process died in step 3", silent=True)
+    echo = Record(0, 1, 1, [Problem(None, "", "a process died in step 3")], silent=True)
     with pytest.raises(GptSimpleError, match=r"^process 1 left without a word; start again"):
         outcome(echo, Record(1, 2), failures={0: failure(1)})
 
@@ -189,14 +189,23 @@ def test_a_variable_that_is_no_number_is_named() -> None:
 
 
 def test_a_process_that_hung_is_named_by_those_that_waited() -> None:
-    echo = Record(0, 1, 1, "process 1 did not come to the end of step 3: waited 600 s", silent=True)
+    echo = Record(
+        0,
+        1,
+        1,
+        [Problem(None, "", "process 1 did not come to the end of step 3: waited 600 s")],
+        silent=True,
+        timed_out=True,
+    )
     with pytest.raises(GptSimpleError, match=r"^process 1 did not come"):
         outcome(echo, Record(1, 2), failures={0: failure(1), 1: failure(-15)})
 
 
 def test_on_another_machine_than_the_failure_the_echo_is_told() -> None:
     with pytest.raises(GptSimpleError, match="process 5 failed: no room") as caught:
-        outcome(Record(0, 1, 4, "process 5 failed: no room", silent=True), failures={0: failure(4)})
+        outcome(
+            Record(0, 1, 4, [Problem(None, "", "process 5 failed: no room")], silent=True), failures={0: failure(4)}
+        )
     assert caught.value.exit_code == 4
 
 

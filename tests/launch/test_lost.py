@@ -19,6 +19,7 @@ import gpt_simple
 from gpt_simple import Plugin, hookimpl
 from gpt_simple.cli.main import main
 from gpt_simple.hooks import HOOKS
+from gpt_simple.testing import misbehaving
 from tests.launch.conftest import Ranks, tiny
 from tests.launch.test_same_numbers import Everywhere
 
@@ -262,14 +263,17 @@ def test_a_collective_raises_in_every_hook_that_not_all_processes_run(
     """With one process too, so that the author learns of it."""
     for hook in CLOSED:
         directory = tmp_path / hook
+        plugins: list[Any] = [collective_in(hook, what)]
         if hook == "on_checkpoint_loaded":
             tiny(directory, training__max_steps=1)
+        if hook == "on_run_error":
+            plugins.append(misbehaving("on_step_end", "raises", on_error="abort"))
+        text = ""
         try:
-            tiny(directory, plugins=[collective_in(hook, what)], training__max_steps=2, training__eval_steps=1)
-            text = capsys.readouterr().err
+            tiny(directory, plugins=plugins, training__max_steps=2, training__eval_steps=1)
         except gpt_simple.GptSimpleError as error:
             text = str(error)
-        assert "in a hook that not every process runs at once" in text or hook == "on_run_error", hook
+        assert "in a hook that not every process runs at once" in text + capsys.readouterr().err, hook
 
 
 def test_a_collective_works_in_every_hook_that_all_processes_run(ranks: Ranks, tmp_path: Path) -> None:

@@ -54,7 +54,9 @@ class Takes(Plugin[Any]):
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
-    return [row for row in read_metrics(directory / "metrics.jsonl") if row["kind"] == "train"]
+    found = [row for row in read_metrics(directory / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["step"] for row in found] == [2, 4, 6]
+    return found
 
 
 def test_all_time_is_in_the_wall_rate_and_only_training_in_the_other(tiny: TinyRun) -> None:

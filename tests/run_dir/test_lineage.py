@@ -52,6 +52,7 @@ def test_the_last_row_of_a_kind_and_step_counts(tmp_path: Path) -> None:
         {"kind": "eval", "step": 20, "eval/loss": 2.1},
         {"kind": "event", "step": 20, "name": "saved"},
         {"kind": "event", "step": 20, "name": "skipped"},
+        {"kind": "event", "step": 20, "name": "told", "message": "eval abandoned"},
         {"kind": "train", "step": 30, "train/loss": 9.0},
         {"kind": "train", "step": 20, "train/loss": 2.5},
         {"kind": "train", "step": 30, "train/loss": None, "nonfinite": {"train/loss": "nan"}},
@@ -60,8 +61,8 @@ def test_the_last_row_of_a_kind_and_step_counts(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_metrics(path)
     assert [row["step"] for row in found] == sorted(row["step"] for row in found)
-    assert [row for row in found if row["kind"] == "train"] == [rows[0], rows[6], rows[7]]
-    assert [row["name"] for row in found if row["kind"] == "event"] == ["saved", "skipped"]
+    assert [row for row in found if row["kind"] == "train"] == [rows[0], rows[7], rows[8]]
+    assert [row["name"] for row in found if row["kind"] == "event"] == ["saved", "skipped", "told"]
     assert rows[2] in found
     assert read_metrics(path, "eval") == [rows[2]]
 

@@ -121,6 +121,14 @@ def test_a_killed_owner_does_not_block(run_dir: RunDir) -> None:
         assert (owner.pid, liveness) == (os.getpid(), "holds")
 
 
+def test_a_shorter_owner_leaves_nothing_of_the_one_before(run_dir: RunDir) -> None:
+    leave_behind(run_dir, evolve(Owner.this_process(), pid=999_999_999, command="a much longer one " * 50))
+    with RunLock(run_dir):
+        owner, liveness = owner_of(run_dir)
+        assert owner is not None
+        assert (owner.pid, liveness) == (os.getpid(), "holds")
+
+
 def test_a_killed_owner_that_nobody_waits_for_does_not_block(run_dir: RunDir) -> None:
     """As in a container without an init process: its number stays."""
     child = in_child(lambda: RunLock(run_dir).acquire())
@@ -224,7 +232,12 @@ def test_without_flock_the_process_itself_is_looked_at(
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(CheckpointError, match=f"process {holder}"):
         RunLock(run_dir).acquire()
-    leave_behind(run_dir, evolve(ME, pid=999_999_999))
+    owner, liveness = owner_of(run_dir)
+    assert owner is not None
+    assert (owner.pid, liveness) == (holder, "unknown")
+    dead = evolve(ME, pid=999_999_999)
+    leave_behind(run_dir, dead)
+    assert owner_of(run_dir) == (dead, "gone")
     with RunLock(run_dir):
         pass
 

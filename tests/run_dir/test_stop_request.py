@@ -16,7 +16,7 @@ from gpt_simple.run_dir.lock import Owner, RunLock
 from gpt_simple.run_dir.status import StatusFile
 from gpt_simple.run_dir.stop_request import ask_to_stop, take_stop_request
 
-from .test_lock import in_child, leave_behind
+from .test_lock import in_child, kill, leave_behind
 
 
 @pytest.fixture
@@ -58,6 +58,25 @@ def test_a_number_that_another_process_has_now_is_not_signalled(run_dir: RunDir)
         leave_behind(run_dir, evolve(me, ticks=me.ticks + 1))
         assert "left a request" in ask_to_stop(run_dir)
     assert take_stop_request(run_dir)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pidfd_send_signal"), reason="this system has no process handles")
+@pytest.mark.parametrize("refusal", [PermissionError(1, "not permitted"), ProcessLookupError(3, "no such process")])
+def test_a_run_that_no_signal_reaches_finds_a_request(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, refusal: OSError
+) -> None:
+    """The run of another user, or a process that ends in this moment."""
+
+    def refuse(*_: object) -> None:
+        raise refusal
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+    child = in_child(lambda: RunLock(run_dir).acquire())
+    assert f"left a request for process {child} on" in ask_to_stop(run_dir)
+    with pytest.raises(CheckpointError, match="cannot be reached from here"):
+        ask_to_stop(run_dir, force=True)
+    assert take_stop_request(run_dir).startswith("gpt-simple stop on ")
+    kill(child)
 
 
 def test_a_run_that_has_ended_needs_nothing(run_dir: RunDir) -> None:

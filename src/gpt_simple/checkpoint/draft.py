@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from attrs import Factory, define, frozen
 from safetensors import SafetensorError
 
+from gpt_simple._files import AtomicDirectory
 from gpt_simple.checkpoint.manifest import MANIFEST, FileEntry, Manifest, TensorLayout, sha256_of
 
 if TYPE_CHECKING:
@@ -32,26 +31,11 @@ class Published:
 
 
 @define
-class Draft:
-    """Files are added and made durable together; ``publish`` makes them a checkpoint, leaving the context undoes them.
+class Draft(AtomicDirectory):
+    """Files are added, hashed and made durable together; ``publish`` makes them a checkpoint."""
 
-    The disk works in threads while the processor hashes and the next file is written.
-    """
-
-    path: Path
     _entries: dict[str, FileEntry] = Factory(dict)
-    _disk: ThreadPoolExecutor = Factory(lambda: ThreadPoolExecutor(4))
-    _pending: list[Future[None]] = Factory(list)
     _started: float = Factory(time.perf_counter)
-
-    def __enter__(self) -> Self:
-        remove_tree(self.path)
-        self.path.mkdir(parents=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._disk.shutdown(cancel_futures=True)
-        remove_tree(self.path)
 
     def add_document(self, stem: str, value: Any) -> None:
         """Write ``stem.json``. NaN and infinities are written as Python does and come back."""
@@ -85,41 +69,17 @@ class Draft:
         path = self.path / MANIFEST
         path.write_text(Manifest(step, sequence, self._entries).to_json(), encoding="utf-8")
         size = sum(entry.size for entry in self._entries.values()) + path.stat().st_size
-        self._pending.append(self._disk.submit(fsync, path))
-        for durable in self._pending:
-            durable.result()
-        fsync(self.path)
-        aside = hidden(target, "replaced")
-        if target.exists():
-            remove_tree(aside)
-            target.rename(aside)
-        self.path.rename(target)
-        fsync(target.parent)
-        remove_tree(aside)
+        self.rename(target, aside=hidden(target, "replaced"))
         return Published(step, target, size, time.perf_counter() - self._started)
 
     def _seal(self, path: Path, layouts: Mapping[str, TensorLayout] | None = None) -> None:
-        self._pending.append(self._disk.submit(fsync, path))
+        self.sync(path)
         self._entries[path.name] = FileEntry(path.stat().st_size, sha256_of(path), layouts)
 
 
 def hidden(path: Path, role: str) -> Path:
     """The name of a checkpoint's directory while it plays a passing role: ``.step-00001000.replaced``."""
     return path.with_name(f".{path.name}.{role}")
-
-
-def fsync(path: Path) -> None:
-    """Make a file's content, or a directory's list of names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a hidden directory as far as possible; what cannot be removed now is swept at a later time."""
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

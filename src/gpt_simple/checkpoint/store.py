@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 from attrs import define, field, frozen
 
-from gpt_simple.checkpoint.draft import Draft, Published, fsync, hidden, remove_tree
+from gpt_simple._files import fsync, remove_tree
+from gpt_simple.checkpoint.draft import Draft, Published, hidden
 from gpt_simple.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, Unreadable, check_file
 from gpt_simple.errors import CheckpointError
 

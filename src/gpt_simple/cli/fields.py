@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -15,7 +15,7 @@ from gpt_simple.config.mistakes import closest
 from gpt_simple.config.render import field_help
 from gpt_simple.config.schema import PluginsConfig
 from gpt_simple.config.structure import SECTIONS
-from gpt_simple.config.types import FieldSpec, fields_of, members
+from gpt_simple.config.types import FieldSpec, fields_of
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import CONFIG_KEY, builtin_registry
 from gpt_simple.plugin_host.discovery import installed, usable
@@ -146,13 +146,9 @@ def complete_value(key: str, incomplete: str, plugin_configs: Mapping[str, type]
     if key not in types:
         return []
     choices = [name for kind, home in CONFIG_KEY.items() if home == key for name in builtin_registry().names(kind)]
-    for member in members(types[key]):
-        if get_origin(member) is Literal:
-            choices += map(str, get_args(member))
-        elif member is bool:
-            choices += ["true", "false"]
+    choices += types[key].choices
     found = [CompletionItem(choice) for choice in choices if choice.startswith(incomplete)]
-    return found or ([CompletionItem(incomplete, type="file")] if str in members(types[key]) else [])
+    return found or ([CompletionItem(incomplete, type="file")] if types[key].accepts(str) else [])
 
 
 def _groups(plugin_configs: Mapping[str, type]) -> Iterator[tuple[str, tuple[FieldSpec, ...]]]:

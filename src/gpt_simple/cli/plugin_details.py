@@ -100,7 +100,7 @@ def _configuration(plugin: LoadedPlugin) -> Iterator[str]:
         assignment = (
             f"# {field.name} = ..." if field.default is None else f"{field.name} = {toml_literal(field.default)}"
         )
-        yield f"{assignment}  # {field.expected}"
+        yield f"{assignment}  # {field.type.description}"
 
 
 def _summary(plugin: LoadedPlugin, record: PluginRecord | None) -> str:

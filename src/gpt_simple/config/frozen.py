@@ -1,9 +1,12 @@
-"""Mappings that many share and nobody may change."""
+"""Mappings that many share and nobody may change, and plain copies of configured values."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from typing import Any, NoReturn
+
+import attrs
 
 
 class FrozenDict(dict[str, Any]):
@@ -28,3 +31,16 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, Mapping):
         return frozen_dict(value)
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def json_value(value: Any) -> Any:
+    """A value of a field, or an instance of a section's class, as JSON values in the shape of a file."""
+    if attrs.has(type(value)):
+        return {attribute.name: json_value(getattr(value, attribute.name)) for attribute in attrs.fields(type(value))}
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return value

@@ -1,7 +1,6 @@
 """TOML text -> values and the line of every key, with hints for habits from other formats.
 
-The values come from tomli. It reports only the first error, so a slip whose meaning is plain (``True``,
-``None``, ``.5``, text without quotes) is noted, mended in memory, and reading goes on to find the next one.
+The values come from tomli, which reports the first error and stops there.
 """
 
 from __future__ import annotations
@@ -10,40 +9,28 @@ import re
 from typing import Any
 
 import tomli
-from attrs import frozen
 
 from gpt_simple.config.mistakes import short, show
 from gpt_simple.config.origin import join
 from gpt_simple.config.parsed import Parsed, SyntaxMistake
 from gpt_simple.config.secret import is_secret
 
-_MOST_REPAIRS = 100
 _WORD = re.compile(r"[^,\]}#\n]*")
 _NUMBER = re.compile(r"([+-]?)(\d[\d_]*)?(\.?)(\d[\d_]*)?([eE][+-]?\d+)?")
 
 
 def parse_toml(text: str) -> Parsed:
-    """Values and lines of a TOML document, with the slips that could be mended."""
+    """Values and lines of a TOML document, or the first error in its text."""
     text = text.replace("\r\n", "\n")  # tomli counts positions in a text like that
-    mistakes: list[SyntaxMistake] = []
-    for _ in range(_MOST_REPAIRS):
-        try:
-            values = tomli.loads(text)
-        except tomli.TOMLDecodeError as error:
-            repair = _mend(text, error)
-            mistake = repair.mistake if repair else _opened_twice(text, error) or _at(error, _first_lower(error.msg))
-            if repair and _names_a_secret(text, error):
-                mistake = _at(error, "expected one value in quotes", hint="what is there is not shown")
-            mistakes.append(mistake)
-            if repair is None:
-                break
-            text = repair.text
-        except ValueError as error:  # a number with thousands of digits
-            mistakes.append(SyntaxMistake(0, 0, _first_lower(str(error))))
-            break
-        else:
-            return Parsed(values, _Scanner(text).scan(), tuple(mistakes))
-    return Parsed(None, {}, tuple(mistakes))
+    try:
+        return Parsed(tomli.loads(text), _Scanner(text).scan())
+    except tomli.TOMLDecodeError as error:
+        mistake = _explained(text, error)
+        if mistake and _names_a_secret(text, error):
+            mistake = _at(error, "expected one value in quotes", hint="what is there is not shown")
+        return Parsed(None, {}, (mistake or _at(error, _first_lower(error.msg)),))
+    except ValueError as error:  # a number with thousands of digits
+        return Parsed(None, {}, (SyntaxMistake(0, 0, _first_lower(str(error))),))
 
 
 def _names_a_secret(text: str, error: tomli.TOMLDecodeError) -> bool:
@@ -57,49 +44,42 @@ def _at(error: tomli.TOMLDecodeError, message: str, key: str = "", hint: str = "
     return SyntaxMistake(error.lineno, error.colno, message, key, hint)
 
 
-@frozen
-class _Repair:
-    mistake: SyntaxMistake
-    text: str
-
-
-def _mend(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
-    """What the user probably meant at the place of the error, if that is plain."""
+def _explained(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
+    """The error as what the user probably meant, if that is plain."""
     start = error.pos
     if error.msg == "Cannot overwrite a value":
-        return _with_line(text, _given_twice(text, error))
+        return _given_twice(text, error)
+    if error.msg.startswith("Cannot declare"):
+        return _opened_twice(text, error)
     if error.msg.startswith("Expected '=' after a key"):
         found = re.match(r"\s*([\w.-]+)\s*:\s*(.*)", _line_of(text, error))
         if found is None:
             return None
-        if not found[2]:
-            return _with_line(text, _at(error, f"write [{found[1]}]"), f"[{found[1]}]")
-        return _with_line(text, _at(error, short(f"write {found[1]} = {found[2]}")))
+        return _at(error, short(f"write {found[1]} = {found[2]}") if found[2] else f"write [{found[1]}]")
     if error.msg.startswith("Expected newline"):
         while start and text[start - 1] not in " \t=,[{\n":
             start -= 1
         if start == error.pos:
-            return _without_the_rest(text, error)
+            return _more_than_one_value(text, error)
     elif error.msg != "Invalid value":
         return None
     found = _WORD.match(text, start)
     word = found[0].strip() if found else ""
     if start != error.pos and not (word and _NUMBER.fullmatch(word)):
         return None
-    message, value = _meant(word)
-    if value == word:  # nothing is wrong with it but what follows
-        return _without_the_rest(text, error)
-    return _Repair(_at(error, message), text[:start] + value + text[start + len(word) :])
+    if message := _meant(word):
+        return _at(error, message)
+    return _more_than_one_value(text, error)
 
 
-def _without_the_rest(text: str, error: tomli.TOMLDecodeError) -> _Repair | None:
-    """A line with something behind its value."""
+def _more_than_one_value(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
+    """The mistake of a line with something behind its value."""
     found = re.match(r"[^#=\[]*=\s*(.*)", _line_of(text, error))
     if found is None:
         return None
     given = found[1].partition(" #")[0].strip()
-    message = f"expected one value, got {short(given)}"
-    return _with_line(text, _at(error, message, hint="text needs quotes, a list needs brackets"))
+    hint = "text needs quotes, a list needs brackets"
+    return _at(error, f"expected one value, got {short(given)}", hint=hint)
 
 
 def _given_twice(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake:
@@ -111,9 +91,7 @@ def _given_twice(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake:
 
 
 def _opened_twice(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
-    """The mistake of a second ``[table]``; None if the error is another one."""
-    if not error.msg.startswith("Cannot declare"):
-        return None
+    """The mistake of a second ``[table]``."""
     lines = text.split("\n")
     header = re.match(r"\s*\[([\w.-]+)\]", lines[error.lineno - 1])
     if header is None:
@@ -123,29 +101,20 @@ def _opened_twice(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | No
     return _at(error, f"[{header[1]}] is there already{place}", hint="put its keys together")
 
 
-def _meant(word: str) -> tuple[str, str]:
-    """What to write instead of a value that TOML does not know, and a value to read on with."""
+def _meant(word: str) -> str:
+    """What to write instead of a value that TOML does not know; empty for a value that it knows."""
     if word.lower() in ("true", "yes", "on"):
-        return f"write true, not {word}", "true"
+        return "" if word == "true" else f"write true, not {word}"
     if word.lower() in ("false", "no", "off"):
-        return f"write false, not {word}", "false"
+        return "" if word == "false" else f"write false, not {word}"
     if word.lower() in ("null", "none", "nil", "~"):
-        return f'TOML has no {word}: leave the key out or write "null"', '"null"'
+        return f'TOML has no {word}: leave the key out or write "null"'
     number = _NUMBER.fullmatch(word)
     if number and (number[2] or number[4]):
         sign, whole, dot, fraction, exponent = (part or "" for part in number.groups())
         value = f"{sign}{whole.lstrip('0_') or '0'}{dot and '.' + (fraction or '0')}{exponent}"
-        return f"write {short(value)}, not {short(word)}", value
-    if not word:
-        return "a value is missing after the =", '""'
-    return f"text needs quotes: {show(word)}", '""'
-
-
-def _with_line(text: str, mistake: SyntaxMistake, line: str = "") -> _Repair:
-    """The text with another line in the place of the one with the mistake, by default an empty one."""
-    lines = text.split("\n")
-    lines[mistake.line - 1] = line
-    return _Repair(mistake, "\n".join(lines))
+        return "" if value == word else f"write {short(value)}, not {short(word)}"
+    return f"text needs quotes: {show(word)}" if word else "a value is missing after the ="
 
 
 def _line_of(text: str, error: tomli.TOMLDecodeError) -> str:

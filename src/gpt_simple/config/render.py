@@ -5,19 +5,18 @@ Comments come from the schema, so that a written file explains every field and c
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import attrs
 from attrs import frozen
 
+from gpt_simple.config.frozen import json_value
 from gpt_simple.config.origin import Origins, join
 from gpt_simple.config.schema import Config
 from gpt_simple.config.structure import SECTIONS, SWITCHES
-from gpt_simple.config.types import FieldSpec, fields_of
+from gpt_simple.config.types import FieldSpec, fields_of, summary
 
 _BARE_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WIDEST_ALIGNED = 60
@@ -78,26 +77,13 @@ def plain(value: Any) -> Any:
         return {name: plain(getattr(value, name)) for name in SECTIONS} | {
             "plugins": {name: plain(getattr(value.plugins, name)) for name in SWITCHES} | plain(value.plugins.tables)
         }
-    if attrs.has(type(value)):
-        return {attribute.name: plain(getattr(value, attribute.name)) for attribute in attrs.fields(type(value))}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    return value
-
-
-def summary(cls: type) -> str:
-    """The first line of a class's docstring, without markup."""
-    return (cls.__doc__ or "").strip().partition("\n")[0].replace("``", "")
+    return json_value(value)
 
 
 def field_help(spec: FieldSpec) -> str:
     """The field's help, what it takes and its default, on one line."""
-    facts = spec.label
-    if spec.default is not attrs.NOTHING:
+    facts = spec.type.label
+    if not spec.is_required:
         facts += f"; default {value_text(plain(spec.default))}"
     return f"{spec.doc} [{facts}]" if spec.doc else facts
 

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from gpt_simple._names import PROGRAM
-from gpt_simple.config.convert import Mismatch, UnknownKey, converter, errors_of
+from gpt_simple.config.convert import UnknownKey, converter, errors_of
 from gpt_simple.config.cross_checks import Conflict, conflicts
 from gpt_simple.config.legacy import OLD_VALUES
 from gpt_simple.config.load import RawConfig
@@ -23,7 +23,7 @@ from gpt_simple.config.schema import (
     TrainingConfig,
 )
 from gpt_simple.config.secret import is_secret
-from gpt_simple.config.types import fields_of, members
+from gpt_simple.config.types import Mismatch, fields_of, parse_type
 
 SECTIONS: Mapping[str, type] = {
     "model": ModelConfig,
@@ -72,7 +72,7 @@ class _Structuring:
             if wrong.isdisjoint(conflict.paths):
                 self.mistakes.append(_located(conflict, self.raw.origins))
         if self.raw.mistakes or self.mistakes:
-            # A slip in the text was mended to read on; what the mended value broke then is not a mistake of its own.
+            # Null is read in place of text that is no value; what that breaks is not a mistake of its own.
             slips = {found.origin.line for found in self.raw.mistakes}
             genuine = [
                 found
@@ -111,7 +111,7 @@ class _Structuring:
 
     def _plugins(self, value: Any) -> PluginsConfig | None:
         if value is not None and not isinstance(value, Mapping):
-            self._report("plugins", str(Mismatch(PluginsConfig, value)))
+            self._report("plugins", str(Mismatch(parse_type(PluginsConfig), value)))
             return None
         value = value or {}
         switches = self._section("plugins", {key: value[key] for key in SWITCHES if key in value}, PluginsConfig)
@@ -131,7 +131,7 @@ class _Structuring:
         typed = {}
         for spec in fields_of(cls):
             text = self.raw.as_text(f"{path}.{spec.name}")
-            if text is not None and str in members(spec.type):
+            if text is not None and spec.type.accepts(str):
                 typed[spec.name] = text
         return {**value, **typed} if typed else value
 

@@ -1,13 +1,17 @@
-"""The closed set of types that a configuration field may have, and how each is called in words.
+"""The closed set of types that a configuration field may have.
 
 ``bool``, ``int``, ``float``, ``str``, ``Literal``, ``X | None`` and other unions of these, ``tuple[T, ...]``,
-``Mapping[str, T]`` and nested attrs classes. Help texts, error messages, JSON Schema and the checks all read
-a field through :func:`fields_of`, so a field is written once, in its section.
+``Mapping[str, T]`` and nested attrs classes. :func:`parse_type` reads an annotation once into a :class:`FieldType`.
+Conversion, error messages, help, completion, JSON Schema and the check of plugins all follow from that description,
+so a field is written once, in its section.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,20 +21,149 @@ from annotated_types import Ge, Gt, Le, Lt
 from attrs import frozen
 from typing_extensions import Doc
 
+from gpt_simple.config.frozen import json_value
+from gpt_simple.config.mistakes import closest, show
 from gpt_simple.errors import PluginError
 
 Bound = Ge | Gt | Le | Lt
 
-_WORDS: dict[Any, tuple[str, str, str]] = {
-    bool: ("a boolean (true or false)", "booleans", "boolean"),
-    int: ("an integer", "integers", "integer"),
-    float: ("a number", "numbers", "number"),
-    str: ("text", "text", "text"),
-    NoneType: ("null", "nulls", "null"),
+NULL_WORDS = ("null", "none")
+"""Text that means null where null is allowed, because TOML has no other way to say it."""
+
+_BOUNDS: Mapping[type, tuple[str, str, Callable[[Any, Any], bool]]] = {
+    Ge: (">=", "minimum", operator.ge),
+    Gt: (">", "exclusiveMinimum", operator.gt),
+    Le: ("<=", "maximum", operator.le),
+    Lt: ("<", "exclusiveMaximum", operator.lt),
 }
-_SUPPORTED = (
-    "use bool, int, float, str, Literal, tuple[T, ...], Mapping[str, T], an attrs class, or a union such as X | None"
-)
+"""Sign, keyword in JSON Schema and comparison of each bound."""
+
+_SCALARS: Mapping[Any, tuple[str, str, str, str]] = {
+    bool: ("a boolean (true or false)", "booleans", "boolean", "boolean"),
+    int: ("an integer", "integers", "integer", "integer"),
+    float: ("a number", "numbers", "number", "number"),
+    str: ("text", "text", "text", "string"),
+    NoneType: ("null", "nulls", "null", "null"),
+}
+"""Description, plural, label and type in JSON Schema of each type with a single value."""
+
+_LARGEST = 2**63 - 1
+_UNREADABLE = re.compile("[\0\ud800-\udfff]")
+_REFUSED = object()
+
+
+class Mismatch(ValueError):
+    """A value that is not what its field wants.
+
+    ``discreet`` is the message without the value, ``hint`` says how it was probably meant.
+    """
+
+    def __init__(self, type_: FieldType, value: Any, expected: str = "") -> None:
+        wanted = f"expected {expected or type_.description}"
+        self.discreet = f"{wanted}, got something else, which is not shown"
+        self.hint = _hint(type_, value)
+        super().__init__(f"{wanted}, got {show(value)}")
+
+
+class UnsupportedType(TypeError):
+    """An annotation outside the closed set; ``part`` is what of it is not supported."""
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+        super().__init__(f"a configuration cannot hold {part!r}")
+
+
+@frozen(eq=False)
+class FieldType:
+    """What a value of a field may be.
+
+    ``description`` reads ``an integer >= 1 or null``, ``label`` reads ``integer >= 1 | null``. ``choices`` are the
+    texts that completion proposes. ``parts`` are the item of a list or of a mapping, and the alternatives of a union.
+    """
+
+    kind: Literal["scalar", "choice", "list", "mapping", "record", "union"]
+    annotation: Any
+    description: str
+    label: str
+    plural: str = "values"
+    choices: tuple[str, ...] = ()
+    bounds: tuple[Bound, ...] = ()
+    parts: tuple[FieldType, ...] = ()
+
+    @property
+    def members(self) -> tuple[FieldType, ...]:
+        """The alternatives of a union, null included; another type is its own only one."""
+        return self.parts if self.kind == "union" else (self,)
+
+    @property
+    def tables(self) -> tuple[type, ...]:
+        """The attrs classes in it."""
+        return (self.annotation,) if self.kind == "record" else tuple(t for part in self.parts for t in part.tables)
+
+    @property
+    def null_words(self) -> tuple[str, ...]:
+        """Text that means null.
+
+        In a choice of words "none" is left out, because somebody who writes a precision of "none" means "no".
+        """
+        if not self.accepts(NoneType):
+            return ()
+        return NULL_WORDS[:1] if any(member.kind == "choice" for member in self.members) else NULL_WORDS
+
+    def accepts(self, annotation: Any) -> bool:
+        """Whether a type, such as ``str``, is among the alternatives."""
+        return any(member.annotation is annotation for member in self.members)
+
+    def convert(self, value: Any) -> Any:
+        """The value as a field of a scalar or a choice gets it; Mismatch if it is no such value.
+
+        An integral float is an integer and an integer is a number; nothing else is converted.
+        """
+        result = self._exact(value)
+        if result is _REFUSED or not all(_BOUNDS[type(bound)][2](result, _limit(bound)) for bound in self.bounds):
+            raise Mismatch(self, value)
+        return result
+
+    def _exact(self, value: Any) -> Any:
+        kind = self.annotation
+        if self.kind == "choice":
+            same = (choice for choice in get_args(kind) if type(choice) is type(value) and choice == value)
+            return next(same, _REFUSED)
+        if kind not in (int, float):
+            if kind is str and isinstance(value, str) and _UNREADABLE.search(value):
+                raise Mismatch(self, value, "text without null characters and half surrogates")
+            return value if isinstance(value, kind) else _REFUSED
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return _REFUSED
+        if kind is float and isinstance(value, float):
+            return value if math.isfinite(value) else _REFUSED
+        is_whole = isinstance(value, int) or value.is_integer()
+        return kind(value) if is_whole and abs(value) <= _LARGEST else _REFUSED
+
+    def json_schema(self) -> dict[str, Any]:
+        """The JSON Schema (draft-07) of its values."""
+        match self.kind:
+            case "choice":
+                return {"enum": list(get_args(self.annotation))}
+            case "list":
+                return {"type": "array", "items": self.parts[0].json_schema()}
+            case "mapping":
+                return {"type": "object", "additionalProperties": self.parts[0].json_schema()}
+            case "union":
+                schemas = [part.json_schema() for part in self.parts if part.annotation is not NoneType]
+                return {"anyOf": [*schemas, *([{"enum": [None, *self.null_words]}] if self.null_words else [])]}
+            case "record":
+                specs = fields_of(self.annotation)
+                required = [spec.name for spec in specs if spec.is_required]
+                return {
+                    "type": "object",
+                    "description": summary(self.annotation),
+                    "properties": {spec.name: spec.json_schema() for spec in specs},
+                    "additionalProperties": False,
+                } | ({"required": required} if required else {})
+            case "scalar":
+                limits = {_BOUNDS[type(bound)][1]: _limit(bound) for bound in self.bounds}
+                return {"type": _SCALARS[self.annotation][3], **limits}
 
 
 @frozen
@@ -48,27 +181,28 @@ class LegacyDefault:
 class FieldSpec:
     """A field as its section declares it.
 
-    ``type`` is the ``annotation`` without help and bounds; ``default`` is ``attrs.NOTHING`` if the field must be given.
-    ``legacy_default`` is the value in a run that began before the field existed.
+    ``default`` is ``attrs.NOTHING`` if the field must be given. ``legacy_default`` is the value in a run that began
+    before the field existed.
     """
 
     name: str
     annotation: Any
-    type: Any
-    bounds: tuple[Bound, ...]
+    type: FieldType
     doc: str
     default: Any
     legacy_default: Any
 
     @property
-    def expected(self) -> str:
-        """What a value must be, in words: ``an integer >= 1 or null``."""
-        return describe(self.type, self.bounds)
+    def is_required(self) -> bool:
+        """Whether the field must be given."""
+        return self.default is attrs.NOTHING
 
-    @property
-    def label(self) -> str:
-        """What a value must be, as a label: ``integer >= 1 | null``."""
-        return label(self.type, self.bounds)
+    def json_schema(self) -> dict[str, Any]:
+        """The JSON Schema of its values, with help and default."""
+        schema = self.type.json_schema()
+        if self.doc:
+            schema["description"] = self.doc
+        return schema if self.is_required else schema | {"default": json_value(self.default)}
 
 
 @cache
@@ -79,123 +213,102 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
     for attribute in attrs.fields(cls):
         if not (attribute.init and attribute.metadata.get("is_key", True)):
             continue
-        bare, bounds, doc = unwrap(hints[attribute.name])
-        if (unknown := _outside(bare)) is not None:
+        annotation = hints[attribute.name]
+        try:
+            type_ = parse_type(annotation)
+        except UnsupportedType as error:
             raise PluginError(
-                f"{cls.__module__}.{cls.__qualname__}.{attribute.name}: a configuration cannot hold {unknown!r}",
-                hint=_SUPPORTED,
-            )
+                f"{cls.__module__}.{cls.__qualname__}.{attribute.name}: {error}",
+                hint="use bool, int, float, str, Literal, tuple[T, ...], Mapping[str, T], an attrs class, "
+                "or a union such as X | None",
+            ) from None
+        for table in type_.tables:
+            fields_of(table)
         default = attribute.default
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = default.factory()
-        marks = (mark.value for mark in get_args(hints[attribute.name]) if isinstance(mark, LegacyDefault))
-        legacy = next(marks, default)
-        specs.append(FieldSpec(attribute.name, hints[attribute.name], bare, bounds, doc, default, legacy))
+        extras = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+        doc = next((extra.documentation for extra in extras if isinstance(extra, Doc)), "")
+        legacy = next((extra.value for extra in extras if isinstance(extra, LegacyDefault)), default)
+        specs.append(FieldSpec(attribute.name, annotation, type_, doc, default, legacy))
     return tuple(specs)
 
 
-def unwrap(annotation: Any) -> tuple[Any, tuple[Bound, ...], str]:
-    """``Annotated[T, bounds, Doc(...)]`` -> (T, bounds, help)."""
-    if get_origin(annotation) is not Annotated:
-        return annotation, (), ""
-    bare, *extras = get_args(annotation)
-    bounds = tuple(extra for extra in extras if isinstance(extra, Ge | Gt | Le | Lt))
-    doc = next((extra.documentation for extra in extras if isinstance(extra, Doc)), "")
-    return bare, bounds, doc
+def parse_type(annotation: Any, bounds: tuple[Bound, ...] = ()) -> FieldType:
+    """The description of an annotation; UnsupportedType if it is outside the closed set.
+
+    ``bounds``, and those of ``Annotated[T, bounds, Doc(...)]``, apply to the numbers of a union and to nothing else.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return parse_type(arguments[0], tuple(extra for extra in arguments[1:] if isinstance(extra, Ge | Gt | Le | Lt)))
+    if origin in (Union, UnionType):
+        parts = tuple(parse_type(argument, bounds) for argument in arguments)
+        *words, last = (part.description for part in parts)
+        choices = tuple(choice for part in parts for choice in part.choices)
+        label = " | ".join(part.label for part in parts)
+        return FieldType("union", annotation, f"{', '.join(words)} or {last}", label, choices=choices, parts=parts)
+    if origin is Literal:
+        words = [f'"{choice}"' for choice in arguments]
+        choices = tuple(str(choice) for choice in arguments)
+        return FieldType("choice", annotation, f"one of {', '.join(words)}", " | ".join(words), choices=choices)
+    if origin is tuple and arguments[1:] == (Ellipsis,):
+        item = parse_type(arguments[0])
+        return FieldType("list", annotation, f"a list of {item.plural}", f"list of {item.plural}", parts=(item,))
+    if origin is Mapping and arguments[:1] == (str,):
+        item = parse_type(arguments[1])
+        return FieldType("mapping", annotation, f"a table of {item.plural}", f"table of {item.plural}", parts=(item,))
+    if isinstance(annotation, type) and attrs.has(annotation):
+        return FieldType("record", annotation, "a table", "table", "tables")
+    if origin is not None or annotation not in _SCALARS:
+        raise UnsupportedType(annotation)
+    description, plural, label, _ = _SCALARS[annotation]
+    if annotation not in (int, float):
+        bounds = ()
+    limits = [f"{_BOUNDS[type(bound)][0]} {_limit(bound)}" for bound in bounds]
+    return FieldType(
+        "scalar",
+        annotation,
+        f"{description} {' and '.join(limits)}".rstrip(),
+        f"{label} {', '.join(limits)}".rstrip(),
+        plural,
+        ("true", "false") if annotation is bool else (),
+        bounds,
+    )
 
 
-def members(type_: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, ``NoneType`` included; a plain type is its own only one."""
-    return get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
+def summary(cls: type) -> str:
+    """The first line of a class's docstring, without markup."""
+    return (cls.__doc__ or "").strip().partition("\n")[0].replace("``", "")
 
 
-def is_nullable(type_: Any) -> bool:
-    """Whether null is a value of the type."""
-    return NoneType in members(type_)
+def _limit(bound: Bound) -> Any:
+    return getattr(bound, type(bound).__name__.lower())
 
 
-def describe(type_: Any, bounds: tuple[Bound, ...] = ()) -> str:
-    """The type in words, with its bounds on the numbers in it."""
-    limits = " and ".join(_limit(bound) for bound in bounds)
-    words = []
-    for member in members(type_):
-        if get_origin(member) is Literal:
-            words.append("one of " + ", ".join(f'"{choice}"' for choice in get_args(member)))
-        elif get_origin(member) is tuple:
-            words.append(f"a list of {_plural(get_args(member)[0])}")
-        elif get_origin(member) is Mapping or attrs.has(member):
-            words.append("a table" if attrs.has(member) else f"a table of {_plural(get_args(member)[1])}")
-        elif member in (int, float) and limits:
-            words.append(f"{_WORDS[member][0]} {limits}")
-        else:
-            words.append(_WORDS[member][0])
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+def _hint(type_: FieldType, value: Any) -> str:
+    """How the value was probably meant; empty if there is no guess."""
+    if not isinstance(value, str):
+        is_word = type_.accepts(str) and isinstance(value, bool | int | float)
+        return f'write "{show(value)}"' if is_word else ""
+    for member in type_.members:
+        if member.kind == "choice" and (choice := closest(value, member.choices)):
+            return f'did you mean "{choice}"?'
+    word = value.strip().lower()
+    if type_.accepts(bool) and word in ("true", "yes", "on", "false", "no", "off"):
+        return f"write {'true' if word in ('true', 'yes', 'on') else 'false'}"
+    if type_.accepts(NoneType) and word in ("none", "null", "nil", "~", ""):
+        return 'write null (in TOML "null", or leave the key out)'
+    if (type_.accepts(int) or type_.accepts(float)) and (number := _number(word)) is not None:
+        return f"write {number}"
+    if any(member.kind == "list" and member.parts[0].annotation is str for member in type_.members):
+        return f"write [{show(value)}]"
+    return ""
 
 
-def label(type_: Any, bounds: tuple[Bound, ...] = ()) -> str:
-    """The type as a label: ``integer >= 1 | null``."""
-    limits = " " * bool(bounds) + ", ".join(_limit(bound) for bound in bounds)
-    parts = []
-    for member in members(type_):
-        if get_origin(member) is Literal:
-            parts += [f'"{choice}"' for choice in get_args(member)]
-        elif member in _WORDS:
-            parts.append(_WORDS[member][2] + (limits if member in (int, float) else ""))
-        else:
-            parts.append(describe(member).removeprefix("a "))
-    return " | ".join(parts)
-
-
-def violates(value: Any, bounds: tuple[Bound, ...]) -> bool:
-    """Whether a number lies outside the bounds. Other values have none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return not all(_holds(value, bound) for bound in bounds)
-
-
-def _holds(value: Any, bound: Bound) -> bool:
-    match bound:
-        case Ge(limit):
-            return bool(value >= limit)
-        case Gt(limit):
-            return bool(value > limit)
-        case Le(limit):
-            return bool(value <= limit)
-        case Lt(limit):
-            return bool(value < limit)
-
-
-def _limit(bound: Bound) -> str:
-    match bound:
-        case Ge(limit):
-            return f">= {limit}"
-        case Gt(limit):
-            return f"> {limit}"
-        case Le(limit):
-            return f"<= {limit}"
-        case Lt(limit):
-            return f"< {limit}"
-
-
-def _plural(type_: Any) -> str:
-    return _WORDS[type_][1] if type_ in _WORDS else "tables" if attrs.has(type_) else "values"
-
-
-def _outside(type_: Any) -> Any:
-    """The part of a type that is not in the closed set, or None."""
-    for member in members(type_):
-        origin, arguments = get_origin(member), get_args(member)
-        if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
-            inner = _outside(arguments[0])
-        elif origin is Mapping and arguments[0] is str:
-            inner = _outside(arguments[1])
-        elif origin is Literal or member in _WORDS:
-            inner = None
-        elif isinstance(member, type) and attrs.has(member):
-            fields_of(member)
-            inner = None
-        else:
-            inner = member
-        if inner is not None:
-            return inner
-    return None
+def _number(text: str) -> str | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return f"{value:g}" if math.isfinite(value) and float(f"{value:g}") == value else None

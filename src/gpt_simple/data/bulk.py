@@ -19,14 +19,14 @@ import numpy as np
 from attrs import evolve, frozen
 from numpy.typing import NDArray
 
+from gpt_simple._files import AtomicDirectory, fsync, remove_tree
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.cache import Log, locked, sync
+from gpt_simple.data.cache import Log, locked
 from gpt_simple.data.corpus import Skipped, Unit, find_units, read
 from gpt_simple.data.manifest import FILE, TOKENIZER, WORK, Manifest, SplitRecord, read_manifest
 from gpt_simple.data.parts import DOCUMENT, Part, Settings, is_made, make_parts, open_part, tokenizer_of
 from gpt_simple.data.shards import ShardWriter
 from gpt_simple.data.tokenize import TRAINING_BYTES, held_out_of, key_hash
-from gpt_simple.data.tokenizer import FILE as TOKENIZER_FILE
 from gpt_simple.data.tokenizer import bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.errors import DataError
@@ -130,7 +130,7 @@ def _finished(job: Job, identity: str, log: Log) -> Manifest:
             f"skipped; the first: {report['errors'][0]}"
         )
     _require_rows(job, manifest)
-    shutil.rmtree(job.output_dir / WORK, ignore_errors=True)
+    remove_tree(job.output_dir / WORK)
     log(f"{job.output_dir} is finished already")
     return manifest
 
@@ -166,12 +166,9 @@ def _settings(job: Job, units: Sequence[Unit], work: Path, log: Log) -> Settings
 
 def _save(tokenizer: Tokenizer, directory: Path) -> None:
     """Whole or not at all: a kill must not leave half of a tokenizer."""
-    temporary = directory.with_suffix(".tmp")
-    for old in (temporary, directory):
-        shutil.rmtree(old, ignore_errors=True)
-    tokenizer.save(temporary)
-    sync(temporary / TOKENIZER_FILE)
-    temporary.rename(directory)
+    with AtomicDirectory(directory.with_suffix(".tmp")) as new:
+        tokenizer.save(new.path)
+        new.rename(directory, aside=directory.with_suffix(".old"))
 
 
 def _training_texts(job: Job, units: Sequence[Unit]) -> Iterator[str]:
@@ -231,7 +228,7 @@ def _parts(units: Sequence[Unit], settings: Settings) -> Iterator[Part]:
 
 def _assemble(directory: Path, job: Job, units: Sequence[Unit], settings: Settings) -> Manifest:
     """Write the shards of both splits, the tokenizer and the manifest into a new directory."""
-    shutil.rmtree(directory, ignore_errors=True)
+    remove_tree(directory)
     directory.mkdir()
     tokenizer = tokenizer_of(settings)
     manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, "", {})
@@ -304,13 +301,13 @@ class _SplitWriter:
 def _publish(build: Path, output: Path) -> None:
     """Move everything to its place, the manifest last, after all of it is on the disk."""
     for path in (*build.rglob("*"), build):
-        sync(path)
+        fsync(path)
     for path in sorted(build.iterdir(), key=lambda path: path.name == FILE):
         target = output / path.name
         if target.is_dir():
             # Of an attempt that was killed while it published: there is no manifest yet.
             shutil.rmtree(target)
         if path.name == FILE:
-            sync(output)
+            fsync(output)
         path.rename(target)
-    sync(output)
+    fsync(output)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpt_simple._files import AtomicDirectory
 from gpt_simple.errors import DataError
 
 ROOT_VARIABLE = "GPT_SIMPLE_CACHE"
@@ -24,16 +23,23 @@ def cache_root() -> Path:
 @contextmanager
 def locked(directory: Path, name: str, log: Log) -> Iterator[None]:
     """Hold the lock ``name`` of a directory, which is made if need be; the lock dies with its process."""
+    from filelock import FileLock, Timeout  # only where something is written: importing it takes a while
+
+    lock, waits = FileLock(directory / f".{name}.lock"), False
     with _writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / f".{name}.lock").open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"waiting for another process that prepares {directory / name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        while not lock.is_locked:
+            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=waits)
+            except Timeout:
+                waits = True
+                log(f"waiting for another process that prepares {directory / name}")
+            except FileNotFoundError:
+                pass  # the process that held the lock was done and removed the directory
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -46,18 +52,9 @@ def building(target: Path, log: Log) -> Iterator[Path | None]:
         if target.exists():
             yield None
             return
-        temporary = target.parent / f".{target.name}.tmp"
-        try:
-            with _writing(target.parent):
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-                yield temporary
-                for path in (*temporary.rglob("*"), temporary):
-                    sync(path)
-                temporary.rename(target)
-                sync(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with _writing(target.parent), AtomicDirectory(target.parent / f".{target.name}.tmp") as directory:
+            yield directory.path
+            directory.rename(target)
 
 
 @contextmanager
@@ -69,12 +66,3 @@ def _writing(directory: Path) -> Iterator[None]:
             f"{directory}: cannot be written ({error})",
             hint=f"prepared data are kept there, set {ROOT_VARIABLE} to a directory that has room",
         ) from error
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

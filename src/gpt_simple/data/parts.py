@@ -24,7 +24,7 @@ import numpy as np
 from attrs import asdict, frozen
 from numpy.typing import NDArray
 
-from gpt_simple.data.cache import sync
+from gpt_simple._files import fsync
 from gpt_simple.data.corpus import Skipped, Unit, read
 from gpt_simple.data.manifest import token_dtype
 from gpt_simple.data.tokenize import BATCH_BYTES, key_hash
@@ -91,7 +91,7 @@ def make_part(unit: Unit, settings: Settings) -> Skipped:
             os.fsync(file.fileno())
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(skipped)))
-    sync(temporary)
+    fsync(temporary)
     temporary.replace(path.with_suffix(".json"))
     return skipped
 

@@ -15,25 +15,13 @@ import torch.distributed as dist
 from attrs import frozen
 from torch.distributed.distributed_c10d import PrefixStore
 
-from gpt_simple.errors import ExitCode, GptSimpleError, PluginError
+from gpt_simple.errors import ExitCode, GptSimpleError, PeerFailed, PluginError, Problem
 from gpt_simple.launch.member import AGAIN
 
 _CONTACT = re.compile(r"gloo|NCCL|c10d|TCPStore|connection|socket", re.IGNORECASE)
 _COLLECTIVE = re.compile(r"gloo|NCCL|c10d")
 _ROLL_CALL_SECONDS = 3.0
 _SEE_OFF_SECONDS = 10.0
-
-
-class PeerFailed(GptSimpleError):
-    """Another process failed. ``silent`` where that process, or a third one, tells it."""
-
-    echo = True
-    """A launcher that knows how the other process ended knows more."""
-
-    def __init__(self, message: str, *, exit_code: int = ExitCode.FAILURE, silent: bool = True) -> None:
-        super().__init__(message)
-        self.exit_code = ExitCode(exit_code)
-        self.silent = silent
 
 
 @frozen
@@ -59,9 +47,8 @@ class Peers:
             return error if explained is lost else explained
         except (RuntimeError, ValueError):
             # The store has gone with its process: torchrun's agent, or else process 0, which has the message then.
-            return PeerFailed(
-                f"lost the other processes in step {step + 1} ({_short(error)}); {AGAIN}", silent=not _has_agent()
-            )
+            message = f"lost the other processes in step {step + 1} ({_short(error)})"
+            return PeerFailed(message, hint=AGAIN, silent=not _has_agent())
 
     def _see_off(self) -> None:
         """Without an agent the store lives in process 0: it leaves last, so that the others learn what happened."""
@@ -74,24 +61,25 @@ class Peers:
 
     def _tell(self, error: Exception) -> None:
         code = int(getattr(error, "exit_code", ExitCode.FAILURE))
-        text = str(error) if isinstance(error, GptSimpleError) else f"{type(error).__name__}: {error}"
+        unexpected = (Problem(type(error).__name__, "", str(error)),)
+        problems = error.problems if isinstance(error, GptSimpleError) else unexpected
         # The first one is the cause.
-        self._store.compare_set("failed", "", json.dumps([self.rank, code, text]))
+        self._store.compare_set("failed", "", json.dumps([self.rank, code, problems]))
 
     def _who(self, error: Exception, step: int) -> Exception:
         if self._store.check(["failed"]):
-            rank, code, text = json.loads(self._store.get("failed"))
-            return PeerFailed(f"process {rank} failed: {text}", exit_code=code)
+            rank, code, problems = json.loads(self._store.get("failed"))
+            return PeerFailed(*(Problem(*each).within(f"process {rank} failed") for each in problems), exit_code=code)
         if "timed out" not in str(error).lower():
             first = self._store.add("mourners", 1) == 1
-            return PeerFailed(f"a process died in step {step + 1} ({_short(error)}); {AGAIN}", silent=not first)
+            return PeerFailed(f"a process died in step {step + 1} ({_short(error)})", hint=AGAIN, silent=not first)
         missing = self._roll_call()
         if not missing:
             return error
         names = f"process {missing[0]}" if len(missing) == 1 else f"processes {', '.join(map(str, missing))}"
         there = min(rank for rank in range(self.size) if rank not in missing)
-        message = f"{names} did not come to the end of step {step + 1}: waited {self.timeout:g} s; {AGAIN}"
-        return PeerFailed(message, silent=self.rank != there)
+        message = f"{names} did not come to the end of step {step + 1}: waited {self.timeout:g} s"
+        return PeerFailed(message, hint=AGAIN, silent=self.rank != there, timed_out=True)
 
     def _roll_call(self) -> list[int]:
         """The processes that do not wait for others, as all that do have timed out at about the same time."""

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from attrs import define, field
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from gpt_simple.distributed.failures import PeerFailed, Peers
-from gpt_simple.errors import ConfigError, GptSimpleError
+from gpt_simple.distributed.failures import Peers
+from gpt_simple.errors import ConfigError, GptSimpleError, PeerFailed
 
 T = TypeVar("T")
 

@@ -7,13 +7,13 @@ value where the default has changed since. Configurations are flat here: dotted 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import attrs
 
 from gpt_simple.config.render import plain
 from gpt_simple.config.schema import Config
-from gpt_simple.config.types import fields_of, members
+from gpt_simple.config.types import FieldType, fields_of
 
 _COMPONENT_KEY = {"model": "model.name", "data": "data.source", "optimizer": "optimizer.name", "training": None}
 """Section -> the field that names the component whose class the section has."""
@@ -56,11 +56,11 @@ def _complete(saved: dict[str, Any], path: str, cls: type) -> None:
             saved.update(leaves(key, plain(field.legacy_default)))
 
 
-def _complete_items(value: Any, type_: Any) -> Any:
+def _complete_items(value: Any, type_: FieldType) -> Any:
     """A list of tables (a curriculum) with the fields that they lack; any other value as it is."""
-    for member in members(type_):
-        if get_origin(member) is tuple and isinstance(value, list) and attrs.has(item := get_args(member)[0]):
-            fields = [field for field in fields_of(item) if field.legacy_default is not attrs.NOTHING]
+    for member in type_.members:
+        if isinstance(value, list) and member.kind == "list" and member.parts[0].kind == "record":
+            fields = [f for f in fields_of(member.parts[0].annotation) if f.legacy_default is not attrs.NOTHING]
             return [{field.name: plain(field.legacy_default) for field in fields} | table for table in value]
     return value
 

@@ -89,9 +89,7 @@ class Requests:
     def skip_step(self, flag: torch.Tensor) -> None:
         if not isinstance(flag, torch.Tensor) or flag.shape or flag.dtype is not torch.bool or flag.is_meta:
             given = f"{list(flag.shape)} {flag.dtype}" if isinstance(flag, torch.Tensor) else type(flag).__name__
-            raise PluginError(
-                f"run.control.skip_step was given a {given}", hint="expected a 0-d bool tensor on the device"
-            )
+            raise PluginError(f"run.control.skip_step was given a {given}; expected a 0-d bool tensor on the device")
         self._skip = flag if self._skip is None else self._skip | flag
 
     def take_skip(self) -> torch.Tensor | None:
@@ -178,5 +176,5 @@ def throttled(condition: StopCondition) -> StopCondition:
 
 def _text(reason: str) -> str:
     if not isinstance(reason, str) or not reason:
-        raise PluginError(f"run.control was given {reason!r} as a reason", hint="expected text that says why")
+        raise PluginError(f"run.control was given {reason!r} as a reason; expected text that says why")
     return reason

@@ -1,8 +1,8 @@
-"""Torch state that all share: a hook or method that leaves it changed has failed, and training never notices.
+"""State of torch that the whole process shares: a hook or method that leaves it changed has failed.
 
-Looked at after everything that a plugin is called for (``PluginHost.guard``). It may switch gradients off, enter
-autocast or inference mode, change the default dtype or device, or put the model into evaluation mode; what it does not
-put back is put back here and charged to it.
+Training would never notice. A plugin may switch gradients off, enter autocast or inference mode, change the default
+dtype or device, or put the model into evaluation mode. ``PluginHost.guard`` checks after everything that a plugin is
+called for, restores what it left changed, and counts that as the plugin's failure.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._device as devices
 from torch import (
     autocast_decrement_nesting,
     autocast_increment_nesting,
@@ -22,7 +22,7 @@ from torch import (
     is_grad_enabled,
     is_inference_mode_enabled,
 )
-from torch._C import _len_torch_function_stack as count_modes
+from torch.overrides import has_torch_function
 
 from gpt_simple.errors import PluginError
 from gpt_simple.plugin_host.dispatch import Guard
@@ -30,72 +30,93 @@ from gpt_simple.plugin_host.dispatch import Guard
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 """Types of devices that autocast is switched on for."""
 
-_KEPT: list[Any] = []
-"""Inference modes that were put back: one that is forgotten would undo that."""
+_ANY = (None,)
+"""``has_torch_function(_ANY)`` is true inside any mode: a default device is one. Asking for the device takes 100 times
+as long."""
+
+_NO_MODEL = SimpleNamespace(training=None)
+
+_RESTORED: list[torch.inference_mode] = []
+"""Inference modes that were entered to undo another one: each ends when its object is deleted."""
+
+State = tuple[bool, bool, torch.dtype, torch.device | None, bool | None, int, tuple[str, ...]]
 
 
-State = tuple[bool, bool, torch.dtype, torch.device | None, int, int, tuple[str, ...], bool | None]
+def _model_of(run: Any) -> Any:
+    try:
+        return run.model
+    except (AttributeError, PluginError):  # there is no run, or it has no model yet
+        return _NO_MODEL
 
 
-def _look(run: Any) -> State:
-    """All that is guarded. Asked for after every call of every plugin, so in as few questions as can be."""
+def _state(model: Any) -> State:
+    """The guarded state. Called after every hook of every plugin, so it asks for as little as it can."""
     gradients = is_grad_enabled()
     autocasts = autocast_increment_nesting() - 1
     autocast_decrement_nesting()
-    try:
-        training = run.model.training
-    except (AttributeError, PluginError):  # there is none yet
-        training = None
     return (
         gradients,
         False if gradients else is_inference_mode_enabled(),  # it switches gradients off
         get_default_dtype(),
-        devices.CURRENT_DEVICE,
-        count_modes(),  # `with torch.device(...)` is a mode on a stack
+        torch.get_default_device() if has_torch_function(_ANY) else None,
+        model.training,
         autocasts,
         autocast_kinds() if autocasts else (),
-        training,
     )
 
 
-def _put_back(run: Any, before: State) -> str:
-    """Restore what is another one now, and say what that was; empty if nothing is."""
-    gradients, inference, dtype, device, modes, autocasts, kinds, training = before
+def _restore(model: Any, before: State) -> str:
+    """Restore what has changed, and describe what it was changed to; empty if nothing was."""
+    gradients, inference, dtype, device, training, autocasts, kinds = before
     left = []
     if is_inference_mode_enabled() is not inference:
-        left.append(f"inference mode {_word(not inference)}")
-        _KEPT.append(torch.inference_mode(inference))
-        _KEPT[-1].__enter__()
+        left.append(f"inference mode {_on_off(not inference)}")
+        _RESTORED.append(torch.inference_mode(inference))
+        _RESTORED[-1].__enter__()
     elif is_grad_enabled() is not gradients:
-        left.append(f"gradients {_word(not gradients)}")
+        left.append(f"gradients {_on_off(not gradients)}")
     torch.set_grad_enabled(gradients)
     if (now := get_default_dtype()) is not dtype:
         left.append(f"the default dtype {now}")
         torch.set_default_dtype(dtype)
-    if device != devices.CURRENT_DEVICE or count_modes() > modes:
+    if _default_device() != device:
         left.append(f"the default device {torch.get_default_device()}")
-        torch.set_default_device(device)
-        while count_modes() > modes:
-            torch.device("cpu").__exit__(None, None, None)  # leaves what was entered last
-    if training is not None and run.model.training is not training:
+        _restore_device(device)
+    if model.training is not training:
         left.append(f"the model in {'evaluation' if training else 'training'} mode")
-        run.model.train(training)
-    left += _leave_autocast(autocasts, kinds)
+        model.train(training)
+    if (_autocast_depth(), autocast_kinds()) != (autocasts, kinds):
+        left.append("autocast entered and not left")
+        _restore_autocast(autocasts, kinds)
     return ", ".join(left)
 
 
-def _leave_autocast(autocasts: int, kinds: tuple[str, ...]) -> list[str]:
+def _default_device() -> torch.device | None:
+    """The device of ``torch.set_default_device`` or of ``with torch.device(...)``; None where neither is in force."""
+    return torch.get_default_device() if has_torch_function(_ANY) else None
+
+
+def _restore_device(device: torch.device | None) -> None:
+    while (now := _default_device()) is not None and now != device:
+        torch.device("cpu").__exit__(None, None, None)  # leaves the mode that was entered last
+    if device is None or now != device:
+        torch.set_default_device(device)
+
+
+def _autocast_depth() -> int:
     depth = autocast_increment_nesting() - 1
     autocast_decrement_nesting()
-    if depth == autocasts:
-        return []
+    return depth
+
+
+def _restore_autocast(depth: int, kinds: tuple[str, ...]) -> None:
     for kind in _KINDS:
         torch.set_autocast_enabled(kind, kind in kinds)
-    # Weights that were cast are forgotten when the outermost autocast ends; inside one that never does they would stay.
-    while depth != autocasts:
-        depth = autocast_decrement_nesting() if depth > autocasts else autocast_increment_nesting()
+    # Cast weights are dropped when the outermost autocast ends; inside one that never does they would stay.
+    now = _autocast_depth()
+    while now != depth:
+        now = autocast_decrement_nesting() if now > depth else autocast_increment_nesting()
     torch.clear_autocast_cache()
-    return ["autocast entered and not left"]
 
 
 def autocast_kinds() -> tuple[str, ...]:
@@ -103,11 +124,11 @@ def autocast_kinds() -> tuple[str, ...]:
     return tuple(kind for kind in _KINDS if torch.is_autocast_enabled(kind))
 
 
-def _word(on: bool) -> str:
+def _on_off(on: bool) -> str:
     return "on" if on else "off"
 
 
-TORCH_STATE = Guard(_look, _put_back)
+TORCH_STATE = Guard(_model_of, _state, _restore)
 
 
 @contextmanager
@@ -120,12 +141,12 @@ def process_as_found() -> Iterator[None]:
         torch.get_default_dtype(),
         torch.get_float32_matmul_precision(),
     )
-    device, autocasts = devices.CURRENT_DEVICE, autocast_kinds()
+    device, autocasts = torch.get_default_device(), autocast_kinds()
+    torch.set_default_device(None)
+    had_device = torch.get_default_device() != device  # False if a `with torch.device(...)` is the caller's
     try:
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("high")
-        if device is not None:
-            torch.set_default_device(None)
         for kind in autocasts:
             torch.set_autocast_enabled(kind, False)
         with torch.inference_mode(False), torch.enable_grad():
@@ -133,7 +154,7 @@ def process_as_found() -> Iterator[None]:
     finally:
         for kind in autocasts:
             torch.set_autocast_enabled(kind, True)
-        if device is not None:
+        if had_device:
             torch.set_default_device(device)
         random.setstate(python)
         np.random.set_state(numpy)

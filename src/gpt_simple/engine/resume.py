@@ -21,6 +21,7 @@ from gpt_simple.config.redact import redacted
 from gpt_simple.config.schema import Config
 from gpt_simple.engine.compatibility import changed_defaults, leaves, with_legacy_options, with_legacy_values
 from gpt_simple.errors import CheckpointError, GptSimpleError
+from gpt_simple.hooks.preflight import ConfigChanges
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.spec import Assembly
@@ -248,15 +249,22 @@ def resume_guarantee(saved: Mapping[str, Any], now: Mapping[str, Any], samples: 
             f"the checkpoint is of another model, tokenizer or data set:{listing}\n"
             "go back to its configuration, choose another training.output_dir, or add --force to start anew"
         )
-    free = {key: line for key, line in changed.items() if not key.startswith(_NEUTRAL)}
-    free |= _differences(saved.get("plugins", {}), now["plugins"])
-    numerics = _differences(saved["numerics"], now["numerics"])
-    if free:
-        order = _order_kept(saved["config"], now["config"], samples)
-        return f"changed: {'; '.join([*free.values(), *numerics.values()])}{order}"
-    if numerics:
+    if (reconfigured := changes(saved, now, samples)) is not None:
+        return f"changed: {reconfigured}"
+    if numerics := _differences(saved["numerics"], now["numerics"]):
         return f"order-exact: same samples, other last digits ({'; '.join(numerics.values())})"
     return "bit-exact"
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> ConfigChanges | None:
+    """What ``now`` has changed on purpose, with other numerics that come with it; None if nothing."""
+    changed = _differences(saved["config"], now["config"])
+    free = {key: line for key, line in changed.items() if not key.startswith(_NEUTRAL)}
+    free |= _differences(saved.get("plugins", {}), now["plugins"])
+    if not free:
+        return None
+    numerics = _differences(saved["numerics"], now["numerics"])
+    return ConfigChanges({**free, **numerics}, _order_kept(saved["config"], now["config"], samples))
 
 
 def _order_kept(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:

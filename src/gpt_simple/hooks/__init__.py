@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gpt_simple.hooks.plugin import NoConfig, Plugin
     from gpt_simple.hooks.preflight import (
         CheckedOutput,
+        ConfigChanges,
         Environment,
         InspectedData,
         MemoryForecast,
@@ -56,6 +57,7 @@ __all__ = [
     "Close",
     "CollectMetrics",
     "Component",
+    "ConfigChanges",
     "Environment",
     "EvalEnd",
     "Evaluate",
@@ -91,6 +93,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             "CheckedOutput",
+            "ConfigChanges",
             "Environment",
             "InspectedData",
             "MemoryForecast",

@@ -66,18 +66,34 @@ class InspectedData:
 
 
 @frozen
+class ConfigChanges:
+    """What is configured otherwise in a resumed run than before.
+
+    ``lines``: one for each key, as ``key old -> new``. ``order`` says what becomes of the order of samples, if that
+    changes.
+    """
+
+    lines: Mapping[str, str]
+    order: str = ""
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines.values()) + self.order
+
+
+@frozen
 class PlannedResume:
     """``scratch``, ``resume`` from ``path`` at ``step`` after so many ``samples``, or ``finished``; ``skipped`` are
     damaged checkpoints that are newer.
 
     ``guarantee`` is what a resume keeps: ``bit-exact``, ``order-exact: ...`` or ``changed: ...``, as far as the
-    configuration, the data and the installed torch tell.
+    configuration, the data and the installed torch tell. ``changes``: what is configured otherwise than before.
     """
 
     kind: Literal["scratch", "resume", "finished"]
     step: int = 0
     path: Path | None = None
     guarantee: str = ""
+    changes: ConfigChanges | None = None
     skipped: Sequence[tuple[Path, str]] = ()
     samples: int = 0
 

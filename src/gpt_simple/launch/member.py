@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from attrs import evolve
 
-from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
+from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError, PeerFailed, Problem
 from gpt_simple.launch.record import LAUNCHER, STARTED, Record, Records
 
 GRACE_SECONDS = 30
@@ -157,11 +157,12 @@ def give_up_broken_output() -> None:
 def _failed(record: Record, error: BaseException) -> Record:
     now = time.time()
     if isinstance(error, GptSimpleError):
-        silent = error.silent or getattr(error, "echo", False)
-        return evolve(record, code=int(error.exit_code), message=str(error), silent=silent, time=now)
+        record = evolve(record, code=int(error.exit_code), problems=error.problems, silent=error.silent, time=now)
+        return evolve(record, silent=True, timed_out=error.timed_out) if isinstance(error, PeerFailed) else record
     if isinstance(error, KeyboardInterrupt):
         return evolve(record, code=int(ExitCode.FORCED), silent=True, time=now)
-    return evolve(record, code=int(ExitCode.FAILURE), message="".join(traceback.format_exception(error)), time=now)
+    unexpected = Problem(None, "", "".join(traceback.format_exception(error)).rstrip())
+    return evolve(record, code=int(ExitCode.FAILURE), problems=[unexpected], time=now)
 
 
 def _never_outlive(launcher: int) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from attrs import asdict, evolve, frozen
+from attrs import asdict, evolve, field, frozen
+
+from gpt_simple.errors import Problem
 
 DIRECTORY = "GPT_SIMPLE_LAUNCH"
 """Environment variable: the directory of the records, set by our own launcher for the processes that it starts."""
@@ -26,19 +29,25 @@ _NO_MORE = "no-more"
 _OWNED = "owned"
 
 
+def _problems(told: Iterable[Iterable[Any]]) -> tuple[Problem, ...]:
+    return tuple(Problem(*problem) for problem in told)
+
+
 @frozen
 class Record:
     """One process. ``code`` is None until it has ended by itself.
 
-    ``silent``: the error is the echo of another process's, which has more to say.
+    ``silent``: the failure follows from another process's, which has more to say. ``timed_out``: the process gave up
+    waiting for another one.
     """
 
     rank: int
     pid: int
     code: int | None = None
-    message: str = ""
+    problems: tuple[Problem, ...] = field(default=(), converter=_problems)
     silent: bool = False
     time: float = 0.0
+    timed_out: bool = False
 
 
 @frozen
@@ -97,7 +106,7 @@ class Records:
     def _write(self, record: Record) -> None:
         path = self._path(record.rank)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        temporary.write_text(json.dumps(asdict(record, recurse=False)), encoding="utf-8")
         temporary.replace(path)
 
     def _read(self, path: Path) -> Record | None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
+from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError, Problem
 from gpt_simple.launch.member import AGAIN, processes_here, under_torchrun
 from gpt_simple.launch.record import DIRECTORY, LAUNCHER, STARTED, Record, Records
 from gpt_simple.launch.signals import ONE_PRESS_SECONDS, asking
@@ -232,14 +232,14 @@ def _outcome(records: Sequence[Record], failures: Mapping[int, Any], signals: _S
     if signals.forced:
         return ExitCode.FORCED
     ended = [record for record in records if record.code is not None]
-    told = sorted((record for record in ended if record.message), key=lambda record: (record.silent, record.time))
+    told = sorted((record for record in ended if record.problems), key=lambda record: (record.silent, record.time))
     if told and not told[0].silent:
         raise _error(told[0], len(records))
     if signals.received and len(ended) < max(1, len(records)):
         # It came before the first step: there is nothing to save.
         return ExitCode.STOPPED
     if lost := [rank for rank in failures if rank not in {record.rank for record in ended}]:
-        raise GptSimpleError(_death(lost, failures, echoes=[record.message for record in told]))
+        raise GptSimpleError(*_death(lost, failures, told))
     if told:
         if silent := [record.rank for record in records if record.code is None]:
             raise GptSimpleError(f"process {silent[0]} left without a word", hint=AGAIN)
@@ -248,20 +248,20 @@ def _outcome(records: Sequence[Record], failures: Mapping[int, Any], signals: _S
 
 
 def _error(record: Record, processes: int) -> GptSimpleError:
-    text = record.message if processes == 1 or record.rank == 0 else f"process {record.rank}: {record.message}"
-    error = GptSimpleError(text.rstrip())
-    error.exit_code = ExitCode(record.code or ExitCode.FAILURE)
-    return error
+    named = processes > 1 and record.rank > 0
+    problems = (each.within(f"process {record.rank}") if named else each for each in record.problems)
+    return GptSimpleError(*problems, exit_code=record.code or ExitCode.FAILURE)
 
 
-def _death(ranks: Sequence[int], failures: Mapping[int, Any], echoes: Sequence[str]) -> str:
+def _death(ranks: Sequence[int], failures: Mapping[int, Any], told: Sequence[Record]) -> tuple[Problem, ...]:
     """What became of processes that left no word: the one that ended first, or that had to be ended."""
     first = min(ranks, key=lambda rank: float(failures[rank].timestamp))
     status = int(failures[first].exitcode)
-    if status in (-signal.SIGTERM, -signal.SIGKILL) and any("waited" in echo for echo in echoes):
-        # It hung: the agent ended it when the others had given up.
-        return next(echo for echo in echoes if "waited" in echo)
-    if status == -signal.SIGKILL:
-        return f"process {first} was killed (SIGKILL: the system does that when memory runs out); {AGAIN}"
+    waited = [record for record in told if record.timed_out]
+    if waited and status in (-signal.SIGTERM, -signal.SIGKILL):
+        return waited[0].problems  # it hung: the agent ended it when the others had given up
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    return f"process {first} {how} and left no word; {AGAIN}"
+    what = f"{how} and left no word"
+    if status == -signal.SIGKILL:
+        what = "was killed (SIGKILL: the system does that when memory runs out)"
+    return (Problem(None, "", f"process {first} {what}", AGAIN),)

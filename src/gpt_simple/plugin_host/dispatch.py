@@ -1,18 +1,15 @@
-"""Calling plugins: one compiled closure per hook, with attribution, timing, result checks and the failure
-policy.
+"""Calling plugins: one caller per hook, with attribution, timing, result checks and the failure policy.
 
-pluggy validates and keeps the implementations. Calling through this table costs about half of a pluggy call,
-keeps the declared order, and leaves a hook that nobody implements as None, so that its event need not even be
-built.
+pluggy validates and keeps the implementations; the calls are made here. A call costs about half of pluggy's and follows
+the declared order. A hook that nobody implements is None, so its event need not even be built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from numbers import Real
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from attrs import define, field, frozen
 
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
     Findings = list[tuple[str, Sequence[Finding]]]
 
 Implementation = Callable[..., Any]
-Listener = tuple[Implementation, LoadedPlugin]
+Impl = tuple[Implementation, LoadedPlugin]
 OnFailure = Callable[[LoadedPlugin, str, PluginError], None]
 T = TypeVar("T")
 
@@ -44,30 +41,33 @@ class LeftChanged(Exception):
 
 @frozen
 class Guard:
-    """State that all share, which every plugin must leave as it found it; ``engine/process_state.py`` has torch's.
+    """State of the process that every plugin must leave as it found it; ``engine/process_state.py`` has torch's.
 
-    ``look(run)`` is that state now, something to compare; ``run`` is None where there is none. ``put_back(run,
-    before)`` restores what is another one and says in words what that was; empty if nothing is.
+    ``subject(run)`` is what the other two work on; ``run`` is None in a plain method. ``state(subject)`` is the state
+    now, something to compare. ``restore(subject, before)`` restores what has changed and describes it; empty if nothing
+    has.
     """
 
-    look: Callable[[Any], Any] = lambda run: None
-    put_back: Callable[[Any, Any], str] = lambda run, before: ""
+    subject: Callable[[Any], Any] = lambda run: run
+    state: Callable[[Any], Any] = lambda subject: None
+    restore: Callable[[Any, Any], str] = lambda subject, before: ""
 
-    def call(self, run: Any, work: Callable[[], T]) -> T:
+    def call(self, work: Callable[[], T]) -> T:
         """``work()``, which raises LeftChanged after restoring what it left changed."""
-        before = self.look(run)
+        subject = self.subject(None)
+        before = self.state(subject)
         try:
             result = work()
+            if self.state(subject) != before:
+                self.refuse(subject, before)
         except BaseException:
-            self.put_back(run, before)
-            raise  # what went wrong first is what is told
-        self.check(run, before)
+            self.restore(subject, before)
+            raise
         return result
 
-    def check(self, run: Any, before: Any) -> None:
-        """Raise LeftChanged, after restoring it, if the state is no longer what it was ``before``."""
-        if self.look(run) != before and (left := self.put_back(run, before)):
-            raise LeftChanged(f"the process was left with {left}: put back what is changed")
+    def refuse(self, subject: Any, before: Any) -> NoReturn:
+        """Restore the state, and raise LeftChanged with what had changed."""
+        raise LeftChanged(f"the process was left with {self.restore(subject, before)}: put back what is changed")
 
 
 @frozen
@@ -94,6 +94,53 @@ class Policy:
 
 
 @define(eq=False)
+class HookCaller:
+    """One hook on this process: calls its implementations in order and charges each with its time and its failures.
+
+    Whoever keeps a caller sees that a plugin was dropped: ``impls`` is then another tuple.
+    """
+
+    info: HookInfo
+    impls: tuple[Impl, ...]
+    guard: Guard
+    fail: Callable[[LoadedPlugin, str, object, BaseException], PluginError]
+
+    def call(self, run: Any, event: Any) -> Any:
+        """``[(plugin, result), ...]`` with checked types; the failures of a hook that ends a run; else None.
+
+        Called in every step. What one plugin leaves is what the next one finds: one snapshot and one reading of the
+        clock serve both.
+        """
+        info, guard = self.info, self.guard
+        state, subject = guard.state, guard.subject(run)
+        notifies = info.returns == "none"
+        outcomes: list[Any] = []
+        before, start = state(subject), perf_counter()
+        for implementation, plugin in self.impls:
+            try:
+                result = implementation(run, event)
+                if state(subject) != before:
+                    guard.refuse(subject, before)
+                if result is not None or not notifies:
+                    outcomes.append((plugin.name, checked(info, result)))
+            except BaseException as error:
+                guard.restore(subject, before)
+                if not isinstance(error, FAILURES):
+                    raise
+                failure = self.fail(plugin, info.name, event, error)
+                if info.order == "reverse":
+                    outcomes.append(failure)
+            end = perf_counter()
+            plugin.seconds += end - start
+            start = end
+        if info.order == "forward":
+            return None if notifies else outcomes
+        if info.name == "on_close":
+            self.impls = ()  # it is called once
+        return outcomes
+
+
+@define(eq=False)
 class Calls:
     """The hooks on this process. An attribute is None when nobody listens, else a callable ``(run, event)``.
 
@@ -104,7 +151,7 @@ class Calls:
 
     policy: Policy
     guard: Guard = field(factory=Guard)
-    _listeners: dict[str, list[tuple[Listener, ...]]] = field(factory=dict)
+    _callers: dict[str, HookCaller] = field(factory=dict)
     check_runtime: Callable[[Run, Preflight], Findings] | None = None
     on_model_built: Callable[[Run, events.ModelBuilt], None] | None = None
     on_checkpoint_loaded: Callable[[Run, events.CheckpointLoaded], None] | None = None
@@ -124,25 +171,23 @@ class Calls:
     on_run_error: Callable[[Run, events.RunError], list[PluginError]] | None = None
     on_close: Callable[[Run, events.Close], list[PluginError]] | None = None
 
-    def listen(self, hook: str, listeners: Sequence[Listener]) -> None:
-        """Compile the call of one hook; listeners come in plugin order."""
-        if not listeners:
-            return
+    def listen(self, hook: str, impls: Sequence[Impl]) -> None:
+        """Make the caller of one hook; implementations come in plugin order."""
         info = HOOKS[hook]
-        # A cell and not an attribute: a caller may keep the closure, and must still see that a plugin was
-        # dropped.
-        cell = [tuple(reversed(listeners)) if info.order == "reverse" else tuple(listeners)]
-        self._listeners[hook] = cell
-        setattr(self, hook, _compile(info, cell, self))
+        ordered = tuple(reversed(impls)) if info.order == "reverse" else tuple(impls)
+        self._callers[hook] = HookCaller(info, ordered, self.guard, self.fail)
+        self._publish(hook)
 
     def disable(self, name: str) -> None:
         """Switch a plugin off in every hook but ``on_close``: what a vote of all processes ends in."""
-        for hook in DISPATCHED:
+        for hook in self._callers:
             self._drop(hook, name)
 
-    def fail(self, plugin: LoadedPlugin, hook: str, event: object, error: BaseException) -> None:
+    def fail(self, plugin: LoadedPlugin, hook: str, event: object, error: BaseException) -> PluginError:
         """Apply the policy to a failure: switch the plugin off and go on, or raise what ends the run."""
         failure = plugin.failure(hook, error, getattr(event, "step", None))
+        if hook in HOOKS and HOOKS[hook].order == "reverse":
+            return failure  # the run ends anyway
         if failure is error:
             raise error  # another plugin's, called from this hook, that was to end the run
         if not self.policy.disables(plugin, hook):
@@ -150,20 +195,23 @@ class Calls:
                 raise error
             raise failure from error
         plugin.failed = True
-        for name in DISPATCHED:
+        for name in self._callers:
             # Where other processes may be waiting the plugin goes on until all of them have agreed
             # (``disable``).
             if self.policy.alone or HOOKS[name].ranks != "all":
                 self._drop(name, plugin.name)
         self.policy.on_failure(plugin, hook, failure)
+        return failure
 
     def _drop(self, hook: str, name: str) -> None:
-        cell = self._listeners.get(hook)
-        if cell is None or hook == "on_close":
-            return
-        cell[0] = tuple(listener for listener in cell[0] if listener[1].name != name)
-        if not cell[0]:
-            setattr(self, hook, None)
+        if hook != "on_close":
+            caller = self._callers[hook]
+            caller.impls = tuple(impl for impl in caller.impls if impl[1].name != name)
+            self._publish(hook)
+
+    def _publish(self, hook: str) -> None:
+        caller = self._callers[hook]
+        setattr(self, hook, caller.call if caller.impls else None)
 
 
 def checked(info: HookInfo, result: Any) -> Any:
@@ -189,83 +237,7 @@ def checked(info: HookInfo, result: Any) -> Any:
         if result is None:
             return None
         expected = "None, since a hook named on_* only notifies"
-    raise PluginError(f"it returned {_describe(result)}", hint=f"expected {expected}")
-
-
-def _compile(info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls) -> Callable[..., Any]:
-    if info.order == "reverse":
-        return _compile_last_words(info, cell, calls.guard)
-    if info.returns == "none":
-        return _compile_notification(info, cell, calls)
-    return _compile_question(info, cell, calls)
-
-
-def _compile_notification(info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls) -> Callable[..., None]:
-    hook, guard = info.name, calls.guard
-    look = guard.look
-
-    # Called in every step. What one plugin leaves is what the next one finds: the state is asked for once between them.
-    def notify(run: Run, event: object) -> None:
-        before, start = look(run), perf_counter()
-        for implementation, plugin in cell[0]:
-            try:
-                if (result := implementation(run, event)) is not None:
-                    checked(info, result)
-                if look(run) != before:
-                    guard.check(run, before)
-            except BaseException as error:
-                guard.put_back(run, before)
-                if not isinstance(error, FAILURES):
-                    raise
-                calls.fail(plugin, hook, event, error)
-            # One clock reading serves as the end of this plugin and the start of the next.
-            end = perf_counter()
-            plugin.seconds += end - start
-            plugin.calls += 1
-            start = end
-
-    return notify
-
-
-def _compile_question(
-    info: HookInfo, cell: list[tuple[Listener, ...]], calls: Calls
-) -> Callable[..., list[tuple[str, Any]]]:
-    hook, has_event, guard = info.name, "event" in info.arguments, calls.guard
-
-    def ask(*arguments: Any) -> list[tuple[str, Any]]:
-        answers = []
-        for implementation, plugin in cell[0]:
-            start = perf_counter()
-            try:
-                answer = guard.call(arguments[0], partial(implementation, *arguments))
-                answers.append((plugin.name, checked(info, answer)))
-            except FAILURES as error:
-                calls.fail(plugin, hook, arguments[-1] if has_event else None, error)
-            plugin.seconds += perf_counter() - start
-            plugin.calls += 1
-        return answers
-
-    return ask
-
-
-def _compile_last_words(
-    info: HookInfo, cell: list[tuple[Listener, ...]], guard: Guard
-) -> Callable[..., list[PluginError]]:
-    def call_everybody(run: Run, event: object) -> list[PluginError]:
-        failures: list[PluginError] = []
-        for implementation, plugin in cell[0]:
-            start = perf_counter()
-            try:
-                checked(info, guard.call(run, partial(implementation, run, event)))
-            except FAILURES as error:
-                failures.append(plugin.failure(info.name, error, getattr(event, "step", None)))
-            plugin.seconds += perf_counter() - start
-            plugin.calls += 1
-        if info.name == "on_close":
-            cell[0] = ()
-        return failures
-
-    return call_everybody
+    raise PluginError(f"it returned {_describe(result)}; expected {expected}")
 
 
 def _is_number(value: object) -> bool:

@@ -26,8 +26,8 @@ from gpt_simple.plugin_host.dispatch import (
     DISPATCHED,
     Calls,
     Guard,
+    Impl,
     Implementation,
-    Listener,
     OnFailure,
     Policy,
     checked,
@@ -179,9 +179,9 @@ class PluginHost:
     def check_config(self, config: Config, preflight: Preflight) -> list[Finding]:
         """The findings of all plugins; one without a place is put at its plugin's table. A failure is a finding."""
         findings: list[Finding] = []
-        for implementation, plugin in self._listeners("check_config"):
+        for implementation, plugin in self._impls("check_config"):
             try:
-                answer = self.guard.call(None, partial(implementation, config, preflight))
+                answer = self.guard.call(partial(implementation, config, preflight))
                 found = checked(HOOKS["check_config"], answer)
             except FAILURES as error:
                 failure = plugin.failure("check_config", error)
@@ -195,8 +195,8 @@ class PluginHost:
         self.guard = guard or self.guard
         calls = Calls(Policy(on_failure, alone=world_size == 1, strict=self.strict), self.guard)
         for hook in DISPATCHED:
-            here = [pair for pair in self._listeners(hook) if is_main or _runs_everywhere(hook, pair[1])]
-            calls.listen(hook, here)
+            impls = self._impls(hook)
+            calls.listen(hook, [impl for impl in impls if is_main or _runs_everywhere(hook, impl[1])])
         self._calls = calls
         return calls
 
@@ -225,8 +225,8 @@ class PluginHost:
         """Hand stored state back to its owners here; CheckpointError if a required one is missing."""
         self._states.load(self.plugins, records, tensors, is_main, self.guard)
 
-    def _listeners(self, hook: str) -> list[Listener]:
-        """The implementations of a hook as functions of all its arguments, in call order."""
+    def _impls(self, hook: str) -> list[Impl]:
+        """The implementations of a hook in call order, each as a function of all its arguments."""
         found = {impl.plugin_name: impl for impl in getattr(self._manager.hook, hook).get_hookimpls()}
         wrap, arguments = self.wrap or (lambda implementation: implementation), HOOKS[hook].arguments
         here = [(found[plugin.name], plugin) for plugin in self.plugins if plugin.name in found]
@@ -237,7 +237,7 @@ class PluginHost:
         if plugin.failed:
             return None
         try:
-            return self.guard.call(None, call)
+            return self.guard.call(call)
         except FAILURES as error:
             if self._calls is None:
                 raise plugin.failure(method, error) from error
@@ -249,7 +249,7 @@ def _described(plugin: LoadedPlugin) -> Mapping[str, Any]:
     """What a plugin says of itself, which must be something that can be written down."""
     facts = plugin.active.describe()
     if not isinstance(facts, Mapping):
-        raise PluginError(f"it returned a {type(facts).__name__}", hint="expected a mapping")
+        raise PluginError(f"it returned a {type(facts).__name__}; expected a mapping")
     json.dumps(facts)
     return facts
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import types
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import attrs
 
-from gpt_simple.config.types import unwrap
+from gpt_simple.config.types import UnsupportedType, parse_type
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.plugin import Plugin
 from gpt_simple.hooks.specs import HOOKS, PROJECT
@@ -166,15 +165,18 @@ def _table_mistakes(table: type, path: str, outer: tuple[type, ...] = ()) -> Ite
         yield f"{path} has an annotation that cannot be read: {error}"
         return
     for a in attrs.fields(table):
-        kind = unwrap(hints.get(a.name, a.type))[0]
-        if (bad := _unsupported(kind)) is not None:
+        annotation = hints.get(a.name, a.type)
+        try:
+            type_ = parse_type(annotation)
+        except UnsupportedType as error:
             yield (
-                f"{path}.{a.name} has the type {bad}; supported are bool, int, float, str, Literal, "
+                f"{path}.{a.name} has the type {_name(error.part)}; supported are bool, int, float, str, Literal, "
                 "X | None, tuple[X, ...], Mapping[str, X] and frozen attrs classes"
             )
-        elif problem := _default_problem(a.default, hints.get(a.name, a.type)):
+            continue
+        if problem := _default_problem(a.default, annotation):
             yield f"{path}.{a.name} has a default that it could not be set to: {problem}"
-        for inner in _tables(kind):
+        for inner in type_.tables:
             yield from _table_mistakes(inner, f"{path}.{a.name}", (*outer, table))
 
 
@@ -192,28 +194,8 @@ def _default_problem(default: object, kind: Any) -> str:
     return ""
 
 
-def _tables(kind: Any) -> Iterator[type]:
-    """The attrs classes in a type."""
-    if isinstance(kind, type) and attrs.has(kind):
-        yield kind
-    for part in get_args(kind):
-        yield from _tables(part)
-
-
-def _unsupported(kind: Any) -> str | None:
-    """The part of a type that a configuration cannot hold; None if all of it is fine."""
-    if kind in (bool, int, float, str, types.NoneType) or (isinstance(kind, type) and attrs.has(kind)):
-        return None
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return None
-    if origin in (Union, types.UnionType):
-        return next((bad for part in parts if (bad := _unsupported(part))), None)
-    if origin is tuple and len(parts) == 2 and parts[1] is Ellipsis:
-        return _unsupported(parts[0])
-    if isinstance(origin, type) and issubclass(origin, Mapping) and len(parts) == 2 and parts[0] is str:
-        return _unsupported(parts[1])
-    return getattr(kind, "__name__", None) if isinstance(kind, type) and not parts else str(kind)
+def _name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _options(member: Any) -> dict[str, Any] | None:

@@ -40,7 +40,6 @@ class LoadedPlugin:
     why: str
     instance: Plugin[Any] | None = None
     failed: bool = False
-    calls: int = 0
     seconds: float = 0.0
     file: str = field(init=False)
 

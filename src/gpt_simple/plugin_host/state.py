@@ -82,7 +82,7 @@ class PluginStates:
                     self._remember(plugin, name, dict(record), _of(name, tensors))
                 try:
                     state = unpack(record["state"], tensors)
-                    guard.call(None, partial(plugin.active.load_state_dict, state, record["version"]))
+                    guard.call(partial(plugin.active.load_state_dict, state, record["version"]))
                 except FAILURES as error:
                     raise plugin.failure("load_state_dict", error) from error
 
@@ -104,15 +104,15 @@ def pack(state: Any, path: str, tensors: Tensors) -> Any:
         return state if math.isfinite(state) else {FLOAT: str(state)}
     if isinstance(state, Mapping):
         if bad := [key for key in state if not isinstance(key, str) or key in (TENSOR, FLOAT)]:
-            raise PluginError(f"the state's {path} has the key {bad[0]!r}", hint="expected text that has no $ in front")
+            raise PluginError(f"the state's {path} has the key {bad[0]!r}; expected text that has no $ in front")
         # Escaped as in a JSON pointer, so that no key looks like a path.
         steps = {key: key.replace("~", "~0").replace("/", "~1") for key in state}
         return {key: pack(value, f"{path}/{steps[key]}", tensors) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return [pack(value, f"{path}/{index}", tensors) for index, value in enumerate(state)]
     raise PluginError(
-        f"the state's {path} is a {type(state).__name__}",
-        hint="expected tensors, numbers, text, booleans, None, and mappings or lists of them",
+        f"the state's {path} is a {type(state).__name__}; expected tensors, numbers, text, booleans, "
+        "None, and mappings or lists of them"
     )
 
 
@@ -137,7 +137,7 @@ def _pack_plugin(plugin: LoadedPlugin) -> tuple[Record, Tensors] | None:
     tensors: Tensors = {}
     state = plugin.active.state_dict()
     if not isinstance(state, Mapping):
-        raise PluginError(f"it returned a {type(state).__name__}", hint="expected a mapping")
+        raise PluginError(f"it returned a {type(state).__name__}; expected a mapping")
     packed = pack(state, plugin.name, tensors)
     if not state:
         return None

@@ -56,8 +56,6 @@ class Metrics(Plugin[NoConfig]):
 
     @hookimpl
     def on_log(self, run: Run, event: ev.LogRecord) -> None:
-        if event.name == "output_gone":
-            self._open_anew(run)
         self._write(run, "event", {"name": event.name, "level": event.level, "message": event.message, **event.fields})
 
     @hookimpl
@@ -74,7 +72,7 @@ class Metrics(Plugin[NoConfig]):
     def on_close(self, run: Run, event: ev.Close) -> None:
         if self._file is not None:
             try:
-                self._flush(self._file)
+                self._flush(run, self._file)
             finally:
                 self._file.close()
                 self._file = None
@@ -93,7 +91,7 @@ class Metrics(Plugin[NoConfig]):
         if self._file is None:
             return  # what is told before the run starts is written when it does
         try:
-            self._flush(self._file)
+            self._flush(run, self._file)
         except OSError as error:
             del self._waiting[_LIMIT:]
             if not self._failing:
@@ -102,19 +100,17 @@ class Metrics(Plugin[NoConfig]):
         else:
             self._failing = False
 
-    def _flush(self, file: FileIO) -> None:
+    def _flush(self, run: Run, file: FileIO) -> None:
+        path = run.output_dir / "metrics.jsonl"
+        if not path.exists() and path.parent.exists():
+            # Somebody deleted or moved the file: its content is there until it is closed, and goes to the new one.
+            self._file = FileIO(path, "a+")
+            with file:
+                file.seek(0)
+                self._waiting[:0] = file.readall() or b""
+            file = self._file
         while self._waiting:
             del self._waiting[: file.write(self._waiting) or 0]
-
-    def _open_anew(self, run: Run) -> None:
-        """Somebody deleted the file: its content is there until it is closed, and goes to the new one."""
-        path = run.output_dir / "metrics.jsonl"
-        if self._file is None or path.exists():
-            return
-        with self._file as gone:
-            gone.seek(0)
-            self._waiting[:0] = gone.readall() or b""
-        self._file = FileIO(path, "a+")
 
 
 def _ends_with_newline(path: Any) -> bool:

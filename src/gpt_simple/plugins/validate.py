@@ -151,9 +151,9 @@ def _resume(preflight: Preflight) -> Iterator[Finding]:
     resume, steps = preflight.resume, preflight.config.training.max_steps
     for path, reason in resume.skipped:
         yield Finding("warning", "checkpoint-damaged", f"{reason}; the one before it is used", str(path))
-    changes = resume.guarantee.removeprefix("changed: ").split("; ") if resume.guarantee.startswith("changed") else []
     # To go on for longer is what one resumes for.
-    differs = resume.kind == "resume" and any(not change.startswith("training.max_steps ") for change in changes)
+    changed = resume.changes is not None and resume.changes.lines.keys() != {"training.max_steps"}
+    differs = resume.kind == "resume" and changed
     fields = {"kind": resume.kind, "step": resume.step, "promise": resume.guarantee}
     if resume.kind == "scratch":
         message = "starts from scratch"
@@ -164,7 +164,7 @@ def _resume(preflight: Preflight) -> Iterator[Finding]:
         message += "" if differs else f": {resume.guarantee}"
     yield Finding("info", "resume", message, fields=fields)
     if differs:
-        message = f"the run that goes on was configured differently: {resume.guarantee.removeprefix('changed: ')}"
+        message = f"the run that goes on was configured differently: {resume.changes}"
         yield Finding("warning", "resume-changed", message, "training.resume", exit_code=_CHECKPOINT)
 
 

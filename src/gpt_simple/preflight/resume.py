@@ -37,4 +37,5 @@ def plan_resume(
     numerics = saved["numerics"] | {"torch": version("torch"), "processes": options.world_size}
     now = engine.run_fingerprint(config, data=fingerprints() or saved["data"], numerics=numerics, plugins=plugins)
     step, path, samples = found.checkpoint.step, found.checkpoint.path, found.state["samples"]
-    return PlannedResume(found.kind, step, path, engine.resume_guarantee(saved, now, samples), found.skipped, samples)
+    guarantee, changes = engine.resume_guarantee(saved, now, samples), engine.changes(saved, now, samples)
+    return PlannedResume(found.kind, step, path, guarantee, changes, found.skipped, samples)

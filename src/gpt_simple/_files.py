@@ -1,0 +1,69 @@
+"""Directories that appear whole, and survive a power cut once they are there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+from attrs import Factory, define
+
+
+@define
+class AtomicDirectory:
+    """A directory that is filled under the passing name ``path``; leaving the context removes what is still there.
+
+    The disk works in threads while the next file is made.
+    """
+
+    path: Path
+    _disk: ThreadPoolExecutor = Factory(lambda: ThreadPoolExecutor(4))
+    _syncing: dict[Path, Future[None]] = Factory(dict)
+
+    def __enter__(self) -> Self:
+        remove_tree(self.path)
+        self.path.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._disk.shutdown(cancel_futures=True)
+        remove_tree(self.path)
+
+    def sync(self, path: Path) -> None:
+        """Begin to make a file or directory durable that nothing is added to any more."""
+        if path not in self._syncing:
+            self._syncing[path] = self._disk.submit(fsync, path)
+
+    def rename(self, target: Path, *, aside: Path | None = None) -> None:
+        """Make everything in it durable, then give it the name ``target``.
+
+        A directory of that name is first renamed to ``aside``, and removed once its successor is durable.
+        """
+        for path in self.path.rglob("*"):
+            self.sync(path)
+        for durable in self._syncing.values():
+            durable.result()
+        fsync(self.path)
+        if aside is not None and target.exists():
+            remove_tree(aside)
+            target.rename(aside)
+        self.path.rename(target)
+        fsync(target.parent)
+        if aside is not None:
+            remove_tree(aside)
+
+
+def fsync(path: Path) -> None:
+    """Make a file's content, or a directory's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory as far as possible."""
+    shutil.rmtree(path, ignore_errors=True)
