@@ -378,7 +378,7 @@ def test_a_wrapper_goes_around_every_implementation(activate: Activate) -> None:
 def test_what_a_listener_leaves_changed_is_put_back_before_the_next_one(activate: Activate, hook: str) -> None:
     state, seen = ["clean"], []
 
-    def restore(subject: object, before: str) -> str:
+    def restore(run: object, before: str) -> str:
         left, state[0] = state[0], before
         return left
 
@@ -393,7 +393,7 @@ def test_what_a_listener_leaves_changed_is_put_back_before_the_next_one(activate
 
     listeners = [plugin(name, hook, body) for name, body in (("A", leaves), ("B", raises), ("C", leaves))]
     host = activate(*listeners)
-    host.guard = Guard(state=lambda subject: state[0], restore=restore)
+    host.guard = Guard(lambda run: state[0], restore)
     calls, off = started(host)
     call(calls, hook, METRICS)
     assert (seen, state) == (["clean"] * 3, ["clean"])

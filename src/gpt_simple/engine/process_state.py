@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,38 +33,33 @@ _ANY = (None,)
 """``has_torch_function(_ANY)`` is true inside any mode: a default device is one. Asking for the device takes 100 times
 as long."""
 
-_NO_MODEL = SimpleNamespace(training=None)
-
 _RESTORED: list[torch.inference_mode] = []
 """Inference modes that were entered to undo another one: each ends when its object is deleted."""
 
 State = tuple[bool, bool, torch.dtype, torch.device | None, bool | None, int, tuple[str, ...]]
 
 
-def _model_of(run: Any) -> Any:
-    try:
-        return run.model
-    except (AttributeError, PluginError):  # there is no run, or it has no model yet
-        return _NO_MODEL
-
-
-def _state(model: Any) -> State:
+def _state(run: Any) -> State:
     """The guarded state. Called after every hook of every plugin, so it asks for as little as it can."""
     gradients = is_grad_enabled()
     autocasts = autocast_increment_nesting() - 1
     autocast_decrement_nesting()
+    try:
+        training = run.model.training
+    except (AttributeError, PluginError):  # there is no run, or it has no model yet
+        training = None
     return (
         gradients,
         False if gradients else is_inference_mode_enabled(),  # it switches gradients off
         get_default_dtype(),
         torch.get_default_device() if has_torch_function(_ANY) else None,
-        model.training,
+        training,
         autocasts,
         autocast_kinds() if autocasts else (),
     )
 
 
-def _restore(model: Any, before: State) -> str:
+def _restore(run: Any, before: State) -> str:
     """Restore what has changed, and describe what it was changed to; empty if nothing was."""
     gradients, inference, dtype, device, training, autocasts, kinds = before
     left = []
@@ -82,9 +76,9 @@ def _restore(model: Any, before: State) -> str:
     if _default_device() != device:
         left.append(f"the default device {torch.get_default_device()}")
         _restore_device(device)
-    if model.training is not training:
+    if training is not None and run.model.training is not training:
         left.append(f"the model in {'evaluation' if training else 'training'} mode")
-        model.train(training)
+        run.model.train(training)
     if (_autocast_depth(), autocast_kinds()) != (autocasts, kinds):
         left.append("autocast entered and not left")
         _restore_autocast(autocasts, kinds)
@@ -128,7 +122,7 @@ def _on_off(on: bool) -> str:
     return "on" if on else "off"
 
 
-TORCH_STATE = Guard(_model_of, _state, _restore)
+TORCH_STATE = Guard(_state, _restore)
 
 
 @contextmanager

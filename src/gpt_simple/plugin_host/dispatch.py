@@ -43,31 +43,28 @@ class LeftChanged(Exception):
 class Guard:
     """State of the process that every plugin must leave as it found it; ``engine/process_state.py`` has torch's.
 
-    ``subject(run)`` is what the other two work on; ``run`` is None in a plain method. ``state(subject)`` is the state
-    now, something to compare. ``restore(subject, before)`` restores what has changed and describes it; empty if nothing
-    has.
+    ``state(run)`` is the state now, something to compare; ``run`` is None in a plain method. ``restore(run, before)``
+    restores what has changed and describes it; empty if nothing has.
     """
 
-    subject: Callable[[Any], Any] = lambda run: run
-    state: Callable[[Any], Any] = lambda subject: None
-    restore: Callable[[Any, Any], str] = lambda subject, before: ""
+    state: Callable[[Any], Any] = lambda run: None
+    restore: Callable[[Any, Any], str] = lambda run, before: ""
 
     def call(self, work: Callable[[], T]) -> T:
         """``work()``, which raises LeftChanged after restoring what it left changed."""
-        subject = self.subject(None)
-        before = self.state(subject)
+        before = self.state(None)
         try:
             result = work()
-            if self.state(subject) != before:
-                self.refuse(subject, before)
+            if self.state(None) != before:
+                self.refuse(None, before)
         except BaseException:
-            self.restore(subject, before)
+            self.restore(None, before)
             raise
         return result
 
-    def refuse(self, subject: Any, before: Any) -> NoReturn:
+    def refuse(self, run: Any, before: Any) -> NoReturn:
         """Restore the state, and raise LeftChanged with what had changed."""
-        raise LeftChanged(f"the process was left with {self.restore(subject, before)}: put back what is changed")
+        raise LeftChanged(f"the process was left with {self.restore(run, before)}: put back what is changed")
 
 
 @frozen
@@ -97,47 +94,50 @@ class Policy:
 class HookCaller:
     """One hook on this process: calls its implementations in order and charges each with its time and its failures.
 
-    Whoever keeps a caller sees that a plugin was dropped: ``impls`` is then another tuple.
+    Whoever keeps ``call`` sees that a plugin was dropped: ``impls`` is then another tuple.
     """
 
     info: HookInfo
     impls: tuple[Impl, ...]
     guard: Guard
     fail: Callable[[LoadedPlugin, str, object, BaseException], PluginError]
+    answers: bool = field(init=False)
+    ends_run: bool = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.answers = self.info.returns != "none"
+        self.ends_run = self.info.order == "reverse"
 
     def call(self, run: Any, event: Any) -> Any:
         """``[(plugin, result), ...]`` with checked types; the failures of a hook that ends a run; else None.
 
-        Called in every step. What one plugin leaves is what the next one finds: one snapshot and one reading of the
+        Called in every step. What one plugin leaves is what the next one finds: one look at the state and one at the
         clock serve both.
         """
-        info, guard = self.info, self.guard
-        state, subject = guard.state, guard.subject(run)
-        notifies = info.returns == "none"
+        state = self.guard.state
         outcomes: list[Any] = []
-        before, start = state(subject), perf_counter()
+        before, start = state(run), perf_counter()
         for implementation, plugin in self.impls:
             try:
                 result = implementation(run, event)
-                if state(subject) != before:
-                    guard.refuse(subject, before)
-                if result is not None or not notifies:
-                    outcomes.append((plugin.name, checked(info, result)))
+                if state(run) != before:
+                    self.guard.refuse(run, before)
+                if result is not None or self.answers:
+                    outcomes.append((plugin.name, checked(self.info, result)))
             except BaseException as error:
-                guard.restore(subject, before)
+                self.guard.restore(run, before)
                 if not isinstance(error, FAILURES):
                     raise
-                failure = self.fail(plugin, info.name, event, error)
-                if info.order == "reverse":
+                failure = self.fail(plugin, self.info.name, event, error)
+                if self.ends_run:
                     outcomes.append(failure)
             end = perf_counter()
             plugin.seconds += end - start
             start = end
-        if info.order == "forward":
-            return None if notifies else outcomes
-        if info.name == "on_close":
+        if self.ends_run:
             self.impls = ()  # it is called once
-        return outcomes
+            return outcomes
+        return outcomes if self.answers else None
 
 
 @define(eq=False)
