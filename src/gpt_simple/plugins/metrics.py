@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from io import FileIO
 from typing import TYPE_CHECKING, Any
 
+from gpt_simple import PluginError
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _LIMIT = 1 << 24
 class Metrics(Plugin[NoConfig]):
     """One unbuffered write a row: a kill loses nothing that was reported, and at most tears the last line.
 
-    What cannot be written, because the disk is full, is kept and written with a later row.
+    What cannot be written, because the disk is full, is kept, and tried again with the next row and after each step.
     """
 
     def __init__(self, config: NoConfig) -> None:
@@ -45,6 +46,11 @@ class Metrics(Plugin[NoConfig]):
         if torn:
             self._waiting[:0] = b"\n"
         self._write(run, "event", {"name": "run_start", "message": event.promise})
+
+    @hookimpl
+    def on_step_end(self, run: Run, event: ev.StepEnd) -> None:
+        if self._waiting:
+            self._flush(run)
 
     @hookimpl
     def on_metrics(self, run: Run, event: ev.MetricsReady) -> None:
@@ -72,12 +78,12 @@ class Metrics(Plugin[NoConfig]):
 
     @hookimpl
     def on_close(self, run: Run, event: ev.Close) -> None:
-        if self._file is not None:
-            try:
-                self._flush(self._file)
-            finally:
-                self._file.close()
-                self._file = None
+        # The lock is released: another run may own the directory by now, so nothing is written.
+        if (file := self._file) is not None:
+            self._file = None
+            file.close()
+            if self._waiting:
+                raise PluginError(f"{file.name}: the last rows could not be written")
 
     def _write(self, run: Run, kind: str, values: Mapping[str, Any], *, step: int | None = None) -> None:
         row: dict[str, Any] = {
@@ -90,10 +96,14 @@ class Metrics(Plugin[NoConfig]):
         if nonfinite := {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}:
             row |= {**dict.fromkeys(nonfinite), "nonfinite": nonfinite}
         self._waiting += _JSON.encode(row).encode() + b"\n"
-        if self._file is None:
-            return  # what is told before the run starts is written when it does
+        if self._file is not None:  # what is logged before the run starts is written when it does
+            self._flush(run)
+
+    def _flush(self, run: Run) -> None:
+        assert self._file is not None
         try:
-            self._flush(self._file)
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting) or 0]
         except OSError as error:
             del self._waiting[_LIMIT:]
             if not self._failing:
@@ -101,10 +111,6 @@ class Metrics(Plugin[NoConfig]):
                 run.log.warning(f"{self._file.name}: {error.strerror}; the rows are kept and written later")
         else:
             self._failing = False
-
-    def _flush(self, file: FileIO) -> None:
-        while self._waiting:
-            del self._waiting[: file.write(self._waiting) or 0]
 
     def _open_anew(self, run: Run) -> None:
         """Somebody deleted the file: its content is there until it is closed, and goes to the new one."""
