@@ -100,7 +100,7 @@ def one_call(listeners: int) -> dict[str, float]:
 def share_of_a_step() -> dict[str, float]:
     """What ten idle plugins add to the hooks of a step, beside the time of the steps of the same run.
 
-    Three kinds of steps take turns: as they are, without the guard, and without the idle plugins; the test kit's recorder
+    Three kinds of steps take turns: as they are, without the guard, without the idle plugins; the test kit's recorder
     listens in all of them. Medians, in microseconds: two runs differ by more than what is measured here.
     """
     hooks = ("on_step_start", "on_batch", "on_gradients", "on_step_end")

@@ -13,9 +13,12 @@ from collections.abc import Mapping
 from io import FileIO
 from typing import TYPE_CHECKING, Any
 
+from gpt_simple import PluginError
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gpt_simple.hooks import Run
     from gpt_simple.hooks import events as ev
 
@@ -28,7 +31,7 @@ _LIMIT = 1 << 24
 class Metrics(Plugin[NoConfig]):
     """One unbuffered write a row: a kill loses nothing that was reported, and at most tears the last line.
 
-    What cannot be written, because the disk is full, is kept and written with a later row.
+    What cannot be written, because the disk is full, is kept, and tried again with the next row and after each step.
     """
 
     def __init__(self, config: NoConfig) -> None:
@@ -45,6 +48,11 @@ class Metrics(Plugin[NoConfig]):
         if torn:
             self._waiting[:0] = b"\n"
         self._write(run, "event", {"name": "run_start", "message": event.promise})
+
+    @hookimpl
+    def on_step_end(self, run: Run, event: ev.StepEnd) -> None:
+        if self._waiting:
+            self._flush(run)
 
     @hookimpl
     def on_metrics(self, run: Run, event: ev.MetricsReady) -> None:
@@ -70,12 +78,12 @@ class Metrics(Plugin[NoConfig]):
 
     @hookimpl
     def on_close(self, run: Run, event: ev.Close) -> None:
-        if self._file is not None:
-            try:
-                self._flush(run, self._file)
-            finally:
-                self._file.close()
-                self._file = None
+        # The lock is released: another run may own the directory by now, so nothing is written.
+        if (file := self._file) is not None:
+            self._file = None
+            file.close()
+            if self._waiting:
+                raise PluginError(f"{file.name}: the last rows could not be written")
 
     def _write(self, run: Run, kind: str, values: Mapping[str, Any], *, step: int | None = None) -> None:
         row: dict[str, Any] = {
@@ -88,10 +96,15 @@ class Metrics(Plugin[NoConfig]):
         if nonfinite := {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}:
             row |= {**dict.fromkeys(nonfinite), "nonfinite": nonfinite}
         self._waiting += _JSON.encode(row).encode() + b"\n"
-        if self._file is None:
-            return  # what is told before the run starts is written when it does
+        if self._file is not None:  # what is logged before the run starts is written when it does
+            self._flush(run)
+
+    def _flush(self, run: Run) -> None:
+        assert self._file is not None
         try:
-            self._flush(run, self._file)
+            self._reopen_if_gone(run.output_dir / "metrics.jsonl")
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting) or 0]
         except OSError as error:
             del self._waiting[_LIMIT:]
             if not self._failing:
@@ -100,20 +113,18 @@ class Metrics(Plugin[NoConfig]):
         else:
             self._failing = False
 
-    def _flush(self, run: Run, file: FileIO) -> None:
-        path = run.output_dir / "metrics.jsonl"
-        if not path.exists() and path.parent.exists():
-            # Somebody deleted or moved the file: its content is there until it is closed, and goes to the new one.
-            self._file = FileIO(path, "a+")
-            with file:
-                file.seek(0)
-                self._waiting[:0] = file.readall() or b""
-            file = self._file
-        while self._waiting:
-            del self._waiting[: file.write(self._waiting) or 0]
+    def _reopen_if_gone(self, path: Path) -> None:
+        """Where somebody deleted or moved the file, its content is there until it is closed, and goes to a new one."""
+        if path.exists() or not path.parent.exists():
+            return
+        old, self._file = self._file, FileIO(path, "a+")
+        assert old is not None
+        with old:
+            old.seek(0)
+            self._waiting[:0] = old.readall() or b""
 
 
-def _ends_with_newline(path: Any) -> bool:
+def _ends_with_newline(path: Path) -> bool:
     with open(path, "rb") as file:
         file.seek(-1, 2)
         return file.read(1) == b"\n"
