@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from gpt_simple.errors import ConfigError
-from gpt_simple.spec import assemble
+from gpt_simple.spec import resolve_spec
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import Plugin
@@ -55,11 +55,11 @@ def train(
     given = {"model": model, "data": data, "optimizer": optimizer, "training": training}
     sections |= {name: section for name, section in given.items() if section is not None}
     texts = [(key, _text(value)) for key, value in (overrides or {}).items()]
-    assembly = assemble(path, sections=sections, overrides=texts, plugins=plugins)
+    spec = resolve_spec(path, sections=sections, overrides=texts, plugins=plugins)
     # Only now: a mistake in the configuration is told without the seconds that torch takes to load.
     from gpt_simple.job.train import train as run_session
 
-    return run_session(assembly, force=force)
+    return run_session(spec, force=force)
 
 
 def _text(value: Any) -> str:

@@ -118,7 +118,7 @@ class PluginError(GptSimpleError):
     """Whether the message says whose failure in which hook it is. Such an error ends the run through any other hook."""
 
 
-class PeerFailed(GptSimpleError):
+class RankFailed(GptSimpleError):
     """Another process failed. ``silent`` where that process, or a third one, reports it.
 
     A launcher that knows how the other process ended knows more. ``timed_out``: the other one did not come in time.

@@ -35,7 +35,7 @@ _SECTION_OF: dict[Kind, str] = {"model": "model", "optimizer": "optimizer", "sou
 
 
 @frozen
-class Assembly:
+class RunSpec:
     """A checked configuration, the plugins that it activates, and the components it can choose from."""
 
     config: Config
@@ -54,7 +54,7 @@ class Assembly:
         """Where every value was set."""
         return self.raw.origins
 
-    def with_defaults(self, values: Mapping[str, Any]) -> Assembly:
+    def with_defaults(self, values: Mapping[str, Any]) -> RunSpec:
         """The configuration with ``values`` (``section.field`` -> value) as defaults, checked again.
 
         The plugins and their tables stay. Raises ConfigError if the values do not go with those that were set.
@@ -95,23 +95,23 @@ class Assembly:
             raise
 
 
-def assemble(
+def resolve_spec(
     path: str | Path | None,
     *,
     overrides: Sequence[tuple[str, str]] = (),
     switches: Switches | None = None,
     sections: Mapping[str, object] | None = None,
     plugins: Sequence[Any] = (),
-) -> Assembly:
+) -> RunSpec:
     """Read, import the active plugins, structure, check. All mistakes are one error, of the type of the worst.
 
     ``overrides`` are (dotted key, text) pairs from a command line; ``sections`` are values given in Python, which
     replace the file's sections; ``plugins`` are plugin classes or instances given in Python.
     """
-    assembly, errors = attempt(path, overrides=overrides, switches=switches, sections=sections, plugins=plugins)
+    spec, errors = attempt(path, overrides=overrides, switches=switches, sections=sections, plugins=plugins)
     raise_all(errors)
-    assert assembly is not None, "without errors there is one"
-    return assembly
+    assert spec is not None, "without errors there is one"
+    return spec
 
 
 def attempt(
@@ -121,10 +121,10 @@ def attempt(
     switches: Switches | None = None,
     sections: Mapping[str, object] | None = None,
     plugins: Sequence[Any] = (),
-) -> tuple[Assembly | None, Sequence[GptSimpleError]]:
-    """As ``assemble``, but what is wrong with plugins and the configuration is handed out, first the configuration.
+) -> tuple[RunSpec | None, Sequence[GptSimpleError]]:
+    """As ``resolve_spec``, but what is wrong with plugins and the configuration is handed out, first the configuration.
 
-    There is an assembly whenever the configuration itself is sound; it has the plugins that are.
+    There is an spec whenever the configuration itself is sound; it has the plugins that are.
     """
     raw = read(path, overrides=overrides, sections=sections)
     errors: list[GptSimpleError] = []
@@ -146,15 +146,15 @@ def attempt(
     with collecting(wrong):
         config = structure(checked, sections=classes, plugin_configs=host.config_classes())
     wrong += unknown
-    errors, assembly = [*wrong, *errors], None
+    errors, spec = [*wrong, *errors], None
     if not wrong:
         with collecting(errors):
             registry.pair(config.optimizer.name, config.optimizer.schedule)
         with collecting(errors):
             host.instantiate(config)
         source = Path(path) if path is not None else None
-        assembly = Assembly(config, raw, host, registry, source, raw.notes, secrets=secrets)
-    return assembly, [error.replace_problems(_shown(error.problems, raw.origins, secrets)) for error in errors]
+        spec = RunSpec(config, raw, host, registry, source, raw.notes, secrets=secrets)
+    return spec, [error.replace_problems(_shown(error.problems, raw.origins, secrets)) for error in errors]
 
 
 def _shown(problems: Iterable[Problem], origins: Origins, secrets: Sequence[str]) -> list[Problem]:

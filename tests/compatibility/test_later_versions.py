@@ -30,7 +30,7 @@ from gpt_simple.engine.resume import flat, keep_values
 from gpt_simple.hooks import components
 from gpt_simple.job.load_model import restore
 from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.spec import assemble
+from gpt_simple.spec import resolve_spec
 from tests.compatibility.make_example import PLUGIN, outcome
 from tests.conftest import Ended, Shell
 
@@ -134,7 +134,7 @@ def test_a_value_that_was_set_at_the_start_is_not_kept(kept: Path, shell: Shell)
 
 
 def test_a_kept_value_is_checked_with_those_set_now() -> None:
-    spec = assemble(None, sections={"model": {"n_head": 3}})
+    spec = resolve_spec(None, sections={"model": {"n_head": 3}})
     with pytest.raises(ConfigError, match="n_embd 64 is not a multiple of n_head 3"):
         keep_values(spec, flat(spec.config) | {"model.n_embd": 64})
 
@@ -270,8 +270,8 @@ def test_a_changed_default_component_is_kept_with_its_fields(monkeypatch: pytest
 
     original = components.builtin_registry
     monkeypatch.setattr("gpt_simple.spec.builtin_registry", registry)
-    began = flat(assemble(None).config)
+    began = flat(resolve_spec(None).config)
     monkeypatch.setitem(structure.SECTIONS, "optimizer", Momentum)  # type: ignore[arg-type]
-    spec = keep_values(assemble(None, overrides=[("optimizer.beta1", "0.5")]), began)
+    spec = keep_values(resolve_spec(None, overrides=[("optimizer.beta1", "0.5")]), began)
     assert flat(spec.config) == began | {"optimizer.beta1": 0.5}
     assert type(spec.config.optimizer) is OptimizerConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_simple.spec import assemble
+from gpt_simple.spec import resolve_spec
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -46,7 +46,7 @@ def _run_block(page: Path, language: str, text: str, namespace: dict[str, object
     elif language in ("toml", "yaml"):
         path = Path(f"block.{language}")
         path.write_text(text, encoding="utf-8")
-        assemble(path)
+        resolve_spec(path)
 
 
 def test_the_architecture_names_what_is_there() -> None:

@@ -21,7 +21,7 @@ from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.hooks import NoConfig, PreflightOptions, Registry
 from gpt_simple.hooks.components import SECTION_FIELDS
 from gpt_simple.preflight.preflight import RunPreflight
-from gpt_simple.spec import assemble
+from gpt_simple.spec import resolve_spec
 from gpt_simple.testing import Trained, train
 
 
@@ -281,6 +281,6 @@ def test_the_fields_that_are_required_are_all_that_a_run_and_its_checks_read(tmp
         "optimizer": {"name": "least"},
     }
     assert train(Least, output_dir=tmp_path, max_steps=2, overrides=sections).result.steps == 2
-    assembly = assemble(None, sections=sections, plugins=[Least])
-    findings = assembly.check_config(RunPreflight(assembly, PreflightOptions()))
+    spec = resolve_spec(None, sections=sections, plugins=[Least])
+    findings = spec.check_config(RunPreflight(spec, PreflightOptions()))
     assert {finding.code for finding in findings} >= {"data", "epochs", "config"}

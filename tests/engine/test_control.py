@@ -16,7 +16,7 @@ class Alone:
 
     size = 1
 
-    def agree(self, flags: Any) -> list[int]:
+    def all_reduce_max(self, flags: Any) -> list[int]:
         raise AssertionError("one process has no collective")
 
     def gather(self, value: Any) -> list[Any]:
@@ -96,7 +96,7 @@ class Others:
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
 
-    def agree(self, flags: Any) -> list[int]:
+    def all_reduce_max(self, flags: Any) -> list[int]:
         self.seen.append([int(flag) for flag in flags])
         return [1, 0, 1, 0, 0, 0, 1]
 

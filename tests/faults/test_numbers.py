@@ -17,7 +17,7 @@ import torch
 
 from gpt_simple import Plugin, TrainResult, hookimpl
 from gpt_simple.checkpoint.draft import Draft
-from gpt_simple.engine.loss_monitor import MadeStep, Watch, all_finite
+from gpt_simple.engine.loss_monitor import LossMonitor, StepRecord, all_finite
 from gpt_simple.errors import GptSimpleError
 from gpt_simple.job.claim import LockLost
 from gpt_simple.run_dir.layout import RunDir
@@ -155,19 +155,19 @@ def test_a_spike_is_reported_once_with_its_samples(tiny: TinyRun) -> None:
     assert "samples 416 to 419" in row["message"]
 
 
-def made(losses: list[float], skipped: tuple[int, ...] = ()) -> list[MadeStep]:
-    return [MadeStep(step, 8 * (step - 1), 8, loss, step in skipped) for step, loss in enumerate(losses, 1)]
+def made(losses: list[float], skipped: tuple[int, ...] = ()) -> list[StepRecord]:
+    return [StepRecord(step, 8 * (step - 1), 8, loss, step in skipped) for step, loss in enumerate(losses, 1)]
 
 
 def test_noise_and_a_falling_loss_are_no_spikes() -> None:
     noise = torch.randn(2000, generator=torch.Generator().manual_seed(0)).tolist()
     falling = [2 + 8 * math.exp(-step / 200) + 0.1 * noise[step] for step in range(2000)]
-    assert Watch(None).spike(made(falling)) is None
+    assert LossMonitor(None).spike(made(falling)) is None
 
 
 def test_a_level_that_stays_high_is_reported_and_then_usual() -> None:
     losses = [3.0 + 0.01 * (step % 2) for step in range(100)] + [9.0] * 300
-    watch = Watch(None)
+    watch = LossMonitor(None)
     steps = made(losses)
     spike = watch.spike(steps[:101])
     assert spike is not None
@@ -178,10 +178,10 @@ def test_a_level_that_stays_high_is_reported_and_then_usual() -> None:
 
 def test_a_streak_is_followed_over_logging_points() -> None:
     steps = made([1.0] * 10, skipped=(3, 4, 5, 6))
-    watch = Watch(4)
+    watch = LossMonitor(4)
     assert watch.streak(steps[:5]) == ""
     assert "3 to 6" in watch.streak(steps[5:])
-    watch = Watch(4)
+    watch = LossMonitor(4)
     assert watch.streak([*steps[:4], steps[8], *steps[4:6]]) == ""
 
 

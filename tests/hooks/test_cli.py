@@ -17,7 +17,7 @@ from gpt_simple.cli.fields import builtin_configs
 from gpt_simple.cli.plugin_details import toml_literal
 from gpt_simple.cli.plugins import plugins
 from gpt_simple.errors import ConfigError, PluginError
-from gpt_simple.spec import assemble
+from gpt_simple.spec import resolve_spec
 
 from .conftest import PLUGIN, FakePackage
 from .test_host import install_broken
@@ -299,7 +299,7 @@ def test_a_run_that_uses_a_broken_plugin_stops_with_one_sentence(fake_package: F
 def test_a_part_of_a_plugin_that_is_installed_but_off(fake_package: FakePackage) -> None:
     fake_package("acme-log", plugins={"acme": "acme_log:Acme"}, modules={"acme_log": PLUGIN.format(cls="Acme")})
     with pytest.raises(ConfigError, match=r"switch that on: \[plugins\.NAME\] or -p NAME \(.*acme.*\)"):
-        assemble(None, overrides=[("optimizer.schedule", "zigzag")])
+        resolve_spec(None, overrides=[("optimizer.schedule", "zigzag")])
 
 
 def test_the_reference_of_the_configuration_has_built_in_plugins_alone(fake_package: FakePackage) -> None:

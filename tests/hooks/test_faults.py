@@ -210,9 +210,9 @@ def test_when_one_of_two_processes_has_to_end_the_other_learns_why_and_ends(hook
     assert blame in outcomes[culprit].error
     other = outcomes[1 - culprit].error
     if culprit == 0:  # process 0 holds the store here, where a launcher's agent does otherwise
-        assert other.startswith("PeerFailed: ")
+        assert other.startswith("RankFailed: ")
     elif hook not in ("on_eval_end", "on_run_end"):  # after these nobody waits for anybody any more
-        assert other.startswith(f"PeerFailed: process {culprit} failed")
+        assert other.startswith(f"RankFailed: process {culprit} failed")
 
 
 def _culprit(hook: str) -> int:

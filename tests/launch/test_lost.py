@@ -134,7 +134,7 @@ def test_a_process_that_dies_is_noticed_at_once_by_all(ranks: Ranks, tmp_path: P
     assert time.monotonic() - begin < 30
     assert answers[3] is None
     ((_, error, text),) = told(answers)
-    assert error == "PeerFailed"
+    assert error == "RankFailed"
     assert re.match(r"a process died in step 3 \(\w.*(closed|reset).*\); start again with the same command", text)
 
 
@@ -143,7 +143,7 @@ def test_a_process_that_hangs_is_named_after_the_timeout(ranks: Ranks, tmp_path:
     answers = ranks(3, lambda rank: tiny(tmp_path / "run", **options).status)
     assert answers[2] is None
     ((rank, error, text),) = told(answers)
-    assert (rank, error) == (0, "PeerFailed")
+    assert (rank, error) == (0, "RankFailed")
     assert text.startswith("process 2 did not come to the end of step 3: waited 3 s")
 
 
@@ -161,7 +161,7 @@ def test_a_process_that_hangs_before_a_checkpoint_is_named_too(ranks: Ranks, tmp
     answers = ranks(2, lambda rank: tiny(tmp_path / "run", **options).status)
     assert answers[1] is None
     ((rank, error, text),) = told(answers)
-    assert (rank, error) == (0, "PeerFailed")
+    assert (rank, error) == (0, "RankFailed")
     assert text.startswith("process 1 did not come to the end of step 3: waited 3 s")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpt_simple import Plugin, hookimpl, read_metrics
-from gpt_simple.engine.metrics import Interval
+from gpt_simple.engine.metrics import MetricBuffer
 from tests.engine.conftest import TinyRun
 
 STEP_TOKENS = 2 * 2 * 32
@@ -77,13 +77,13 @@ def test_all_time_is_in_the_wall_rate_and_only_training_in_the_other(tiny: TinyR
 
 def test_steps_that_a_device_makes_later_take_their_time(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU is given work and returns at once; only whoever reads a result waits for it."""
-    read = Interval.read
+    read = MetricBuffer.read
 
-    def waits(self: Interval, *arguments: Any) -> Any:
+    def waits(self: MetricBuffer, *arguments: Any) -> Any:
         time.sleep(0.5)
         return read(self, *arguments)
 
-    monkeypatch.setattr(Interval, "read", waits)
+    monkeypatch.setattr(MetricBuffer, "read", waits)
     for row in rows(tiny().output_dir):
         assert 2 * STEP_TOKENS / row["perf/wall_tokens_per_second"] >= 0.5
         steps = 1 if row["step"] == 2 else 2

@@ -14,7 +14,7 @@ from gpt_simple.data.mixture import Mixture, mixture
 from gpt_simple.hooks import events as ev
 from gpt_simple.job.train import train
 from gpt_simple.plugin_host.activation import Switches
-from gpt_simple.spec import assemble
+from gpt_simple.spec import resolve_spec
 from tests.conftest import CONFIG, Shell
 from tests.data.conftest import write_dataset
 from tests.validate.conftest import Check
@@ -88,7 +88,7 @@ def read(two_buckets: Path, capfd: pytest.CaptureFixture[str]) -> Read:
     def run(*arguments: str) -> tuple[list[str], int]:
         rows = Rows()
         pairs = [(key, value) for key, _, value in (text.removeprefix("--").partition("=") for text in arguments)]
-        result = train(assemble("config.toml", overrides=pairs, plugins=[rows], switches=Switches(no_plugins=True)))
+        result = train(resolve_spec("config.toml", overrides=pairs, plugins=[rows], switches=Switches(no_plugins=True)))
         capfd.readouterr()  # its warnings
         return rows.seen, result.steps
 

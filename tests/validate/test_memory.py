@@ -22,7 +22,7 @@ from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugins.memory import start_counting, stop_counting
 from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory import largest_batch, predict_memory
-from gpt_simple.spec import assemble
+from gpt_simple.spec import resolve_spec
 from gpt_simple.testing import train_on_ranks
 from tests.validate.conftest import Check
 
@@ -118,9 +118,9 @@ def run(directory: Path, overrides: Mapping[str, str], *plugins: str) -> dict[st
     """What the memory plugin says at the end of a run."""
     values = {**overrides, "training.output_dir": str(directory), "plugins.console.progress": "off"}
     switches = Switches(enable=("memory", *plugins), disable=("sample",))
-    assembly = assemble(None, sections=BASE, overrides=list(values.items()), switches=switches)
-    train(assembly)
-    plugin: Any = next(plugin.instance for plugin in assembly.host.plugins if plugin.name == "memory")
+    spec = resolve_spec(None, sections=BASE, overrides=list(values.items()), switches=switches)
+    train(spec)
+    plugin: Any = next(plugin.instance for plugin in spec.host.plugins if plugin.name == "memory")
     return {"predicted": plugin._prediction, "measured": plugin._measured, "said": plugin.describe()}
 
 

@@ -40,22 +40,22 @@ def show(
     """Print every value that a run of CONFIG would use."""
     from gpt_simple.config.render import to_json, to_toml
     from gpt_simple.plugin_host.activation import Switches
-    from gpt_simple.spec import assemble
+    from gpt_simple.spec import resolve_spec
 
     if path and option and path != option:
         raise click.UsageError(f"two configurations were given: {path} and --config {option}")
     if as_json and as_toml:
         raise click.UsageError("choose one of --json and --toml")
     switches = Switches.parse(plugins, no_plugins=no_plugins)
-    assembly = assemble(path or option, overrides=overrides, switches=switches)
-    for note in assembly.notes:
+    spec = resolve_spec(path or option, overrides=overrides, switches=switches)
+    for note in spec.notes:
         click.echo(f"note: {note}", err=True)
     if not as_json:
-        click.echo(to_toml(assembly.config, comments=False, origins=assembly.origins if origin else None), nl=False)
+        click.echo(to_toml(spec.config, comments=False, origins=spec.origins if origin else None), nl=False)
     elif not origin:
-        click.echo(to_json(assembly.config), nl=False)
+        click.echo(to_json(spec.config), nl=False)
     else:
-        click.echo(json.dumps(_with_origins(assembly), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(_with_origins(spec), indent=2, ensure_ascii=False))
 
 
 @config.command("schema")
@@ -75,30 +75,30 @@ def schema(path: str | None, plugins: tuple[str, ...], no_plugins: bool) -> None
     from gpt_simple.config.json_schema import json_schema
     from gpt_simple.config.structure import SECTIONS
     from gpt_simple.plugin_host.activation import Switches
-    from gpt_simple.spec import assemble
+    from gpt_simple.spec import resolve_spec
 
     tables, sections = builtin_configs(), dict(SECTIONS)
     if path is not None or plugins:
-        assembly = assemble(path, switches=Switches.parse(plugins))
-        tables |= assembly.host.config_classes()
-        tables |= {plugin.name: plugin.cls.Config for plugin in assembly.host.plugins}
-        sections = {name: type(getattr(assembly.config, name)) for name in SECTIONS}
+        spec = resolve_spec(path, switches=Switches.parse(plugins))
+        tables |= spec.host.config_classes()
+        tables |= {plugin.name: plugin.cls.Config for plugin in spec.host.plugins}
+        sections = {name: type(getattr(spec.config, name)) for name in SECTIONS}
     click.echo(json.dumps(json_schema(tables, sections=sections), indent=2, ensure_ascii=False))
 
 
-def _with_origins(assembly: Any) -> dict[str, Any]:
+def _with_origins(spec: Any) -> dict[str, Any]:
     """Dotted key -> value and the places that set it, strongest first."""
     from gpt_simple.config.render import plain
     from gpt_simple.config.structure import SWITCHES
 
     found: dict[str, Any] = {}
-    for section, values in plain(assembly.config).items():
+    for section, values in plain(spec.config).items():
         for key, value in values.items():
             if section == "plugins" and key not in SWITCHES:
                 found |= {f"plugins.{key}.{inner}": item for inner, item in value.items()}
             else:
                 found[f"{section}.{key}"] = value
     return {
-        path: {"value": value, "kind": assembly.origins.of(path).kind, "places": assembly.origins.chain(path)}
+        path: {"value": value, "kind": spec.origins.of(path).kind, "places": spec.origins.chain(path)}
         for path, value in found.items()
     }

@@ -22,7 +22,7 @@ from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.run_dir.stop_request import tell_forced
-from gpt_simple.spec import Assembly, assemble
+from gpt_simple.spec import RunSpec, resolve_spec
 
 _GIVEN = "gpt_simple.arguments"
 
@@ -45,9 +45,9 @@ class RunCommand:
     force: bool
     arguments: tuple[str, ...]
 
-    def resolve(self, *more: tuple[str, str]) -> Assembly:
+    def resolve(self, *more: tuple[str, str]) -> RunSpec:
         """The configuration with all of its mistakes reported at once; without torch."""
-        spec = assemble(self.path, overrides=[*self.overrides, *more], switches=self.switches)
+        spec = resolve_spec(self.path, overrides=[*self.overrides, *more], switches=self.switches)
         return evolve(spec, arguments=self.arguments)
 
 
@@ -121,16 +121,16 @@ def _train(command: RunCommand, pending: list[str]) -> int:
     return code
 
 
-def _resolve_once(command: RunCommand) -> Assembly:
+def _resolve_once(command: RunCommand) -> RunSpec:
     """The configuration. Under a foreign launcher, where every process finds a mistake, one reports it."""
     try:
         return command.resolve()
     except GptSimpleError as error:
         if not member.tells_alone(os.environ):
             raise
-        from gpt_simple.distributed.process_group import told_once
+        from gpt_simple.distributed.process_group import report_once
 
-        raise told_once(error) from None
+        raise report_once(error) from None
 
 
 def _began() -> float:
@@ -139,7 +139,7 @@ def _began() -> float:
     return BEGAN if launched is None else launched
 
 
-def _has_begun(spec: Assembly) -> bool:
+def _has_begun(spec: RunSpec) -> bool:
     """Whether this launch came as far as to own its run directory, before torchrun restarted its processes."""
     if (records := Records.of_this_launch(os.environ)) is not None:
         return records.has_owned()

@@ -95,16 +95,16 @@ def validate(
     switches = Switches.parse((*plugins, *(["memory"] if memory else [])), no_plugins=no_plugins)
     findings: list[Finding] = []
     try:
-        assembly, errors = attempt(path or option, overrides=overrides, switches=switches)
+        spec, errors = attempt(path or option, overrides=overrides, switches=switches)
         for error in errors:
             findings += from_error(error)
-        if assembly is not None:
+        if spec is not None:
             from gpt_simple.engine.resume import keep_values_of_run
 
-            assembly = keep_values_of_run(assembly, force=force)
-            findings += [Finding("warning", "note", note) for note in (*assembly.notes, *assembly.host.notes)]
-            findings += assembly.check_config(RunPreflight(assembly, options))
-            if "validate" not in (plugin.name for plugin in assembly.host.plugins):
+            spec = keep_values_of_run(spec, force=force)
+            findings += [Finding("warning", "note", note) for note in (*spec.notes, *spec.host.notes)]
+            findings += spec.check_config(RunPreflight(spec, options))
+            if "validate" not in (plugin.name for plugin in spec.host.plugins):
                 message = "the plugin validate is off: nothing but the configuration's own values was checked"
                 findings.append(Finding("warning", "unchecked", message, hint="leave out what switches it off"))
     except GptSimpleError as error:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch.distributed.distributed_c10d import PrefixStore
 
-from gpt_simple.errors import ExitCode, GptSimpleError, PeerFailed, PluginError, Problem
+from gpt_simple.errors import ExitCode, GptSimpleError, PluginError, Problem, RankFailed
 from gpt_simple.launch.member import AGAIN
 
 _CONTACT = re.compile(r"gloo|NCCL|c10d|TCPStore|connection|socket", re.IGNORECASE)
@@ -25,7 +25,7 @@ _SEE_OFF_SECONDS = 10.0
 
 
 @frozen
-class Peers:
+class FailureDetection:
     """The other processes, seen through the store that they met at, which needs no collective."""
 
     rank: int
@@ -34,8 +34,8 @@ class Peers:
     _store: PrefixStore
 
     def explain(self, error: Exception, step: int) -> Exception:
-        """The error to leave with: ``error`` itself if it began here, else PeerFailed with what is known."""
-        if isinstance(error, PeerFailed):
+        """The error to leave with: ``error`` itself if it began here, else RankFailed with what is known."""
+        if isinstance(error, RankFailed):
             return error
         try:
             lost = _lost_contact(error)
@@ -48,7 +48,7 @@ class Peers:
         except (RuntimeError, ValueError):
             # The store has gone with its process: torchrun's agent, or else process 0, which has the message then.
             message = f"lost the other processes in step {step + 1} ({_short(error)})"
-            return PeerFailed(message, hint=AGAIN, silent=not _has_agent())
+            return RankFailed(message, hint=AGAIN, silent=not _has_agent())
 
     def _see_off(self) -> None:
         """Without an agent the store lives in process 0: it leaves last, so that the others learn what happened."""
@@ -69,17 +69,17 @@ class Peers:
     def _who(self, error: Exception, step: int) -> Exception:
         if self._store.check(["failed"]):
             rank, code, problems = json.loads(self._store.get("failed"))
-            return PeerFailed(*(Problem(*each).within(f"process {rank} failed") for each in problems), exit_code=code)
+            return RankFailed(*(Problem(*each).within(f"process {rank} failed") for each in problems), exit_code=code)
         if "timed out" not in str(error).lower():
             first = self._store.add("mourners", 1) == 1
-            return PeerFailed(f"a process died in step {step + 1} ({_short(error)})", hint=AGAIN, silent=not first)
+            return RankFailed(f"a process died in step {step + 1} ({_short(error)})", hint=AGAIN, silent=not first)
         missing = self._roll_call()
         if not missing:
             return error
         names = f"process {missing[0]}" if len(missing) == 1 else f"processes {', '.join(map(str, missing))}"
         there = min(rank for rank in range(self.size) if rank not in missing)
         message = f"{names} did not come to the end of step {step + 1}: waited {self.timeout:g} s"
-        return PeerFailed(message, hint=AGAIN, silent=self.rank != there, timed_out=True)
+        return RankFailed(message, hint=AGAIN, silent=self.rank != there, timed_out=True)
 
     def _roll_call(self) -> list[int]:
         """The processes that do not wait for others, as all that do have timed out at about the same time."""

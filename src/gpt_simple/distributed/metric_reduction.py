@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from attrs import define, field
 
-from gpt_simple.distributed.process_group import World, digest
+from gpt_simple.distributed.process_group import ProcessGroup, digest
 from gpt_simple.hooks.results import Metric
 
 Layout = tuple[tuple[str, str], ...]
@@ -21,7 +21,7 @@ _FIRST_CAPACITY = 128
 class MetricReducer:
     """Reduces metrics over the ranks of ``world``, which all call it together."""
 
-    world: World
+    world: ProcessGroup
     _capacity: int = field(default=_FIRST_CAPACITY, init=False)
     """Numbers of one rank that a collective carries; the same on all ranks."""
     _layouts: dict[int, Layout] = field(factory=dict, init=False)

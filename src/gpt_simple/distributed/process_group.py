@@ -20,8 +20,8 @@ import torch.distributed as dist
 from attrs import define, field
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from gpt_simple.distributed.failures import Peers
-from gpt_simple.errors import ConfigError, GptSimpleError, PeerFailed
+from gpt_simple.distributed.failures import FailureDetection
+from gpt_simple.errors import ConfigError, GptSimpleError, RankFailed
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ _CONTRADICTIONS = {
 
 
 @define(slots=False)
-class World:
+class ProcessGroup:
     """All processes of the run, seen from one of them."""
 
     rank: int
@@ -54,11 +54,11 @@ class World:
     _accelerator: Any
     _host_group: Any = None
     _patient_group: Any = None
-    _peers: Peers | None = None
+    _peers: FailureDetection | None = None
     _threads: int = field(factory=torch.get_num_threads)
 
     @classmethod
-    def join(cls, timeout: float) -> World:
+    def join(cls, timeout: float) -> ProcessGroup:
         """Set up this process (and its group, under torchrun) through Accelerate.
 
         ``timeout``: seconds that a process waits for the others in a step before it gives up.
@@ -109,7 +109,7 @@ class World:
             world._host_group = dist.new_group(backend="gloo", timeout=limit)
             world._patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
             store = PrefixStore("gpt_simple", _get_default_store())
-            world._peers = Peers(world.rank, size, timeout, store)
+            world._peers = FailureDetection(world.rank, size, timeout, store)
         return world
 
     @property
@@ -133,7 +133,7 @@ class World:
         context: AbstractContextManager[Any] = self._accelerator.no_sync(wrapped)
         return context
 
-    def agree(self, flags: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, flags: Sequence[int]) -> list[int]:
         """Element-wise maximum over all processes: one collective of a host tensor, so reading it is no device sync."""
         vote = torch.tensor(flags, dtype=torch.int64)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._host_group)
@@ -162,10 +162,10 @@ class World:
         if self.size > 1:
             dist.barrier(group=self._host_group)
 
-    def together(self, work: Callable[[], T]) -> T:
+    def all_or_none(self, work: Callable[[], T]) -> T:
         """Run ``work``, which has no collective in it, on every process: all get their results, or all fail.
 
-        Where it failed first (by rank) its error is raised; the others leave with PeerFailed.
+        Where it failed first (by rank) its error is raised; the others leave with RankFailed.
         """
         result, error = None, None
         try:
@@ -178,29 +178,29 @@ class World:
                 continue
             if error is not None and rank == self.rank:
                 raise error
-            raise PeerFailed(f"process {rank} failed: its message says why", exit_code=code)
+            raise RankFailed(f"process {rank} failed: its message says why", exit_code=code)
         return result  # type: ignore[return-value]
 
-    def main_only(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the main process while the others wait; its result on every process.
 
-        When it fails its error is raised there, and the others leave with PeerFailed. All must come within the timeout;
+        When it fails its error is raised there, and the others leave with RankFailed. All must come within the timeout;
         only what the main process does then may take its time.
         """
         self.barrier()
-        result = self.together(lambda: work() if self.is_main else None)
+        result = self.all_or_none(lambda: work() if self.is_main else None)
         found: T = self.gather(result)[0]
         return found
 
-    def main_first(self, work: Callable[[], T]) -> T:
+    def main_rank_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the main process, then on the others, which find what it left on disk."""
         self.barrier()
-        first = self.together(lambda: work() if self.is_main else None)
-        return self.together(lambda: work() if first is None else first)
+        first = self.all_or_none(lambda: work() if self.is_main else None)
+        return self.all_or_none(lambda: work() if first is None else first)
 
-    def compare(self, facts: Callable[[], Mapping[str, Any]], remedy: str) -> None:
+    def assert_same_on_all_ranks(self, facts: Callable[[], Mapping[str, Any]], remedy: str) -> None:
         """Raise ConfigError, once, with every difference if processes do not have the same ``facts``."""
-        mine = self.together(facts)
+        mine = self.all_or_none(facts)
         if len(set(self.gather(digest(mine)))) == 1:
             return
         everybody = self.gather(dict(mine))
@@ -211,13 +211,13 @@ class World:
             if theirs.get(key) != everybody[0].get(key)
         ]
         if not self.is_main:
-            raise PeerFailed("the processes differ: process 0 says how", exit_code=ConfigError.exit_code)
+            raise RankFailed("the processes differ: process 0 says how", exit_code=ConfigError.exit_code)
         shown = "".join(f"\n  {line}" for line in lines[:_SHOWN])
         more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         raise ConfigError(f"the processes of this run differ; {remedy}:{shown}{more}")
 
     @contextmanager
-    def telling_peers(self, step: Callable[[], int]) -> Iterator[None]:
+    def explained_failures(self, step: Callable[[], int]) -> Iterator[None]:
         """Tell the others of an error that began here, and find out about theirs. ``step``: the last one made."""
         try:
             yield
@@ -231,8 +231,8 @@ class World:
         torch.set_num_threads(self._threads)
 
 
-def told_once(error: GptSimpleError, seconds: float = 20.0) -> GptSimpleError:
-    """What to leave with when ``error`` was found before the processes met: itself, or PeerFailed where another one has
+def report_once(error: GptSimpleError, seconds: float = 20.0) -> GptSimpleError:
+    """What to leave with when ``error`` was found before the processes met: itself, or RankFailed where another one has
     it too and tells it, or has another. Itself as well if they do not meet within ``seconds``.
     """
 
@@ -240,8 +240,10 @@ def told_once(error: GptSimpleError, seconds: float = 20.0) -> GptSimpleError:
         raise error
 
     try:
-        World.join(seconds).together(fail)  # the others, if they found nothing, are in their first World.compare
-    except PeerFailed as echo:
+        ProcessGroup.join(seconds).all_or_none(
+            fail
+        )  # the others, if they found nothing, are in their first ProcessGroup.compare
+    except RankFailed as echo:
         return echo
     except Exception:
         return error

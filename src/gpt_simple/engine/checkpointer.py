@@ -93,16 +93,16 @@ class Checkpointer:
         if self._newest == run.step:
             return ""
         in_background = run.config.training.background_save and not blocking
-        if not in_background and not dist.main_only(lambda: all_finite(run.model.parameters())):
+        if not in_background and not dist.on_main(lambda: all_finite(run.model.parameters())):
             return self._not_finite(run.step)
         if self.calls.on_checkpoint_saving is not None:
             with run.comm.during("on_checkpoint_saving"):
                 self.calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
         if in_background:
-            dist.main_only(self._begin)
+            dist.on_main(self._begin)
             self._pending = run.step, reason
             return ""
-        self._finish(dist.main_only(lambda: self._write(must_succeed=blocking)), reason)
+        self._finish(dist.on_main(lambda: self._write(must_succeed=blocking)), reason)
         if self.time_budget is not None:
             self.time_budget.record_save(time.perf_counter() - started)
         return ""
@@ -112,7 +112,7 @@ class Checkpointer:
         if self._pending is None:
             return
         step, reason = self._pending
-        result = self.run.dist.main_only(lambda: self._background_result(step, wait))
+        result = self.run.dist.on_main(lambda: self._background_result(step, wait))
         if result is None:
             return
         self._pending = None

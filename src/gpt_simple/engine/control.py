@@ -49,7 +49,7 @@ class Ranks(Protocol):
     def size(self) -> int:
         """The number of ranks."""
 
-    def agree(self, flags: Sequence[int]) -> list[int]:
+    def all_reduce_max(self, flags: Sequence[int]) -> list[int]:
         """The element-wise maximum over all ranks, in one collective."""
 
     def gather(self, value: Any) -> list[Any]:
@@ -127,7 +127,7 @@ class Control:
     def any_leaving(self) -> bool:
         """Whether any rank wants to leave; all ranks call it together."""
         leaving = self.is_leaving()
-        return bool(self.dist.agree([leaving])[0]) if self.dist.size > 1 else leaving
+        return bool(self.dist.all_reduce_max([leaving])[0]) if self.dist.size > 1 else leaving
 
     def decide(self) -> Decision:
         """Agree with all ranks and clear what is acted on."""
@@ -144,7 +144,7 @@ class Control:
         disabled: tuple[str, ...] = ()
         if self.dist.size > 1:
             flags = [bool(reason) for reason in mine] + [name in requests.failed_plugins for name in self.plugins]
-            agreed = self.dist.agree(flags)
+            agreed = self.dist.all_reduce_max(flags)
             # Text needs a second collective: only where the loop ends anyway.
             texts = self.dist.gather(mine) if any(agreed[2 : len(mine)]) else [mine]
             mine = [

@@ -26,7 +26,7 @@ _SHARE = 0.1
 
 
 @frozen
-class MadeStep:
+class StepRecord:
     """A step as it is known at the next logging point. ``loss`` in nats per target, as this process saw it."""
 
     step: int
@@ -40,7 +40,7 @@ class MadeStep:
 class Spike:
     """A step whose loss was far above the usual one."""
 
-    made: MadeStep
+    made: StepRecord
     usual: float
     spread: float
 
@@ -52,23 +52,23 @@ class Spike:
 
 
 @define
-class Watch:
+class LossMonitor:
     """Looks at all steps of a launch, in their order. ``limit`` is ``training.max_skipped_steps``."""
 
     limit: int | None
-    _streak: list[MadeStep] = field(factory=list)
+    _streak: list[StepRecord] = field(factory=list)
     _usual: float = 0.0
     _spread: float = 0.0
     _seen: int = 0
 
-    def spike(self, steps: Iterable[MadeStep]) -> Spike | None:
+    def spike(self, steps: Iterable[StepRecord]) -> Spike | None:
         """The highest of the losses that jumped, if any did."""
         spikes = [found for made in steps if not made.skipped and (found := self._compare(made)) is not None]
         return max(spikes, key=lambda spike: spike.made.loss, default=None)
 
-    def streak(self, steps: Iterable[MadeStep]) -> str:
+    def streak(self, steps: Iterable[StepRecord]) -> str:
         """Why the run must halt, with the samples to look at; empty if it need not."""
-        worst: list[MadeStep] = []
+        worst: list[StepRecord] = []
         for made in steps:
             self._streak = [*self._streak, made] if made.skipped else []
             worst = max(worst, self._streak, key=len)
@@ -79,7 +79,7 @@ class Watch:
             f" were not finite ({samples_of(worst)}); look at these samples, or lower optimizer.learning_rate and go on"
         )
 
-    def _compare(self, made: MadeStep) -> Spike | None:
+    def _compare(self, made: StepRecord) -> Spike | None:
         above = made.loss - self._usual
         limit = max(_SPREADS * self._spread, _SHARE * made.loss)
         spike = Spike(made, self._usual, self._spread) if self._seen >= _WARM_UP and above > limit else None
@@ -92,13 +92,13 @@ class Watch:
         return spike
 
 
-def not_finite_in(steps: Iterable[MadeStep], rank: int) -> Metric:
+def not_finite_on(steps: Iterable[StepRecord], rank: int) -> Metric:
     """The first process whose own loss was no number in a step that was skipped; infinity if it was one in all."""
     seen = any(made.skipped and not math.isfinite(made.loss) for made in steps)
     return Metric(rank if seen else math.inf, reduce="min")
 
 
-def samples_of(steps: Sequence[MadeStep]) -> str:
+def samples_of(steps: Sequence[StepRecord]) -> str:
     """The samples of steps that follow one another, as they are numbered in the order of the run."""
     return f"samples {steps[0].first_sample} to {steps[-1].first_sample + steps[-1].samples - 1}"
 

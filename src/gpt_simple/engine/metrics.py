@@ -11,7 +11,7 @@ import torch
 from attrs import define, field
 
 from gpt_simple.data.loader import StepData
-from gpt_simple.engine.loss_monitor import MadeStep
+from gpt_simple.engine.loss_monitor import StepRecord
 from gpt_simple.hooks.events import CollectMetrics
 from gpt_simple.hooks.results import Metric
 
@@ -19,7 +19,7 @@ _FOLD_AT = 1024
 
 
 @define
-class Interval:
+class MetricBuffer:
     """Losses, gradient norms and skipped steps since the last logging point, as tensors on the device.
 
     Per step this only keeps references; the device is read, once, when somebody looks.
@@ -40,7 +40,7 @@ class Interval:
         if len(self._losses) == _FOLD_AT:  # one tensor instead of many, for runs that never look
             self._fold()
 
-    def read(self, learning_rate: float, world_size: int) -> tuple[dict[str, Metric], list[MadeStep]]:
+    def read(self, learning_rate: float, world_size: int) -> tuple[dict[str, Metric], list[StepRecord]]:
         """The engine's own metrics since the last call, and each step; there must have been one.
 
         ``train/loss`` is the mean over all target tokens of all processes and of all steps that were not skipped.
@@ -57,7 +57,7 @@ class Interval:
         for (step, first, samples, count), loss, flag in zip(self._made, values, flags, strict=False):
             # Every process has about its share of the nats and knows everybody's targets.
             mean = loss * world_size / max(1, count)
-            steps.append(MadeStep(step, first, samples, mean, bool(flag)))
+            steps.append(StepRecord(step, first, samples, mean, bool(flag)))
             if not flag:
                 nats, targets = nats + loss, targets + count
         self._losses, self._skipped, self._folded, self._made, self._norm = [], [], [], [], None
@@ -80,7 +80,7 @@ class Interval:
 
 
 @define
-class Clock:
+class StepTimer:
     """Time of an interval, with training apart from evaluation, checkpoints and the first step."""
 
     _started: float = field(factory=time.perf_counter)
@@ -119,7 +119,7 @@ class Clock:
         self.timed_tokens -= tokens
         self._excluded += seconds
 
-    def lap(self, step: int, waited: float) -> tuple[CollectMetrics, Clock]:
+    def split(self, step: int, waited: float) -> tuple[CollectMetrics, StepTimer]:
         """The interval that ends now, and the clock of the next one, so that no time lies between them.
 
         ``waited`` is the loader's total time without data.
@@ -137,15 +137,15 @@ class Clock:
             wall_seconds=wall,
             data_seconds=waited - self.waited_before,
         )
-        return ended, Clock(started=now, waited_before=waited)
+        return ended, StepTimer(started=now, waited_before=waited)
 
 
-def labelled(contributions: list[tuple[str, Mapping[str, Metric]]]) -> dict[str, Metric]:
+def namespaced(contributions: list[tuple[str, Mapping[str, Metric]]]) -> dict[str, Metric]:
     """What several plugins told, under names that keep two plugins apart: ``name@plugin``."""
     return {f"{name}@{owner}": metric for owner, metrics in contributions for name, metric in metrics.items()}
 
 
-def settled(values: Mapping[str, float], owners: Sequence[str]) -> dict[str, float]:
+def resolve_name_collisions(values: Mapping[str, float], owners: Sequence[str]) -> dict[str, float]:
     """Names without their owners, the engine's own first, then in the order of ``owners``.
 
     Of a name that several tell the first one keeps it; nobody can take one from the engine or from an earlier plugin.

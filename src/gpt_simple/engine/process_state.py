@@ -126,7 +126,7 @@ TORCH_STATE = Guard(_state, _restore)
 
 
 @contextmanager
-def process_as_found() -> Iterator[None]:
+def preserved_process_state() -> Iterator[None]:
     """Training has torch's usual state, whatever the caller or a plugin's import made of it, which comes back after."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -24,7 +24,7 @@ from gpt_simple.errors import CheckpointError, GptSimpleError
 from gpt_simple.hooks.preflight import ConfigChanges
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
-from gpt_simple.spec import Assembly
+from gpt_simple.spec import RunSpec
 
 # Fields that cannot change what is learned: when things are reported and kept, and where.
 _NEUTRAL = (
@@ -135,7 +135,7 @@ def _plan(config: Config, store: Store, checkpoint: Checkpoint) -> FoundCheckpoi
     return FoundCheckpoint(store, "finished" if done else "resume", checkpoint, state)
 
 
-def keep_values_of_run(spec: Assembly, *, force: bool) -> Assembly:
+def keep_values_of_run(spec: RunSpec, *, force: bool) -> RunSpec:
     """The configuration of a launch: what nobody set, now or when the run began, stays as the run began.
 
     Refuses nothing: what cannot be resumed ``find_checkpoint`` refuses later.
@@ -152,7 +152,7 @@ def keep_values_of_run(spec: Assembly, *, force: bool) -> Assembly:
     return keep_values(spec, found.state["run"]["config"], explicit)
 
 
-def keep_values(spec: Assembly, saved: Mapping[str, Any], explicit: Collection[str] = ()) -> Assembly:
+def keep_values(spec: RunSpec, saved: Mapping[str, Any], explicit: Collection[str] = ()) -> RunSpec:
     """``spec`` with the saved values of fields whose defaults have changed, and a note that names them.
 
     ``explicit``: the fields that were set when ``saved`` was.

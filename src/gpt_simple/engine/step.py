@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from attrs import define, field
 
-from gpt_simple.distributed.process_group import World
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import BatchSeeder
@@ -51,7 +51,7 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     precision: Precision
-    world: World
+    world: ProcessGroup
     seed: int
     max_grad_norm: float | None
     skipping: Literal["device", "host", "nobody"] = field()

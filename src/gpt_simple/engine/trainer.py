@@ -13,11 +13,11 @@ from attrs import define, field, frozen
 
 from gpt_simple.data.loader import DataExhausted, Loader
 from gpt_simple.distributed.metric_reduction import MetricReducer
-from gpt_simple.distributed.process_group import World
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.checkpointer import Checkpointer
 from gpt_simple.engine.control import Control, Decision
-from gpt_simple.engine.loss_monitor import Watch, not_finite_in
-from gpt_simple.engine.metrics import Clock, Interval, labelled, settled
+from gpt_simple.engine.loss_monitor import LossMonitor, not_finite_on
+from gpt_simple.engine.metrics import MetricBuffer, StepTimer, namespaced, resolve_name_collisions
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.stop_signals import StopNow, StopSignals
@@ -58,7 +58,7 @@ class Trainer:
 
     run: RunView
     calls: Calls
-    dist: World
+    dist: ProcessGroup
     state: TrainState
     train_step: TrainStep
     loader: Loader
@@ -69,14 +69,14 @@ class Trainer:
     _last_train: Mapping[str, float] = field(factory=dict, init=False)
     _last_eval: Mapping[str, float] = field(factory=dict, init=False)
     _rates: list[float] = field(factory=list, init=False)
-    _interval: Interval = field(factory=Interval, init=False)
-    _clock: Clock = field(factory=Clock, init=False)
+    _interval: MetricBuffer = field(factory=MetricBuffer, init=False)
+    _clock: StepTimer = field(factory=StepTimer, init=False)
     _first_step: bool = field(default=True, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
         self._reducer = MetricReducer(self.dist)
-        self._watch = Watch(self.run.config.training.max_skipped_steps)
+        self._watch = LossMonitor(self.run.config.training.max_skipped_steps)
 
     def fit(self) -> FitResult:
         """Run steps until the run is over."""
@@ -92,7 +92,7 @@ class Trainer:
             return self._stopped(decision)
         if self.dist.size > 1:
             self.train_step.warm_up_ddp(self._zero_batch())
-        self._clock = Clock(waited_before=self.loader.wait_seconds)
+        self._clock = StepTimer(waited_before=self.loader.wait_seconds)
         while self.state.step < self._max_steps:
             try:
                 self._step(is_last=self.state.step + 1 == self._max_steps)
@@ -184,13 +184,13 @@ class Trainer:
         run, calls, step = self.run, self.calls, self.state.step
         # Read first: this waits for the steps in the device's queue, and their time counts.
         metrics, steps = self._interval.read(self.train_step.schedule(step), self.dist.size)
-        split, self._clock = self._clock.lap(step, self.loader.wait_seconds)
+        split, self._clock = self._clock.split(step, self.loader.wait_seconds)
         if notify and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):
-                metrics |= labelled(calls.collect_metrics(run, split))
-        metrics["train/not_finite_in"] = not_finite_in(steps, self.dist.rank)
-        floats = settled(self._reducer.reduce(metrics), self.control.plugins)
-        first = floats.pop("train/not_finite_in")
+                metrics |= namespaced(calls.collect_metrics(run, split))
+        metrics["train/not_finite_on"] = not_finite_on(steps, self.dist.rank)
+        floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
+        first = floats.pop("train/not_finite_on")
         where = f"; the loss was not finite in process {first:.0f}" if self.dist.size > 1 and first < math.inf else ""
         skipped = floats.pop("train/skipped_steps")
         if skipped:
@@ -220,11 +220,11 @@ class Trainer:
         started = time.perf_counter()
         try:
             with run.evaluating(), run.comm.during("evaluate"):
-                metrics = labelled(calls.evaluate(run, Evaluate(state.step)))
+                metrics = namespaced(calls.evaluate(run, Evaluate(state.step)))
         except EvaluationAbandoned:
             run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
             return
-        floats = settled(self._reducer.reduce(metrics), self.control.plugins)
+        floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
         self._last_eval = floats
         if (loss := floats.get(VAL_LOSS)) is not None and math.isfinite(loss):
             state.record_val_loss(loss)

@@ -18,7 +18,7 @@ from attrs import define, field, frozen
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import Loader
-from gpt_simple.distributed.process_group import World
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.control import Control, Requests
 from gpt_simple.engine.evaluation import evaluation_mode
 from gpt_simple.engine.memory import peak_bytes
@@ -66,7 +66,7 @@ class EngineLog:
 class EngineComm:
     """Collectives that are open only during hooks of all ranks; implements ``gpt_simple.hooks.run.Comm``."""
 
-    _dist: World
+    _dist: ProcessGroup
     _hook: str = field(default="", init=False)
 
     @contextmanager
@@ -115,7 +115,7 @@ class LaunchView:
 
     config: Config
     output_dir: Path
-    dist: World
+    dist: ProcessGroup
     precision: Precision
     state: TrainState
     requests: Requests

@@ -112,9 +112,12 @@ def claim_run_dir(job: Job, data: PreparedData, plan: ResumePlan) -> Iterator[Cl
     step = int(plan.found.state.get("step", 0))
     with job.signals.on_forced_exit(partial(_force_exit, status, job.state)):
         try:
-            record = job.dist.main_only(lambda: _acquire(job, data, plan, lock))
+            record = job.dist.on_main(lambda: _acquire(job, data, plan, lock))
             claimed = ClaimedRunDir(paths, store, status, BackgroundWriter(store), record, lock, data.tokenizer, log)
-            with _status_of_errors(status, step, job.state, claimed), job.dist.telling_peers(lambda: job.state.step):
+            with (
+                _status_of_errors(status, step, job.state, claimed),
+                job.dist.explained_failures(lambda: job.state.step),
+            ):
                 status.update(state="running", step=step, max_steps=job.config.training.max_steps, force=True)
                 yield claimed
         finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 from attrs import frozen
 
 from gpt_simple.config.schema import Config
-from gpt_simple.distributed.process_group import World
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.control import Control, StopCondition
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.stop_signals import StopNow, StopSignals
@@ -15,17 +15,17 @@ from gpt_simple.errors import Halted
 from gpt_simple.job.plugin_calls import PluginCalls
 from gpt_simple.job.runtime import Runtime
 from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.spec import Assembly
+from gpt_simple.spec import RunSpec
 
 
 @frozen(eq=False)
 class Job:
     """One launch: what was asked for, and where it runs. ``began`` is its time zero, of ``time.monotonic``."""
 
-    spec: Assembly
+    spec: RunSpec
     force: bool
     began: float
-    dist: World
+    dist: ProcessGroup
     runtime: Runtime
     signals: StopSignals
     plugins: PluginCalls
@@ -49,7 +49,7 @@ class Job:
         requests, deadline = self.plugins.requests, self.runtime.deadline
         control = self.control(*([deadline.reason_to_stop] if deadline is not None else []))
         leaving = [control.is_leaving(), bool(requests.halt_reason)]
-        stop, halt = self.dist.agree(leaving) if self.dist.size > 1 else leaving
+        stop, halt = self.dist.all_reduce_max(leaving) if self.dist.size > 1 else leaving
         if halt:
             raise Halted(requests.halt_reason or "another process asked for it")
         if stop:

@@ -47,7 +47,7 @@ def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None, p
     values, tokenizer = facts["config"], load_tokenizer(run_dir.tokenizer)
     sections = {"model": _section(values, "model"), "data": {"max_length": values["data.max_length"]}}
     switches = Switches.parse((*_installed(facts["plugins"]), *plugins))
-    assembly, errors = attempt(None, sections=sections, switches=switches)
+    spec, errors = attempt(None, sections=sections, switches=switches)
     gone = [f"{name} ({origin})" for name, origin in facts["plugins"].items() if name not in usable(installed())]
     if gone and any(isinstance(error, UnknownComponent) for error in errors):
         raise ConfigError(
@@ -57,10 +57,10 @@ def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None, p
             " with -p ./FILE.py",
         )
     raise_all(errors)
-    assert assembly is not None, "without errors there is one"
-    config = keep_values(assembly, {key: value for key, value in values.items() if key.startswith("model.")}).config
+    assert spec is not None, "without errors there is one"
+    config = keep_values(spec, {key: value for key, value in values.items() if key.startswith("model.")}).config
     rows = getattr(config.model, "vocab_size", None) or padded(tokenizer.vocab_size)
-    part = assembly.registry.get("model", config.model.name)
+    part = spec.registry.get("model", config.model.name)
     model: torch.nn.Module = part.build(config.model, vocab_size=rows, max_length=config.data.max_length)
     load_model(model, Store(run_dir.checkpoints).load_tensors(checkpoint, "model"))
     return Restored(model.to(device).eval(), tokenizer, checkpoint)

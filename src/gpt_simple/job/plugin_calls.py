@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gpt_simple.distributed.process_group import World
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.control import Requests
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import TORCH_STATE
@@ -16,13 +16,13 @@ from gpt_simple.engine.views import EngineComm, EngineLog, LaunchView
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.events import Close, LogRecord, RunError
 from gpt_simple.plugin_host.loading import LoadedPlugin
-from gpt_simple.spec import Assembly
+from gpt_simple.spec import RunSpec
 
 
 class PluginCalls:
     """The compiled hooks of this rank, and the newest view of the run, which ``adopt`` replaces."""
 
-    def __init__(self, spec: Assembly, dist: World, precision: Precision, state: TrainState) -> None:
+    def __init__(self, spec: RunSpec, dist: ProcessGroup, precision: Precision, state: TrainState) -> None:
         config = spec.config
         self.requests = Requests()
         self.log = EngineLog(self._publish, state)
@@ -67,7 +67,7 @@ class PluginCalls:
 
 
 @contextmanager
-def plugin_calls(spec: Assembly, dist: World, precision: Precision, state: TrainState) -> Iterator[PluginCalls]:
+def plugin_calls(spec: RunSpec, dist: ProcessGroup, precision: Precision, state: TrainState) -> Iterator[PluginCalls]:
     """The plugins' calls. On the way out ``on_run_error`` if an error leaves, and ``on_close`` in any case, once."""
     plugins = PluginCalls(spec, dist, precision, state)
     try:

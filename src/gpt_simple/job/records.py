@@ -16,17 +16,17 @@ from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
-from gpt_simple.spec import Assembly
+from gpt_simple.spec import RunSpec
 
 
-def launch_facts(spec: Assembly) -> dict[str, Any]:
+def launch_facts(spec: RunSpec) -> dict[str, Any]:
     """What must be the same on every rank before any of them reads a file."""
     plugins = [f"{plugin.name} {plugin.version}" for plugin in spec.host.plugins]
     versions = {"gpt-simple": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {**flat(spec.config), "plugins": plugins, "their code": spec.host.order_hash(), **versions}
 
 
-def run_facts(spec: Assembly, plan: ResumePlan, run: Mapping[str, Any]) -> dict[str, Any]:
+def run_facts(spec: RunSpec, plan: ResumePlan, run: Mapping[str, Any]) -> dict[str, Any]:
     """The ``facts`` of run.json. ``run``: those that plugins see."""
     return {
         "version": __version__,

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from gpt_simple.distributed.process_group import World
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import CompilePlan
 from gpt_simple.engine.compile import plan as plan_compile
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.precision import resolve as resolve_precision
 from gpt_simple.engine.time_budget import Deadline
-from gpt_simple.spec import Assembly
+from gpt_simple.spec import RunSpec
 
 
 @frozen
@@ -30,12 +30,12 @@ class Runtime:
     numerics: Mapping[str, Any]
 
 
-def resolve_runtime(spec: Assembly, dist: World, began: float) -> Runtime:
+def resolve_runtime(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
     """Decide for all ranks, or fail on all. Raises ConfigError for what this machine cannot do."""
-    return dist.together(lambda: _resolve(spec, dist, began))
+    return dist.all_or_none(lambda: _resolve(spec, dist, began))
 
 
-def _resolve(spec: Assembly, dist: World, began: float) -> Runtime:
+def _resolve(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
     training = spec.config.training
     precision = resolve_precision(training.mixed_precision, dist.device)
     wished = not spec.origins.is_default("training.compile")

@@ -18,7 +18,7 @@ from attrs import frozen
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.prepare import prepare
-from gpt_simple.distributed.process_group import World
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import refuse_uncompilable
 from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, keep_values_of_run, run_fingerprint
 from gpt_simple.engine.resume import find_checkpoint as search_checkpoint
@@ -33,7 +33,7 @@ from gpt_simple.job.job import Job
 from gpt_simple.job.records import launch_facts
 from gpt_simple.model.shape import padded
 from gpt_simple.preflight.preflight import RunPreflight
-from gpt_simple.spec import Assembly
+from gpt_simple.spec import RunSpec
 
 
 @frozen(eq=False)
@@ -57,19 +57,21 @@ class Checked:
 
 
 @contextmanager
-def init_distributed(spec: Assembly) -> Iterator[World]:
+def init_distributed(spec: RunSpec) -> Iterator[ProcessGroup]:
     """Join the other ranks, and refuse what was not started alike everywhere."""
-    dist = World.join(spec.config.training.peer_timeout_seconds)
+    dist = ProcessGroup.join(spec.config.training.peer_timeout_seconds)
     try:
-        dist.compare(lambda: launch_facts(spec), "start the same command with the same packages everywhere")
+        dist.assert_same_on_all_ranks(
+            lambda: launch_facts(spec), "start the same command with the same packages everywhere"
+        )
         yield dist
     finally:
         dist.leave()
 
 
-def keep_values(spec: Assembly, dist: World, *, force: bool) -> Assembly:
+def keep_values(spec: RunSpec, dist: ProcessGroup, *, force: bool) -> RunSpec:
     """The configuration with the defaults of the run that goes on. First of all stages: precision depends on it."""
-    return dist.together(lambda: keep_values_of_run(spec, force=force))
+    return dist.all_or_none(lambda: keep_values_of_run(spec, force=force))
 
 
 def check_config(job: Job) -> None:
@@ -79,25 +81,27 @@ def check_config(job: Job) -> None:
         log.warning(note)
     if compile_plan.note:
         log.info(compile_plan.note, name="ddp_optimizer")
-    job.dist.main_only(lambda: report(spec.check_config(_preflight_of(job)), log.warning))
+    job.dist.on_main(lambda: report(spec.check_config(_preflight_of(job)), log.warning))
 
 
 def find_checkpoint(job: Job) -> FoundCheckpoint:
     """Where the run goes on. Before the data are prepared, which may take hours: a refusal must not cost them."""
-    job.dist.together(job.run_dir.check)
+    job.dist.all_or_none(job.run_dir.check)
     # One store for the whole launch: what it has verified once it need not hash again.
     store = Store(job.run_dir.checkpoints)
-    return job.dist.together(lambda: search_checkpoint(job.config, job.run_dir, force=job.force, store=store))
+    return job.dist.all_or_none(lambda: search_checkpoint(job.config, job.run_dir, force=job.force, store=store))
 
 
 def prepare_data(job: Job, found: FoundCheckpoint) -> PreparedData:
     """Prepare the data, or find them prepared: the main rank first. Only the cache is written."""
     job.leave_if_requested()
     with job.signals.interrupting(job.dist.size == 1):
-        dataset = job.dist.main_first(lambda: _prepare(job))
+        dataset = job.dist.main_rank_first(lambda: _prepare(job))
     fingerprints = {"dataset": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
     checkpoint = found.checkpoint.path.name if found.checkpoint else None
-    job.dist.compare(lambda: {**fingerprints, "checkpoint": checkpoint}, "all of them must reach the same files")
+    job.dist.assert_same_on_all_ranks(
+        lambda: {**fingerprints, "checkpoint": checkpoint}, "all of them must reach the same files"
+    )
     return PreparedData(dataset, fingerprints)
 
 
@@ -110,12 +114,12 @@ def plan_resume(job: Job, found: FoundCheckpoint, data: PreparedData) -> ResumeP
     """Compare the launch with the checkpoint that it goes on from."""
     origins = {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in job.spec.host.plugins}
     fingerprint = run_fingerprint(job.config, data=data.fingerprints, numerics=job.runtime.numerics, plugins=origins)
-    return job.dist.together(lambda: compare_with_checkpoint(found, fingerprint))
+    return job.dist.all_or_none(lambda: compare_with_checkpoint(found, fingerprint))
 
 
 def preflight(job: Job, data: PreparedData, plan: ResumePlan) -> Checked:
     """Refuse what cannot work, with the model on the meta device: nothing is allocated and nothing deleted yet."""
-    checked = job.dist.together(lambda: _preflight(job, data, plan))
+    checked = job.dist.all_or_none(lambda: _preflight(job, data, plan))
     if not plan.is_finished:
         job.leave_if_requested()
     return checked
@@ -149,7 +153,7 @@ def model_view_parts(job: Job, data: PreparedData, model: torch.nn.Module, store
     return {**parts, "model": model, "tokenizer": data.tokenizer, "checkpoints": EngineCheckpoints(store)}
 
 
-def new_model(spec: Assembly, tokenizer: Tokenizer) -> torch.nn.Module:
+def new_model(spec: RunSpec, tokenizer: Tokenizer) -> torch.nn.Module:
     """The configured model on torch's default device. ConfigError if tokenizer or document mask do not suit it."""
     config = spec.config
     vocab_size = getattr(config.model, "vocab_size", None)
@@ -172,7 +176,7 @@ def new_model(spec: Assembly, tokenizer: Tokenizer) -> torch.nn.Module:
     return model
 
 
-def checkpoint_activations(spec: Assembly, model: torch.nn.Module) -> None:
+def checkpoint_activations(spec: RunSpec, model: torch.nn.Module) -> None:
     """Apply ``training.gradient_checkpointing``. ConfigError if it was asked for and the model has none."""
     every = int(spec.config.training.gradient_checkpointing)
     apply = getattr(model, "set_activation_checkpointing", None)

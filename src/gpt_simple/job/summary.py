@@ -27,7 +27,7 @@ from gpt_simple.job.result import TrainResult
 from gpt_simple.job.stages import PreparedData
 from gpt_simple.launch.member import owns_run
 from gpt_simple.run_dir.layout import write_json
-from gpt_simple.spec import Assembly
+from gpt_simple.spec import RunSpec
 
 _SHARED = (
     "status",
@@ -50,7 +50,7 @@ def run_to_end(job: Job, data: PreparedData, plan: ResumePlan, run_dir: ClaimedR
     """Train, with the launch written down before and its outcome after."""
     run, calls, state = trainer.run, trainer.calls, job.state
     facts = run_facts(job.spec, plan, run.facts())
-    job.dist.main_only(lambda: run_dir.record_launch(facts, state.step, plan))
+    job.dist.on_main(lambda: run_dir.record_launch(facts, state.step, plan))
     owns_run()
     if calls.on_run_start is not None:
         event = RunStart(
@@ -114,17 +114,17 @@ def _summarise(job: Job, data: PreparedData, run_dir: ClaimedRunDir, fit: FitRes
     }
 
 
-def _again(assembly: Assembly, change: Mapping[str, str]) -> str:
+def _again(spec: RunSpec, change: Mapping[str, str]) -> str:
     """The command as it was given, but never one that begins anew, and with other values of some dotted keys.
 
     It may be shown and kept, so a secret in it is not.
     """
-    if not assembly.arguments:
+    if not spec.arguments:
         return f"train(...) {' '.join(['with', *chain(*change.items())]) if change else 'again'}"
-    given, words = split_overrides(assembly.arguments)
+    given, words = split_overrides(spec.arguments)
     overrides = {key: text for key, text in given if (key, text) != ("training.resume", "scratch")} | dict(change)
-    places = assembly.origins.chain("training.resume")
-    if assembly.config.training.resume == "scratch" and places != ["--training.resume"]:
+    places = spec.origins.chain("training.resume")
+    if spec.config.training.resume == "scratch" and places != ["--training.resume"]:
         overrides["training.resume"] = "auto"
     command = [PROGRAM, *(word for word in words if word not in ("--force", "--"))]
     for key, text in redacted(overrides).items():
@@ -132,11 +132,11 @@ def _again(assembly: Assembly, change: Mapping[str, str]) -> str:
     return shlex.join(command)
 
 
-def _sample(assembly: Assembly) -> str:
+def _sample(spec: RunSpec) -> str:
     """What lets the model write."""
-    owner = assembly.registry.get("model", assembly.config.model.name).owner
-    files = [p.file for p in assembly.host.plugins if p.label == owner and not p.distribution]
-    words = ["sample", assembly.config.training.output_dir, *(word for file in files for word in ("-p", file))]
+    owner = spec.registry.get("model", spec.config.model.name).owner
+    files = [p.file for p in spec.host.plugins if p.label == owner and not p.distribution]
+    words = ["sample", spec.config.training.output_dir, *(word for file in files for word in ("-p", file))]
     return f'{PROGRAM} {shlex.join(words)} --prompt "Once"'
 
 

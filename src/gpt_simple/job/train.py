@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from gpt_simple.engine.compile import compile_flags
-from gpt_simple.engine.process_state import process_as_found
+from gpt_simple.engine.process_state import preserved_process_state
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.stop_signals import StopNow, stop_signals
 from gpt_simple.job.build import build_trainer
@@ -25,11 +25,11 @@ from gpt_simple.job.stages import (
     prepare_data,
 )
 from gpt_simple.job.summary import already_finished, run_to_end, stopped_before_first_step
-from gpt_simple.spec import Assembly
+from gpt_simple.spec import RunSpec
 
 
 def train(
-    spec: Assembly, *, force: bool = False, pending_signals: Sequence[str] = (), started: float | None = None
+    spec: RunSpec, *, force: bool = False, pending_signals: Sequence[str] = (), started: float | None = None
 ) -> TrainResult:
     """One launch. Each stage runs on every rank or fails on every rank, and returns what the next ones need.
 
@@ -38,12 +38,12 @@ def train(
     launch began (None: now). A spec serves one launch: it holds the instances of its plugins.
     """
     began, state = time.monotonic() if started is None else started, TrainState()
-    with process_as_found(), spec.located_errors(), init_distributed(spec) as dist:
+    with preserved_process_state(), spec.located_errors(), init_distributed(spec) as dist:
         spec = keep_values(spec, dist, force=force)
         runtime = resolve_runtime(spec, dist, began)
         with (
             compile_flags(runtime.compile_plan),
-            dist.telling_peers(lambda: state.step),
+            dist.explained_failures(lambda: state.step),
             stop_signals(pending_signals) as signals,
             plugin_calls(spec, dist, runtime.precision, state) as plugins,
             spec.located_errors(),  # inside, too: plugins and other ranks see where an error comes from

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from attrs import evolve
 
-from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError, PeerFailed, Problem
+from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError, Problem, RankFailed
 from gpt_simple.launch.record import LAUNCHER, STARTED, Record, Records
 
 GRACE_SECONDS = 30
@@ -158,7 +158,7 @@ def _failed(record: Record, error: BaseException) -> Record:
     now = time.time()
     if isinstance(error, GptSimpleError):
         record = evolve(record, code=int(error.exit_code), problems=error.problems, silent=error.silent, time=now)
-        return evolve(record, silent=True, timed_out=error.timed_out) if isinstance(error, PeerFailed) else record
+        return evolve(record, silent=True, timed_out=error.timed_out) if isinstance(error, RankFailed) else record
     if isinstance(error, KeyboardInterrupt):
         return evolve(record, code=int(ExitCode.FORCED), silent=True, time=now)
     unexpected = Problem(None, "", "".join(traceback.format_exception(error)).rstrip())

@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 
 from gpt_simple.config.schema import Config
-from gpt_simple.distributed.process_group import World
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import CompilePlan, compile_model
 from gpt_simple.engine.evaluation import evaluation_mode
 from gpt_simple.engine.optimizers import skips_on_device
@@ -73,7 +73,7 @@ class DryRun:
             optimizer=optimizer,
             schedule=lambda step: rate,
             precision=precision,
-            world=World(0, 1, device, None),
+            world=ProcessGroup(0, 1, device, None),
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
             skipping="device" if skips_on_device(optimizer) else "nobody" if fake_tensors else "host",

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import CHUNK_STEPS, CHUNK_TOKENS
 from gpt_simple.engine.precision import Precision
-from gpt_simple.engine.process_state import process_as_found
+from gpt_simple.engine.process_state import preserved_process_state
 from gpt_simple.engine.step import TrainStep
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import GpuSpec, find_gpu
@@ -57,7 +57,7 @@ def predict_memory(
     loss_function = partial(
         summed_cross_entropy, fused=compiled, rows_per_chunk=ROWS_PER_CHUNK["cuda" if cuda else "cpu"]
     )
-    with process_as_found(), FakeTensorMode(), tracker:
+    with preserved_process_state(), FakeTensorMode(), tracker:
         dry_run = DryRun.prepare(
             config,
             registry or builtin_registry(),

@@ -23,7 +23,7 @@ from gpt_simple.hooks.preflight import (
     PreflightOptions,
     ThroughputEstimate,
 )
-from gpt_simple.spec import Assembly
+from gpt_simple.spec import RunSpec
 
 if TYPE_CHECKING:
     from gpt_simple.model.shape import Shape
@@ -37,7 +37,7 @@ class RunPreflight:
     changed, for instance once data are prepared, make another one.
     """
 
-    _assembly: Assembly
+    _assembly: RunSpec
     options: PreflightOptions
 
     @property

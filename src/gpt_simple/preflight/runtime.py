@@ -86,12 +86,12 @@ def _measured(
 
     from gpt_simple.engine.compile import compile_flags, plan
     from gpt_simple.engine.precision import resolve
-    from gpt_simple.engine.process_state import process_as_found
+    from gpt_simple.engine.process_state import preserved_process_state
     from gpt_simple.preflight.dry_run import DryRun
 
     training = config.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with process_as_found():
+    with preserved_process_state():
         precision = resolve(training.mixed_precision, device)
         compiling = plan(training, device, 1, wished=compile_is_explicit)
         _require_memory(config, registry, vocab_size, state_bytes, precision, compiled=compiling.enabled)

@@ -15,11 +15,11 @@ import torch
 from attrs import frozen
 
 from gpt_simple.job.result import TrainResult
-from gpt_simple.job.train import train as train_assembly
+from gpt_simple.job.train import train as train_spec
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugin_host.host import PluginHost
 from gpt_simple.plugin_host.loading import PassedPlugin
-from gpt_simple.spec import assemble
+from gpt_simple.spec import resolve_spec
 from gpt_simple.testing.recorder import Recorder
 
 TINY: Mapping[str, Any] = MappingProxyType(
@@ -94,12 +94,12 @@ def train(
     values = {**TINY, "training.output_dir": str(root), "training.max_steps": max_steps, **(overrides or {})}
     off = tuple(name for name in QUIET if name not in enable)
     with _shared_cache(), _one_thread():
-        assembly = assemble(
+        spec = resolve_spec(
             None, sections=_nested(values), switches=Switches(enable, off), plugins=[*plugins, recorder]
         )
-        assembly.host.wrap = wrap
-        result = train_assembly(assembly)
-    return Trained(result, root, recorder, assembly.host, directory)
+        spec.host.wrap = wrap
+        result = train_spec(spec)
+    return Trained(result, root, recorder, spec.host, directory)
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
