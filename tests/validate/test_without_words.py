@@ -34,7 +34,7 @@ class Parts(Plugin):
 """
 NAMES = '[plugins]\ndisable = ["wandbb"]\nrequire = ["memory"]\n[plugins.nope]\nx = 1\n'
 MIX = "[[data.curriculum]]\nduration_tokens = 9999\nmix = {%s}\n"
-TWICE = "max_steps = 4\nmax_steps = 5\nfoo = abc\n"
+TWICE = "max_steps = 4\nmax_steps = 5\n"
 
 Row = tuple[str, str, str, int]
 
@@ -74,7 +74,7 @@ def rows(findings: list[dict[str, Any]]) -> Iterator[Row]:
         (CONFIG.replace("n_head = 2", "n_head = 0"), ["--training.seed=x"], 2, ("config", "--training.seed")),
         (CONFIG, ["--model.n_head=5"], 2, ("config", "config.toml:2 (model.n_embd), --model.n_head")),
         (CONFIG.replace("max_steps = 4\n", TWICE), [], 2, ("config", "config.toml:14:14 (training.max_steps)")),
-        (CONFIG.replace("max_steps = 4\n", TWICE), [], 2, ("config", "config.toml:15 (training.foo)")),
+        (CONFIG.replace("max_steps = 4\n", "foo = abc\n"), [], 2, ("config", "config.toml:13:7")),
         (CONFIG.replace('source = "stories"', 'path = "lost"'), [], 3, ("data-refused", "config.toml:7 (data.path)")),
         (CONFIG, ["--data.source=files"], 3, ("data-refused", "data.path")),
         (CONFIG + MIX % "storiez = 1", [], 2, ("data-refused", "config.toml:25 (data.curriculum)")),
