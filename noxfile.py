@@ -11,7 +11,7 @@ nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 CONSTRAINTS = ("-c", "constraints.txt")
-WALK = "tests/hooks/test_docs.py::test_the_tutorial_works_as_it_is_written"
+WALK = "tests/docs/test_plugin_pages.py::test_the_tutorial_works_as_it_is_written"
 
 
 def _install(session: nox.Session, *extras: str) -> None:

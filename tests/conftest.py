@@ -11,6 +11,8 @@ from attrs import frozen
 
 from gpt_simple.cli.main import main
 
+pytest_plugins = ("tests.tiny", "tests.children", "tests.packages")
+
 # One thread, said before torch is imported. Two test processes on two cores need no more, and tests fork: a forked
 # process has none of its parent's worker threads and would wait for them in its first kernel.
 os.environ["OMP_NUM_THREADS"] = "1"

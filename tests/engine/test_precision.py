@@ -14,7 +14,7 @@ from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.precision import resolve
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import peak_flops
-from tests.engine.conftest import TinyRun, weights
+from tests.tiny import TinyRun, weights
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

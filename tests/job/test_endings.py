@@ -19,7 +19,7 @@ from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lock import owner_of
 from gpt_simple.run_dir.status import read_status
 from gpt_simple.testing import Recorder, misbehaving, train
-from tests.job.conftest import SOURCE, Watches, brings_source
+from tests.job.witnesses import SOURCE, Watches, brings_source
 from tests.run_dir.test_layout import snapshot
 
 

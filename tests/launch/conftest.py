@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import gpt_simple
-from tests.engine.conftest import TINY
+from tests.tiny import TINY
 
 SECONDS = 60.0
 

@@ -1,14 +1,10 @@
-"""The tiny run of the engine's tests, the command line, and a W&B that does not know its user."""
+"""A W&B that does not know its user."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-
-from tests.engine.conftest import tiny
-
-__all__ = ["tiny"]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 
 from gpt_simple import Plugin, hookimpl, read_metrics
 from gpt_simple.engine.metrics import MetricBuffer
-from tests.engine.conftest import TinyRun
+from tests.tiny import TinyRun
 
 STEP_TOKENS = 2 * 2 * 32
 

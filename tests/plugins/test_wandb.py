@@ -15,8 +15,8 @@ from gpt_simple.config.schema import PluginsConfig
 from gpt_simple.hooks import LogRecord, StepEnd
 from gpt_simple.testing import check_contract
 from tests.conftest import Shell
-from tests.engine.conftest import TinyRun
 from tests.plugins.offline import files, read, sent
+from tests.tiny import TinyRun
 
 wandb = pytest.importorskip("wandb")
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Shell
-from tests.engine.conftest import TinyRun
 from tests.plugins.offline import read, sent
+from tests.tiny import TinyRun
 
 wandb = pytest.importorskip("wandb")
 

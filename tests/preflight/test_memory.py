@@ -24,7 +24,7 @@ from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory import largest_batch, predict_memory
 from gpt_simple.spec import resolve_spec
 from gpt_simple.testing import train_on_ranks
-from tests.validate.conftest import Check
+from tests.preflight.conftest import Check
 
 BASE: dict[str, dict[str, Any]] = {
     "model": {"n_embd": 64, "n_layer": 3, "n_head": 4},

@@ -14,8 +14,7 @@ from gpt_simple.errors import ConfigError, PluginError
 from gpt_simple.hooks import Component, Registry
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugin_host.host import PluginHost
-
-from .conftest import PLUGIN, FakePackage
+from tests.packages import PLUGIN, FakePackage
 
 Activate = Callable[..., PluginHost]
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from gpt_simple.errors import ExitCode
+from tests.children import wait_until
 from tests.conftest import CONFIG
-from tests.faults.conftest import wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples/orchestrators"
 

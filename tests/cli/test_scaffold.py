@@ -15,8 +15,7 @@ from gpt_simple.errors import ConfigError
 from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.plugin_host.loading import load_record
 from gpt_simple.testing import check_contract, train
-
-from .conftest import FakePackage
+from tests.packages import FakePackage
 
 CSVLOG = Path(__file__).parents[2] / "plugins" / "gpt-simple-csvlog"
 

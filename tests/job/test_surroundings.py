@@ -14,10 +14,10 @@ import pytest
 from gpt_simple import hookimpl
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.lineage import read_metrics
-from tests.checkpoint.faults import FINISHED, outcome, start
-from tests.checkpoint.test_faults import small_disk
-from tests.engine.conftest import TinyRun, state_bytes
-from tests.faults.conftest import At, At2, Ended, Everywhere
+from tests.checkpoint.injection import FINISHED, outcome, start
+from tests.checkpoint.test_crashes import small_disk
+from tests.children import At, At2, Ended, Everywhere
+from tests.tiny import TinyRun, state_bytes
 
 __all__ = ["small_disk"]
 

@@ -24,9 +24,9 @@ from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
 from gpt_simple.run_dir.lock import RunLock
 from gpt_simple.run_dir.status import read_status
-from tests.engine.conftest import TinyRun, weights
-from tests.faults.conftest import At, At2, Ended
+from tests.children import At, At2, Ended
 from tests.run_dir.test_lock import in_child, kill
+from tests.tiny import TinyRun, weights
 
 
 class Spoils(Plugin[Any]):

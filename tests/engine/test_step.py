@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from gpt_simple import Plugin, hookimpl, read_metrics
 from gpt_simple.hooks import NoConfig, Registry
-from tests.engine.conftest import TinyRun, weights
+from tests.tiny import TinyRun, weights
 
 
 def sgd(model: torch.nn.Module, config: Any, device: torch.device) -> torch.optim.Optimizer:

@@ -23,7 +23,7 @@ from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.errors import CheckpointError
 
 from .conftest import assert_whole, hidden_names, publish, steps
-from .faults import FINISHED, KILLED, at_operation, outcome, refuse, start
+from .injection import FINISHED, KILLED, at_operation, outcome, refuse, start
 
 UNTOUCHED = 9
 """Exit code of a child that ended before its fault was due."""

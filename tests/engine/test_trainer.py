@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt_simple import Plugin, hookimpl
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.run_dir.lineage import read_metrics
-from tests.engine.conftest import TinyRun, state_bytes, weights
+from tests.tiny import TinyRun, state_bytes, weights
 
 
 class Everywhere(Plugin[Any]):

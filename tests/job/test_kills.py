@@ -12,9 +12,9 @@ import pytest
 
 from gpt_simple import Metric, hookimpl
 from gpt_simple.plugins.evaluate import Evaluate
+from tests.children import At, Ended, kill_self, terminate_self
 from tests.data.conftest import write_dataset
-from tests.engine.conftest import TINY, TinyRun, state_bytes
-from tests.faults.conftest import At, Ended, kill_self, terminate_self
+from tests.tiny import TINY, TinyRun, state_bytes
 
 __all__ = ["write_dataset"]
 

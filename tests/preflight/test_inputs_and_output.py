@@ -11,10 +11,10 @@ import pytest
 
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.preflight.output import most_checkpoints
-from tests.checkpoint.faults import refuse
+from tests.checkpoint.injection import refuse
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import CONFIG, Shell
-from tests.validate.conftest import Check
+from tests.preflight.conftest import Check
 
 
 @pytest.mark.parametrize(

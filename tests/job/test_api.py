@@ -14,7 +14,7 @@ import torch
 
 import gpt_simple
 from gpt_simple import Config, ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from tests.engine.conftest import TINY, TinyRun, state_bytes
+from tests.tiny import TINY, TinyRun, state_bytes
 
 
 def sections() -> dict[str, Any]:

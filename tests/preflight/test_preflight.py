@@ -14,7 +14,7 @@ from gpt_simple.hooks import NoConfig, Preflight
 from gpt_simple.preflight.findings import exit_code
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import CONFIG, Shell
-from tests.validate.conftest import Check
+from tests.preflight.conftest import Check
 
 PLUGIN = """
 from gpt_simple import Finding, Plugin, hookimpl

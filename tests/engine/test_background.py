@@ -18,8 +18,8 @@ from gpt_simple.checkpoint.draft import Draft, Published
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.background import BackgroundWriter, NotFinite
 from gpt_simple.run_dir.lineage import read_metrics
-from tests.engine.conftest import TinyRun
-from tests.faults.conftest import At, At2, Ended, kill_self
+from tests.children import At, At2, Ended, kill_self
+from tests.tiny import TinyRun
 
 OPTIONS: dict[str, Any] = {
     "training__max_steps": 12,

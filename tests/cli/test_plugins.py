@@ -18,9 +18,8 @@ from gpt_simple.cli.plugin_details import toml_literal
 from gpt_simple.cli.plugins import plugins
 from gpt_simple.errors import ConfigError, PluginError
 from gpt_simple.spec import resolve_spec
-
-from .conftest import PLUGIN, FakePackage
-from .test_host import install_broken
+from tests.packages import PLUGIN, FakePackage
+from tests.plugin_host.test_host import install_broken
 
 
 def cli(*arguments: str) -> Result:

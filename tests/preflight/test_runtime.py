@@ -10,7 +10,7 @@ import torch
 
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import Shell
-from tests.validate.conftest import Check
+from tests.preflight.conftest import Check
 
 
 def test_a_probe_measures_and_leaves_nothing_behind(check: Check, here: Path) -> None:

@@ -17,7 +17,7 @@ from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.spec import resolve_spec
 from tests.conftest import CONFIG, Shell
 from tests.data.conftest import write_dataset
-from tests.validate.conftest import Check
+from tests.preflight.conftest import Check
 
 __all__ = ["write_dataset"]
 

@@ -12,9 +12,8 @@ from gpt_simple import Config, DataConfig, ModelConfig, OptimizerConfig, Plugins
 from gpt_simple.errors import ConfigError
 from gpt_simple.plugin_host.activation import Switches, Wishes, decide
 from gpt_simple.plugin_host.discovery import PluginRecord
-from tests.engine.conftest import TINY
-
-from .conftest import PLUGIN, FakePackage
+from tests.packages import PLUGIN, FakePackage
+from tests.tiny import TINY
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
 RECORDS = {

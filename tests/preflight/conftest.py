@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Shell, here, shell
-
-__all__ = ["here", "shell"]
+from tests.conftest import Shell
 
 Check = Callable[..., dict[str, dict[str, Any]]]
 

@@ -17,10 +17,8 @@ from gpt_simple import Plugin, hookimpl
 from gpt_simple.errors import GptSimpleError
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.status import Status, read_status
-from tests.checkpoint.faults import outcome, start
-from tests.engine.conftest import TinyRun, tiny
-
-__all__ = ["tiny"]
+from tests.checkpoint.injection import outcome, start
+from tests.tiny import TinyRun
 
 
 class Everywhere(Plugin[Any]):

@@ -11,8 +11,7 @@ import pytest
 from gpt_simple import __version__
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.plugin_host.discovery import DEFAULT_ON, commands, installed, name_problem, summary, usable
-
-from .conftest import FakePackage
+from tests.packages import FakePackage
 
 
 def problems() -> dict[tuple[str, str], str]:

@@ -27,9 +27,9 @@ from gpt_simple.run_dir.lineage import read_metrics
 from gpt_simple.run_dir.lock import Owner
 from gpt_simple.run_dir.status import read_status
 from gpt_simple.run_dir.stop_request import ask_to_stop
+from tests.children import At, Ended, Everywhere, terminate_self, wait_until
 from tests.conftest import Shell
-from tests.engine.conftest import TinyRun
-from tests.faults.conftest import At, Ended, Everywhere, terminate_self, wait_until
+from tests.tiny import TinyRun
 
 
 @pytest.mark.parametrize(

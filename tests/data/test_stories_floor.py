@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt_simple.run_dir.lineage import read_metrics
-from tests.engine.conftest import TinyRun
+from tests.tiny import TinyRun
 
 OPTIONS: dict[str, Any] = {
     "data__tokenizer": "bpe",
