@@ -108,13 +108,13 @@ def resolve_spec(
     ``overrides`` are (dotted key, text) pairs from a command line; ``sections`` are values given in Python, which
     replace the file's sections; ``plugins`` are plugin classes or instances given in Python.
     """
-    spec, errors = attempt(path, overrides=overrides, switches=switches, sections=sections, plugins=plugins)
+    spec, errors = try_resolve(path, overrides=overrides, switches=switches, sections=sections, plugins=plugins)
     raise_all(errors)
     assert spec is not None, "without errors there is one"
     return spec
 
 
-def attempt(
+def try_resolve(
     path: str | Path | None,
     *,
     overrides: Sequence[tuple[str, str]] = (),

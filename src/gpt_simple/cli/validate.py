@@ -13,7 +13,7 @@ from gpt_simple.hooks.results import Finding
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.preflight.findings import exit_code, from_error, to_json, to_table
 from gpt_simple.preflight.preflight import RunPreflight
-from gpt_simple.spec import attempt
+from gpt_simple.spec import try_resolve
 
 
 class _Validate(ConfiguredCommand):
@@ -95,7 +95,7 @@ def validate(
     switches = Switches.parse((*plugins, *(["memory"] if memory else [])), no_plugins=no_plugins)
     findings: list[Finding] = []
     try:
-        spec, errors = attempt(path or option, overrides=overrides, switches=switches)
+        spec, errors = try_resolve(path or option, overrides=overrides, switches=switches)
         for error in errors:
             findings += from_error(error)
         if spec is not None:

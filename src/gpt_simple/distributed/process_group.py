@@ -54,7 +54,7 @@ class ProcessGroup:
     _accelerator: Any
     _host_group: Any = None
     _patient_group: Any = None
-    _peers: FailureDetection | None = None
+    _failures: FailureDetection | None = None
     _threads: int = field(factory=torch.get_num_threads)
 
     @classmethod
@@ -109,7 +109,7 @@ class ProcessGroup:
             world._host_group = dist.new_group(backend="gloo", timeout=limit)
             world._patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
             store = PrefixStore("gpt_simple", _get_default_store())
-            world._peers = FailureDetection(world.rank, size, timeout, store)
+            world._failures = FailureDetection(world.rank, size, timeout, store)
         return world
 
     @property
@@ -222,7 +222,7 @@ class ProcessGroup:
         try:
             yield
         except Exception as error:
-            if self._peers is None or (explained := self._peers.explain(error, step())) is error:
+            if self._failures is None or (explained := self._failures.explain(error, step())) is error:
                 raise
             raise explained from error
 

@@ -14,7 +14,7 @@ import torch
 _MASK = (1 << 64) - 1
 
 
-def stream(seed: int, index: int) -> int:
+def derive_seed(seed: int, index: int) -> int:
     """A well-mixed 63-bit seed for stream ``index`` of ``seed`` (splitmix64's finaliser, Steele et al. 2014)."""
     z = (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -33,7 +33,7 @@ class BatchSeeder:
             self._generator = torch.cuda.default_generators[device.index or 0]
 
     def __call__(self, index: int) -> None:
-        self._generator.manual_seed(stream(self._seed, index))
+        self._generator.manual_seed(derive_seed(self._seed, index))
 
 
 @contextmanager

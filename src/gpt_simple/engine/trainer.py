@@ -69,14 +69,14 @@ class Trainer:
     _last_train: Mapping[str, float] = field(factory=dict, init=False)
     _last_eval: Mapping[str, float] = field(factory=dict, init=False)
     _rates: list[float] = field(factory=list, init=False)
-    _interval: MetricBuffer = field(factory=MetricBuffer, init=False)
-    _clock: StepTimer = field(factory=StepTimer, init=False)
+    _buffer: MetricBuffer = field(factory=MetricBuffer, init=False)
+    _timer: StepTimer = field(factory=StepTimer, init=False)
     _first_step: bool = field(default=True, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
         self._reducer = MetricReducer(self.dist)
-        self._watch = LossMonitor(self.run.config.training.max_skipped_steps)
+        self._loss_monitor = LossMonitor(self.run.config.training.max_skipped_steps)
 
     def fit(self) -> FitResult:
         """Run steps until the run is over."""
@@ -92,7 +92,7 @@ class Trainer:
             return self._stopped(decision)
         if self.dist.size > 1:
             self.train_step.warm_up_ddp(self._zero_batch())
-        self._clock = StepTimer(waited_before=self.loader.wait_seconds)
+        self._timer = StepTimer(waited_before=self.loader.wait_seconds)
         while self.state.step < self._max_steps:
             try:
                 self._step(is_last=self.state.step + 1 == self._max_steps)
@@ -125,8 +125,8 @@ class Trainer:
             before_update=self.signals.defer if self._first_step else None,
         )
         state.advance(data.tokens, data.targets)
-        self._interval.add(step, data, result.loss, result.norm, result.skipped)
-        self._clock.step(data.tokens, data.targets)
+        self._buffer.add(step, data, result.loss, result.norm, result.skipped)
+        self._timer.step(data.tokens, data.targets)
         if self._first_step:
             self._exclude_first_step(started, data.tokens)
         elif self.time_budget is not None:
@@ -148,7 +148,7 @@ class Trainer:
         """Exclude the first step (compilation, warm-up) from throughput."""
         self._first_step = False
         self._synchronize()
-        self._clock.exclude_step(time.perf_counter() - started, tokens)
+        self._timer.exclude_step(time.perf_counter() - started, tokens)
 
     def _synchronize(self) -> None:
         """Wait for the device, so that queued steps do not count as part of what follows them."""
@@ -161,7 +161,7 @@ class Trainer:
         read_metrics = is_last or step % (every or _UNLOGGED) == 0
         if read_metrics:
             self._log(notify=bool(every))
-            with self._clock.paused():
+            with self._timer.paused():
                 self.checkpointer.poll(wait=False)
         decision = self._decide()
         retry = "the one before could not be written" if read_metrics and self.checkpointer.retry_due else ""
@@ -183,8 +183,8 @@ class Trainer:
         """Read the interval's metrics in one device read and one collective, and hand them to the plugins."""
         run, calls, step = self.run, self.calls, self.state.step
         # Read first: this waits for the steps in the device's queue, and their time counts.
-        metrics, steps = self._interval.read(self.train_step.schedule(step), self.dist.size)
-        split, self._clock = self._clock.split(step, self.loader.wait_seconds)
+        metrics, steps = self._buffer.read(self.train_step.schedule(step), self.dist.size)
+        split, self._timer = self._timer.split(step, self.loader.wait_seconds)
         if notify and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):
                 metrics |= namespaced(calls.collect_metrics(run, split))
@@ -200,9 +200,9 @@ class Trainer:
                 name="skipped_steps",
                 count=int(skipped),
             )
-        if spike := self._watch.spike(steps):
+        if spike := self._loss_monitor.spike(steps):
             run.log.warning(str(spike), name="loss_spike", at=spike.made.step, loss=spike.made.loss, usual=spike.usual)
-        if streak := self._watch.streak(steps):
+        if streak := self._loss_monitor.streak(steps):
             run.control.halt(streak + where)
         self._last_train = floats
         if split.timed_steps and split.train_seconds > 0:
@@ -232,12 +232,12 @@ class Trainer:
         seconds = time.perf_counter() - started
         if calls.on_eval_end is not None:
             calls.on_eval_end(run, EvalEnd(state.step, state.tokens, floats, seconds))
-        self._clock.exclude(time.perf_counter() - started)
+        self._timer.exclude(time.perf_counter() - started)
 
     def _save(self, reason: str, *, blocking: bool) -> str:
         """Save this step. Returns why the run must halt, or an empty string."""
         self._synchronize()
-        with self._clock.paused():
+        with self._timer.paused():
             return self.checkpointer.save(reason, blocking=blocking)
 
     def _stopped(self, decision: Decision) -> tuple[RunStatus, str]:
@@ -252,7 +252,7 @@ class Trainer:
 
     def _out_of_data(self, reason: str) -> tuple[RunStatus, str]:
         """The data ended before ``max_steps``: the run is complete, as after its last step."""
-        if self._interval:
+        if self._buffer:
             self._log(notify=True)
         if not_finite := self._save(reason, blocking=True):
             return "halted", not_finite

@@ -23,7 +23,7 @@ from gpt_simple.engine.control import Control, Requests
 from gpt_simple.engine.evaluation import evaluation_mode
 from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.precision import Precision
-from gpt_simple.engine.rng import stream
+from gpt_simple.engine.rng import derive_seed
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.step import summed_loss
 from gpt_simple.errors import PluginError
@@ -190,7 +190,7 @@ class ModelView(LaunchView):
     checkpoints: EngineCheckpoints
 
     def evaluating(self) -> AbstractContextManager[None]:
-        return evaluation_mode(self.model, self.precision, stream(self.config.training.seed, self.step))
+        return evaluation_mode(self.model, self.precision, derive_seed(self.config.training.seed, self.step))
 
     def generate(
         self,

@@ -18,7 +18,7 @@ from gpt_simple.engine.compile import compile_model
 from gpt_simple.engine.control import throttled
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan
-from gpt_simple.engine.rng import isolated_rng, stream
+from gpt_simple.engine.rng import derive_seed, isolated_rng
 from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
@@ -71,7 +71,7 @@ def build_trainer(
 
 
 def _build_model(job: Job, data: PreparedData, plan: ResumePlan) -> torch.nn.Module:
-    with isolated_rng(stream(job.config.training.seed, _MODEL_STREAM), torch.device("cpu")):
+    with isolated_rng(derive_seed(job.config.training.seed, _MODEL_STREAM), torch.device("cpu")):
         model = new_model(job.spec, data.tokenizer)
     model.to(job.dist.device)
     plugins = job.plugins

@@ -20,7 +20,7 @@ from gpt_simple.model.shape import padded
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.spec import attempt
+from gpt_simple.spec import try_resolve
 
 if TYPE_CHECKING:
     from gpt_simple.hooks.batch import Tokenizer
@@ -47,7 +47,7 @@ def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None, p
     values, tokenizer = facts["config"], load_tokenizer(run_dir.tokenizer)
     sections = {"model": _section(values, "model"), "data": {"max_length": values["data.max_length"]}}
     switches = Switches.parse((*_installed(facts["plugins"]), *plugins))
-    spec, errors = attempt(None, sections=sections, switches=switches)
+    spec, errors = try_resolve(None, sections=sections, switches=switches)
     gone = [f"{name} ({origin})" for name, origin in facts["plugins"].items() if name not in usable(installed())]
     if gone and any(isinstance(error, UnknownComponent) for error in errors):
         raise ConfigError(
