@@ -1,4 +1,4 @@
-"""Writes plugins/hooks.md from the catalogue of hooks: `python docs/build_hook_reference.py`."""
+"""Write plugins/hooks.md from the catalogue of hooks: `python docs/build_hook_reference.py`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PAGE = Path(__file__).with_name("plugins") / "hooks.md"
 
 HEAD = """# Hooks
 
-Every hook there is, in the order in which a run first meets it. This page is written by `docs/build_hook_reference.py`
-from `gpt_simple/hooks/specs.py`, which is the contract; what the words mean is in [policy.md](policy.md).
+This page lists all hooks, in the order in which a run first calls them. `docs/build_hook_reference.py` generates it from
+`gpt_simple/hooks/specs.py`, which is the contract. [policy.md](policy.md) describes the rules.
 
-A hook named `on_*` is told something and returns nothing. Any other name is a verb whose result is used. An
+A hook named `on_*` is a notification and returns nothing. Any other name is a verb, and its result is used. An
 implementation may take [fewer arguments](policy.md#arguments-of-a-hook) than its hook has. All examples are methods of
 a plugin class:
 

@@ -1,4 +1,4 @@
-"""Writes the field reference in configuration.md from the schema: `python docs/build_reference.py`."""
+"""Write the field reference in configuration.md from the schema: `python docs/build_reference.py`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reference() -> str:
 
 
 def page() -> str:
-    """The page with its reference brought up to date."""
+    """The page with a new reference."""
     return PAGE.read_text(encoding="utf-8").partition(START)[0] + START + "\n" + reference()
 
 

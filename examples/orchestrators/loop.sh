@@ -1,6 +1,6 @@
 #!/bin/bash
-# Runs until all steps are made, on a machine that may kill it at any time. Stops and crashes are tried again after a
-# pause, as long as checkpoints are made between them; mistakes that only a person can mend end the loop at once.
+# Runs until all steps are finished, on a machine that may kill the run at any time. After a stop or a crash the loop
+# waits and resumes, as long as new checkpoints appear. Errors that only a person can fix end the loop at once.
 #   ./loop.sh RUN config.toml [OPTIONS...]      RUN is the run's directory: training.output_dir
 set -u
 directory=${1:?usage: loop.sh RUN config.toml [OPTIONS...]}
@@ -29,10 +29,10 @@ while :; do
   run=
 
   case $code in
-    0) exit 0 ;;                              # all steps are made
-    2 | 3 | 4 | 5 | 76 | 130) exit "$code" ;; # a person must look
+    0) exit 0 ;;                              # all steps are finished
+    2 | 3 | 4 | 5 | 76 | 130) exit "$code" ;; # needs a person
   esac
-  # 75: stopped by us, by a time budget or by somebody's signal. Others: killed, out of memory, a device that fell off.
+  # 75: stopped by this script, a time budget or a signal. Others: killed, out of memory, a device failure.
   [ "$asked" -eq 1 ] && exit "$code"
   idle=$((idle + 1))
   [ "$(newest)" != "$before" ] && idle=0
@@ -41,6 +41,6 @@ while :; do
     exit "$code"
   fi
   sleep $((pause * (idle + 1))) &
-  wait $! # unlike sleep alone it is ended by a signal
+  wait $! # a signal ends it, unlike sleep alone
   [ "$asked" -eq 1 ] && exit "$code"
 done
