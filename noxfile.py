@@ -1,4 +1,4 @@
-"""What is checked, and how: ``nox -s tests`` is what a change must pass; the other sessions are parts and extras."""
+"""Checks: ``nox -s tests`` is what a change must pass. The other sessions are parts of it and extras."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _static(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Style, types, the import rules, and all tests that take seconds."""
+    """Style, types, the import rules, and all fast tests."""
     _install(session, "dev", "test")
     _static(session)
     session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs)
@@ -36,7 +36,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Branch coverage of the tests that take seconds, with the processes that they start or fork."""
+    """Branch coverage of the fast tests, including the processes that they start or fork."""
     _install(session, "dev", "test")
     session.run("coverage", "erase")
     session.run("coverage", "run", "-m", "pytest", "-m", "not slow", "-n", "2", *session.posargs)
@@ -46,14 +46,14 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def slow(session: nox.Session) -> None:
-    """Tests that take minutes: long fault injection, the quickstart as a newcomer runs it."""
+    """Tests that take minutes: long fault injection, the quickstart in a fresh clone."""
     _install(session, "test")
     session.run("pytest", "-m", "slow", "--deselect", WALK, *session.posargs)
 
 
 @nox.session
 def walk(session: nox.Session) -> None:
-    """From an empty directory to a logger of one's own: the tutorial as typed, with its package, tests and runs."""
+    """The tutorial as it is written: from an empty directory to an installed plugin with its tests and runs."""
     _install(session, "test")
     session.run("pytest", WALK, *session.posargs)
 
@@ -67,14 +67,14 @@ def browser(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style and types alone."""
+    """Style and types only."""
     _install(session, "dev", "test")
     _static(session)
 
 
 @nox.session
 def plugins(session: nox.Session) -> None:
-    """Each package in plugins/ alone, against the built wheel of the core."""
+    """Each package in plugins/ by itself, against the built wheel of the core."""
     session.install("build", "hatchling")
     dist = Path(session.create_tmp())
     session.run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist), silent=True)
@@ -89,7 +89,7 @@ def plugins(session: nox.Session) -> None:
 
 @nox.session
 def schema(session: nox.Session) -> None:
-    """The JSON Schema in the hands of real linters: our files pass, a wrong one does not."""
+    """The JSON Schema in real linters: the example files pass, a wrong one does not."""
     _install(session)
     session.install("tombi", "check-jsonschema")
     directory = Path(session.create_tmp()).resolve()
@@ -115,7 +115,7 @@ def schema(session: nox.Session) -> None:
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """Ratios against bare PyTorch in the same process; nothing here is pass or fail."""
+    """Run the benchmark scripts. Nothing here passes or fails."""
     _install(session)
     for script in sorted(Path("benchmarks").glob("*.py")):
         session.run("python", str(script), *session.posargs)

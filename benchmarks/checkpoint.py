@@ -1,14 +1,18 @@
-"""What checkpoints cost a run.
+"""Cost of checkpoints.
 
     python benchmarks/checkpoint.py parts [--mib 240]   a blocking save against its parts
-    python benchmarks/checkpoint.py pause               how long training waits for a save, blocking or behind
+    python benchmarks/checkpoint.py pause               how long training waits for a blocking and a background save
     python benchmarks/checkpoint.py resume              from process start to the first step: cold against resumed
 
-The parts are writing the same tensors with safetensors, hashing and syncing them, one after another. Pauses are those
-of real runs of a model of 10 million parameters: from the end of a step to the beginning of the next, less what a
-boundary without a save takes, so retention and what plugins do with a checkpoint are in them. A resume is measured at
-step 20, and from the same checkpoint told to be of step 1,000,020. All rounds alternate, so that a busy machine is busy
-for all of them; medians are printed, and of the parts the fastest rounds compared.
+The parts are writing the same tensors with safetensors, hashing and syncing them, one after another. The fastest rounds
+are compared; medians are printed too.
+
+A pause is the time from the end of a step to the beginning of the next, without that of a boundary that does not save.
+So it includes retention and the plugins' hooks. The runs train a model of 10 million parameters.
+
+A resume is measured at step 20, and from the same checkpoint renumbered to step 1,000,020.
+
+All rounds alternate, so that other load on the machine affects every side.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ FAR = 1_000_000
 
 
 class Pauses(Plugin[Any]):
-    """Seconds between two steps, by the step before."""
+    """Measures the seconds between two steps, by the number of the first."""
 
     on_error = "abort"
     after = ("console", "metrics", "throughput", "evaluate", "checkpoint", "sample")
@@ -84,7 +88,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def told(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def medians_of(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: round(statistics.median(each), 4) for name, each in values.items()}
 
 
@@ -105,8 +109,8 @@ def parts(root: Path, mib: int, rounds: int) -> dict[str, float]:
                 hashlib.file_digest(file, "sha256")
                 os.fsync(file.fileno())
 
-    # The system hands out memory and room that were never used several times slower: both sides leave their newest two,
-    # take turns in who is first, and are compared by their fastest rounds.
+    # Memory and disk blocks that were never used are several times slower. So both sides keep their newest two, take
+    # turns in going first, and are compared by their fastest rounds.
     for step in range(rounds):
         calls = {
             "parts": partial(one_after_another, root / f"parts-{step}"),
@@ -117,11 +121,11 @@ def parts(root: Path, mib: int, rounds: int) -> dict[str, float]:
         shutil.rmtree(root / f"parts-{step - 2}", ignore_errors=True)
         store.prune(1)
     fastest = {f"{name}_min": round(min(each), 4) for name, each in times.items()}
-    return told(times) | fastest | {"ratio": round(min(times["save"]) / min(times["parts"]), 3)}
+    return medians_of(times) | fastest | {"ratio": round(min(times["save"]) / min(times["parts"]), 3)}
 
 
 def pause(root: Path, rounds: int) -> dict[str, float]:
-    """Saves every 20 steps, told 10 steps later; the first one of a run makes the copies and is apart."""
+    """Saves every 20 steps, logs every 10. The first background save of a run allocates the copy and counts apart."""
     times: dict[str, list[float]] = {"blocking": [], "background": [], "first_in_background": []}
     for number in range(rounds):
         for name in ("blocking", "background"):
@@ -130,7 +134,7 @@ def pause(root: Path, rounds: int) -> dict[str, float]:
             run(root / f"{name}-{number}", [pauses], max_steps=141, save_steps=20, background_save=behind)
             usual = statistics.median(time for step, time in pauses.seconds.items() if step % 10)
             costs = [
-                # A landing is told when the log is due, half an interval later; the log itself counts on both sides.
+                # A background save is polled at the next logging step, 10 steps later. Logging counts on both sides.
                 pauses.seconds[step] + pauses.seconds[step + 10] - 2 * usual
                 for step in range(20, 140, 20)
             ]
@@ -138,7 +142,7 @@ def pause(root: Path, rounds: int) -> dict[str, float]:
                 times["first_in_background"].append(costs[0])
             times[name] += costs[1:]
             shutil.rmtree(root / f"{name}-{number}")
-    medians = told(times)
+    medians = medians_of(times)
     return medians | {"ratio": round(medians["background"] / medians["blocking"], 3)}
 
 
@@ -154,13 +158,13 @@ def resume(root: Path, rounds: int) -> dict[str, float]:
                 shutil.copytree(source, work)
             times[name].append(_first_step(work, step))
             shutil.rmtree(work)
-    medians = told(times)
+    medians = medians_of(times)
     cold = medians["cold"]
     return medians | {f"ratio_{name}": round(value / cold, 3) for name, value in medians.items() if name != "cold"}
 
 
 def _far_away(source: Path, target: Path) -> None:
-    """The run's checkpoint as it would be a million steps later."""
+    """Copy the run, with its checkpoint renumbered to a million steps later."""
     (checkpoint,) = Store(source / "checkpoints").list()
     state, plugins = (json.loads((checkpoint.path / f"{stem}.json").read_text()) for stem in ("state", "plugins"))
     tokens = state["tokens"] // state["step"]
@@ -176,7 +180,7 @@ def _far_away(source: Path, target: Path) -> None:
 
 
 class FirstStep(Plugin[Any]):
-    """Leaves, without a word, when the first step is made."""
+    """Ends the process after the first step."""
 
     @hookimpl
     def on_step_end(self, run: Any, event: Any) -> None:
@@ -184,7 +188,7 @@ class FirstStep(Plugin[Any]):
 
 
 def _first_step(directory: Path, step: int) -> float:
-    """Seconds of a whole process that makes one step."""
+    """Seconds of a process that runs one step."""
     command = [sys.executable, __file__, "first-step", "--directory", str(directory), "--max-steps", str(step + 1000)]
     return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
 

@@ -1,13 +1,15 @@
-"""What the data path costs: each figure beside the bare thing that it wraps, in one process, in turns.
+"""Speed of the data path. Each figure is compared with a bare equivalent in the same process, in turns.
 
     python benchmarks/data.py [--megabytes 32]
 
-Reported as JSON: MB/s of the whole command `gpt-simple tokenize`, from its start as a process to the finished dataset,
-with one and with two workers, against bare tiktoken with the same merges on the same text in memory, in one and in two
-threads (medians of ratios within a round), and `tokenizers`' own batch call against tiktoken on an eighth of it;
-tokens/s of the loader against a numpy gather of the same rows, each read once, into the same kind of tensors;
-microseconds and peak memory of a cold resume at 0, 10^6 and 10^12 tokens (of the whole run, in rows of 1,024): building
-the order of a mixture of two phases, with nothing cached, and locating the next 64 rows.
+It prints JSON:
+
+- MB/s of `gpt-simple tokenize` as a whole process, with one and two workers, against bare tiktoken with the same merges
+  on the same text in memory, with one and two threads (medians of the ratios within a round)
+- the batch call of `tokenizers` against tiktoken, on an eighth of the text
+- tokens/s of the loader against a numpy gather of the same rows, each read once, into the same kind of tensors
+- microseconds and peak memory of a cold resume at 0, 10^6 and 10^12 tokens (of the whole run, in rows of 1,024):
+  building the order of a mixture of two phases without a cache, and locating the next 64 rows
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def in_turns(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """The times of each, all measured in every round."""
+    """The seconds of each call. Every round measures all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
@@ -64,12 +66,12 @@ def in_turns(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
 
 
 def ratio(bare: list[float], ours: list[float]) -> float:
-    """Of speeds, ours to bare: the median over rounds, in which the machine is about as busy for both."""
+    """Our speed over the bare one: the median over rounds, within which the load of the machine is similar."""
     return round(statistics.median(a / b for a, b in zip(bare, ours, strict=True)), 3)
 
 
 def library(megabytes: float) -> list[str]:
-    """The standard library's sources, several times if need be; no two texts are the same."""
+    """The standard library's sources, repeated if necessary. No two texts are equal."""
     sources = [document.text for document in build(DataConfig(), 0).documents()]
     texts: list[str] = []
     left = megabytes * 1e6
@@ -133,7 +135,7 @@ def loading(root: Path) -> dict[str, float]:
     split = dataset.train
     tokens = split.parts[0].shard.tokens
     order = dataset.order(config.data, order_seed(config))
-    # The last row may be short; the gather is spared it.
+    # The last row may be short. The gather leaves it out.
     rows = order.locate(np.arange(count * batch)) % (len(tokens) // length - 1)
 
     def ours() -> None:
@@ -156,20 +158,20 @@ def loading(root: Path) -> dict[str, float]:
 
 
 def ordering() -> dict[str, float]:
-    """A cold resume of a mixture of two phases: in the first of them, and far beyond what a run will reach."""
+    """A cold resume of a mixture of two phases: in the first one, and far beyond the end of any run."""
     length, batch = 1024, 64
     buckets = {"web": 10**8, "code": 10**7}
     phases = (Phase(10**9, {"web": 3.0, "code": 1.0}), Phase(10**12, {"web": 1.0, "code": 1.0}))
 
     def resume(tokens: int) -> None:
-        # The table of 65,536 slots, which a process that goes on elsewhere does not have.
+        # The table of 65,536 slots, which a new process does not have.
         _period.cache_clear()
         order = mixture(buckets, phases, "repeat", max_length=length, seed=1)
         order.locate(np.arange(tokens // length, tokens // length + batch))
 
     found: dict[str, float] = {}
     for name, tokens in (("0", 0), ("10^6", 10**6), ("10^12", 10**12)):
-        resume(tokens)  # numpy's own first time is not the order's
+        resume(tokens)  # exclude numpy's warm-up
         times = [seconds(partial(resume, tokens)) for _ in range(100)]
         found[f"us at {name} tokens"] = round(1e6 * statistics.median(times), 1)
         tracemalloc.start()

@@ -1,8 +1,8 @@
-"""What the engine costs per optimizer step on several processes, against bare torch DDP with the same model.
+"""Overhead of the engine per optimizer step on several processes, against bare DDP with the same model.
 
-10.6 million parameters (6 layers, 384 wide), rows of 128 tokens, batch 4 on each of 2 processes, gloo. The engine runs
-with all default plugins on. As in overhead.py a plugin takes turns with it: after every block of engine steps each
-process runs a block of bare steps with a DDP copy of the model, the same rows, fused AdamW and clipping.
+The model has 10.6 million parameters (6 layers, 384 wide). Rows have 128 tokens, the batch is 4 on each of 2 processes,
+the backend is gloo. All default plugins are on. As in overhead.py a plugin alternates: after every block of engine
+steps each process runs a block of bare steps with a DDP copy of the model, the same rows, fused AdamW and clipping.
 
     torchrun --nproc_per_node 2 benchmarks/ddp.py [--blocks 10] [--block-steps 4]
 """
@@ -115,7 +115,7 @@ def main() -> None:
             "overhead_ms_median": round(1e3 * statistics.median(engine - bare for engine, bare in pairs), 2),
             "ratio_median": round(statistics.median(ratios), 4),
             "ratio_quartiles": [round(ratio, 4) for ratio in statistics.quantiles(ratios, n=4)[::2]],
-            # Of the processor's time, which a busy machine disturbs less.
+            # CPU time, which other load on the machine disturbs less.
             "cpu_ratio_median": round(statistics.median(turns.cpu), 4),
             "steps": result.steps,
         }

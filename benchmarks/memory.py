@@ -1,9 +1,9 @@
-"""Predicted against measured peaks of memory: the table of docs/validate.md, on this machine's CPU, or its GPU.
+"""Predicted against measured peaks of memory: the table of docs/validate.md, on this machine's CPU or GPU.
 
-Every line is a run of three steps with the plugin ``memory``, which predicts before the first step and then measures:
-on a CPU every allocation that torch's profiler records, on a GPU what the allocator reports. A run of two processes and
-one with ``--compile``, whose prediction is a bound, come at the end. The last line predicts 1.3 billion parameters in a
-process of its own, with the time that takes and the most memory that the process ever had.
+Every line is a run of three steps with the plugin ``memory``. The plugin predicts before the first step and then
+measures: on a CPU every allocation that torch's profiler records, on a GPU the allocator's own statistics. The last two
+runs have two processes, and ``--compile``, for which the prediction is a bound. The last line predicts a model of 1.3
+billion parameters in a process of its own, and prints the time and the peak memory of that process.
 
     python benchmarks/memory.py [--compile] [--only WORD]
 """
@@ -112,8 +112,8 @@ def main() -> None:
         print(f"| {name} | {predicted:.1f} | {measured:.1f} | {row['error']:+.2%} |", flush=True)
     if not arguments.only:
         begin = time.perf_counter()
-        told = subprocess.run([sys.executable, "-c", LARGE], check=True, capture_output=True, text=True).stdout
-        print(f"\n{told} and {time.perf_counter() - begin:.0f} s, with the start of Python, to know it")
+        line = subprocess.run([sys.executable, "-c", LARGE], check=True, capture_output=True, text=True).stdout
+        print(f"\n{line} and {time.perf_counter() - begin:.0f} s for the prediction, with the start of Python")
 
 
 if __name__ == "__main__":

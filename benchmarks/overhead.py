@@ -1,10 +1,12 @@
-"""What the engine costs per optimizer step, against a bare PyTorch loop in the same process.
+"""Overhead of the engine per optimizer step, against a bare PyTorch loop in the same process.
 
-A tiny model (2 layers, 64 wide, rows of 64 tokens, batch 4), so that a step takes milliseconds and overhead shows. The
-engine runs with all default plugins on. A plugin takes turns with it: after every block of engine steps it runs a block
-of bare steps with a copy of the same model, the same rows, fused AdamW, clipping and schedule. The bare loop gets its
-rows as ready tensors, so the engine's loader counts as overhead. Blocks are short, because a machine's speed drifts by
-more than what is measured here: neighbours are compared, and the median of their differences is told.
+The model is tiny (2 layers, 64 wide, rows of 64 tokens, batch 4), so a step takes milliseconds and overhead shows. All
+default plugins are on. A plugin alternates: after every block of engine steps it runs a block of bare steps with a copy
+of the same model, the same rows, fused AdamW, clipping and schedule. The bare loop gets its rows as ready tensors, so
+the engine's loader counts as overhead.
+
+A machine's speed drifts by more than the overhead. So blocks are short, and the result is the median of the differences
+between neighbouring blocks.
 
     python benchmarks/overhead.py [--blocks 300] [--block-steps 20] [--threads 1]
 """
@@ -36,7 +38,7 @@ Times = tuple[float, float]
 
 
 def clocks() -> Times:
-    """Wall time, and CPU time of this thread: the latter stands still while the machine does something else."""
+    """Wall time, and CPU time of this thread, which does not count other load on the machine."""
     return time.perf_counter(), time.thread_time()
 
 
@@ -112,7 +114,7 @@ class Turns(Plugin[Any]):
 
 
 def train(plugin: Plugin[Any], max_steps: int) -> gpt_simple.TrainResult:
-    """The tiny run, with one plugin more than the default ones."""
+    """The tiny run, with the default plugins and one more."""
     with tempfile.TemporaryDirectory() as directory:
         return gpt_simple.train(
             model={"n_embd": 64, "n_layer": 2, "n_head": 2},

@@ -1,10 +1,14 @@
-"""What plugins cost: one call of a hook, and ten idle plugins in every step of a real run.
+"""Cost of plugins: one call of a hook, and ten idle plugins in every step of a real run.
 
     python benchmarks/plugins.py [--packages 100]
 
-Reported as JSON: microseconds of a call with one and with ten listeners beside pluggy's own call, with and without the
-guard of torch's global state; the share of a step of a tiny model that the machinery takes with ten plugins that listen
-to every hook of the step and do nothing; and `plugins list` with many more packages installed.
+It prints JSON:
+
+- microseconds of a call with one and with ten implementations, beside pluggy's own call, with and without the guard of
+  torch's global state
+- the share of a step of a tiny model that dispatch takes, with ten plugins that implement every hook of the step and do
+  nothing
+- `plugins list` with many more packages installed
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ EVENT = MetricsReady(1, 1, {})
 
 
 class Idle(Plugin[Any]):
-    """Listens to all hooks of a step and does nothing."""
+    """Implements all hooks of a step and does nothing."""
 
     @hookimpl
     def on_step_start(self, run: Any, event: Any) -> None:
@@ -98,10 +102,10 @@ def one_call(listeners: int) -> dict[str, float]:
 
 
 def share_of_a_step() -> dict[str, float]:
-    """What ten idle plugins add to the hooks of a step, beside the time of the steps of the same run.
+    """The time that ten idle plugins add to the hooks of a step, beside the time of the steps of the same run.
 
-    Three kinds of steps take turns: as they are, without the guard, without the idle plugins; the test kit's recorder
-    listens in all of them. Medians, in microseconds: two runs differ by more than what is measured here.
+    Three kinds of steps alternate in one run, because two runs differ by more than this time: with the plugins, without
+    the guard, without the plugins. The recorder of the test kit is on in all of them. Medians in microseconds.
     """
     hooks = ("on_step_start", "on_batch", "on_gradients", "on_step_end")
     overrides = {

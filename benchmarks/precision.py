@@ -1,11 +1,11 @@
 """bf16 against fp32 on this machine's CPU: optimizer steps of a 12M model (Llama's shape, 6 layers, 384 wide).
 
-Two copies of one model take turns in one process, a block of steps each, because a machine's speed drifts by more than
-what is measured here; the median of the ratios of neighbours is told. A step is what the engine makes of a micro-batch:
-autocast as configured, summed loss, clipping, fused AdamW on fp32 weights.
+Two copies of one model alternate in one process, a block of steps each, because a machine's speed drifts by more than
+the difference. The result is the median of the ratios of neighbouring blocks. A step is what the engine does with a
+micro-batch: autocast as configured, summed loss, clipping, fused AdamW on fp32 weights.
 
-bf16 pays where the CPU has tiles for it (AMX). With AVX512-BF16 alone it is about even or slower, without either it is
-emulated.
+bf16 pays off if the CPU has matrix tiles for it (AMX). With AVX512-BF16 alone it is about even or slower. Without
+either it is emulated.
 
     python benchmarks/precision.py [--compile] [--blocks 8] [--block-steps 2] [--threads N]
 """
@@ -38,7 +38,7 @@ arguments = parser.parse_args()
 CPU = torch.device("cpu")
 
 
-class Contestant:
+class Candidate:
     """A model with its optimizer, stepped in one precision."""
 
     def __init__(self, model: torch.nn.Module, setting: str) -> None:
@@ -71,7 +71,7 @@ def main() -> None:
     model = build(config, vocab_size=arguments.vocab_size, max_length=arguments.length)
     tokens = torch.randint(arguments.vocab_size, (arguments.rows, arguments.length + 1))
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    fp32, bf16 = Contestant(model, "no"), Contestant(model, "bf16")
+    fp32, bf16 = Candidate(model, "no"), Candidate(model, "bf16")
     for _ in range(arguments.blocks + 1):
         fp32.block(inputs, labels)
         bf16.block(inputs, labels)

@@ -1,8 +1,8 @@
-"""How long the commands take that one types without training: the whole process, torch never imported.
+"""Start-up time of the commands that do not train: the whole process, without torch.
 
-Modules are loaded from bytecode, as those of an installed package are, whatever PYTHONDONTWRITEBYTECODE says here: to
-compile them anew each time costs a third more. ``structuring`` is the check of a configuration in which every field is
-given, without the process around it; a command does it once, which is ``first_ms``.
+Modules are loaded from bytecode, like those of an installed package, whatever PYTHONDONTWRITEBYTECODE is. Compiling
+them each time would take a third longer. ``structuring`` is the validation of a configuration in which every field is
+set, without the process around it. A command does it once, which is ``first_ms``.
 
     python benchmarks/startup.py [--runs 15]
 """

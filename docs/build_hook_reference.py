@@ -16,8 +16,8 @@ PAGE = Path(__file__).with_name("plugins") / "hooks.md"
 
 HEAD = """# Hooks
 
-This page lists all hooks, in the order in which a run first calls them. `docs/build_hook_reference.py` generates it from
-`gpt_simple/hooks/specs.py`, which is the contract. [policy.md](policy.md) describes the rules.
+This page lists all hooks, in the order in which a run first calls them. `docs/build_hook_reference.py` generates it
+from `gpt_simple/hooks/specs.py`, which is the contract. [policy.md](policy.md) describes the rules.
 
 A hook named `on_*` is a notification and returns nothing. Any other name is a verb, and its result is used. An
 implementation may take [fewer arguments](policy.md#arguments-of-a-hook) than its hook has. All examples are methods of

@@ -1,4 +1,4 @@
-"""Scripts that measure: nothing else would tell that one has stopped to work. What they measure is not judged here."""
+"""The benchmark scripts run. Their figures are not asserted."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def measured(script: str, *options: str) -> dict[str, object]:
     return report
 
 
-def test_seeing() -> None:
+def test_the_cost_of_monitoring() -> None:
     pytest.importorskip("wandb")
-    report = measured("seeing.py", "--steps", "60", "--pairs", "2")
+    report = measured("monitoring.py", "--steps", "60", "--pairs", "2")
     assert isinstance(report["us_a_step"], dict)
     assert {"console", "metrics", "throughput", "wandb"} <= report["us_a_step"].keys()
     assert isinstance(report["ratio"], list)
@@ -34,7 +34,7 @@ def test_seeing() -> None:
 
 
 def test_the_report_of_a_long_run() -> None:
-    report = measured("seeing.py", "--report")
+    report = measured("monitoring.py", "--report")
     assert report["logged_steps"] == 100_000
     assert isinstance(report["report_mb"], float)
     assert 0 < report["report_mb"] < 2

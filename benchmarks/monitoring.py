@@ -1,16 +1,16 @@
-"""What it costs to see a run, and to report on a long one.
+"""Cost of monitoring a run, and of reporting on a long one.
 
-Everything on (the live view on a terminal that somebody reads, redrawn once a second; metrics.jsonl; throughput; W&B
-offline; TensorBoard if `gpt-simple-tensorboard` is installed; a logging boundary every 10 steps) against everything off
-(none of these plugins, no logging boundary). Runs of both kinds take turns in one process, on-off-off-on, and each is
-timed from its 20th step to its last one. `ratio` is tokens/s on by tokens/s off: the quartiles over the pairs.
+Runs with everything on alternate with runs with everything off, in one process (on-off-off-on). On are the live view on
+a terminal, redrawn once a second, metrics.jsonl, throughput, W&B offline, TensorBoard if `gpt-simple-tensorboard` is
+installed, and a logging boundary every 10 steps. Off are all of these plugins and the logging boundary. Each run is
+timed from its 20th step to its last. `ratio` is tokens/s on over tokens/s off: the quartiles over the pairs.
 
-A machine's speed drifts by more than what is measured, so the same is told in a second way that does not compare runs:
-`share` is the part of the time of a step that the plugins' hooks take, timed where the engine calls them and without
-what they take once, plus one redraw of the view a second, timed by itself.
+A machine's speed drifts by more than the difference, so a second figure does not compare runs. `share` is the part of a
+step's time that the plugins' hooks take, timed where the engine calls them and without their one-time cost, plus one
+redraw of the view a second, timed separately.
 
-    python benchmarks/seeing.py [--model tiny|10m] [--steps N] [--pairs N] [--threads 1]
-    python benchmarks/seeing.py --report
+    python benchmarks/monitoring.py [--model tiny|10m] [--steps N] [--pairs N] [--threads 1]
+    python benchmarks/monitoring.py --report
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "training": {"per_device_batch_size": 8, "gradient_accumulation_steps": 2},
     },
 }
-SEEING = [
+MONITORING = [
     "console",
     "metrics",
     "throughput",
@@ -72,7 +72,7 @@ WARM_UP = 20
 class Stopwatch(Plugin[Any]):
     """Seconds of a step, from the end of the warm-up to the last one."""
 
-    after = tuple(SEEING)
+    after = tuple(MONITORING)
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -91,16 +91,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     steps = arguments.steps or {"tiny": 1000, "10m": 40}[arguments.model]
     pairs = arguments.pairs or {"tiny": 6, "10m": 3}[arguments.model]
-    _run(WARM_UP + 1, seen=True)  # imports, prepared data, W&B's process
+    _run(WARM_UP + 1, monitored=True)  # imports, prepared data, W&B's process
     ratios, shares, redraw = [], [], _redraw()
     for pair in range(pairs):
-        took = {seen: _run(steps, seen) for seen in ((True, False) if pair % 2 else (False, True))}
+        took = {monitored: _run(steps, monitored) for monitored in ((True, False) if pair % 2 else (False, True))}
         (on, costs), (off, _) = took[True], took[False]
         ratios.append(off / on)
         shares.append((on, costs))
-    _, once = _run(WARM_UP + 1, seen=True)
+    _, once = _run(WARM_UP + 1, monitored=True)
     per_step = {
-        name: statistics.median(costs[name] - once[name] for _, costs in shares) / (steps - WARM_UP) for name in SEEING
+        name: statistics.median(costs[name] - once[name] for _, costs in shares) / (steps - WARM_UP)
+        for name in MONITORING
     }
     step = statistics.median(seconds for seconds, _ in shares)
     report = {
@@ -115,9 +116,9 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def _run(steps: int, seen: bool) -> tuple[float, dict[str, float]]:
-    """Seconds of a step, and what each plugin of those that show took in the whole run."""
-    # A terminal that somebody reads, or its buffer would fill and the view block.
+def _run(steps: int, monitored: bool) -> tuple[float, dict[str, float]]:
+    """Seconds of a step, and the seconds that each monitoring plugin took in the whole run."""
+    # Drain the terminal: a full buffer would block the view.
     controller, terminal = pty.openpty()
     threading.Thread(target=_drain, args=(controller,), daemon=True).start()
     os.environ |= {"COLUMNS": "120", "LINES": "40"}
@@ -125,10 +126,10 @@ def _run(steps: int, seen: bool) -> tuple[float, dict[str, float]]:
     stopwatch, shape = Stopwatch(), MODELS[arguments.model]
     training = {"compile": False, "gradient_checkpointing": False, "eval_steps": None, "save_steps": None}
     chosen: dict[str, Any] = {"training.max_steps": steps}
-    if seen:
+    if monitored:
         chosen |= {"training.logging_steps": 10, "training.wandb_project": "benchmark"}
         chosen |= {"plugins.wandb.mode": "offline", "plugins.console.progress": "live"}
-        chosen |= {"plugins.tensorboard.flush_seconds": 30} if "tensorboard" in SEEING else {}
+        chosen |= {"plugins.tensorboard.flush_seconds": 30} if "tensorboard" in MONITORING else {}
     else:
         chosen |= {
             "training.logging_steps": "null",
@@ -147,7 +148,7 @@ def _run(steps: int, seen: bool) -> tuple[float, dict[str, float]]:
         sys.stdout.close()
         sys.stdout = here
     costs = result.summary["plugin_seconds"]
-    return stopwatch.step, {name: costs.get(name, 0.0) for name in SEEING}
+    return stopwatch.step, {name: costs.get(name, 0.0) for name in MONITORING}
 
 
 def _redraw() -> float:
@@ -174,7 +175,7 @@ def _drain(descriptor: int) -> None:
 
 
 def report_of_a_long_run() -> None:
-    """The files of a real run, its last rows made anew for 100,000 steps, with noise in every number."""
+    """The files of a real run, with its last rows repeated for 100,000 steps and noise in every number."""
     steps, noise = 100_000, random.Random(0).random
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
