@@ -131,9 +131,9 @@ def share_of_a_step() -> dict[str, float]:
     def clocked_calls(host: PluginHost, *arguments: Any, **options: Any) -> Calls:
         calls = calls_of(host, *arguments, **options)
         callers = [calls._callers[name] for name in hooks]
-        everybody = [caller.impls for caller in callers]
-        others = [tuple(impl for impl in impls if not impl[1].name.startswith("idle")) for impls in everybody]
-        kinds = [(everybody, TORCH_STATE), (everybody, Guard()), (others, TORCH_STATE)]
+        all_impls = [caller.impls for caller in callers]
+        others = [tuple(impl for impl in impls if not impl[1].name.startswith("idle")) for impls in all_impls]
+        kinds = [(all_impls, TORCH_STATE), (all_impls, Guard()), (others, TORCH_STATE)]
         for name in hooks:
             setattr(calls, name, timed(getattr(calls, name)))
         last = calls.on_step_end

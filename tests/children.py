@@ -72,7 +72,7 @@ class At(Everywhere):
 
 
 class At2(At):
-    """A second one: plugins are told apart by the name of their class."""
+    """A second one: plugins need classes of different names."""
 
 
 @frozen

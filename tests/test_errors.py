@@ -1,4 +1,4 @@
-"""An error holds problems; text is made of them where it is shown."""
+"""An error holds problems, which are rendered as text where they are shown."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_error_crosses_processes_with_what_was_added_to_it() -> None:
     assert (sent.problems, sent.exit_code) == (error.problems, 7)
 
 
-def test_errors_are_merged_into_the_worst_without_saying_anything_twice() -> None:
+def test_merged_errors_have_the_worst_code_and_no_duplicates() -> None:
     errors = [ConfigError("a", key="x.y"), CheckpointError("b"), ConfigError("a", key="x.y"), DataError("a\nb")]
     with pytest.raises(CheckpointError) as caught:
         raise_all(errors)

@@ -1,4 +1,4 @@
-"""The README's commands work as they stand: pasted into a fresh clone, and in what it shows."""
+"""The README's commands work as they are written, in a fresh clone too."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_plugin_of_the_readme_logs(shell: Shell, here: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_quickstart_in_a_fresh_clone_learns(tmp_path: Path) -> None:
-    """What a newcomer pastes: a new virtual environment, the pinned packages, and a model that tells a story."""
+    """The first command of the README: a new virtual environment, the pinned packages, and a model that writes."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     environment = {
@@ -59,5 +59,5 @@ def test_the_quickstart_in_a_fresh_clone_learns(tmp_path: Path) -> None:
     summary = json.loads((clone / "outputs/quickstart/summary.json").read_text())
     assert summary["floor"] < summary["final_val_loss"] < 1.4 * summary["floor"]
     assert "next:" in done.stdout
-    told = summary["plugins"]["sample"]["sample"]
-    assert len(re.findall(r"[a-z]+ [a-z]+", told)) > 10, told
+    text = summary["plugins"]["sample"]["sample"]
+    assert len(re.findall(r"[a-z]+ [a-z]+", text)) > 10, text

@@ -1,4 +1,4 @@
-"""How the code is built: rules that a reader relies on and no linter checks."""
+"""Rules on the structure of the code that no linter checks."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def assignments_from_outside(path: Path) -> Iterator[str]:
 
 def test_no_object_is_changed_from_outside_its_class() -> None:
     """What a stage returns is complete: nothing patches it later."""
-    rooms = ("job", "engine", "preflight", "cli")
-    found = [line for room in rooms for path in (SOURCE / room).glob("*.py") for line in assignments_from_outside(path)]
+    packages = ("job", "engine", "preflight", "cli")
+    files = [path for package in packages for path in (SOURCE / package).glob("*.py")]
+    found = [line for path in files for line in assignments_from_outside(path)]
     assert found == []

@@ -1,7 +1,7 @@
 """Makes the files of a kept example with the gpt-simple that is imported: ``python make_example.py FOLDER``.
 
-The folder holds ``stories.toml``, ``dataset.toml``, ``rows.py`` and ``text/``. Each run is made twice: once to its end,
-for ``expected.json``, and once stopped midway, which is what is kept.
+The folder holds ``stories.toml``, ``dataset.toml``, ``rows.py`` and ``text/``. Each run is made twice: to its end, for
+``expected.json``, and stopped midway. The stopped run is kept.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
 
 
 def command(place: Path, *arguments: str, stop_after: str = "0") -> None:
-    """Run gpt-simple in ``place`` as a user does, with one thread, so that a machine with any number of cores can."""
+    """Run gpt-simple in ``place`` as a user does, with one thread, so that the number of cores does not matter."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "STOP_AFTER": stop_after,
@@ -54,7 +54,7 @@ def command(place: Path, *arguments: str, stop_after: str = "0") -> None:
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """What a run came to: weights, rows, losses, and the numerics that decide the last digits."""
+    """The results of a run: weights, rows, losses, and the numerics that decide the last digits."""
     newest = max((run_dir / "checkpoints").glob("step-*"))
     rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return {
@@ -67,7 +67,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
 
 
 def clean(place: Path) -> None:
-    """Take the names of this machine and of its directories out of the runs' files."""
+    """Remove the names of this machine and of its directories from the runs' files."""
     for path in place.glob("runs/*/*.json*"):
         text = path.read_text().replace(str(place), "/example")
         path.write_text(re.sub(r'"host": "[^"]*"', '"host": "example"', text))

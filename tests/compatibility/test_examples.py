@@ -1,4 +1,4 @@
-"""What earlier versions wrote still works: runs go on, data sets are read, plugins are called.
+"""Files of earlier versions still work: runs resume, data sets are read, plugins are called.
 
 ``vX_Y_Z`` holds the files of a version, as ``make_example.py`` made them with it; see CONTRIBUTING.md.
 ``expected.json`` has the result of the whole run. Its last digits depend on the processor and on torch. Where these are
@@ -56,8 +56,8 @@ def test_a_run_goes_on_to_the_recorded_weights(
     ended = shell("run", f"{run}.toml", *PLUGIN)
     came, recorded = outcome(example / "runs" / run), expected(example, run)
     assert ended.code == 0, ended.err
-    promise = "bit-exact" if same_numerics(came, recorded) else "order-exact"
-    assert f"resumed from step 4: {promise}" in ended.out
+    guarantee = "bit-exact" if same_numerics(came, recorded) else "order-exact"
+    assert f"resumed from step 4: {guarantee}" in ended.out
     assert_as_recorded(came, recorded)
 
     shutil.rmtree("runs")

@@ -1,4 +1,4 @@
-"""A later version has more fields and other defaults; runs that this version began go on as they began."""
+"""A later version has more fields and other defaults. Runs that this version began keep their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples for schedulers, each under one that is made up: what is started again, what is not, what comes of it."""
+"""The examples for schedulers, each with a fake scheduler: what is restarted, what is not, and the result."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def calls() -> list[str]:
         (["75", "1", "75+", "75", "0"], 0, [4, 6, 2, 4]),
     ],
 )
-def test_the_loop_goes_on_while_checkpoints_are_made_and_leaves_mistakes_to_people(
+def test_the_loop_resumes_until_done_and_ends_on_errors(
     programs: Bin, codes: list[str], ends: int, pauses: list[int]
 ) -> None:
-    """``+``: the launch made a checkpoint before it ended."""
+    """``+``: the launch saved a checkpoint before it ended."""
     Path("codes").write_text("".join(f"{code}\n" for code in codes))
     Path("pauses").touch()
     command = ["bash", str(EXAMPLES / "loop.sh"), "out", "config.toml", "--training.seed", "1"]
@@ -105,7 +105,7 @@ def test_a_signal_ends_the_loop_while_it_pauses(programs: Bin, code: str) -> Non
     assert len(calls()) == 1
 
 
-def test_the_loop_hands_a_signal_on_and_ends_with_the_run(programs: Bin) -> None:
+def test_the_loop_passes_a_signal_on_and_ends_with_the_run(programs: Bin) -> None:
     Path("codes").write_text("waits\n0\n")
     command = ["bash", str(EXAMPLES / "loop.sh"), "out", "config.toml"]
     with subprocess.Popen(command, env=programs(gpt_simple=FAKE)) as loop:
@@ -123,7 +123,7 @@ SBATCH = '#!/bin/bash\necho "$@" >> queue\n'
     ("code", "links", "ends", "queued"),
     [(75, "2", 0, True), (75, "0", 75, False), (0, "2", 0, False), (76, "2", 76, False)],
 )
-def test_a_job_of_the_chain_queues_the_next_only_while_there_is_work(
+def test_a_job_of_the_chain_submits_the_next_until_done(
     programs: Bin, code: int, links: str, ends: int, queued: bool
 ) -> None:
     Path("codes").write_text(f"{code}\n")
@@ -135,7 +135,7 @@ def test_a_job_of_the_chain_queues_the_next_only_while_there_is_work(
     assert (Path("queue").read_text() if Path("queue").exists() else "") == (expected if queued else "")
 
 
-def test_a_job_of_the_chain_hands_a_signal_on(programs: Bin) -> None:
+def test_a_job_of_the_chain_passes_a_signal_on(programs: Bin) -> None:
     Path("codes").write_text("waits\n")
     environment = programs(gpt_simple=FAKE, sbatch=SBATCH) | {"SLURM_JOB_ID": "7"}
     with subprocess.Popen(["bash", str(EXAMPLES / "slurm.sbatch"), "config.toml"], env=environment) as job:
@@ -177,7 +177,7 @@ def test_a_chain_of_short_jobs_equals_one_long_job(programs: Bin) -> None:
         assert parts.read_bytes() == whole.read_bytes()
 
 
-def test_kubernetes_replaces_what_was_stopped_and_leaves_mistakes_to_people() -> None:
+def test_kubernetes_restarts_stopped_runs_and_fails_on_errors() -> None:
     job = yaml.safe_load((EXAMPLES / "kubernetes.yaml").read_text())["spec"]
     decided = {code: action(job, int(code)) for code in ExitCode if code != ExitCode.COMPLETED}
     people = {ExitCode.CONFIG, ExitCode.DATA, ExitCode.CHECKPOINT, ExitCode.PLUGIN, ExitCode.HALTED}
@@ -191,7 +191,7 @@ def test_kubernetes_replaces_what_was_stopped_and_leaves_mistakes_to_people() ->
 
 
 def action(job: dict[str, Any], code: int, conditions: list[str] | None = None) -> str:
-    """What the controller of Jobs does when a pod failed: the first rule that matches decides."""
+    """The action of the Job controller for a failed pod: the first rule that matches decides."""
     for rule in job["podFailurePolicy"]["rules"]:
         codes = rule.get("onExitCodes", {})
         assert codes.get("operator", "In") == "In"

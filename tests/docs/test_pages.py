@@ -1,4 +1,4 @@
-"""The pages are run: what they show must work as it stands.
+"""The code blocks of the pages run as they are written.
 
 The fenced blocks of a page run in order in one empty directory. ``# file: NAME`` on the first line writes the block to
 a file; ``bash`` runs in a shell; ``python`` runs in one namespace per page; ``toml`` and ``yaml`` must be valid
@@ -51,12 +51,12 @@ def _run_block(page: Path, language: str, text: str, namespace: dict[str, object
 
 def test_the_architecture_names_what_is_there() -> None:
     text, package = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), ROOT / "src" / "gpt_simple"
-    rooms = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*\| *((?:`\w+\.py`(?:, )?)*) *\|$", text, re.MULTILINE)
-    named = {name for names, _ in rooms for name in re.findall(r"\w+", names)}
+    tables = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*\| *((?:`\w+\.py`(?:, )?)*) *\|$", text, re.MULTILINE)
+    named = {name for names, _ in tables for name in re.findall(r"\w+", names)}
     there = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert named == there - {"__init__", "__main__", "spec", "api"}
-    for room, files in rooms:
-        assert all((package / room.strip("`") / file).is_file() for file in re.findall(r"\w+\.py", files)), room
+    for name, files in tables:
+        assert all((package / name.strip("`") / file).is_file() for file in re.findall(r"\w+\.py", files)), name
     stages = " ".join(re.findall(r"^\| \w+ \| (`[^|]+`) \|", text, re.MULTILINE))
     code = [(path.stem, path.read_text(encoding="utf-8")) for path in package.rglob("*.py")]
     methods = re.findall(r"`(\w+)\.(\w+)`", stages)

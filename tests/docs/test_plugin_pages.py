@@ -1,4 +1,4 @@
-"""The pages on plugins: the tutorial is typed in by a test, recipes keep the contract, the reference is up to date."""
+"""The pages on plugins: the tutorial runs as written, recipes keep the contract, the reference is up to date."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_reference_of_hooks_is_the_catalogue() -> None:
         from build_hook_reference import PAGE, page  # type: ignore[import-not-found]
     finally:
         sys.path.remove(str(DOCS))
-    assert PAGE.read_text(encoding="utf-8") == page(), "bring it up to date: python docs/build_hook_reference.py"
+    assert PAGE.read_text(encoding="utf-8") == page(), "outdated; run: python docs/build_hook_reference.py"
     assert all(f"## {hook}\n" in page() for hook in HOOKS)
 
 
@@ -62,7 +62,7 @@ def test_the_tutorial_works_as_it_is_written(tmp_path: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(site),
         "OMP_NUM_THREADS": "1",
-        # The package goes into a directory of its own, and nothing is downloaded.
+        # The package is installed into a directory of its own, and nothing is downloaded.
         "PIP_TARGET": str(site),
         "PIP_NO_INDEX": "1",
         "PIP_NO_DEPS": "1",
@@ -86,7 +86,7 @@ def test_the_tutorial_works_as_it_is_written(tmp_path: Path) -> None:
             )
             assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         else:
-            assert language == "", "a block of the tutorial that nothing runs"
+            assert language == "", "a block of the tutorial that no test runs"
     assert len((tmp_path / "outputs" / "loss.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "outputs2" / "other.jsonl").exists()
     assert not list((tmp_path / "outputs3").glob("*loss*"))

@@ -1,4 +1,4 @@
-"""The plugin keeps the contract, and its files say what happened, also across a stop."""
+"""The plugin keeps the contract, and its files are complete, also after a stop and a resume."""
 
 from __future__ import annotations
 

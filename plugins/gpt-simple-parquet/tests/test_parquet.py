@@ -1,4 +1,4 @@
-"""The source keeps the contract, tells the rows in order, and a stopped run goes on at the exact row."""
+"""The source keeps the contract and the order of rows, and a stopped run resumes at the exact row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def test_directories_are_looked_through_whatever_their_names_and_links_too(corpus: Path, tmp_path: Path) -> None:
+def test_directories_and_links_are_walked_whatever_their_names(corpus: Path, tmp_path: Path) -> None:
     """Some writers make a directory of parts with the name of a table."""
     (corpus / "b").rename(corpus / "table.parquet")
     (tmp_path / "elsewhere").mkdir()

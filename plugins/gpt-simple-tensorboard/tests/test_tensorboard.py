@@ -32,7 +32,7 @@ def test_keeps_the_contract() -> None:
     check_contract(TensorBoard)
 
 
-def test_every_metric_has_its_points_and_the_configuration_is_there(tmp_path: Path) -> None:
+def test_every_metric_and_the_configuration_are_logged(tmp_path: Path) -> None:
     trained = train(TensorBoard, output_dir=tmp_path, max_steps=4, enable=("sample",))
     events = read(tmp_path / "tensorboard")
     losses = points(events, "train/loss")

@@ -40,7 +40,7 @@ class CsvLog(Plugin[CsvLogConfig]):
 
     def _write(self, run: Run, name: str, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         path = run.output_dir / self.config.directory / f"{name}.csv"
-        # What the file says in its first line holds for all of it: a metric that comes later has no column.
+        # The header of an existing file stays: a new metric gets no column.
         columns = _header(path) or ["step", "tokens", *(self.config.columns or metrics)]
         is_new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
@@ -59,7 +59,7 @@ def _header(path: Path) -> list[str]:
 
 
 def _forget_rows_after(path: Path, step: int) -> None:
-    """Drop the rows of steps that a resumed run will make again, and of a new run all of them."""
+    """Remove the rows of steps that a resumed run will repeat. For a new run remove all rows."""
     if not path.exists():
         return
     with path.open(newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Registers the data source ``parquet``; pyarrow is imported when a run reads from it."""
+"""Registers the data source ``parquet``. pyarrow is imported when a run reads from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Parquet(Plugin[NoConfig]):
-    """Brings ``data.source = "parquet"``."""
+    """Registers ``data.source = "parquet"``."""
 
     @classmethod
     @hookimpl

@@ -1,4 +1,4 @@
-"""Local Parquet files as a stream of documents, one in each row."""
+"""Local Parquet files as a stream of documents, one per row."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BATCH_ROWS = 1024
 
 @frozen
 class ParquetFiles:
-    """Rows of a list of files, in order; those that are null are left out."""
+    """Rows of a list of files, in order. Null rows are skipped."""
 
     files: tuple[Path, ...]
     column: str
 
     def fingerprint(self) -> str:
-        """Of the column, and the names, sizes and times of the files: their content is never read twice."""
+        """A hash of the column and of the files' names, sizes and times. Hashing the content would read it twice."""
         digest = hashlib.sha256(self.column.encode())
         for file in self.files:
             stat = file.stat()
@@ -43,7 +43,7 @@ class ParquetFiles:
 
 
 def build(config: DataConfig, seed: int) -> ParquetFiles:
-    """The files that ``data.path`` names, after the column ``data.text_key`` was found in each."""
+    """The files that ``data.path`` names. Raises an error unless each has the column ``data.text_key``."""
     if not config.path:
         raise DataError("it is not set", key="data.path", hint="name a Parquet file or a directory of them")
     paths = (config.path,) if isinstance(config.path, str) else config.path
@@ -63,7 +63,7 @@ def _find(path: Path) -> list[Path]:
 
 
 def _below(directory: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """Files in a directory and those in it, links too, but nothing hidden; a link to one ``above`` is not followed."""
+    """Files below a directory, links included, without hidden ones. A link to a directory ``above`` is not followed."""
     here = directory.resolve()
     if here in above:
         return

@@ -1,4 +1,4 @@
-"""Shows a run in TensorBoard: metrics over steps, the configuration and the samples as text."""
+"""Logs a run to TensorBoard: metrics over steps, the configuration and the samples as text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TensorBoard(Plugin[TensorBoardConfig]):
 
         self._writer = SummaryWriter(
             str(run.output_dir / self.config.directory),
-            # TensorBoard then forgets the points of steps that this process makes again.
+            # TensorBoard then drops the points of steps that this process repeats.
             purge_step=event.step + 1,
             flush_secs=self.config.flush_seconds,
         )
@@ -54,7 +54,7 @@ class TensorBoard(Plugin[TensorBoardConfig]):
     @hookimpl
     def on_log(self, run: Run, event: LogRecord) -> None:
         if self._writer is not None and event.name == "sample":
-            # Indented text is shown as it is: what the model writes is no markdown.
+            # Indented text is not rendered as Markdown.
             self._writer.add_text("sample", "\n".join(f"    {line}" for line in event.message.splitlines()), event.step)
 
     @hookimpl
