@@ -6,7 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "src" / "gpt_simple"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "gpt_simple"
 
 OF_TORCH = {"grad", "found_inf", "grad_scale"}
 """Attributes that torch's own protocol has callers assign."""
@@ -36,3 +37,15 @@ def test_no_object_is_changed_from_outside_its_class() -> None:
     files = [path for package in packages for path in (SOURCE / package).glob("*.py")]
     found = [line for path in files for line in assignments_from_outside(path)]
     assert found == []
+
+
+def test_names_of_tests_have_at_most_60_characters() -> None:
+    """A longer explanation is a docstring."""
+    files = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "plugins").glob("*/tests/test_*.py")]
+    names = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name) > 60
+    ]
+    assert names == []
