@@ -67,3 +67,8 @@ def fsync(path: Path) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a directory as far as possible."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def nearest_existing(path: Path) -> Path:
+    """``path``, or the closest of its parents that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
