@@ -110,7 +110,7 @@ def test_what_is_told_of_buckets_and_phases_is_what_a_run_reads(check: Check, re
         assert found["bucket-ends"]["fields"]["step"] == last // 2 + 1
 
 
-def test_a_run_that_goes_on_with_another_batch_is_counted_from_where_it_is(check: Check, read: Read) -> None:
+def test_a_resume_with_another_batch_counts_from_its_position(check: Check, read: Read) -> None:
     first, _ = read("--training.max_steps=3")
     arguments = ["--data.on_exhaustion=halt", "--training.max_steps=30", "--training.per_device_batch_size=3"]
     found = check(*arguments)
@@ -142,7 +142,7 @@ def test_a_phase_that_the_run_does_not_reach_is_a_warning(check: Check, two_buck
     assert "phase-never-reached" not in check("--training.max_steps=11")
 
 
-def test_what_the_data_make_surprising_is_told_at_the_start_of_a_run_too(shell: Shell, two_buckets: Path) -> None:
+def test_warnings_of_the_data_come_at_the_start_of_a_run_too(shell: Shell, two_buckets: Path) -> None:
     arguments = ["config.toml", "--training.max_steps=4", "--training.eval_steps=1"]
     for command in (["validate"], ["run", "-q"]):
         ended = shell(*command, *arguments)
@@ -152,9 +152,7 @@ def test_what_the_data_make_surprising_is_told_at_the_start_of_a_run_too(shell: 
     assert shell("run", "-q", *arguments).err == ""  # it is finished
 
 
-def test_every_phase_is_told_with_what_it_reads_and_the_first_that_is_not_reached(
-    check: Check, two_buckets: Path
-) -> None:
+def test_phases_report_what_they_read_and_which_is_never_reached(check: Check, two_buckets: Path) -> None:
     phase = check("--training.max_steps=50")["phase"]["fields"]
     assert phase == {"phase": 2, "tokens": {"web": (100 - 20) * 32}, "there": {"web": 171 * 32}}
     third = "--data.curriculum=[" + "{duration_tokens = 640, mix = {web = 1}}, " * 3 + "]"

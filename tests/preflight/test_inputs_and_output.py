@@ -155,7 +155,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_named(check: Check, shell: Sh
 
 
 @pytest.mark.parametrize("name", ["MANIFEST.json", "model.safetensors"])
-def test_a_checkpoint_that_cannot_be_read_is_refused_as_the_run_does(
+def test_an_unreadable_checkpoint_is_refused_as_by_the_run(
     check: Check, shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     assert shell("run", "config.toml", "-q").code == 0
@@ -187,7 +187,7 @@ def test_too_little_room_is_a_warning_and_none_at_all_an_error(check: Check, mon
         assert (found["severity"], found["fields"]["free"]) == (severity, free)
 
 
-def test_a_run_that_cannot_save_is_refused_unless_it_has_nothing_left_to_do(
+def test_a_run_that_cannot_save_is_refused_unless_it_is_finished(
     shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert shell("run", "config.toml", "-q").code == 0

@@ -26,7 +26,7 @@ class Picky(Plugin):
 """
 
 
-def test_a_good_configuration_has_no_errors_and_nothing_is_changed(shell: Shell, here: Path) -> None:
+def test_a_good_configuration_has_no_errors_and_changes_nothing(shell: Shell, here: Path) -> None:
     before = snapshot(here)
     ended = shell("validate", "config.toml")
     assert ended.code == 0
@@ -48,7 +48,7 @@ class Parts(Plugin):
 
 
 @pytest.mark.parametrize("key", ["model.name", "optimizer.name", "optimizer.schedule", "data.tokenizer", "data.source"])
-def test_a_component_that_cannot_be_imported_is_its_plugins_error(
+def test_a_component_that_fails_to_import_is_its_plugins_error(
     check: Check, shell: Shell, here: Path, key: str
 ) -> None:
     (here / "parts.py").write_text(COMPONENTS)
@@ -174,7 +174,7 @@ def test_the_environment_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) 
     assert written["severity"] == "error"
 
 
-def test_without_a_compiler_a_defaulted_compile_is_only_a_warning(
+def test_a_defaulted_compile_without_a_compiler_is_a_warning(
     check: Check, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
@@ -193,7 +193,7 @@ class Curious(Plugin):  # type: ignore[type-arg]
         return [Finding("error", "seen", f"registry {preflight.registry.names('model')}", "model.n_embd", exit_code=3)]
 
 
-def test_an_error_at_start_ends_the_run_with_its_code_before_anything_exists(tmp_path: Path) -> None:
+def test_an_error_at_start_ends_the_run_before_it_writes(tmp_path: Path) -> None:
     import gpt_simple
 
     with pytest.raises(gpt_simple.GptSimpleError, match=r"model\.n_embd.*registry \['gpt'\]") as caught:

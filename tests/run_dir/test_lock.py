@@ -174,7 +174,7 @@ def test_stale_owners_are_recognised(run_dir: RunDir, owner: Owner) -> None:
         pass
 
 
-def test_an_owner_elsewhere_is_respected_as_long_as_it_touches_its_lock(
+def test_an_owner_elsewhere_that_touches_its_lock_is_respected(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "SILENCE_SECONDS", 30.0)
@@ -189,9 +189,7 @@ def test_an_owner_elsewhere_is_respected_as_long_as_it_touches_its_lock(
     assert run_dir.lock.read_bytes() == content
 
 
-def test_a_job_that_was_moved_goes_on_when_the_other_machine_is_silent(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_moved_job_goes_on_when_the_other_machine_is_silent(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "SILENCE_SECONDS", 0.2)
     leave_behind(run_dir, evolve(ME, host="node17", boot="its own"))
     with RunLock(run_dir):
@@ -242,9 +240,7 @@ def test_without_flock_the_process_itself_is_looked_at(
         pass
 
 
-def test_a_launch_waits_for_somebody_who_only_asks_for_the_status(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launch_waits_for_a_status_query(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks holds the lock for a moment."""
     monkeypatch.setattr(lock_module, "_PATIENCE", 30.0)
     run_dir.lock.touch()
@@ -265,7 +261,7 @@ def test_a_directory_that_is_gone_is_named(tmp_path: Path) -> None:
         RunLock(RunDir(tmp_path / "gone")).acquire()
 
 
-def test_nothing_runs_on_after_the_release_and_the_lock_can_be_taken_again(tmp_path: Path) -> None:
+def test_release_ends_the_thread_and_allows_another_acquire(tmp_path: Path) -> None:
     lock = RunLock(RunDir(tmp_path))
     for _ in range(2):
         lock.acquire()
