@@ -1,4 +1,4 @@
-"""One owner: a second launch is refused and changes nothing, and the dead block nobody."""
+"""One owner: a second launch is refused and changes nothing, and a dead owner blocks none."""
 
 from __future__ import annotations
 
@@ -182,10 +182,10 @@ def test_an_owner_elsewhere_that_touches_its_lock_is_respected(
     assert owner_of(run_dir)[1] == "unknown"
     content = run_dir.lock.read_bytes()
     threading.Timer(0.2, lambda: os.utime(run_dir.lock, (0, 0))).start()
-    told: list[str] = []
+    logged: list[str] = []
     with pytest.raises(CheckpointError, match=r"in use by .* on node17"):
-        RunLock(run_dir, told.append).acquire()
-    assert "waiting 30 s for a sign of life" in told[0]
+        RunLock(run_dir, logged.append).acquire()
+    assert "waiting 30 s for a sign of life" in logged[0]
     assert run_dir.lock.read_bytes() == content
 
 
@@ -241,7 +241,7 @@ def test_without_flock_the_process_itself_is_looked_at(
 
 
 def test_a_launch_waits_for_a_status_query(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks holds the lock for a moment."""
+    """The query holds the lock for a moment."""
     monkeypatch.setattr(lock_module, "_PATIENCE", 30.0)
     run_dir.lock.touch()
 

@@ -7,15 +7,15 @@ import math
 import shutil
 from pathlib import Path
 
+from gpt_simple._files import nearest_existing
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import Config, OptimizerConfig, TrainingConfig
 from gpt_simple.engine.resume import flat
-from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.preflight import CheckedOutput
 from gpt_simple.model.flops import parameter_count, tensor_count
 from gpt_simple.model.shape import Shape
 from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.run_dir.lock import owner_of
+from gpt_simple.run_dir.lock import in_use, owner_of
 
 DOCUMENTS = 8192, 1280, 48
 """At most so many bytes of a checkpoint are no tensors: in all (beside the configuration, which is in it), for the
@@ -33,8 +33,7 @@ def check_output(config: Config, shape: Shape | None, *, steps_done: int, force:
     run_dir.check()
     owner, liveness = owner_of(run_dir)
     if liveness == "holds":
-        who = owner or "another process"
-        raise CheckpointError(f"{run_dir.root} is in use by {who}: stop it, or choose another training.output_dir")
+        raise in_use(run_dir, owner)
     existing = Store(run_dir.checkpoints).list()
     tensors, documents = _sizes(config, shape)
     if not tensors and existing:
@@ -46,8 +45,8 @@ def check_output(config: Config, shape: Shape | None, *, steps_done: int, force:
     needed = None if size is None else max(size - freed, most * size - there)
     if steps_done >= training.max_steps:
         needed = 0
-    nearest = next(path for path in (run_dir.root, *run_dir.root.absolute().parents) if path.exists())
-    return CheckedOutput(run_dir.root, size, tensors, most, needed, shutil.disk_usage(nearest).free, freed)
+    free = shutil.disk_usage(nearest_existing(run_dir.root)).free
+    return CheckedOutput(run_dir.root, size, tensors, most, needed, free, freed)
 
 
 def most_checkpoints(training: TrainingConfig) -> int:
