@@ -236,7 +236,7 @@ def test_the_plugins_are_those_of_the_run(check: Check) -> None:
 
 
 def test_wandb_that_is_meant_to_be_offline_needs_no_key(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_simple.preflight.environment._netrc_knows", lambda host: False)
+    monkeypatch.setattr("gpt_simple.preflight.environment._has_netrc_entry", lambda host: False)
     project = "--training.wandb_project=stories"
     assert check(project)["wandb-offline"]["severity"] == "warning"
     assert "wandb-offline" not in check(project, "--plugins.wandb.mode=offline")

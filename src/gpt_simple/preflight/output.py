@@ -1,4 +1,4 @@
-"""Where a run would write, who owns the place, and how much room its checkpoints take."""
+"""Where a run would write, who owns the directory, and how much space its checkpoints take."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ names and layouts of a parameter in headers, manifest and state, and for each ev
 def check_output(config: Config, shape: Shape | None, *, steps_done: int, force: bool) -> CheckedOutput:
     """``shape`` is None for a model of a plugin.
 
-    Raises ConfigError for a place that cannot be written, CheckpointError for one that is in use.
+    Raises ConfigError for a directory that cannot be written, CheckpointError for one that is in use.
     """
     training = config.training
     run_dir = RunDir(Path(training.output_dir))
