@@ -71,4 +71,4 @@ def remove_tree(path: Path) -> None:
 
 def nearest_existing(path: Path) -> Path:
     """``path``, or the closest of its parents that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+    return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())

@@ -33,7 +33,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "plugins.js
 
 @pytest.mark.parametrize("kills", [100, pytest.param(300, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_lose_nothing_that_was_published(store: Store, kills: int) -> None:
-    """Each child goes on where the last one was killed: publishes, replaces, prunes, and tells what is durable."""
+    """Each child goes on where the last one was killed: publishes, replaces, prunes, and reports what is durable."""
     rng = random.Random(kills)
     window = 0.02
     durable = killed = 0

@@ -1,4 +1,4 @@
-"""Buckets and phases: what is told of them is what the order of samples then does."""
+"""Buckets and phases: the findings agree with the order of samples."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def read(two_buckets: Path, capfd: pytest.CaptureFixture[str]) -> Read:
 
 
 @pytest.mark.parametrize("on_exhaustion", ["repeat", "halt", "renormalise"])
-def test_what_is_told_of_buckets_and_phases_is_what_a_run_reads(check: Check, read: Read, on_exhaustion: str) -> None:
+def test_findings_on_buckets_and_phases_match_what_a_run_reads(check: Check, read: Read, on_exhaustion: str) -> None:
     phases = "[{duration_tokens=640, mix={books=1,web=4}}, {duration_tokens=640, mix={books=1,web=1}}]"
     arguments = [f"--data.on_exhaustion={on_exhaustion}", "--training.max_steps=30", f"--data.curriculum={phases}"]
     found = check(*arguments)
@@ -166,7 +166,7 @@ def test_a_bucket_that_does_not_exist_is_an_error(check: Check, two_buckets: Pat
     assert "'webb'" in check(code=2)["data-refused"]["message"]
 
 
-def test_halting_data_that_end_early_are_told(check: Check, two_buckets: Path) -> None:
+def test_halting_data_that_end_early_are_reported(check: Check, two_buckets: Path) -> None:
     found = check("--training.max_steps=50", "--data.on_exhaustion=halt")
     assert "the data end after step" in found["data-end-early"]["message"]
     assert found["epochs"]["fields"]["epochs"] < 0.2

@@ -100,7 +100,7 @@ def test_after_a_run_the_data_are_known_exactly(check: Check, shell: Shell) -> N
     assert found["epochs"]["fields"]["epochs"] == pytest.approx(samples / sum(fields["buckets"].values()))
 
 
-def test_the_data_that_end_early_are_told_with_the_step(check: Check, shell: Shell) -> None:
+def test_data_that_end_early_are_reported_with_the_step(check: Check, shell: Shell) -> None:
     assert shell("run", "config.toml", "-q").code == 0
     rows = sum(check()["data"]["fields"]["buckets"].values())
     finding = check("--training.max_steps=9999999", "--data.on_exhaustion=halt")

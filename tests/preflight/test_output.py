@@ -15,12 +15,12 @@ from tests.preflight.conftest import Check
 
 def test_the_size_of_a_checkpoint_is_known_beforehand(check: Check, shell: Shell, here: Path) -> None:
     arguments = ["--model.n_layer=2", "--training.max_steps=40", "--training.eval_steps=1", "--training.save_steps=40"]
-    told = check(*arguments)["output"]
-    assert "MiB for up to 1 checkpoint of at most" in told["message"]
+    finding = check(*arguments)["output"]
+    assert "MiB for up to 1 checkpoint of at most" in finding["message"]
     assert shell("run", "config.toml", "-q", *arguments).code == 0
     files = {file.name: file.stat().st_size for file in (here / "out/checkpoints/step-00000040").iterdir()}
     tensors = files["model.safetensors"] + files["optimizer.safetensors"]
-    assert tensors * 0.95 < sum(files.values()) <= told["fields"]["checkpoint_bytes"] <= sum(files.values()) * 1.05
+    assert tensors * 0.95 < sum(files.values()) <= finding["fields"]["checkpoint_bytes"] <= sum(files.values()) * 1.05
 
 
 def test_too_little_room_is_a_warning_and_none_at_all_an_error(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_a_mistake_has_its_place_and_hint_apart(shell: Shell, here: Path) -> Non
     assert findings[1]["hint"] == "did you mean model.n_layer?"
 
 
-def test_what_is_only_told_has_no_exit_code(check: Check) -> None:
+def test_information_has_no_exit_code(check: Check) -> None:
     assert {finding["exit_code"] for finding in check().values() if finding["severity"] == "info"} == {0}
 
 
@@ -166,7 +166,7 @@ def test_a_secret_is_never_printed(shell: Shell, here: Path, monkeypatch: pytest
     assert "wandb" in ended.out
 
 
-def test_the_environment_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_reported(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert check()["environment"]["fields"]["packages"]["torch"]
@@ -220,7 +220,7 @@ def test_an_unknown_backend_is_refused_before_anything_exists(shell: Shell, here
     assert snapshot(here) == before
 
 
-def test_a_compiler_that_does_not_exist_is_told(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_of_the_environment_is_named(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nonexist")
     assert "no /nonexist here" in check("--training.compile=true", code=2)["compiler-missing"]["message"]
 

@@ -13,7 +13,7 @@ from tests.conftest import Shell
 from tests.preflight.conftest import Check
 
 
-def test_a_resume_is_told_and_a_changed_one_is_a_warning(check: Check, shell: Shell, here: Path) -> None:
+def test_a_resume_is_reported_and_a_changed_one_is_a_warning(check: Check, shell: Shell, here: Path) -> None:
     assert shell("run", "config.toml", "-q").code == 0
     assert check()["resume"]["fields"]["kind"] == "finished"
     before = snapshot(here)
@@ -55,10 +55,10 @@ def test_an_unreadable_checkpoint_is_refused_as_by_the_run(
 ) -> None:
     assert shell("run", "config.toml", "-q").code == 0
     before = snapshot(here)
-    told = f"step-00000004/{name} cannot be read: Permission denied"
+    message = f"step-00000004/{name} cannot be read: Permission denied"
     with monkeypatch.context() as patch:
         refuse(here / "out/checkpoints/step-00000004" / name, errno.EACCES, patch)
-        assert told in check("--training.max_steps=6", code=4)["resume-refused"]["message"]
+        assert message in check("--training.max_steps=6", code=4)["resume-refused"]["message"]
         run = shell("run", "config.toml", "-q", "--training.max_steps=6")
-    assert (run.code, told in run.err) == (4, True)
+    assert (run.code, message in run.err) == (4, True)
     assert snapshot(here) == before

@@ -1,4 +1,4 @@
-"""What ran, from where it went on, and which rows of its log count."""
+"""What ran, from which checkpoint it went on, and which rows of its log count."""
 
 from __future__ import annotations
 

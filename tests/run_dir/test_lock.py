@@ -129,7 +129,7 @@ def test_a_shorter_owner_leaves_nothing_of_the_one_before(run_dir: RunDir) -> No
         assert (owner.pid, liveness) == (os.getpid(), "holds")
 
 
-def test_a_killed_owner_that_nobody_waits_for_does_not_block(run_dir: RunDir) -> None:
+def test_a_killed_owner_that_is_a_zombie_does_not_block(run_dir: RunDir) -> None:
     """As in a container without an init process: its number stays."""
     child = in_child(lambda: RunLock(run_dir).acquire())
     os.kill(child, signal.SIGKILL)
@@ -215,13 +215,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}', "\0\0\0\0"])
-def test_a_torn_lock_file_is_nobodys(run_dir: RunDir, content: str) -> None:
+def test_a_torn_lock_file_has_no_owner(run_dir: RunDir, content: str) -> None:
     run_dir.lock.write_text(content)
     with RunLock(run_dir):
         pass
 
 
-def test_without_flock_the_process_itself_is_looked_at(
+def test_without_flock_the_process_itself_is_checked(
     run_dir: RunDir, holder: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(descriptor: int, operation: int) -> None:

@@ -1,4 +1,4 @@
-"""The status is true, whoever asks and however the run ended."""
+"""The status is correct from any process and however the run ended."""
 
 from __future__ import annotations
 
@@ -124,9 +124,7 @@ def test_after_a_full_disk_the_next_update_tries_again(run_dir: RunDir, monkeypa
     assert json.loads(run_dir.status_json.read_text())["step"] == 2
 
 
-def test_the_end_is_told_where_there_is_no_room_for_another_file(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_end_is_written_where_no_second_file_fits(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -136,7 +134,7 @@ def test_the_end_is_told_where_there_is_no_room_for_another_file(
     file.update(state="failed", step=7, reason=None, error="no room", max_steps=8)
     assert (read_status(run_dir).state, read_status(run_dir).error) == ("failed", "no room")
     file.update(error="x" * 100_000, force=True)
-    assert read_status(run_dir).error == "no room", "what needs more room than there is must not tear what was told"
+    assert read_status(run_dir).error == "no room", "a text that does not fit must not tear the last one"
 
 
 def test_a_loss_that_is_not_a_number_is_null(run_dir: RunDir) -> None:
@@ -144,7 +142,7 @@ def test_a_loss_that_is_not_a_number_is_null(run_dir: RunDir) -> None:
     assert json.loads(run_dir.status_json.read_text())["loss"] is None
 
 
-def test_the_command_tells_people_and_machines(run_dir: RunDir) -> None:
+def test_the_command_prints_text_and_json(run_dir: RunDir) -> None:
     with RunLock(run_dir):
         StatusFile(run_dir).update(step=120, max_steps=1000, loss=3.25, tokens_per_second=5120.4, eta_seconds=75)
         text = CliRunner().invoke(command, [str(run_dir.root)])

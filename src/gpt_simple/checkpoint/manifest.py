@@ -108,7 +108,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Raise what the system says of ``path`` as CheckpointError, with a refusal told apart from damage."""
+    """Raise errors of the system as CheckpointError: damage, or Unreadable where it refuses ``path``."""
     try:
         yield
     except FileNotFoundError:

@@ -139,8 +139,8 @@ def _text_share(source: Source | Shards, data: DataConfig) -> float:
     """Bytes of text in a byte of the files, by the first lines. Raises DataError for lines that a run refuses."""
     if not isinstance(source, Files):
         return 1.0
-    wanted = source.json_lines
-    file = next((file for file in source.files if (holds_json_lines(file) if wanted is None else wanted)), None)
+    as_json = source.json_lines
+    file = next((file for file in source.files if (holds_json_lines(file) if as_json is None else as_json)), None)
     if file is None:
         return 1.0
     most = min(SAMPLED, data.max_documents or SAMPLED)

@@ -35,7 +35,7 @@ T = TypeVar("T")
 class RunPreflight:
     """Implements ``gpt_simple.hooks.preflight.Preflight``.
 
-    Parts stay as they were first computed: after a change, for instance once data are prepared, make another one.
+    Parts stay as they were first computed: after a change, for instance once data are prepared, make a new object.
     """
 
     _spec: RunSpec
