@@ -34,11 +34,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy ``tensors`` into the raw module. CheckpointError lists every name, shape and type that differs."""
     own = model_tensors(model)
-    differences = _compare(
-        {name: _layout(tensor) for name, tensor in tensors.items()},
-        {name: _layout(tensor) for name, tensor in own.items()},
-    )
-    _raise_if(differences, "the checkpoint is of another model")
+    _raise_if(_compare(_layouts(tensors), _layouts(own)), "the checkpoint is of another model")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -74,10 +70,7 @@ def restore_optimizer(
         raise CheckpointError(f"the checkpoint has the state of {document['optimizer']}, this run uses {kind}")
     saved = document["parameters"]
     named = _named_parameters(optimizer, model)
-    differences = _compare(
-        {name: record["layout"] for name, record in saved.items()},
-        {name: _layout(parameter) for name, parameter in named},
-    )
+    differences = _compare({name: record["layout"] for name, record in saved.items()}, _layouts(dict(named)))
     expected = {f"{key}.{name}" for name, record in saved.items() for key in record["tensors"]}
     differences += [f"{name}: missing in the checkpoint" for name in sorted(expected - tensors.keys())]
     differences += [f"{name}: not expected" for name in sorted(tensors.keys() - expected)]
@@ -107,6 +100,10 @@ def _layout(tensor: Tensor) -> str:
     shape = ", ".join(map(str, tensor.shape))
     kind = str(tensor.dtype).removeprefix("torch.")
     return f"[{shape}]" if kind == "float32" else f"[{shape}] {kind}"
+
+
+def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: _layout(tensor) for name, tensor in tensors.items()}
 
 
 def _compare(saved: Mapping[str, str], own: Mapping[str, str]) -> list[str]:

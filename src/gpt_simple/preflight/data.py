@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,10 +62,8 @@ def _prepared(source: Source | Shards, directory: Path, manifest: Manifest, conf
         return {name: sum(_rows(shard, packing(shard), data) for shard in bucket) for name, bucket in shards}
 
     buckets = rows(train)
-    rows_taken, total = None, None if data.on_exhaustion == "repeat" else sum(buckets.values())
-    if data.curriculum:
-        order = _order(buckets, config)
-        rows_taken, total = partial(_rows_taken, order, tuple(buckets)), order.total
+    order = _order(buckets, config)
+    rows_once = None if data.on_exhaustion == "repeat" else sum(buckets.values())
     packed = all(packing(shard).exists() for bucket in train.buckets.values() for shard in bucket)
     return InspectedData(
         source=_name(source, data),
@@ -80,8 +77,8 @@ def _prepared(source: Source | Shards, directory: Path, manifest: Manifest, conf
         val_rows=sum(rows(val).values()),
         val_at_most=val.tokens,
         fingerprints={"dataset": manifest.fingerprint, "tokenizer": manifest.tokenizer},
-        total=total,
-        rows_taken=rows_taken,
+        total=rows_once if order is None else order.total,
+        rows_taken=None if order is None else lambda samples: dict(zip(buckets, order.taken(samples), strict=True)),
         unpacked=data.packing != "concat" and not packed,
     )
 
@@ -164,11 +161,10 @@ def _at_most(source: Source | Shards, size: int | None) -> int | None:
     return size + len(source.files)
 
 
-def _rows_taken(order: Mixture, buckets: Sequence[str], samples: int) -> dict[str, int]:
-    return dict(zip(buckets, order.taken(samples), strict=True))
-
-
-def _order(buckets: Mapping[str, int], config: Config) -> Mixture:
+def _order(buckets: Mapping[str, int], config: Config) -> Mixture | None:
+    """The order of samples over the buckets; None without a curriculum."""
+    if not config.data.curriculum:
+        return None
     from gpt_simple.data.mixture import mixture  # it imports numpy, which takes half as long as all the rest
 
     data, seed = config.data, order_seed(config)

@@ -129,13 +129,16 @@ def _require_memory(
 
     cuda = precision.device.type == "cuda"
     free = torch.cuda.mem_get_info(precision.device)[0] if cuda else free_memory()
+    if free is None:
+        return
     # Weights, gradients and both moments, which are needed whatever the compiler does.
     needed = 16 * parameter_count(shape) if shape is not None else 0
-    if free is not None and needed <= free and not compiled:
-        needed = predict_memory(
+    if needed <= free and not compiled:
+        prediction = predict_memory(
             config, vocab_size=vocab_size, precision=precision.name, cuda=cuda, registry=registry
-        ).peak
-    if free is not None and needed > free:
+        )
+        needed = prediction.peak
+    if needed > free:
         raise ConfigError(
             f"the probe was not made: it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free here;"
             " lower per_device_batch_size, or probe on a larger machine"
