@@ -15,6 +15,7 @@ from gpt_simple.config.mistakes import Mistake
 from gpt_simple.config.parsed import SyntaxMistake
 from gpt_simple.errors import Problem
 from gpt_simple.hooks.results import Finding
+from gpt_simple.preflight.findings import exit_code
 from tests.conftest import CONFIG, Shell
 
 PARTS = """
@@ -134,3 +135,14 @@ def same_without_words(
     assert row in {(finding["code"], finding["place"]) for finding in found}
     assert list(rows(again)) == list(rows(found))
     assert {finding["message"][0] for finding in again} == {"x"}
+
+
+def test_the_exit_code_is_that_of_the_worst_class() -> None:
+    findings = [
+        Finding("error", "a", ""),
+        Finding("error", "b", "", exit_code=4),
+        Finding("warning", "c", "", exit_code=5),
+    ]
+    assert exit_code(findings) == 4
+    assert exit_code(findings, strict=True) == 5
+    assert exit_code([]) == 0

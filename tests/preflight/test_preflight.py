@@ -11,7 +11,6 @@ import pytest
 
 from gpt_simple import Config, Finding, Plugin, Run, hookimpl
 from gpt_simple.hooks import NoConfig, Preflight
-from gpt_simple.preflight.findings import exit_code
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import CONFIG, Shell
 from tests.preflight.conftest import Check
@@ -148,39 +147,11 @@ def test_a_check_of_a_plugin_counts_like_any_other(check: Check, here: Path) -> 
     check("-p", "./picky.py", "--strict", code=3)
 
 
-def test_the_exit_code_is_that_of_the_worst_class() -> None:
-    findings = [
-        Finding("error", "a", ""),
-        Finding("error", "b", "", exit_code=4),
-        Finding("warning", "c", "", exit_code=5),
-    ]
-    assert exit_code(findings) == 4
-    assert exit_code(findings, strict=True) == 5
-    assert exit_code([]) == 0
-
-
 def test_a_secret_is_never_printed(shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-k3y")
     ended = shell("validate", "config.toml", "--training.wandb_project=stories", "--json")
     assert "s3cr3t-k3y" not in ended.out + ended.err
     assert "wandb" in ended.out
-
-
-def test_the_environment_is_reported(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert check()["environment"]["fields"]["packages"]["torch"]
-    written = check("--training.compile=true", code=2)["compiler-missing"]
-    assert written["severity"] == "error"
-
-
-def test_a_defaulted_compile_without_a_compiler_is_a_warning(
-    check: Check, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    (here / "config.toml").write_text(CONFIG.replace("compile = false\n", ""))
-    assert check()["compiler-missing"]["severity"] == "warning"
 
 
 class Curious(Plugin):  # type: ignore[type-arg]
@@ -208,23 +179,6 @@ def test_the_number_of_processes_multiplies_the_tokens(check: Check, monkeypatch
     assert check()["config"]["fields"]["tokens_per_step"] == 2 * 64
 
 
-@pytest.mark.parametrize("command", ["validate", "run"])
-def test_an_unknown_backend_is_refused_before_anything_exists(shell: Shell, here: Path, command: str) -> None:
-    before = snapshot(here)
-    arguments = ["--training.compile=true", "--training.compile_backend=foo"]
-    ended = shell(command, "config.toml", *arguments)
-    assert ended.code == 2
-    said = " ".join((ended.out + ended.err).split())
-    assert "--training.compile_backend: torch has no backend 'foo'" in said
-    assert "inductor" in said
-    assert snapshot(here) == before
-
-
-def test_a_missing_compiler_of_the_environment_is_named(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "/nonexist")
-    assert "no /nonexist here" in check("--training.compile=true", code=2)["compiler-missing"]["message"]
-
-
 def test_without_its_checks_the_command_does_not_claim_success(check: Check) -> None:
     assert "nothing but" in check("-p", "no:validate")["unchecked"]["message"]
     check("-p", "no:validate", "--strict", code=2)
@@ -233,14 +187,6 @@ def test_without_its_checks_the_command_does_not_claim_success(check: Check) -> 
 def test_the_plugins_are_those_of_the_run(check: Check) -> None:
     assert "memory" not in check("--memory")["plugins"]["fields"]["plugins"]
     assert "memory" in check("--memory", "--plugins.memory={}")["plugins"]["fields"]["plugins"]
-
-
-def test_wandb_that_is_meant_to_be_offline_needs_no_key(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_simple.preflight.environment._has_netrc_entry", lambda host: False)
-    project = "--training.wandb_project=stories"
-    assert check(project)["wandb-offline"]["severity"] == "warning"
-    assert "wandb-offline" not in check(project, "--plugins.wandb.mode=offline")
-    assert "could not be logged" in check(project, "--plugins.wandb.mode=online")["wandb-offline"]["message"]
 
 
 class Watches(Plugin[NoConfig]):
