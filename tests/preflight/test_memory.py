@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from gpt_simple.engine.precision import resolve
@@ -202,6 +203,16 @@ def test_the_categories_add_up_and_parameters_are_exact() -> None:
     count = parameter_count(resolve(small().model, vocab_size=384, max_length=64))
     assert prediction.by_category["gradients"] == 4 * count
     assert prediction.by_category["optimizer"] == pytest.approx(8 * count, rel=0.01)
+
+
+def test_positions_and_documents_of_a_batch_count_as_data() -> None:
+    def by_category(mask: bool) -> Mapping[str, int]:
+        config = evolve(small(), data=DataConfig(max_length=64, document_mask=mask, num_workers=1))
+        return predict_memory(config, vocab_size=257).by_category
+
+    plain, masked = by_category(False), by_category(True)
+    assert masked["parameters"] == plain["parameters"]
+    assert masked["data"] == 2 * plain["data"]
 
 
 def test_predicting_leaves_no_trace_in_torch() -> None:
