@@ -1,4 +1,4 @@
-"""Directories that appear whole, and survive a power cut once they are there."""
+"""Directories that appear whole, and survive a power cut once they have appeared."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from attrs import Factory, define
 
 @define
 class AtomicDirectory:
-    """A directory that is filled under the passing name ``path``; leaving the context removes what is still there.
+    """A directory that is filled under the temporary name ``path``; leaving the context removes what is still there.
 
-    The disk works in threads while the next file is made.
+    Threads make files durable while the next one is written.
     """
 
     path: Path
@@ -32,7 +32,7 @@ class AtomicDirectory:
         remove_tree(self.path)
 
     def sync(self, path: Path) -> None:
-        """Begin to make a file or directory durable that nothing is added to any more."""
+        """Begin to make a file or directory durable, to which nothing is added any more."""
         if path not in self._syncing:
             self._syncing[path] = self._disk.submit(fsync, path)
 
@@ -67,3 +67,8 @@ def fsync(path: Path) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a directory as far as possible."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def nearest_existing(path: Path) -> Path:
+    """``path``, or the closest of its parents that exists."""
+    return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: small checkpoints whose content tells their step."""
+"""What the tests of checkpoints share: small checkpoints whose content is their step."""
 
 from __future__ import annotations
 

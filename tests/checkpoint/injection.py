@@ -1,6 +1,6 @@
 """Processes that die, and operations that fail, at a chosen moment.
 
-A forked child is as good as a real process for this and starts in milliseconds, because torch is loaded already. File
+A forked child stands for a real process here and starts in milliseconds, because torch is loaded already. File
 operations are seen through the interpreter's audit events, so every one of them can be chosen, also those in libraries
 written in Python.
 """
@@ -46,7 +46,7 @@ def at_operation(number: int, fault: Literal["kill", "fail"], error: int) -> Cal
     """From now on, in this process, die at (or fail) the file operation of that number, counted from 0.
 
     Reading counts as an operation that can fail; to die before it is to die after what was done last. Returns a
-    function that tells whether it came to that.
+    function that returns whether that happened.
     """
     seen = -1
 

@@ -33,7 +33,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "plugins.js
 
 @pytest.mark.parametrize("kills", [100, pytest.param(300, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_lose_nothing_that_was_published(store: Store, kills: int) -> None:
-    """Each child goes on where the last one was killed: publishes, replaces, prunes, and tells what is durable."""
+    """Each child goes on where the last one was killed: publishes, replaces, prunes, and reports what is durable."""
     rng = random.Random(kills)
     window = 0.02
     durable = killed = 0
@@ -253,7 +253,7 @@ def test_nothing_is_loaded_that_was_not_verified(pair: Store) -> None:
             load(checkpoint, "state")
 
 
-def test_a_plain_file_in_the_place_of_a_checkpoint_is_moved_like_one(store: Store) -> None:
+def test_a_plain_file_in_place_of_a_checkpoint_is_quarantined(store: Store) -> None:
     publish(store, 1)
     file = store.root / "step-00000002"
     file.write_text("notes")
@@ -283,7 +283,7 @@ def test_a_directory_deleted_under_the_run_is_made_again(pair: Store) -> None:
     assert steps(pair) == [3]
 
 
-def test_a_file_in_place_of_the_directory_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_root_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("not a directory")
     store = Store(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match="checkpoints cannot be read: Not a directory"):

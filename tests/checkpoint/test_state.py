@@ -81,7 +81,7 @@ def test_training_goes_on_bit_equal_through_a_checkpoint(
         assert torch.equal(mine, theirs), name
 
 
-def test_state_follows_the_name_when_parameters_change_their_order() -> None:
+def test_state_follows_the_name_when_parameters_are_reordered() -> None:
     """torch's own numbers would hand each parameter the moments of another of the same shape."""
     model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
     forward = AdamW([model["a"].weight, model["b"].weight])
@@ -94,7 +94,7 @@ def test_state_follows_the_name_when_parameters_change_their_order() -> None:
         assert torch.equal(backward.state[layer.weight]["exp_avg"], forward.state[layer.weight]["exp_avg"])
 
 
-def test_options_of_groups_come_from_the_configuration_not_from_the_checkpoint() -> None:
+def test_group_options_come_from_the_configuration() -> None:
     model = nn.Linear(2, 2)
     old = AdamW(model.parameters(), lr=1.0)
     new = AdamW(model.parameters(), lr=0.5)

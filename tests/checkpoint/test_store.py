@@ -45,7 +45,7 @@ def test_a_checkpoint_comes_back_as_it_was(store: Store) -> None:
     assert read == {"inf": -math.inf, "text": "Füße", "deep": [{"a": None}]}
 
 
-def test_the_files_are_plain_safetensors_and_json_that_others_can_read(store: Store) -> None:
+def test_the_files_are_plain_safetensors_and_json(store: Store) -> None:
     path = publish(store, 3).path
     assert sorted(os.listdir(path)) == [
         "MANIFEST.json",
@@ -111,7 +111,7 @@ def test_everything_is_on_the_disk_before_its_name_appears(store: Store, monkeyp
     assert synced == [store.root.stat().st_ino], "the new name itself comes last"
 
 
-def test_publishing_a_step_again_replaces_it_and_makes_it_the_newest(store: Store) -> None:
+def test_publishing_a_step_again_makes_it_the_newest(store: Store) -> None:
     for step in (1, 2, 3):
         publish(store, step)
     publish(store, 2, salt=10)
@@ -185,9 +185,7 @@ def test_retention(store: Store, k: int | None, every: int | None, protect: set[
     assert hidden_names(store) == []
 
 
-def test_only_the_next_save_waits_for_the_room_of_deleted_checkpoints(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_next_save_waits_for_removals(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2, 3, 4):
         publish(store, step)
     slow = threading.Event()
@@ -206,7 +204,7 @@ def test_only_the_next_save_waits_for_the_room_of_deleted_checkpoints(
     assert hidden_names(store) == []
 
 
-def test_retention_never_counts_a_damaged_checkpoint_among_the_two_that_stay(store: Store) -> None:
+def test_retention_does_not_count_damaged_checkpoints(store: Store) -> None:
     for step in (1, 2, 3, 4):
         publish(store, step)
     truncated, flipped = (store.root / f"step-0000000{n}" / "model.safetensors" for n in (4, 3))
@@ -222,9 +220,7 @@ def test_retention_never_counts_a_damaged_checkpoint_among_the_two_that_stay(sto
     assert 1 not in steps(store)
 
 
-def test_a_checkpoint_that_cannot_be_deleted_stays_and_ends_nothing(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_cannot_be_deleted_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2, 3, 4):
         publish(store, step)
     rename = Path.rename
@@ -241,7 +237,7 @@ def test_a_checkpoint_that_cannot_be_deleted_stays_and_ends_nothing(
     assert [checkpoint.step for checkpoint in store.prune(2)] == [1]
 
 
-def test_sweeping_removes_leftovers_of_the_dead_and_nothing_of_the_living(store: Store) -> None:
+def test_sweep_removes_only_leftovers_of_dead_processes(store: Store) -> None:
     publish(store, 1)
     living = store.root / f".step-00000002.tmp-{os.getppid()}"
     dead = store.root / ".step-00000002.tmp-999999999"
@@ -255,7 +251,7 @@ def test_sweeping_removes_leftovers_of_the_dead_and_nothing_of_the_living(store:
     assert hidden_names(store) == sorted([living.name, foreign.name])
 
 
-def test_a_checkpoint_between_two_renames_is_found_and_gets_its_name_back(store: Store) -> None:
+def test_a_checkpoint_between_two_renames_is_recovered(store: Store) -> None:
     path = publish(store, 1).path
     path.rename(store.root / ".step-00000001.replaced")
     fresh = Store(store.root)

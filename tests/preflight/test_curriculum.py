@@ -1,4 +1,4 @@
-"""Buckets and phases: what is told of them is what the order of samples then does."""
+"""Buckets and phases: the findings agree with the order of samples."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def read(two_buckets: Path, capfd: pytest.CaptureFixture[str]) -> Read:
 
 
 @pytest.mark.parametrize("on_exhaustion", ["repeat", "halt", "renormalise"])
-def test_what_is_told_of_buckets_and_phases_is_what_a_run_reads(check: Check, read: Read, on_exhaustion: str) -> None:
+def test_findings_on_buckets_and_phases_match_what_a_run_reads(check: Check, read: Read, on_exhaustion: str) -> None:
     phases = "[{duration_tokens=640, mix={books=1,web=4}}, {duration_tokens=640, mix={books=1,web=1}}]"
     arguments = [f"--data.on_exhaustion={on_exhaustion}", "--training.max_steps=30", f"--data.curriculum={phases}"]
     found = check(*arguments)
@@ -110,7 +110,7 @@ def test_what_is_told_of_buckets_and_phases_is_what_a_run_reads(check: Check, re
         assert found["bucket-ends"]["fields"]["step"] == last // 2 + 1
 
 
-def test_a_run_that_goes_on_with_another_batch_is_counted_from_where_it_is(check: Check, read: Read) -> None:
+def test_a_resume_with_another_batch_counts_from_its_position(check: Check, read: Read) -> None:
     first, _ = read("--training.max_steps=3")
     arguments = ["--data.on_exhaustion=halt", "--training.max_steps=30", "--training.per_device_batch_size=3"]
     found = check(*arguments)
@@ -142,7 +142,7 @@ def test_a_phase_that_the_run_does_not_reach_is_a_warning(check: Check, two_buck
     assert "phase-never-reached" not in check("--training.max_steps=11")
 
 
-def test_what_the_data_make_surprising_is_told_at_the_start_of_a_run_too(shell: Shell, two_buckets: Path) -> None:
+def test_warnings_of_the_data_come_at_the_start_of_a_run_too(shell: Shell, two_buckets: Path) -> None:
     arguments = ["config.toml", "--training.max_steps=4", "--training.eval_steps=1"]
     for command in (["validate"], ["run", "-q"]):
         ended = shell(*command, *arguments)
@@ -152,9 +152,7 @@ def test_what_the_data_make_surprising_is_told_at_the_start_of_a_run_too(shell: 
     assert shell("run", "-q", *arguments).err == ""  # it is finished
 
 
-def test_every_phase_is_told_with_what_it_reads_and_the_first_that_is_not_reached(
-    check: Check, two_buckets: Path
-) -> None:
+def test_phases_report_what_they_read_and_which_is_never_reached(check: Check, two_buckets: Path) -> None:
     phase = check("--training.max_steps=50")["phase"]["fields"]
     assert phase == {"phase": 2, "tokens": {"web": (100 - 20) * 32}, "there": {"web": 171 * 32}}
     third = "--data.curriculum=[" + "{duration_tokens = 640, mix = {web = 1}}, " * 3 + "]"
@@ -168,7 +166,7 @@ def test_a_bucket_that_does_not_exist_is_an_error(check: Check, two_buckets: Pat
     assert "'webb'" in check(code=2)["data-refused"]["message"]
 
 
-def test_halting_data_that_end_early_are_told(check: Check, two_buckets: Path) -> None:
+def test_halting_data_that_end_early_are_reported(check: Check, two_buckets: Path) -> None:
     found = check("--training.max_steps=50", "--data.on_exhaustion=halt")
     assert "the data end after step" in found["data-end-early"]["message"]
     assert found["epochs"]["fields"]["epochs"] < 0.2

@@ -15,6 +15,7 @@ from gpt_simple.config.mistakes import Mistake
 from gpt_simple.config.parsed import SyntaxMistake
 from gpt_simple.errors import Problem
 from gpt_simple.hooks.results import Finding
+from gpt_simple.preflight.findings import exit_code
 from tests.conftest import CONFIG, Shell
 
 PARTS = """
@@ -126,11 +127,22 @@ def same_without_words(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, row: tuple[str, str]
 ) -> None:
     """``validate`` finds ``row`` (code and place) among others, and the same without words."""
-    told = shell("validate", "config.toml", "--json", *arguments)
+    worded = shell("validate", "config.toml", "--json", *arguments)
     replace_words(monkeypatch)
     wordless = shell("validate", "config.toml", "--json", *arguments)
-    assert told.code == wordless.code == code, told.out + told.err
-    found, again = json.loads(told.out)["findings"], json.loads(wordless.out)["findings"]
+    assert worded.code == wordless.code == code, worded.out + worded.err
+    found, again = json.loads(worded.out)["findings"], json.loads(wordless.out)["findings"]
     assert row in {(finding["code"], finding["place"]) for finding in found}
     assert list(rows(again)) == list(rows(found))
     assert {finding["message"][0] for finding in again} == {"x"}
+
+
+def test_the_exit_code_is_that_of_the_worst_class() -> None:
+    findings = [
+        Finding("error", "a", ""),
+        Finding("error", "b", "", exit_code=4),
+        Finding("warning", "c", "", exit_code=5),
+    ]
+    assert exit_code(findings) == 4
+    assert exit_code(findings, strict=True) == 5
+    assert exit_code([]) == 0

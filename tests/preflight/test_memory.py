@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from gpt_simple.engine.precision import resolve
@@ -126,9 +127,9 @@ def run(directory: Path, overrides: Mapping[str, str], *plugins: str) -> dict[st
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_prediction_is_what_an_eager_run_uses(tmp_path: Path, case: str) -> None:
-    told = run(tmp_path, CASES[case])
-    assert told["predicted"].training_peak == pytest.approx(told["measured"], rel=0.01)
-    assert "prediction error" in told["said"]
+    outcome = run(tmp_path, CASES[case])
+    assert outcome["predicted"].training_peak == pytest.approx(outcome["measured"], rel=0.01)
+    assert "prediction error" in outcome["said"]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +137,8 @@ def test_the_prediction_is_what_an_eager_run_uses(tmp_path: Path, case: str) -> 
 )
 def test_parts_of_plugins_are_predicted_too(tmp_path: Path, part: str) -> None:
     (tmp_path / "parts.py").write_text(PARTS)
-    told = run(tmp_path / "out", dict([part.split("=")]), str(tmp_path / "parts.py"))
-    assert told["predicted"].training_peak == pytest.approx(told["measured"], rel=0.01)
+    outcome = run(tmp_path / "out", dict([part.split("=")]), str(tmp_path / "parts.py"))
+    assert outcome["predicted"].training_peak == pytest.approx(outcome["measured"], rel=0.01)
 
 
 def test_an_evaluation_is_predicted_too() -> None:
@@ -154,16 +155,16 @@ def test_an_evaluation_is_predicted_too() -> None:
 
 def test_a_resumed_run_is_predicted_too(tmp_path: Path) -> None:
     run(tmp_path, {})
-    told = run(tmp_path, {"training.max_steps": "6"})
-    assert told["predicted"].training_peak == pytest.approx(told["measured"], rel=0.01)
+    outcome = run(tmp_path, {"training.max_steps": "6"})
+    assert outcome["predicted"].training_peak == pytest.approx(outcome["measured"], rel=0.01)
 
 
 def test_the_copy_that_is_saved_in_the_background_is_predicted(tmp_path: Path) -> None:
-    told = run(tmp_path, {"training.background_save": "true", "training.save_steps": "1"})
-    copy = told["predicted"].by_category["copies"]
-    assert copy > 0.5 * told["predicted"].by_category["optimizer"]
-    assert told["predicted"].training_peak + copy == pytest.approx(told["measured"], rel=0.01)
-    assert sum(told["predicted"].by_category.values()) == told["predicted"].peak
+    outcome = run(tmp_path, {"training.background_save": "true", "training.save_steps": "1"})
+    copy = outcome["predicted"].by_category["copies"]
+    assert copy > 0.5 * outcome["predicted"].by_category["optimizer"]
+    assert outcome["predicted"].training_peak + copy == pytest.approx(outcome["measured"], rel=0.01)
+    assert sum(outcome["predicted"].by_category.values()) == outcome["predicted"].peak
 
 
 def test_two_processes_use_what_is_predicted(tmp_path: Path) -> None:
@@ -172,16 +173,16 @@ def test_two_processes_use_what_is_predicted(tmp_path: Path) -> None:
     outcomes = train_on_ranks(output_dir=tmp_path, overrides=sections | quiet)
     assert [outcome.error for outcome in outcomes] == ["", ""]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    (told,) = [row for row in rows if row.get("name") == "memory"]
-    assert told["predicted"] == pytest.approx(told["measured"], rel=0.01)
+    (outcome,) = [row for row in rows if row.get("name") == "memory"]
+    assert outcome["predicted"] == pytest.approx(outcome["measured"], rel=0.01)
 
 
 @pytest.mark.compiler
 @pytest.mark.slow
 def test_a_compiled_run_uses_no_more_than_predicted(tmp_path: Path) -> None:
-    told = run(tmp_path, {"training.compile": "true"})
-    assert told["predicted"].is_bound
-    assert told["measured"] <= told["predicted"].training_peak
+    outcome = run(tmp_path, {"training.compile": "true"})
+    assert outcome["predicted"].is_bound
+    assert outcome["measured"] <= outcome["predicted"].training_peak
 
 
 def small(**training: Any) -> Config:
@@ -202,6 +203,16 @@ def test_the_categories_add_up_and_parameters_are_exact() -> None:
     count = parameter_count(resolve(small().model, vocab_size=384, max_length=64))
     assert prediction.by_category["gradients"] == 4 * count
     assert prediction.by_category["optimizer"] == pytest.approx(8 * count, rel=0.01)
+
+
+def test_positions_and_documents_of_a_batch_count_as_data() -> None:
+    def by_category(mask: bool) -> Mapping[str, int]:
+        config = evolve(small(), data=DataConfig(max_length=64, document_mask=mask, num_workers=1))
+        return predict_memory(config, vocab_size=257).by_category
+
+    plain, masked = by_category(False), by_category(True)
+    assert masked["parameters"] == plain["parameters"]
+    assert masked["data"] == 2 * plain["data"]
 
 
 def test_predicting_leaves_no_trace_in_torch() -> None:
@@ -280,7 +291,7 @@ def test_the_command_compares_with_a_gpu(check: Check) -> None:
     assert "of its 1.00 GiB are kept" in small["message"]
 
 
-def test_a_batch_is_not_looked_for_without_end(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_a_batch_ends_at_a_limit(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt_simple.preflight.memory.largest_batch", lambda *_: 4096)
     assert "is at least 4096" in check("--device", "h200", "--fit")["memory-fit"]["message"]
 

@@ -1,4 +1,4 @@
-"""How long a run takes: measured here or estimated for a card, and against what time there is."""
+"""How long a run takes: measured here or estimated for a GPU, and against the time that is granted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_probe_measures_and_leaves_nothing_behind(check: Check, here: Path) ->
     assert snapshot(here) == before
 
 
-def test_without_a_probe_a_card_gives_an_estimate_that_says_so(check: Check) -> None:
+def test_without_a_probe_a_gpu_gives_a_named_estimate(check: Check) -> None:
     found = check("--device", "a100", "--mfu", "0.5")
     assert not found["runtime"]["fields"]["measured"]
     assert "an estimate: 50%" in found["runtime"]["message"]
@@ -62,7 +62,7 @@ def test_a_budget_that_the_run_refuses_is_refused(
 
 
 @pytest.mark.parametrize(("seconds", "words"), [("20", "leaves nothing of the 20 s"), ("soon", "'soon'")])
-def test_a_budget_of_the_environment_is_looked_at(
+def test_a_budget_of_the_environment_is_checked(
     check: Check, monkeypatch: pytest.MonkeyPatch, seconds: str, words: str
 ) -> None:
     monkeypatch.setenv("GPT_SIMPLE_MAX_RUNTIME", seconds)
@@ -88,7 +88,7 @@ def test_a_probe_that_does_not_fit_is_not_made(check: Check, monkeypatch: pytest
     assert "are free here" in check("--probe", code=2)["runtime-refused"]["message"]
 
 
-def test_an_unknown_card_is_told_once(shell: Shell) -> None:
+def test_an_unknown_gpu_is_reported_once(shell: Shell) -> None:
     ended = shell("validate", "config.toml", "--device", "foo")
     assert ended.out.count("--device foo") == 1
     assert "1 error," in ended.out

@@ -48,7 +48,7 @@ def test_create_makes_parents_and_can_be_repeated(tmp_path: Path) -> None:
     assert not run_dir.is_used()
 
 
-def test_a_file_in_the_way_is_a_configuration_error_and_nothing_is_made(tmp_path: Path) -> None:
+def test_a_file_in_the_way_is_an_error_and_creates_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for root in (tmp_path / "file", tmp_path / "file" / "deeper" / "run"):
         with pytest.raises(ConfigError, match=r"training\.output_dir: .* cannot be written"):
@@ -65,7 +65,7 @@ def test_checking_sees_a_file_in_the_way_and_makes_nothing(tmp_path: Path) -> No
     assert snapshot(tmp_path).keys() == {"file"}
 
 
-def test_a_directory_that_takes_no_files_is_refused_and_not_left_behind(
+def test_a_directory_that_takes_no_files_is_refused_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read_only(**_: object) -> None:
@@ -115,7 +115,7 @@ def test_force_leaves_an_empty_directory_when_all_was_the_runs(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-00000001", "tokenizer"])
-def test_force_refuses_to_go_through_a_link_before_it_removes_anything(tmp_path: Path, name: str) -> None:
+def test_force_refuses_a_link_before_it_removes_anything(tmp_path: Path, name: str) -> None:
     run_dir = used(tmp_path / "run")
     (run_dir.root / name).rename(tmp_path / "elsewhere")
     (run_dir.root / name).symlink_to(tmp_path / "elsewhere")

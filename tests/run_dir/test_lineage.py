@@ -1,4 +1,4 @@
-"""What ran, from where it went on, and which rows of its log count."""
+"""What ran, from which checkpoint it went on, and which rows of its log count."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_last_row_of_a_kind_and_step_counts(tmp_path: Path) -> None:
     assert read_metrics(path, "eval") == [rows[2]]
 
 
-def test_a_step_keeps_all_its_events_and_those_of_a_step_that_was_made_again_once(tmp_path: Path) -> None:
+def test_repeated_steps_keep_each_event_once(tmp_path: Path) -> None:
     def event(name: str, message: str, **more: Any) -> dict[str, Any]:
         return {"kind": "event", "step": 5, "name": name, "message": message, **more}
 

@@ -1,4 +1,4 @@
-"""One owner: a second launch is refused and changes nothing, and the dead block nobody."""
+"""One owner: a second launch is refused and changes nothing, and a dead owner blocks none."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_shorter_owner_leaves_nothing_of_the_one_before(run_dir: RunDir) -> No
         assert (owner.pid, liveness) == (os.getpid(), "holds")
 
 
-def test_a_killed_owner_that_nobody_waits_for_does_not_block(run_dir: RunDir) -> None:
+def test_a_killed_owner_that_is_a_zombie_does_not_block(run_dir: RunDir) -> None:
     """As in a container without an init process: its number stays."""
     child = in_child(lambda: RunLock(run_dir).acquire())
     os.kill(child, signal.SIGKILL)
@@ -174,7 +174,7 @@ def test_stale_owners_are_recognised(run_dir: RunDir, owner: Owner) -> None:
         pass
 
 
-def test_an_owner_elsewhere_is_respected_as_long_as_it_touches_its_lock(
+def test_an_owner_elsewhere_that_touches_its_lock_is_respected(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "SILENCE_SECONDS", 30.0)
@@ -182,16 +182,14 @@ def test_an_owner_elsewhere_is_respected_as_long_as_it_touches_its_lock(
     assert owner_of(run_dir)[1] == "unknown"
     content = run_dir.lock.read_bytes()
     threading.Timer(0.2, lambda: os.utime(run_dir.lock, (0, 0))).start()
-    told: list[str] = []
+    logged: list[str] = []
     with pytest.raises(CheckpointError, match=r"in use by .* on node17"):
-        RunLock(run_dir, told.append).acquire()
-    assert "waiting 30 s for a sign of life" in told[0]
+        RunLock(run_dir, logged.append).acquire()
+    assert "waiting 30 s for a sign of life" in logged[0]
     assert run_dir.lock.read_bytes() == content
 
 
-def test_a_job_that_was_moved_goes_on_when_the_other_machine_is_silent(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_moved_job_goes_on_when_the_other_machine_is_silent(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "SILENCE_SECONDS", 0.2)
     leave_behind(run_dir, evolve(ME, host="node17", boot="its own"))
     with RunLock(run_dir):
@@ -217,13 +215,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}', "\0\0\0\0"])
-def test_a_torn_lock_file_is_nobodys(run_dir: RunDir, content: str) -> None:
+def test_a_torn_lock_file_has_no_owner(run_dir: RunDir, content: str) -> None:
     run_dir.lock.write_text(content)
     with RunLock(run_dir):
         pass
 
 
-def test_without_flock_the_process_itself_is_looked_at(
+def test_without_flock_the_process_itself_is_checked(
     run_dir: RunDir, holder: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(descriptor: int, operation: int) -> None:
@@ -242,10 +240,8 @@ def test_without_flock_the_process_itself_is_looked_at(
         pass
 
 
-def test_a_launch_waits_for_somebody_who_only_asks_for_the_status(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever asks holds the lock for a moment."""
+def test_a_launch_waits_for_a_status_query(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The query holds the lock for a moment."""
     monkeypatch.setattr(lock_module, "_PATIENCE", 30.0)
     run_dir.lock.touch()
 
@@ -265,7 +261,7 @@ def test_a_directory_that_is_gone_is_named(tmp_path: Path) -> None:
         RunLock(RunDir(tmp_path / "gone")).acquire()
 
 
-def test_nothing_runs_on_after_the_release_and_the_lock_can_be_taken_again(tmp_path: Path) -> None:
+def test_release_ends_the_thread_and_allows_another_acquire(tmp_path: Path) -> None:
     lock = RunLock(RunDir(tmp_path))
     for _ in range(2):
         lock.acquire()

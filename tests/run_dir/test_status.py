@@ -1,4 +1,4 @@
-"""The status is true, whoever asks and however the run ended."""
+"""The status is correct from any process and however the run ended."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run_dir(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path)
 
 
-def test_a_run_is_running_while_it_lives_and_crashed_when_it_is_killed(run_dir: RunDir) -> None:
+def test_a_live_run_is_running_and_a_killed_one_crashed(run_dir: RunDir) -> None:
     def work() -> None:
         RunLock(run_dir).acquire()
         StatusFile(run_dir).update(step=7, max_steps=10, loss=1.5)
@@ -63,7 +63,7 @@ def test_a_run_killed_before_its_first_status_has_crashed(run_dir: RunDir) -> No
     assert (read_status(run_dir).state, read_status(run_dir).pid) == ("crashed", child)
 
 
-def test_a_crashed_run_got_at_least_as_far_as_its_newest_checkpoint(run_dir: RunDir) -> None:
+def test_a_crashed_run_reached_at_least_its_newest_checkpoint(run_dir: RunDir) -> None:
     (run_dir.checkpoints / "step-00000012").mkdir(parents=True)
     for no_checkpoint in (".step-00000013.tmp-1", "step-00000014.damaged", "step-00000014.damaged-2"):
         (run_dir.checkpoints / no_checkpoint).mkdir()
@@ -78,7 +78,7 @@ def test_a_run_that_let_go_without_a_word_has_crashed(run_dir: RunDir) -> None:
     assert read_status(run_dir).state == "crashed"
 
 
-def test_a_run_on_a_machine_that_cannot_be_seen_is_not_called_dead(run_dir: RunDir) -> None:
+def test_a_run_on_an_invisible_machine_is_not_called_dead(run_dir: RunDir) -> None:
     StatusFile(run_dir).update(step=1, host="node17", pid=42)
     leave_behind(run_dir, evolve(Owner.this_process(), host="node17", boot="its own", pid=42))
     found = read_status(run_dir)
@@ -112,9 +112,7 @@ def test_writing_is_throttled_and_a_change_of_state_is_not(run_dir: RunDir, monk
     assert writes == [(1, False), (100, True), (101, True)]
 
 
-def test_a_full_disk_does_not_end_the_run_and_the_next_update_tries_again(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_full_disk_the_next_update_tries_again(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -126,9 +124,7 @@ def test_a_full_disk_does_not_end_the_run_and_the_next_update_tries_again(
     assert json.loads(run_dir.status_json.read_text())["step"] == 2
 
 
-def test_the_end_is_told_where_there_is_no_room_for_another_file(
-    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_end_is_written_where_no_second_file_fits(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -138,7 +134,7 @@ def test_the_end_is_told_where_there_is_no_room_for_another_file(
     file.update(state="failed", step=7, reason=None, error="no room", max_steps=8)
     assert (read_status(run_dir).state, read_status(run_dir).error) == ("failed", "no room")
     file.update(error="x" * 100_000, force=True)
-    assert read_status(run_dir).error == "no room", "what needs more room than there is must not tear what was told"
+    assert read_status(run_dir).error == "no room", "a text that does not fit must not tear the last one"
 
 
 def test_a_loss_that_is_not_a_number_is_null(run_dir: RunDir) -> None:
@@ -146,7 +142,7 @@ def test_a_loss_that_is_not_a_number_is_null(run_dir: RunDir) -> None:
     assert json.loads(run_dir.status_json.read_text())["loss"] is None
 
 
-def test_the_command_tells_people_and_machines(run_dir: RunDir) -> None:
+def test_the_command_prints_text_and_json(run_dir: RunDir) -> None:
     with RunLock(run_dir):
         StatusFile(run_dir).update(step=120, max_steps=1000, loss=3.25, tokens_per_second=5120.4, eta_seconds=75)
         text = CliRunner().invoke(command, [str(run_dir.root)])

@@ -1,4 +1,4 @@
-"""A run is asked to stop by whoever wants to, and nobody else is ever met."""
+"""A stop request reaches the owner of a run and no other process."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from attrs import Factory, define, frozen
 from safetensors import SafetensorError
 
 from gpt_simple._files import AtomicDirectory
-from gpt_simple.checkpoint.manifest import MANIFEST, FileEntry, Manifest, TensorLayout, sha256_of
+from gpt_simple.checkpoint.manifest import MANIFEST, FileEntry, Manifest, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class Draft(AtomicDirectory):
 
     def add_tensors(self, stem: str, tensors: Mapping[str, Tensor]) -> None:
         """Write ``stem.safetensors``, whatever the tensors' devices and strides."""
-        import safetensors.torch  # here, because it brings torch, which who only looks at checkpoints does without
+        import safetensors.torch  # here, because it imports torch, which listing checkpoints does not need
 
         path = self.path / f"{stem}.safetensors"
         try:
@@ -55,7 +55,7 @@ class Draft(AtomicDirectory):
         # The library gives its files mode 0600; this directory has the mode that the umask asks for.
         path.chmod(self.path.stat().st_mode & 0o666)
         layouts = {
-            name: TensorLayout(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
             for name, tensor in tensors.items()
         }
         self._seal(path, layouts)
@@ -63,8 +63,8 @@ class Draft(AtomicDirectory):
     def publish(self, step: int, sequence: int, target: Path) -> Published:
         """Write the manifest and rename the directory to ``target``; one that is there is replaced.
 
-        A replaced checkpoint keeps a hidden name that readers know until its successor is durable: there is
-        no moment without either.
+        A replaced checkpoint keeps a hidden name that readers recognise until its successor is durable, so one of
+        the two exists at any moment.
         """
         path = self.path / MANIFEST
         path.write_text(Manifest(step, sequence, self._entries).to_json(), encoding="utf-8")
@@ -72,18 +72,18 @@ class Draft(AtomicDirectory):
         self.rename(target, aside=hidden(target, "replaced"))
         return Published(step, target, size, time.perf_counter() - self._started)
 
-    def _seal(self, path: Path, layouts: Mapping[str, TensorLayout] | None = None) -> None:
+    def _seal(self, path: Path, layouts: Mapping[str, Any] | None = None) -> None:
         self.sync(path)
         self._entries[path.name] = FileEntry(path.stat().st_size, sha256_of(path), layouts)
 
 
 def hidden(path: Path, role: str) -> Path:
-    """The name of a checkpoint's directory while it plays a passing role: ``.step-00001000.replaced``."""
+    """The temporary name of a checkpoint's directory: ``.step-00001000.replaced``."""
     return path.with_name(f".{path.name}.{role}")
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors wants them: in host memory, contiguous, no two sharing a storage."""
+    """Tensors as safetensors needs them: in host memory, contiguous, no two sharing a storage."""
     storages: set[int] = set()
     storable: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +23,31 @@ FORMAT = 1
 
 
 class NewerFormat(CheckpointError):
-    """The checkpoint is fine, but a newer gpt-simple wrote it."""
+    """The checkpoint is sound, but a newer gpt-simple wrote it."""
 
 
 class Unreadable(CheckpointError):
-    """A file of the checkpoint may be fine, but permissions or the device keep it from being read now."""
-
-
-@frozen
-class TensorLayout:
-    """Type and shape of one tensor, so that a checkpoint can be understood without reading its tensors."""
-
-    dtype: str
-    shape: tuple[int, ...]
+    """A file of the checkpoint may be sound, but permissions or the device prevent reading it now."""
 
 
 @frozen
 class FileEntry:
-    """One file of a checkpoint: its size in bytes, its SHA-256, and the tensors in it if it holds any."""
+    """One file of a checkpoint: its size in bytes, its SHA-256, and the tensors in it if it holds any.
+
+    ``tensors`` has the ``dtype`` and ``shape`` of each, so that people can read a checkpoint's content.
+    """
 
     size: int
     sha256: str
-    tensors: Mapping[str, TensorLayout] | None = None
+    tensors: Mapping[str, Any] | None = None
 
 
 @frozen
 class Manifest:
     """The content of MANIFEST.json.
 
-    ``sequence`` numbers the checkpoints of a directory in the order of publishing. Steps cannot tell which is
-    newest, because a run may go back and continue from an earlier one; clocks cannot, because they jump.
+    ``sequence`` numbers the checkpoints of a directory in the order of publishing. Steps do not give that order,
+    because a run may go back and continue from an earlier one; clocks do not, because they jump.
     """
 
     step: int
@@ -59,7 +55,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
 
     def to_json(self) -> str:
-        """The text of the file, with its own digest and without a last newline, whose loss nobody could notice."""
+        """The text of the file, with its own digest. It ends without a newline: losing one would go unnoticed."""
         body = {"format": FORMAT, **asdict(self)}
         return json.dumps({**body, "sha256": _digest(body)}, indent=1)
 
@@ -68,13 +64,8 @@ class Manifest:
         """Parse and check the manifest of a directory; CheckpointError says what is wrong with it."""
         path = directory / MANIFEST
         try:
-            body = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}") from None
-        except (NotADirectoryError, IsADirectoryError) as error:
-            raise _damaged(path, str(error.strerror)) from None
-        except OSError as error:
-            raise _unreadable(path, error) from error
+            with _explained(path):
+                body = json.loads(path.read_bytes())
         except ValueError:
             raise _damaged(path, "it is not JSON") from None
         if not isinstance(body, dict) or not isinstance(body.get("format"), int):
@@ -86,16 +77,16 @@ class Manifest:
             )
         if body.pop("sha256", None) != _digest(body):
             raise _damaged(path, "its own digest differs")
-        files = {name: _entry(value) for name, value in body["files"].items()}
+        files = {name: FileEntry(file["size"], file["sha256"], file["tensors"]) for name, file in body["files"].items()}
         return cls(body["step"], body["sequence"], files)
 
 
 def check_file(path: Path, entry: FileEntry, *, full: bool) -> None:
     """Compare a file's size, and with ``full`` its SHA-256, with an entry's, or raise CheckpointError.
 
-    Without ``full`` it is only opened. Raises Unreadable where the system refuses the file.
+    Without ``full`` the file is only opened. Raises Unreadable where the system refuses the file.
     """
-    try:
+    with _explained(path):
         size = path.stat().st_size
         if size != entry.size:
             raise _damaged(path, f"it has {size:,} bytes and the manifest says {entry.size:,}")
@@ -103,12 +94,6 @@ def check_file(path: Path, entry: FileEntry, *, full: bool) -> None:
             path.open("rb").close()
         elif sha256_of(path) != entry.sha256:
             raise _damaged(path, "its SHA-256 is not the manifest's (flipped bits, or a file of another checkpoint)")
-    except FileNotFoundError:
-        raise _damaged(path, "the file is missing") from None
-    except (NotADirectoryError, IsADirectoryError) as error:
-        raise _damaged(path, str(error.strerror)) from None
-    except OSError as error:
-        raise _unreadable(path, error) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -121,19 +106,23 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _entry(value: Mapping[str, Any]) -> FileEntry:
-    layouts = value["tensors"]
-    if layouts is not None:
-        layouts = {name: TensorLayout(item["dtype"], tuple(item["shape"])) for name, item in layouts.items()}
-    return FileEntry(value["size"], value["sha256"], layouts)
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise errors of the system as CheckpointError: damage, or Unreadable where it refuses ``path``."""
+    try:
+        yield
+    except FileNotFoundError:
+        if path.name == MANIFEST:
+            raise CheckpointError(f"{path.parent} is not a whole checkpoint: it has no {MANIFEST}") from None
+        raise _damaged(path, "the file is missing") from None
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise _damaged(path, str(error.strerror)) from None
+    except OSError as error:
+        raise Unreadable(
+            f"{path} cannot be read: {error.strerror}. That is no damage, and nothing was renamed: make the file"
+            " readable, or move its directory away to go on from the checkpoint before it"
+        ) from error
 
 
 def _damaged(path: Path, how: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: {how}")
-
-
-def _unreadable(path: Path, error: OSError) -> Unreadable:
-    return Unreadable(
-        f"{path} cannot be read: {error.strerror}. That is no damage, and nothing was renamed: make the file readable,"
-        " or move its directory away to go on from the checkpoint before it"
-    )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gpt_simple.errors import CheckpointError
 
-_SHOWN = 10
+_MOST_LISTED = 10
+"""Differences that an error lists."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -33,11 +34,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy ``tensors`` into the raw module. CheckpointError lists every name, shape and type that differs."""
     own = model_tensors(model)
-    differences = _compare(
-        {name: _layout(tensor) for name, tensor in tensors.items()},
-        {name: _layout(tensor) for name, tensor in own.items()},
-    )
-    _raise_if(differences, "the checkpoint is of another model")
+    _raise_if(_compare(_layouts(tensors), _layouts(own)), "the checkpoint is of another model")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -68,18 +65,15 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
     document: Mapping[str, Any],
 ) -> None:
-    """Give an optimizer the state that ``flatten_optimizer`` took. CheckpointError lists every difference."""
+    """Restore the state that ``flatten_optimizer`` took. CheckpointError lists every difference."""
     if (kind := type(optimizer).__name__) != document["optimizer"]:
         raise CheckpointError(f"the checkpoint has the state of {document['optimizer']}, this run uses {kind}")
     saved = document["parameters"]
     named = _named_parameters(optimizer, model)
-    differences = _compare(
-        {name: record["layout"] for name, record in saved.items()},
-        {name: _layout(parameter) for name, parameter in named},
-    )
-    promised = {f"{key}.{name}" for name, record in saved.items() for key in record["tensors"]}
-    differences += [f"{name}: missing in the checkpoint" for name in sorted(promised - tensors.keys())]
-    differences += [f"{name}: not expected" for name in sorted(tensors.keys() - promised)]
+    differences = _compare({name: record["layout"] for name, record in saved.items()}, _layouts(dict(named)))
+    expected = {f"{key}.{name}" for name, record in saved.items() for key in record["tensors"]}
+    differences += [f"{name}: missing in the checkpoint" for name in sorted(expected - tensors.keys())]
+    differences += [f"{name}: not expected" for name in sorted(tensors.keys() - expected)]
     _raise_if(differences, "the checkpoint's optimizer state does not fit")
     state = {}
     for index, (name, _) in enumerate(named):
@@ -92,12 +86,12 @@ def restore_optimizer(
 
 
 def _named_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Name and parameter in the optimizer's own order, which is that of its state's numbers."""
+    """Name and parameter in the optimizer's own order, by which torch numbers its state."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if strangers := sum(id(parameter) not in names for parameter in held):
+    if foreign := sum(id(parameter) not in names for parameter in held):
         raise CheckpointError(
-            f"{strangers} parameters of the optimizer are not the model's: build it from the raw module"
+            f"{foreign} parameters of the optimizer are not the model's: build it from the raw module"
         )
     return [(names[id(parameter)], parameter) for parameter in held]
 
@@ -106,6 +100,10 @@ def _layout(tensor: Tensor) -> str:
     shape = ", ".join(map(str, tensor.shape))
     kind = str(tensor.dtype).removeprefix("torch.")
     return f"[{shape}]" if kind == "float32" else f"[{shape}] {kind}"
+
+
+def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: _layout(tensor) for name, tensor in tensors.items()}
 
 
 def _compare(saved: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
@@ -121,6 +119,6 @@ def _compare(saved: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
 def _raise_if(differences: Sequence[str], what: str) -> None:
     if not differences:
         return
-    shown = "".join(f"\n  {line}" for line in differences[:_SHOWN])
-    rest = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-    raise CheckpointError(f"{what}; use its configuration, or start anew in another directory:{shown}{rest}")
+    listed = "".join(f"\n  {line}" for line in differences[:_MOST_LISTED])
+    rest = f"\n  and {len(differences) - _MOST_LISTED} more" if len(differences) > _MOST_LISTED else ""
+    raise CheckpointError(f"{what}; use its configuration, or start anew in another directory:{listed}{rest}")

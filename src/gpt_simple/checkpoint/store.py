@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 from attrs import define, field, frozen
 
-from gpt_simple._files import fsync, remove_tree
+from gpt_simple._files import fsync, nearest_existing, remove_tree
 from gpt_simple.checkpoint.draft import Draft, Published, hidden
 from gpt_simple.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, Unreadable, check_file
 from gpt_simple.errors import CheckpointError
@@ -32,14 +32,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNKNOWN_SEQUENCE = sys.maxsize
-"""Places a checkpoint whose manifest cannot be read last, so that it is looked at and named first."""
+"""Puts a checkpoint whose manifest cannot be read last in order, so that it is verified and reported first."""
 
 _DRAFTS: set[Path] = set()
-"""What this process is writing now. A name with its pid that is not here is from a dead one with the same pid."""
+"""The directories that this process is writing. Any other with its pid is of a dead process that had the same pid."""
 
-_NAME = re.compile(r"step-(\d{8,})")
-_REPLACED = re.compile(r"\.step-(\d{8,})\.replaced")
-_PASSING = re.compile(r"\.step-\d{8,}\.(?:deleted|replaced|tmp-(?P<pid>\d+))")
+_NAME = re.compile(r"(?P<hidden>\.)?step-(?P<step>\d{8,})(?(hidden)\.(?P<role>deleted|replaced|tmp-(?P<pid>\d+)))")
 
 
 @frozen
@@ -65,9 +63,9 @@ class Store:
 
     root: Path
     _verified: set[Path] = field(factory=set, init=False)
-    """Checkpoints that this process wrote, or has hashed: no need to hash them again."""
+    """Checkpoints that this process has written or hashed, and need not hash again."""
     _removals: list[threading.Thread] = field(factory=list, init=False)
-    """Give back the room of what was deleted: for large files that takes a while, and nobody has to wait."""
+    """Free the space of deleted checkpoints, which takes a while for large files."""
 
     def publish(
         self,
@@ -78,9 +76,9 @@ class Store:
     ) -> Published:
         """Write a checkpoint of ``step``, whole or not at all, and durable when this returns.
 
-        ``tensors`` and ``documents`` map the stem of a file name to its content. One of the same step
-        is replaced without a moment in which neither exists. On an error nothing is left behind, earlier
-        checkpoints are as they were, and CheckpointError says, for a full disk, what is needed and free.
+        ``tensors`` and ``documents`` map the stem of a file name to its content. A checkpoint of the same step is
+        replaced, and one of the two exists at any moment. On an error nothing is left behind, earlier checkpoints
+        are as they were, and CheckpointError says, for a full disk, how much is needed and how much is free.
         """
         target = self.root / f"step-{step:08d}"
         path = hidden(target, f"tmp-{os.getpid()}")
@@ -94,7 +92,8 @@ class Store:
                 for stem, document in documents.items():
                     draft.add_document(stem, document)
                 self._verified.discard(target)
-                _spare_newer(target)
+                if _has_newer_format(target):
+                    target.rename(_unused(target.with_name(f"{target.name}.newer")))
                 published = draft.publish(step, sequence, target)
         except (OSError, TypeError, ValueError) as error:
             needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -106,8 +105,7 @@ class Store:
 
     def list(self) -> list[Checkpoint]:
         """Published checkpoints in the order they were published, oldest first. Only manifests are read."""
-        found = [_listed(step, path) for step, path in self._directories().items() if os.path.exists(path / MANIFEST)]
-        return sorted(found, key=lambda checkpoint: (checkpoint.sequence, checkpoint.step))
+        return [found for found in self._candidates() if os.path.exists(found.path / MANIFEST)]
 
     def verify(self, checkpoint: Checkpoint, *, full: bool = True) -> None:
         """Raise CheckpointError, naming the file and what differs, unless the checkpoint is whole.
@@ -115,10 +113,11 @@ class Store:
         ``full`` compares checksums; without it sizes only.
         """
         manifest = Manifest.read(checkpoint.path)
-        named = _step_of(checkpoint.path)
-        if manifest.step != checkpoint.step or named not in (None, manifest.step):
+        own_name = _NAME.fullmatch(checkpoint.path.name)
+        expected = int(own_name["step"]) if own_name else checkpoint.step
+        if not manifest.step == checkpoint.step == expected:
             raise CheckpointError(
-                f"{checkpoint.path / MANIFEST} is of step {manifest.step}, not {named or checkpoint.step}: "
+                f"{checkpoint.path / MANIFEST} is of step {manifest.step}, not {expected}: "
                 "it belongs to another checkpoint"
             )
         for name, entry in manifest.files.items():
@@ -127,14 +126,12 @@ class Store:
             self._verified.add(checkpoint.path)
 
     def newest_valid(self) -> tuple[Checkpoint | None, Sequence[tuple[Path, str]]]:
-        """The checkpoint published last among those that verify, and why each newer one was passed over.
+        """The checkpoint published last among those that verify, and why each newer one was skipped.
 
-        One that cannot be read now is not passed over, for the steps in it would be lost: that raises Unreadable.
+        One that cannot be read now raises Unreadable: skipping it would lose its steps.
         """
-        whole = {checkpoint.path: checkpoint for checkpoint in self.list()}
-        bare = [Checkpoint(step, path) for step, path in self._directories().items() if path not in whole]
         skipped = []
-        for checkpoint in (*reversed(bare), *reversed(whole.values())):
+        for checkpoint in reversed(self._candidates()):
             try:
                 self.verify(checkpoint)
             except Unreadable:
@@ -150,19 +147,15 @@ class Store:
 
         Nothing is deleted, and a checkpoint that only a newer gpt-simple can read stays where it is.
         """
-        try:
-            Manifest.read(path)
-        except NewerFormat:
+        if _has_newer_format(path):
             return path
-        except CheckpointError:
-            pass
         target = _unused(path.with_name(f"{path.name.lstrip('.')}.damaged"))
         self._verified.discard(path)
         try:
             path.rename(target)
         except OSError as error:
             raise CheckpointError(f"{path} is damaged and cannot be renamed: {error.strerror}") from error
-        with contextlib.suppress(OSError):  # it is no directory, or the disk is full: the reason is told anyway
+        with contextlib.suppress(OSError):  # it is no directory, or the disk is full: the caller reports the reason too
             (target / "reason.txt").write_text(reason + "\n", encoding="utf-8")
         return target
 
@@ -170,17 +163,17 @@ class Store:
         """The content of ``stem.json``, after verification."""
         return json.loads(self._verified_file(checkpoint, f"{stem}.json").read_bytes())
 
-    def load_tensors(self, checkpoint: Checkpoint, stem: str, device: str = "cpu") -> dict[str, Tensor]:
-        """The tensors of ``stem.safetensors`` by name, after verification; they do not depend on the file."""
+    def load_tensors(self, checkpoint: Checkpoint, stem: str) -> dict[str, Tensor]:
+        """The tensors of ``stem.safetensors`` by name, in host memory, after verification."""
         path = self._verified_file(checkpoint, f"{stem}.safetensors")
-        with safetensors.safe_open(path, framework="pt", device=device) as file:
-            # On the host they are views of the mapped file, which may be deleted or truncated later.
+        with safetensors.safe_open(path, framework="pt") as file:
+            # Cloned: they are views of the mapped file, which may be deleted or truncated later.
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
-    def delete(self, checkpoint: Checkpoint, *, wait: bool = True) -> None:
+    def delete(self, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint. It disappears in one rename, so that it is never seen in part.
 
-        Without ``wait`` a thread removes its files; the next ``publish`` and ``settle`` wait for it.
+        A thread frees its space; the next ``publish`` and ``settle`` wait for it.
         """
         doomed = hidden(checkpoint.path, "deleted")
         self._verified.discard(checkpoint.path)
@@ -192,13 +185,10 @@ class Store:
             raise CheckpointError(f"{checkpoint.path} cannot be deleted: {error.strerror}") from error
         removal = threading.Thread(target=remove_tree, args=(doomed,), name="checkpoint-removal")
         removal.start()
-        if wait:
-            removal.join()
-        else:
-            self._removals.append(removal)
+        self._removals.append(removal)
 
     def settle(self) -> None:
-        """Wait until what was deleted has given its room back."""
+        """Wait until the space of deleted checkpoints is free."""
         for removal in self._removals:
             removal.join()
         self._removals = []
@@ -211,18 +201,21 @@ class Store:
         *,
         wait: bool = True,
     ) -> Sequence[Checkpoint]:
-        """Delete what retention does not ask for, and leftovers of dead processes; return what was deleted.
+        """Delete what retention does not keep, and leftovers of dead processes; return what was deleted.
 
         Kept are the ``keep_last_k`` published last (None: all), steps that are a multiple of
         ``keep_milestone_every``, steps in ``protect``, and always the newest two that verify with checksums.
-        What is visibly damaged counts as nothing and is left for a person. ``wait`` is that of ``delete``.
+        A checkpoint with a missing file or a wrong size does not count and is left for a person. ``wait`` until the
+        space is free.
         """
         self.settle()
         self.sweep()
         if keep_last_k is None:
             return []
-        sound = [checkpoint for checkpoint in reversed(self.list()) if self._is_sound(checkpoint)]
-        newest = itertools.islice((c.step for c in sound if self._is_intact(c)), 2)
+        # Without a place in the order a checkpoint must not count: it would push another one out.
+        placed = [checkpoint for checkpoint in reversed(self.list()) if checkpoint.sequence != UNKNOWN_SEQUENCE]
+        sound = [checkpoint for checkpoint in placed if self._is_sound(checkpoint, full=False)]
+        newest = itertools.islice((c.step for c in sound if self._is_sound(c, full=True)), 2)
         kept = {*newest, *protect, *(checkpoint.step for checkpoint in sound[:keep_last_k])}
         if keep_milestone_every:
             kept |= {c.step for c in sound if c.step % keep_milestone_every == 0}
@@ -230,56 +223,54 @@ class Store:
         for checkpoint in reversed(sound):
             if checkpoint.step not in kept:
                 with contextlib.suppress(CheckpointError):  # it stays until the next time; no reason to end a run
-                    self.delete(checkpoint, wait=wait)
+                    self.delete(checkpoint)
                     deleted.append(checkpoint)
+        if wait:
+            self.settle()
         return deleted
 
     def sweep(self) -> None:
-        """Remove what dead processes left; a checkpoint whose replacement never came gets its name back."""
-        for path in self._entries():
-            passing = _PASSING.fullmatch(path.name)
-            if passing is None or path in _DRAFTS:
+        """Remove what dead processes left; a checkpoint that was not replaced in the end gets its name back."""
+        for name, path in self._entries():
+            if name["role"] is None or path in _DRAFTS:
                 continue
-            pid = passing["pid"]
+            pid = name["pid"]
             if pid is not None and int(pid) != os.getpid() and _is_alive(int(pid)):
                 continue
-            if (replaced := _REPLACED.fullmatch(path.name)) and not (final := _final(path, replaced)).exists():
+            final = path.with_name(f"step-{name['step']}")
+            if name["role"] == "replaced" and not final.exists():
                 with contextlib.suppress(OSError):
                     path.rename(final)
             else:
                 remove_tree(path)
 
-    def _directories(self) -> dict[int, Path]:
-        """Directory of each step that has one; a replaced one only as long as nothing took its place."""
-        found: dict[int, Path] = {}
-        for path in self._entries():
-            if replaced := _REPLACED.fullmatch(path.name):
-                found.setdefault(int(replaced[1]), path)
-            elif name := _NAME.fullmatch(path.name):
-                found[int(name[1])] = path
-        return dict(sorted(found.items()))
+    def _candidates(self) -> Sequence[Checkpoint]:
+        """All that have the name of a checkpoint, whole or not, in the order of publishing.
 
-    def _entries(self) -> Iterator[Path]:
+        A replaced one counts only until its successor is there, which comes after it in the order of names.
+        """
+        found = {
+            int(name["step"]): Checkpoint(int(name["step"]), path, _sequence_of(path))
+            for name, path in self._entries()
+            if name["role"] in (None, "replaced")
+        }
+        return sorted(found.values(), key=lambda checkpoint: (checkpoint.sequence, checkpoint.step))
+
+    def _entries(self) -> Iterator[tuple[re.Match[str], Path]]:
+        """The names that this class gives, visible and hidden, and their paths, in the order of the names."""
         try:
-            yield from sorted(self.root.iterdir())
+            for path in sorted(self.root.iterdir()):
+                if name := _NAME.fullmatch(path.name):
+                    yield name, path
         except FileNotFoundError:
             return
         except OSError as error:
             raise CheckpointError(f"{self.root} cannot be read: {error.strerror}") from error
 
-    def _is_sound(self, checkpoint: Checkpoint) -> bool:
-        if checkpoint.sequence == UNKNOWN_SEQUENCE:
-            return False  # without its place in the order it must push no other out
+    def _is_sound(self, checkpoint: Checkpoint, *, full: bool) -> bool:
         try:
-            self.verify(checkpoint, full=False)
-        except CheckpointError:
-            return False
-        return True
-
-    def _is_intact(self, checkpoint: Checkpoint) -> bool:
-        try:
-            if checkpoint.path not in self._verified:
-                self.verify(checkpoint)
+            if not (full and checkpoint.path in self._verified):
+                self.verify(checkpoint, full=full)
         except CheckpointError:
             return False
         return True
@@ -297,19 +288,27 @@ class Store:
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
             message += f"; it needs {needed / 2**20:,.1f} MiB: raise the limit of a file's size (ulimit -f)"
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(next(path for path in (self.root, *self.root.parents) if path.exists())).free
+            free = shutil.disk_usage(nearest_existing(self.root)).free
             message += f"; it needs {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free there"
         return CheckpointError(f"{message}; earlier checkpoints are untouched")
 
 
-def _spare_newer(target: Path) -> None:
-    """Move a checkpoint that only a newer gpt-simple can read out of the way of the one that takes its name."""
+def _sequence_of(path: Path) -> int:
     try:
-        Manifest.read(target)
+        return Manifest.read(path).sequence
+    except CheckpointError:
+        return UNKNOWN_SEQUENCE
+
+
+def _has_newer_format(path: Path) -> bool:
+    """Whether only a newer gpt-simple can read the checkpoint."""
+    try:
+        Manifest.read(path)
     except NewerFormat:
-        target.rename(_unused(target.with_name(f"{target.name}.newer")))
+        return True
     except CheckpointError:
         pass
+    return False
 
 
 def _unused(path: Path) -> Path:
@@ -318,27 +317,9 @@ def _unused(path: Path) -> Path:
     return next(free for n in names if not (free := path.with_name(f"{path.name}{n}")).exists())
 
 
-def _listed(step: int, path: Path) -> Checkpoint:
-    try:
-        return Checkpoint(step, path, Manifest.read(path).sequence)
-    except CheckpointError:
-        return Checkpoint(step, path)
-
-
-def _step_of(path: Path) -> int | None:
-    name = _NAME.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
-    return None if name is None else int(name[1])
-
-
-def _final(path: Path, replaced: re.Match[str]) -> Path:
-    return path.with_name(f"step-{replaced[1]}")
-
-
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is of another user
     return True

@@ -21,7 +21,7 @@ from gpt_simple.launch.torchrun import Launch
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
-from gpt_simple.run_dir.stop_request import tell_forced
+from gpt_simple.run_dir.stop_request import record_kill
 from gpt_simple.spec import RunSpec, resolve_spec
 
 _GIVEN = "gpt_simple.arguments"
@@ -93,7 +93,7 @@ def run_launcher(command: RunCommand, launch: Launch) -> int:
     run_dir = RunDir(Path(command.resolve().config.training.output_dir))
     code = launch.run([*_program(), *command.arguments])
     if code == ExitCode.FORCED:
-        tell_forced(run_dir, "second Ctrl-C")
+        record_kill(run_dir, "second Ctrl-C")
     return code
 
 

@@ -1,1 +1,1 @@
-"""What a run of a configuration would find and need, told before it starts. Nothing here changes anything."""
+"""What a run of a configuration would find and need, known before it starts. Nothing here changes anything."""

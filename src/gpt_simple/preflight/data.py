@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import evolve, frozen
+from attrs import evolve
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.config.schema import Config, DataConfig
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
     from gpt_simple.data.mixture import Mixture
 
 HASHED = 64 * 2**20
-"""Raw files up to this many bytes are hashed to see whether they were prepared before (some hundredths of a second)."""
+"""Raw files up to this many bytes are hashed to find out whether they were prepared before (some 0.01 s)."""
 
 SAMPLED = 100
-"""Lines of JSON that are looked at, for mistakes in them and for how much of them is text."""
+"""Lines of JSON that are read, to find mistakes in them and the share of text."""
 
 COMPRESSED = (".gz", ".zst")
 COMPRESSION = 3
@@ -46,17 +45,26 @@ def inspect_data(config: Config, registry: Registry) -> InspectedData:
     size = _size(source)
     found = None if size is not None and size > HASHED else find(source, config, registry)
     if found is None:
-        return _unprepared(source, size, config, registry)
-    directory, manifest = found
+        return _unprepared(source, size, config.data, registry)
+    return _prepared(source, *found, config)
+
+
+def _prepared(source: Source | Shards, directory: Path, manifest: Manifest, config: Config) -> InspectedData:
     data = config.data
     empty = SplitRecord(0, 0, 0, None, {})
     train, val = (manifest.splits.get(name, empty) for name in ("train", "val"))
-    packing = _Packing(directory, manifest, data)
-    buckets = packing.rows(train)
-    rows_taken, total = None, None if data.on_exhaustion == "repeat" else sum(buckets.values())
-    if data.curriculum:
-        order = _order(buckets, config)
-        rows_taken, total = partial(_rows_taken, order, tuple(buckets)), order.total
+
+    def packing(shard: ShardRecord) -> Path:
+        return packing_of(shard.name, directory, manifest, data) / "row_targets.npy"
+
+    def rows(split: SplitRecord) -> dict[str, int]:
+        shards = sorted(split.buckets.items())
+        return {name: sum(_rows(shard, packing(shard), data) for shard in bucket) for name, bucket in shards}
+
+    buckets = rows(train)
+    order = _order(buckets, config)
+    rows_once = None if data.on_exhaustion == "repeat" else sum(buckets.values())
+    packed = all(packing(shard).exists() for bucket in train.buckets.values() for shard in bucket)
     return InspectedData(
         source=_name(source, data),
         directory=directory,
@@ -66,42 +74,54 @@ def inspect_data(config: Config, registry: Registry) -> InspectedData:
         train_tokens=train.tokens,
         val_tokens=val.tokens,
         buckets=buckets,
-        val_rows=sum(packing.rows(val).values()),
+        val_rows=sum(rows(val).values()),
         val_at_most=val.tokens,
         fingerprints={"dataset": manifest.fingerprint, "tokenizer": manifest.tokenizer},
-        total=total,
-        rows_taken=rows_taken,
-        unpacked=not packing.is_known(train),
+        total=rows_once if order is None else order.total,
+        rows_taken=None if order is None else lambda samples: dict(zip(buckets, order.taken(samples), strict=True)),
+        unpacked=data.packing != "concat" and not packed,
     )
 
 
-def _unprepared(source: Source | Shards, size: int | None, config: Config, registry: Registry) -> InspectedData:
-    data, vocab_size = config.data, _vocab_size(config.data, registry)
+def _unprepared(source: Source | Shards, size: int | None, data: DataConfig, registry: Registry) -> InspectedData:
+    vocab_size = _vocab_size(data, registry)
     _refuse_other_buckets(data)
-    tokens = None if size is None else int(size * _text_share(source, data) / _bytes_per_token(vocab_size))
-    val = None if tokens is None else int(tokens * data.val_fraction)
-    at_most = _at_most(source, size)
+    train = val = rows = None
+    if size is not None:
+        tokens = int(size * _text_share(source, data) / _bytes_per_token(vocab_size))
+        val = int(tokens * data.val_fraction)
+        train = tokens - val
+        rows = train // data.max_length
+    val_at_most = _at_most(source, size)
     if data.val_fraction == 0 and not isinstance(source, Shards):
-        val = at_most = 0
-    rows = None if tokens is None or val is None else (tokens - val) // data.max_length
+        val = val_at_most = 0
     return InspectedData(
         source=_name(source, data),
         directory=None,
         vocab_size=vocab_size,
         estimated=True,
         text_bytes=size,
-        train_tokens=None if tokens is None or val is None else tokens - val,
+        train_tokens=train,
         val_tokens=val,
         buckets={},
-        val_rows=0 if val is None else val // data.max_length,
+        val_rows=(val or 0) // data.max_length,
         fingerprints=None,
-        val_at_most=at_most,
+        val_at_most=val_at_most,
         total=None if data.on_exhaustion == "repeat" else rows,
     )
 
 
+def _rows(shard: ShardRecord, packing: Path, data: DataConfig) -> int:
+    """Rows of a shard; at least so many where ``best_fit``, which leaves some space, was not done yet."""
+    if data.packing == "best_fit" and packing.exists():
+        import numpy as np
+
+        return len(np.load(packing, mmap_mode="r", allow_pickle=False))
+    return -(-shard.tokens // data.max_length)
+
+
 def _refuse_other_buckets(data: DataConfig) -> None:
-    """What is prepared at the start of a run is one bucket, whatever directories its files are in."""
+    """The start of a run prepares one bucket, whatever directories its files are in."""
     for number, phase in enumerate(data.curriculum, 1):
         if others := [name for name in phase.mix if name != ALL]:
             raise ConfigError(
@@ -113,11 +133,11 @@ def _refuse_other_buckets(data: DataConfig) -> None:
 
 
 def _text_share(source: Source | Shards, data: DataConfig) -> float:
-    """Bytes of text in a byte of the files, judged by the first lines. Raises DataError for lines that are not read."""
+    """Bytes of text in a byte of the files, by the first lines. Raises DataError for lines that a run refuses."""
     if not isinstance(source, Files):
         return 1.0
-    wanted = source.json_lines
-    file = next((file for file in source.files if (holds_json_lines(file) if wanted is None else wanted)), None)
+    as_json = source.json_lines
+    file = next((file for file in source.files if (holds_json_lines(file) if as_json is None else as_json)), None)
     if file is None:
         return 1.0
     most = min(SAMPLED, data.max_documents or SAMPLED)
@@ -130,54 +150,25 @@ def _text_share(source: Source | Shards, data: DataConfig) -> float:
 
 
 def _bytes_per_token(vocab_size: int | None) -> float:
-    """1 for bytes, and more with each doubling of the vocabulary; English and Python were measured."""
+    """1 for bytes, and more with each doubling of the vocabulary, as measured on English and Python."""
     return min(LONGEST_TOKEN, 1 + 0.8 * math.log2(max(1, (vocab_size or 8192) / 257)))
 
 
 def _at_most(source: Source | Shards, size: int | None) -> int | None:
-    """A token stands for at least a byte, and each document has one more; None where that tells nothing."""
+    """The most targets: a token stands for at least a byte, and each document has one more. None if unbounded."""
     if not isinstance(source, Files) or size is None or any(file.suffix in COMPRESSED for file in source.files):
         return None
     return size + len(source.files)
 
 
-def _rows_taken(order: Mixture, buckets: Sequence[str], samples: int) -> dict[str, int]:
-    return dict(zip(buckets, order.taken(samples), strict=True))
-
-
-def _order(buckets: Mapping[str, int], config: Config) -> Mixture:
-    from gpt_simple.data.mixture import mixture  # it needs numpy, which takes half as long to import as all the rest
+def _order(buckets: Mapping[str, int], config: Config) -> Mixture | None:
+    """The order of samples over the buckets; None without a curriculum."""
+    if not config.data.curriculum:
+        return None
+    from gpt_simple.data.mixture import mixture  # it imports numpy, which takes half as long as all the rest
 
     data, seed = config.data, order_seed(config)
     return mixture(buckets, data.curriculum, data.on_exhaustion, max_length=data.max_length, seed=seed)
-
-
-@frozen
-class _Packing:
-    """Rows that a dataset's shards have."""
-
-    directory: Path
-    manifest: Manifest
-    data: DataConfig
-
-    def rows(self, split: SplitRecord) -> dict[str, int]:
-        """Of each bucket; at least so many where ``best_fit``, which leaves some space, was not done yet."""
-        return {name: sum(map(self._of, split.buckets[name])) for name in sorted(split.buckets)}
-
-    def is_known(self, split: SplitRecord) -> bool:
-        """Whether they are exactly so many."""
-        shards = [shard for bucket in split.buckets.values() for shard in bucket]
-        return self.data.packing == "concat" or all(self._index(shard).exists() for shard in shards)
-
-    def _of(self, shard: ShardRecord) -> int:
-        if self.data.packing == "best_fit" and (index := self._index(shard)).exists():
-            import numpy as np
-
-            return len(np.load(index, mmap_mode="r", allow_pickle=False))
-        return -(-shard.tokens // self.data.max_length)
-
-    def _index(self, shard: ShardRecord) -> Path:
-        return packing_of(shard.name, self.directory, self.manifest, self.data) / "row_targets.npy"
 
 
 def _size(source: Source | Shards) -> int | None:

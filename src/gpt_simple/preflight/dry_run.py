@@ -1,4 +1,4 @@
-"""The engine's own step on rows that are made up: on fake tensors to see memory, on real ones to see time.
+"""The engine's own step on synthetic rows: on fake tensors to predict memory, on real ones to measure time.
 
 The model's component, the optimizer, precision, checkpointing, accumulation and clipping are those of the run. Plugins,
 the data and other processes are left out.
@@ -49,14 +49,14 @@ class DryRun:
     ) -> DryRun:
         """Build everything on the precision's device. ``vocab_size`` is the tokenizer's.
 
-        A model of the family ``gpt`` computes its loss with ``loss_function``. ``fake_tensors``: this is called in a
-        mode in which tensors have no memory.
+        A model of the family ``gpt`` computes its loss with ``loss_function``. ``fake_tensors``: the caller is in a
+        mode in which tensors have no memory and no values.
         """
         device = precision.device
-        factory = registry.get("model", config.model.name).build
         rows = getattr(config.model, "vocab_size", None) or padded(vocab_size)
+        build_model = registry.get("model", config.model.name).build
         with torch.device("meta" if fake_tensors else device):
-            model: torch.nn.Module = factory(config.model, vocab_size=rows, max_length=config.data.max_length)
+            model: torch.nn.Module = build_model(config.model, vocab_size=rows, max_length=config.data.max_length)
         if isinstance(model, GPT):
             model.set_loss_function(loss_function)
         if fake_tensors:
@@ -100,19 +100,22 @@ class DryRun:
         with evaluation_mode(step.model, step.precision, step.seed):
             return summed_loss(step.wrapped, self.batch)
 
+    def optimizer_state(self) -> list[torch.Tensor]:
+        """The tensors of the optimizer's state, once there was a step."""
+        values = (value for state in self.train_step.optimizer.state.values() for value in state.values())
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
     def state_bytes(self) -> int:
         """Bytes of a checkpoint's tensors, once there was a step."""
-        step = self.train_step
-        states = [value for state in step.optimizer.state.values() for value in state.values()]
-        held = {id(tensor): tensor for tensor in (*step.model.state_dict(keep_vars=True).values(), *states)}
-        return sum(tensor.nbytes for tensor in held.values() if isinstance(tensor, torch.Tensor))
+        weights = self.train_step.model.state_dict(keep_vars=True).values()
+        distinct = {id(tensor): tensor for tensor in (*weights, *self.optimizer_state())}
+        return sum(tensor.nbytes for tensor in distinct.values() if isinstance(tensor, torch.Tensor))
 
 
 def synthetic_batch(config: Config, vocab_size: int, device: torch.device) -> Batch:
     """A micro-batch of random tokens, with the shapes of the run's own."""
     rows, length = config.training.per_device_batch_size, config.data.max_length
-    ids = torch.randint(vocab_size, (rows, length), device=device)
-    labels = torch.randint(vocab_size, (rows, length), device=device)
+    ids, labels = (torch.randint(vocab_size, (rows, length), device=device) for _ in range(2))
     masked = config.data.document_mask
     positions = torch.arange(length, device=device).repeat(rows, 1) if masked else None
     documents = torch.zeros_like(ids) if masked else None
@@ -121,17 +124,15 @@ def synthetic_batch(config: Config, vocab_size: int, device: torch.device) -> Ba
 
 def _to_empty(model: torch.nn.Module, device: torch.device) -> None:
     """Module.to_empty, which cannot replace fake tensors. Tensors that are shared stay shared."""
-    made: dict[int, torch.Tensor] = {}
-
-    def empty(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
-            made[id(tensor)] = torch.empty_like(tensor, device=device)
-            if isinstance(tensor, torch.nn.Parameter):
-                made[id(tensor)] = torch.nn.Parameter(made[id(tensor)], tensor.requires_grad)
-        return made[id(tensor)]
-
+    replacements: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = empty(tensor)  # type: ignore[assignment]
+                if tensor is None:
+                    continue
+                if id(tensor) not in replacements:
+                    empty = torch.empty_like(tensor, device=device)
+                    if isinstance(tensor, torch.nn.Parameter):
+                        empty = torch.nn.Parameter(empty, tensor.requires_grad)
+                    replacements[id(tensor)] = empty
+                tensors[name] = replacements[id(tensor)]  # type: ignore[assignment]

@@ -26,7 +26,7 @@ _DRIVER, _CONTROL_GROUP = Path("/proc/driver/nvidia"), Path("/sys/fs/cgroup")
 
 
 def check_environment(broken: Sequence[str]) -> Environment:
-    """Look around; a fact that the system does not tell is empty. ``broken`` is passed on."""
+    """What the system provides; an unknown fact is empty. ``broken`` is passed on."""
     # As torch chooses: $CXX alone if it is set.
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     return Environment(
@@ -37,7 +37,7 @@ def check_environment(broken: Sequence[str]) -> Environment:
         compiler=shutil.which(compiler) or "",
         missing_compiler="" if shutil.which(compiler) else compiler,
         broken=broken,
-        wandb_key=bool(os.environ.get("WANDB_API_KEY")) or _netrc_knows("api.wandb.ai"),
+        wandb_key=bool(os.environ.get("WANDB_API_KEY")) or _has_netrc_entry("api.wandb.ai"),
         wandb_offline=os.environ.get("WANDB_MODE") in ("offline", "disabled"),
         seconds_left=_seconds_left(),
         backends=(*BACKENDS, *sorted({entry.name for entry in entry_points(group="torch_dynamo_backends")})),
@@ -67,7 +67,7 @@ def _gpus() -> list[str]:
     return [found[1].strip() for text in texts if (found := re.search(r"Model:\s*(.+)", text))]
 
 
-def _netrc_knows(host: str) -> bool:
+def _has_netrc_entry(host: str) -> bool:
     try:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
@@ -83,7 +83,7 @@ def _seconds_left() -> float | None:
 
 
 def free_memory() -> int | None:
-    """Bytes of host memory that can still be taken, also within the limit of a container; None where nobody tells."""
+    """Bytes of host memory that can still be allocated, also within a container's limit; None if unknown."""
     free = [int(size) * 1024 for size in re.findall(r"MemAvailable:\s*(\d+) kB", _read(Path("/proc/meminfo")))]
     limit, used = (_read(_CONTROL_GROUP / f"memory.{name}").strip() for name in ("max", "current"))
     if limit.isdigit() and used.isdigit():

@@ -40,7 +40,7 @@ def to_json(findings: Sequence[Finding], code: int) -> str:
 
 
 def to_table(findings: Sequence[Finding], *, width: int | None = None) -> str:
-    """A line or more for each finding: what is wrong first, what was found fine after it."""
+    """A line or more for each finding: errors first, then warnings, then the rest."""
     width = width or max(60, shutil.get_terminal_size((110, 24)).columns)
     column = max((len(finding.code) for finding in findings), default=0)
     lines: list[str] = []

@@ -6,19 +6,17 @@ With several processes the buckets of DistributedDataParallel hold the gradients
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from attrs import define, evolve
+from attrs import evolve
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import CHUNK_STEPS, CHUNK_TOKENS
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import preserved_process_state
-from gpt_simple.engine.step import TrainStep
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import GpuSpec, find_gpu
 from gpt_simple.hooks.batch import Batch
@@ -31,7 +29,7 @@ from gpt_simple.preflight.memory_tracker import CATEGORIES, MemoryTracker
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 _CUDA_BLOCK = 512
 LARGEST_BATCH = 4096
-"""No larger one is looked for."""
+"""The largest batch that is tried."""
 
 
 def predict_memory(
@@ -46,8 +44,8 @@ def predict_memory(
 ) -> MemoryPrediction:
     """Predict for ``vocab_size`` tokens of the tokenizer and precision ``bf16``, ``fp16`` or ``no``.
 
-    ``cuda``: as on a GPU, with its allocator's blocks and its rows in a chunk of the loss. Takes seconds, and memory
-    for the names of things only. What plugins allocate is left out.
+    ``cuda``: as on a GPU, with its allocator's blocks and its rows in a chunk of the loss. Takes seconds, and no memory
+    for tensors. What plugins allocate is left out.
     """
     # Fake tensors of a device that this torch was not built for cannot be differentiated: the CPU stands in for it.
     device = torch.device("cpu")
@@ -66,7 +64,7 @@ def predict_memory(
             loss_function=loss_function,
             fake_tensors=True,
         )
-        _watch(dry_run, tracker, config, world_size, cuda)
+        _make_steps(dry_run, tracker, config, world_size, cuda)
     copy = dry_run.state_bytes() if config.training.background_save and config.training.save_steps else 0
     here = 0 if cuda else copy
     by_category = {**{name: tracker.peak_by.get(name, 0) for name in CATEGORIES}, "copies": here}
@@ -75,83 +73,58 @@ def predict_memory(
     return MemoryPrediction(tracker.peak + here, by_category, phase, place, by_phase, compiled, copy)
 
 
-def _watch(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_size: int, cuda: bool) -> None:
-    """A step that makes the optimizer's state, one that has it from its start, and an evaluation.
+def _make_steps(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_size: int, cuda: bool) -> None:
+    """A step that creates the optimizer's state, one that has it from its start, and an evaluation.
 
-    The second micro-batch of a step meets the gradients of the first; more of them need no more.
+    The second micro-batch of a step meets the gradients of the first; more of them need no more. Hooks of torch and of
+    the step keep the tracker's phase and place up to date. The buckets of DistributedDataParallel take the gradients of
+    a step's last micro-batch; the gradients of the others are kept beside them.
     """
-    batch, train_step = dry_run.batch, dry_run.train_step
-    tracker.name([batch.input_ids, batch.labels], "data")
+    step, batch = dry_run.train_step, dry_run.batch
+    model, optimizer = step.model, step.optimizer
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    rows = (batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
+    tracker.name((tensor for tensor in rows if tensor is not None), "data")
     tracker.enter("data")
     held = _chunks(config, cuda)
-    trained = {name: p for name, p in train_step.model.named_parameters() if p.requires_grad}
     buckets = {name: torch.zeros_like(parameter) for name, parameter in trained.items()} if world_size > 1 else {}
     tracker.name(buckets.values(), "gradients")
-    phases = _Phases(tracker, buckets)
-    phases.follow(train_step, trained)
+    micro_batches, is_last = 0, False
+
+    def on_batch(index: int, batch: Batch) -> None:
+        nonlocal is_last
+        is_last = index == micro_batches - 1
+        tracker.enter("forward")
+
+    def on_gradient(name: str, parameter: torch.Tensor) -> None:
+        tracker.move_to(name)
+        if parameter.grad is not None:
+            tracker.name([parameter.grad], "gradients")
+        if is_last and buckets:
+            parameter.grad = buckets[name]
+
+    model.register_forward_hook(lambda module, *_: tracker.enter("backward") if module.training else None)
+    optimizer.register_step_pre_hook(lambda *_: tracker.enter("optimizer"))
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_pre_hook(lambda *_, name=name: tracker.move_to(name))
+    for name, parameter in trained.items():
+        parameter.register_post_accumulate_grad_hook(partial(on_gradient, name))  # type: ignore[no-untyped-call]
     results: list[torch.Tensor] = []  # the trainer keeps them until it logs
     for micro_batches in (1, min(2, config.training.gradient_accumulation_steps)):
-        phases.begin_step(micro_batches)
-        results += dry_run.step(micro_batches, on_batch=phases.on_batch, on_gradients=phases.on_gradients)
-        states = (value for state in train_step.optimizer.state.values() for value in state.values())
-        tracker.name([value for value in states if isinstance(value, torch.Tensor)], "optimizer")
+        results += dry_run.step(micro_batches, on_batch=on_batch, on_gradients=lambda: tracker.enter("clipping"))
+        tracker.name(dry_run.optimizer_state(), "optimizer")
     if config.training.eval_steps:
-        phases.enter("evaluation")
+        tracker.enter("evaluation")
         dry_run.evaluate()
     del held, results
 
 
-@define
-class _Phases:
-    """Keeps the tracker's phase and place up to date through the hooks of torch and of the step.
-
-    ``buckets`` stand for those of DistributedDataParallel, which take the gradients of a step's last micro-batch; the
-    gradients of the others are kept beside them.
-    """
-
-    tracker: MemoryTracker
-    buckets: Mapping[str, torch.Tensor]
-    last: int = 0
-    is_last: bool = False
-
-    def follow(self, step: TrainStep, trained: Mapping[str, torch.Tensor]) -> None:
-        step.model.register_forward_hook(lambda module, *_: self.enter("backward") if module.training else None)
-        step.optimizer.register_step_pre_hook(lambda *_: self.enter("optimizer"))
-        for name, module in step.model.named_modules():
-            if name:
-                module.register_forward_pre_hook(partial(self._at, name))
-        for name, parameter in trained.items():
-            hook = partial(self._has_gradient, name)
-            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-
-    def begin_step(self, micro_batches: int) -> None:
-        self.last = micro_batches - 1
-
-    def on_batch(self, index: int, batch: Batch) -> None:
-        self.is_last = index == self.last
-        self.enter("forward")
-
-    def on_gradients(self) -> None:
-        self.enter("clipping")
-
-    def enter(self, phase: str) -> None:
-        self.tracker.enter(phase)
-
-    def _at(self, name: str, *_: Any) -> None:
-        self.tracker.move_to(name)
-
-    def _has_gradient(self, name: str, parameter: torch.Tensor) -> None:
-        self._at(name)
-        if parameter.grad is not None:
-            self.tracker.name([parameter.grad], "gradients")
-        if self.is_last and self.buckets:
-            parameter.grad = self.buckets[name]
-
-
 def _chunks(config: Config, cuda: bool) -> list[torch.Tensor]:
-    """The rows that the loader keeps on the device: on a GPU two chunks while it goes from one to the next.
+    """The rows that the loader keeps on the device: on a GPU two chunks while it changes from one to the next.
 
-    On a CPU a chunk is the training thread's own without ``data.num_workers``; what threads read is not counted.
+    On a CPU the training thread has a chunk of its own without ``data.num_workers``; what other threads read does not
+    count.
     """
     training, length = config.training, config.data.max_length
     step_rows = training.gradient_accumulation_steps * training.per_device_batch_size
@@ -164,7 +137,7 @@ def _chunks(config: Config, cuda: bool) -> list[torch.Tensor]:
 def forecast_memory(
     config: Config, registry: Registry, options: PreflightOptions, vocab_size: int | None
 ) -> MemoryForecast:
-    """Answer the questions about memory that were asked. Raises ConfigError for an unknown device.
+    """The prediction, with the largest batches if ``options`` ask for them. ConfigError for an unknown device.
 
     ``vocab_size`` is the tokenizer's, None if it is not known.
     """
@@ -193,7 +166,7 @@ def forecast_memory(
     if not options.fit:
         return result
     if gpu is None:
-        raise ConfigError("--fit needs to know what to fit into: name a card with --device")
+        raise ConfigError("--fit needs a GPU whose memory it fits: name one with --device")
     batch = largest_batch(config, gpu.usable, predict)
     bare = evolve(config, training=evolve(config.training, gradient_checkpointing=False))
     without = largest_batch(bare, gpu.usable, predict) if config.training.gradient_checkpointing else batch
@@ -207,8 +180,7 @@ def largest_batch(config: Config, room: int, predict: Any) -> int:
     """
 
     def peak(rows: int) -> int:
-        wished = evolve(config, training=evolve(config.training, per_device_batch_size=rows))
-        size: int = predict(wished).peak
+        size: int = predict(evolve(config, training=evolve(config.training, per_device_batch_size=rows))).peak
         return size
 
     known = {rows: peak(rows) for rows in (1, 2)}

@@ -1,7 +1,7 @@
-"""Counts the bytes of all tensors that are alive, by what they are for, and remembers the most and where it was.
+"""Counts the bytes of all live tensors by category, and records their peak and where it was.
 
-A storage is seen when an operation returns it and forgotten when it is freed, so fake tensors tell the same as real
-ones. Memory that a kernel takes and gives back inside one operation is not seen.
+A storage counts from the operation that returns it until it is freed, for fake tensors as for real ones. Memory that a
+kernel allocates and frees inside one operation is not counted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporaries", "data")
 
-_BORN_AS = {"set-up": "parameters", "data": "data", "forward": "activations"}
-"""The category of what is made in a phase; what is made in any other phase is temporary until it is named."""
+_CATEGORY_OF_PHASE = {"set-up": "parameters", "data": "data", "forward": "activations"}
+"""The category of tensors that are created in a phase; in any other phase they are temporary until they are named."""
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -45,26 +45,26 @@ class MemoryTracker(TorchDispatchMode):
         except DataDependentOutputException:
             if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
-            return 1  # a number that somebody reads of a fake tensor, for a formula or a branch
+            return 1  # a number that a formula or a branch reads from a fake tensor
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self._see(leaf.untyped_storage())
         return result
 
     def enter(self, phase: str) -> None:
-        """A phase begins."""
+        """Begin a phase."""
         self.phase, self.place = phase, ""
 
     def move_to(self, place: str) -> None:
-        """The computation is at this module now."""
+        """Continue at this module."""
         self.place = place
 
     def name(self, tensors: Iterable[torch.Tensor], category: str) -> None:
-        """Move tensors to another category: what they are for is known only after they were made."""
+        """Move tensors to another category: their purpose is known only after they were created."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
-            if (known := self._alive.get(key)) is not None:
-                reference, size, before = known
+            if key in self._alive:
+                reference, size, before = self._alive[key]
                 self._by[before] -= size
                 self._by[category] += size
                 self._alive[key] = reference, size, category
@@ -74,12 +74,11 @@ class MemoryTracker(TorchDispatchMode):
         if key in self._alive:
             return
         size = -(-storage.nbytes() // self._granularity) * self._granularity
-        category = _BORN_AS.get(self.phase, "temporaries")
+        category = _CATEGORY_OF_PHASE.get(self.phase, "temporaries")
         self._alive[key] = weakref.ref(storage, lambda _: self._forget(key)), size, category
         self.now += size
         self._by[category] += size
-        if self.now > self.peaks[self.phase]:
-            self.peaks[self.phase] = self.now
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
         if self.now > self.peak:
             self.peak, self.peak_by = self.now, dict(self._by)
             self.peak_phase, self.peak_place = self.phase, self.place

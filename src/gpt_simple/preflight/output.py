@@ -1,4 +1,4 @@
-"""Where a run would write, who owns the place, and how much room its checkpoints take."""
+"""Where a run would write, who owns the directory, and how much space its checkpoints take."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 import shutil
 from pathlib import Path
 
+from gpt_simple._files import nearest_existing
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import Config, OptimizerConfig, TrainingConfig
 from gpt_simple.engine.resume import flat
-from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.preflight import CheckedOutput
 from gpt_simple.model.flops import parameter_count, tensor_count
 from gpt_simple.model.shape import Shape
 from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.run_dir.lock import owner_of
+from gpt_simple.run_dir.lock import in_use, owner_of
 
 DOCUMENTS = 8192, 1280, 48
 """At most so many bytes of a checkpoint are no tensors: in all (beside the configuration, which is in it), for the
@@ -26,15 +26,14 @@ names and layouts of a parameter in headers, manifest and state, and for each ev
 def check_output(config: Config, shape: Shape | None, *, steps_done: int, force: bool) -> CheckedOutput:
     """``shape`` is None for a model of a plugin.
 
-    Raises ConfigError for a place that cannot be written, CheckpointError for one that is in use.
+    Raises ConfigError for a directory that cannot be written, CheckpointError for one that is in use.
     """
     training = config.training
     run_dir = RunDir(Path(training.output_dir))
     run_dir.check()
     owner, liveness = owner_of(run_dir)
     if liveness == "holds":
-        who = owner or "another process"
-        raise CheckpointError(f"{run_dir.root} is in use by {who}: stop it, or choose another training.output_dir")
+        raise in_use(run_dir, owner)
     existing = Store(run_dir.checkpoints).list()
     tensors, documents = _sizes(config, shape)
     if not tensors and existing:
@@ -46,8 +45,8 @@ def check_output(config: Config, shape: Shape | None, *, steps_done: int, force:
     needed = None if size is None else max(size - freed, most * size - there)
     if steps_done >= training.max_steps:
         needed = 0
-    nearest = next(path for path in (run_dir.root, *run_dir.root.absolute().parents) if path.exists())
-    return CheckedOutput(run_dir.root, size, tensors, most, needed, shutil.disk_usage(nearest).free, freed)
+    free = shutil.disk_usage(nearest_existing(run_dir.root)).free
+    return CheckedOutput(run_dir.root, size, tensors, most, needed, free, freed)
 
 
 def most_checkpoints(training: TrainingConfig) -> int:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import frozen
 
@@ -33,32 +33,33 @@ T = TypeVar("T")
 
 @frozen
 class RunPreflight:
-    """Implements ``gpt_simple.hooks.preflight.Preflight``. Parts stay as they were first computed: after something has
-    changed, for instance once data are prepared, make another one.
+    """Implements ``gpt_simple.hooks.preflight.Preflight``.
+
+    Parts stay as they were first computed: after a change, for instance once data are prepared, make a new object.
     """
 
-    _assembly: RunSpec
+    _spec: RunSpec
     options: PreflightOptions
 
     @property
     def config(self) -> Config:
-        return self._assembly.config
+        return self._spec.config
 
     @property
     def registry(self) -> Registry:
-        return self._assembly.registry
+        return self._spec.registry
 
     @property
     def plugins(self) -> dict[str, str]:
-        loaded = self._assembly.host.plugins
+        loaded = self._spec.host.plugins
         return {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in loaded}
 
     @property
     def components(self) -> list[Component]:
-        return [part for part in self._assembly.components if part.owner != BUILTIN]
+        return [part for part in self._spec.components if part.owner != BUILTIN]
 
     def is_default(self, key: str) -> bool:
-        return self._assembly.origins.is_default(key)
+        return self._spec.origins.is_default(key)
 
     @property
     def rows_per_step(self) -> int:
@@ -68,13 +69,15 @@ class RunPreflight:
 
     @property
     def steps_done(self) -> int:
-        resume = _unless_refused(lambda: self.resume)
-        return resume.step if resume is not None else 0
+        return self._resume_or_scratch.step
 
     @property
     def samples_done(self) -> int:
-        resume = _unless_refused(lambda: self.resume)
-        return resume.samples if resume is not None else 0
+        return self._resume_or_scratch.samples
+
+    @cached_property
+    def _resume_or_scratch(self) -> PlannedResume:
+        return _unless_refused(lambda: self.resume) or PlannedResume("scratch")
 
     @property
     def samples(self) -> int:
@@ -101,11 +104,7 @@ class RunPreflight:
     def resume(self) -> PlannedResume:
         from gpt_simple.preflight.resume import plan_resume
 
-        def fingerprints() -> dict[str, str] | None:
-            data = _unless_refused(lambda: self.data)
-            return dict(data.fingerprints) if data is not None and data.fingerprints else None
-
-        return plan_resume(self.config, self.options, self.plugins, fingerprints)
+        return plan_resume(self.config, self.options, self.plugins, lambda: _unless_refused(lambda: self.data))
 
     @cached_property
     def output(self) -> CheckedOutput:
@@ -118,7 +117,7 @@ class RunPreflight:
     def environment(self) -> Environment:
         from gpt_simple.preflight.environment import check_environment
 
-        return check_environment(self._assembly.host.broken)
+        return check_environment(self._spec.host.broken)
 
     @cached_property
     def memory(self) -> MemoryForecast:
@@ -151,24 +150,14 @@ class RunPreflight:
         if deadline is not None and shape is not None:
             TimeBudget(deadline, first_save_bytes=3 * 4 * parameter_count(shape))
 
-    def predict_memory(
-        self, *, vocab_size: int, precision: str, compiled: bool, world_size: int, cuda: bool
-    ) -> MemoryPrediction:
+    def predict_memory(self, **assumptions: Any) -> MemoryPrediction:
         from gpt_simple.preflight.memory import predict_memory
 
-        return predict_memory(
-            self.config,
-            vocab_size=vocab_size,
-            precision=precision,
-            compiled=compiled,
-            world_size=world_size,
-            cuda=cuda,
-            registry=self.registry,
-        )
+        return predict_memory(self.config, registry=self.registry, **assumptions)
 
 
 def _unless_refused(part: Callable[[], T]) -> T | None:
-    """A part that another one needs; None where the run would refuse it, which is a finding of that part alone."""
+    """A part that another one uses; None where the run would refuse it, which is a finding of that part alone."""
     try:
         return part()
     except GptSimpleError:

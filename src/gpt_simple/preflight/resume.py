@@ -9,7 +9,7 @@ from pathlib import Path
 from gpt_simple.config.schema import Config
 from gpt_simple.engine import resume as engine
 from gpt_simple.errors import ConfigError
-from gpt_simple.hooks.preflight import PlannedResume, PreflightOptions
+from gpt_simple.hooks.preflight import InspectedData, PlannedResume, PreflightOptions
 from gpt_simple.run_dir.layout import RunDir
 
 
@@ -17,25 +17,32 @@ def plan_resume(
     config: Config,
     options: PreflightOptions,
     plugins: Mapping[str, str],
-    fingerprints: Callable[[], Mapping[str, str] | None],
+    inspect_data: Callable[[], InspectedData | None],
 ) -> PlannedResume:
     """Raises CheckpointError for a checkpoint that must not be resumed.
 
-    ``fingerprints`` of the data are asked for only if there is a checkpoint to compare them with; None: not known.
+    ``inspect_data`` is called only if there is a checkpoint to compare the data with. None, and data without
+    fingerprints, count as those of the checkpoint.
     """
     run_dir = RunDir(Path(config.training.output_dir))
     try:
         run_dir.check()
     except ConfigError:
         return PlannedResume("scratch")  # nothing can be there, and check_output refuses the directory
-    found = engine.find_checkpoint(
-        config, run_dir, force=options.force, store=engine.SizeCheckingStore(run_dir.checkpoints)
-    )
+    store = engine.SizeCheckingStore(run_dir.checkpoints)
+    found = engine.find_checkpoint(config, run_dir, force=options.force, store=store)
     if found.checkpoint is None:
         return PlannedResume("scratch", skipped=found.skipped)
-    saved = found.state["run"]
+    saved, samples, data = found.state["run"], found.state["samples"], inspect_data()
+    fingerprints = data.fingerprints if data is not None and data.fingerprints else saved["data"]
     numerics = saved["numerics"] | {"torch": version("torch"), "processes": options.world_size}
-    now = engine.run_fingerprint(config, data=fingerprints() or saved["data"], numerics=numerics, plugins=plugins)
-    step, path, samples = found.checkpoint.step, found.checkpoint.path, found.state["samples"]
-    guarantee, changes = engine.resume_guarantee(saved, now, samples), engine.changes(saved, now, samples)
-    return PlannedResume(found.kind, step, path, guarantee, changes, found.skipped, samples)
+    now = engine.run_fingerprint(config, data=fingerprints, numerics=numerics, plugins=plugins)
+    return PlannedResume(
+        kind=found.kind,
+        step=found.checkpoint.step,
+        path=found.checkpoint.path,
+        guarantee=engine.resume_guarantee(saved, now, samples),
+        changes=engine.changes(saved, now, samples),
+        skipped=found.skipped,
+        samples=samples,
+    )

@@ -11,11 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from attrs import evolve, frozen
+from attrs import frozen
 
 from gpt_simple.config.schema import Config
 from gpt_simple.errors import ConfigError
-from gpt_simple.hardware import GpuSpec, find_gpu
+from gpt_simple.hardware import find_gpu
 from gpt_simple.hooks.components import Registry
 from gpt_simple.hooks.preflight import InspectedData, PreflightOptions, ThroughputEstimate
 from gpt_simple.model.flops import flops_per_token, parameter_count
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 _PROBE_SECONDS, _PROBE_STEPS = 5.0, (3, 20)
 _WRITING = 0.5e9
-"""Bytes a second of a checkpoint, with its checksums: a disk of the middle sort."""
+"""Bytes a second of a checkpoint, with its checksums, on an average disk."""
 
 
 @frozen
 class _Timing:
-    """Seconds of a step, of a batch of an evaluation and of the first step, and where they come from."""
+    """Seconds of a step, of an evaluation's batch and of the first step. ``basis`` says where they come from."""
 
     measured: bool
     basis: str
@@ -52,36 +52,27 @@ def estimate_runtime(
     checkpoint_bytes: int | None,
     compile_is_explicit: bool,
 ) -> ThroughputEstimate | None:
-    """Measure if a probe was asked for, else estimate for the named GPU; None if neither can be done."""
+    """Measure if ``options`` ask for a probe, else estimate for the named GPU; None if neither is possible."""
+    timing: _Timing | None = None
     if options.probe:
-        if data.vocab_size is None:
-            raise ConfigError("the vocabulary is not known before the data are prepared: prepare them, then probe")
-        state_bytes = 16 * parameter_count(shape) if shape is not None else 0
-        timing = _measured(config, registry, data.vocab_size, state_bytes, compile_is_explicit=compile_is_explicit)
-        if options.world_size > 1:
-            basis = f"{timing.basis}; {options.world_size} processes without the time to talk to each other"
-            timing = evolve(timing, basis=basis)
-    elif options.device and shape is not None and (gpu := _known_gpu(options.device)) is not None:
-        if (peak := gpu.flops.get(gpu.precision)) is None:
-            return None
-        basis = f"an estimate: {options.mfu:.0%} of the {peak / 1e12:.0f} TFLOP/s of a {gpu.name}"
-        timing = _estimated(config, shape, peak * options.mfu, basis)
-    else:
+        timing = _measured(config, registry, options, data.vocab_size, shape, compile_is_explicit=compile_is_explicit)
+    elif options.device and shape is not None:
+        timing = _estimated(config, options.device, options.mfu, shape)
+    if timing is None:
         return None
     return _extrapolated(timing, config, options.world_size, data, steps_done, checkpoint_bytes or 0)
 
 
-def _known_gpu(device: str) -> GpuSpec | None:
-    try:
-        return find_gpu(device)
-    except ConfigError:
-        return None  # the forecast of the memory refuses it
-
-
 def _measured(
-    config: Config, registry: Registry, vocab_size: int, state_bytes: int, *, compile_is_explicit: bool
+    config: Config,
+    registry: Registry,
+    options: PreflightOptions,
+    vocab_size: int | None,
+    shape: Shape | None,
+    *,
+    compile_is_explicit: bool,
 ) -> _Timing:
-    """Make steps on this machine, as configured, on rows that are made up; nothing stays behind."""
+    """Make steps on this machine, as configured, on synthetic rows; nothing stays behind."""
     import torch
 
     from gpt_simple.engine.compile import compile_flags, plan
@@ -89,12 +80,14 @@ def _measured(
     from gpt_simple.engine.process_state import preserved_process_state
     from gpt_simple.preflight.dry_run import DryRun
 
+    if vocab_size is None:
+        raise ConfigError("the vocabulary is not known before the data are prepared: prepare them, then probe")
     training = config.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with preserved_process_state():
         precision = resolve(training.mixed_precision, device)
         compiling = plan(training, device, 1, wished=compile_is_explicit)
-        _require_memory(config, registry, vocab_size, state_bytes, precision, compiled=compiling.enabled)
+        _require_memory(config, registry, vocab_size, shape, precision, compiled=compiling.enabled)
         with compile_flags(compiling), _own_compiler_cache():
             dry_run = DryRun.prepare(config, registry, precision, vocab_size=vocab_size, compile_plan=compiling)
             first = _seconds(dry_run.step, device)
@@ -106,12 +99,14 @@ def _measured(
     name = "fp32" if precision.name == "no" else precision.name
     compiled = ", compiled" if compiling.enabled else ""
     basis = f"measured: {len(steps)} steps here, {name}{compiled}; the first took {first:.1f} s"
+    if options.world_size > 1:
+        basis += f"; {options.world_size} processes without the time of their communication"
     return _Timing(True, basis, statistics.median(steps), batch, first)
 
 
 @contextmanager
 def _own_compiler_cache() -> Iterator[None]:
-    """What is compiled goes into a directory that is deleted afterwards."""
+    """Compile into a directory that is deleted afterwards."""
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     before = {name: os.environ[name] for name in names if name in os.environ}
     with TemporaryDirectory(prefix="gpt-simple-probe-") as cache:
@@ -125,43 +120,52 @@ def _own_compiler_cache() -> Iterator[None]:
 
 
 def _require_memory(
-    config: Config, registry: Registry, vocab_size: int, state_bytes: int, precision: Precision, *, compiled: bool
+    config: Config, registry: Registry, vocab_size: int, shape: Shape | None, precision: Precision, *, compiled: bool
 ) -> None:
-    """Refuse to probe what plainly does not fit into this machine, before it takes any of it.
-
-    ``state_bytes`` of weights, gradients and both moments are there whatever the compiler does.
-    """
+    """Refuse to probe what plainly does not fit into this machine, before anything is allocated."""
     import torch
 
     from gpt_simple.preflight.memory import predict_memory
 
     cuda = precision.device.type == "cuda"
-    free, needed = torch.cuda.mem_get_info(precision.device)[0] if cuda else free_memory(), state_bytes
-    if free is not None and needed <= free and not compiled:
-        needed = predict_memory(
+    free = torch.cuda.mem_get_info(precision.device)[0] if cuda else free_memory()
+    if free is None:
+        return
+    # Weights, gradients and both moments, which are needed whatever the compiler does.
+    needed = 16 * parameter_count(shape) if shape is not None else 0
+    if needed <= free and not compiled:
+        prediction = predict_memory(
             config, vocab_size=vocab_size, precision=precision.name, cuda=cuda, registry=registry
-        ).peak
-    if free is not None and needed > free:
+        )
+        needed = prediction.peak
+    if needed > free:
         raise ConfigError(
             f"the probe was not made: it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free here;"
             " lower per_device_batch_size, or probe on a larger machine"
         )
 
 
-def _estimated(config: Config, shape: Shape, flops: float, basis: str) -> _Timing:
-    """The times of the model's arithmetic at ``flops`` operations a second."""
+def _estimated(config: Config, device: str, mfu: float, shape: Shape) -> _Timing | None:
+    """The times of the model's arithmetic on the named GPU; None if that one's speed is unknown."""
+    try:
+        gpu = find_gpu(device)
+    except ConfigError:
+        return None  # the forecast of the memory refuses it
+    if (peak := gpu.flops.get(gpu.precision)) is None:
+        return None
     rows, length = config.training.per_device_batch_size, config.data.max_length
-    forward = flops_per_token(shape, length) / 3 * rows * length / flops
+    forward = flops_per_token(shape, length) / 3 * rows * length / (peak * mfu)
     # The backward pass costs two forward passes, and another one of the blocks whose activations are computed again.
     every = int(config.training.gradient_checkpointing)
     passes = 3 + (-(-shape.n_layer // every) / shape.n_layer if every else 0)
+    basis = f"an estimate: {mfu:.0%} of the {peak / 1e12:.0f} TFLOP/s of a {gpu.name}"
     return _Timing(False, basis, passes * forward * config.training.gradient_accumulation_steps, forward)
 
 
 def _extrapolated(
     timing: _Timing, config: Config, world_size: int, data: InspectedData, steps_done: int, checkpoint_bytes: int
 ) -> ThroughputEstimate:
-    """What is left of the run."""
+    """The seconds of the steps that are left."""
     training = config.training
     done = min(steps_done, training.max_steps)
     left, first = training.max_steps - done, timing.first_step if done < training.max_steps else 0.0
@@ -191,7 +195,7 @@ def _extrapolated(
 
 
 def _repeat(work: Any, device: Any) -> list[float]:
-    """Seconds of each repetition: at least some, at most many, until enough time has passed."""
+    """Seconds of each repetition, whose number _PROBE_STEPS and _PROBE_SECONDS limit."""
     fewest, most = _PROBE_STEPS
     times: list[float] = []
     while len(times) < fewest or (len(times) < most and sum(times) < _PROBE_SECONDS):

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
-
+from gpt_simple._files import nearest_existing
 from gpt_simple.errors import CheckpointError, ConfigError
 
 _CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.(?:deleted|replaced|tmp-\d+)")
@@ -21,66 +20,38 @@ _CHECKPOINT_FILE = re.compile(r"(?:model|optimizer|plugins|state|MANIFEST).*\.(?
 _TOKENIZER_FILE = re.compile(r".+\.json")
 
 
-@frozen
 class RunDir:
     """The files of a run, under ``training.output_dir``."""
 
-    root: Path
-
-    @property
-    def run_json(self) -> Path:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.run_json = root / "run.json"
         """What ran, and the lineage of resumes."""
-        return self.root / "run.json"
-
-    @property
-    def status_json(self) -> Path:
+        self.status_json = root / "status.json"
         """What the run is doing now, or how it ended."""
-        return self.root / "status.json"
-
-    @property
-    def summary_json(self) -> Path:
+        self.summary_json = root / "summary.json"
         """The outcome of the last launch that ended by itself."""
-        return self.root / "summary.json"
-
-    @property
-    def metrics_jsonl(self) -> Path:
+        self.metrics_jsonl = root / "metrics.jsonl"
         """One object a line; see ``read_metrics``."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def lock(self) -> Path:
+        self.lock = root / ".lock"
         """Held by the process that owns the run."""
-        return self.root / ".lock"
-
-    @property
-    def stop_request(self) -> Path:
-        """Left by somebody whose signals do not reach the owner."""
-        return self.root / ".stop"
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer that the run trains with, as a directory."""
-        return self.root / "tokenizer"
-
-    @property
-    def checkpoints(self) -> Path:
+        self.stop_request = root / ".stop"
+        """Left by ``gpt-simple stop`` where no signal reaches the owner."""
+        self.tokenizer = root / "tokenizer"
+        """Directory of the tokenizer that the run trains with."""
+        self.checkpoints = root / "checkpoints"
         """Directory of the checkpoints."""
-        return self.root / "checkpoints"
 
     def check(self) -> None:
-        """Raise ConfigError if the directory plainly cannot be made or written; changes nothing."""
-        nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        """Raise ConfigError if the directory plainly cannot be created or written. Changes nothing."""
+        nearest = nearest_existing(self.root)
         if not nearest.is_dir():
-            raise ConfigError(
-                f"{nearest} is a file, not a directory", key="training.output_dir", hint="choose another directory"
-            )
+            raise _refusal(f"{nearest} is a file, not a directory")
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"{nearest} cannot be written", key="training.output_dir", hint="choose another directory"
-            )
+            raise _refusal(f"{nearest} cannot be written")
 
     def create(self) -> None:
-        """Make the directory and see that it can be written; on ConfigError nothing is left behind."""
+        """Create the directory and check that it can be written; on ConfigError nothing is left behind."""
         missing: list[Path] = []
         try:
             missing += [path for path in (self.root, *self.root.parents) if not path.exists()]
@@ -90,11 +61,7 @@ class RunDir:
         except OSError as error:
             for path in missing:
                 _remove_if_empty(path)
-            raise ConfigError(
-                f"{self.root} cannot be written ({error.strerror})",
-                key="training.output_dir",
-                hint="choose another one",
-            ) from error
+            raise _refusal(f"{self.root} cannot be written ({error.strerror})") from error
 
     def is_used(self) -> bool:
         """Whether a run has left something here that would mix with a new one."""
@@ -129,8 +96,12 @@ class RunDir:
         return (path for path in _children(self.checkpoints) if _CHECKPOINT.fullmatch(path.name))
 
 
+def _refusal(message: str) -> ConfigError:
+    return ConfigError(message, key="training.output_dir", hint="choose another directory")
+
+
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Replace a JSON file in one step: readers see the old or the new. NaN and infinities become null.
+    """Replace a JSON file in one step: readers see the old or the new one. NaN and infinities become null.
 
     ``durable`` also makes it survive a power cut, which costs a few milliseconds.
     """
@@ -164,5 +135,5 @@ def _children(directory: Path) -> list[Path]:
 
 
 def _remove_if_empty(directory: Path) -> None:
-    with contextlib.suppress(OSError):  # foreign files are in it, or it never came to be
+    with contextlib.suppress(OSError):  # foreign files are in it, or it was never created
         directory.rmdir()

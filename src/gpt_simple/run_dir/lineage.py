@@ -1,4 +1,4 @@
-"""run.json and metrics.jsonl: what ran, from where it went on, and the numbers it wrote."""
+"""run.json and metrics.jsonl: what ran, from which checkpoints it went on, and the numbers that it wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import define, field
+from attrs import asdict, define, field
 
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir, write_json
@@ -42,8 +42,8 @@ class RunRecord:
         path = run_dir.run_json
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            known = document["run_id"], document["lineage"], document["facts"]
-            return cls(run_dir, *known, dict(document.get("val_losses", {})))
+            run_id, lineage, facts = document["run_id"], document["lineage"], document["facts"]
+            return cls(run_dir, run_id, lineage, facts, dict(document.get("val_losses", {})))
         except FileNotFoundError:
             return cls(run_dir, new_id())
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -53,7 +53,7 @@ class RunRecord:
             ) from error
 
     def launched(self, facts: Mapping[str, Any], *, step: int, resumed_from: Path | None) -> None:
-        """Write down what runs now (config, versions, hardware, plugins, data) and where it goes on from."""
+        """Record what runs now (config, versions, hardware, plugins, data) and from which checkpoint it goes on."""
         self.facts = dict(facts)
         self.lineage.append(
             {
@@ -73,22 +73,18 @@ class RunRecord:
         self.write()
 
     def write(self) -> None:
-        """Write the record, as it is known."""
-        document = {
-            "run_id": self.run_id,
-            "lineage": self.lineage,
-            "facts": self.facts,
-            "val_losses": self.val_losses,
-        }
+        """Write the record as it is."""
+        document = asdict(self, recurse=False)
+        del document["run_dir"]
         write_json(self.run_dir.run_json, document)
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl in the order of their steps, the last one of each kind and step.
 
-    A resumed run writes steps again that it had written before it was killed. A step may have several events: they are
-    told apart by ``name`` and by ``index``, or without one by their message. Lines torn by a kill are left out.
-    ``kind`` asks for rows of one kind, which is faster if they are few.
+    A resumed run writes steps again that it had written before it was killed. A step may have several events, which
+    differ in ``name`` and in ``index``, or without an index in their message. Lines torn by a kill are left out.
+    ``kind`` selects rows of one kind, which is faster if they are few.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""One owner for a run directory, claimed before anything in it is changed.
+"""One owner for a run directory, which locks it before anything in it changes.
 
-The lock is an flock, which the kernel frees however its owner dies. What is written in the file says who the
-owner is, for people and for file systems whose locks do not reach other machines.
+The lock is an flock, which the kernel frees however its owner dies. The file's content names the owner, for messages
+and for file systems whose locks do not reach other machines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from attrs import asdict, define, field, frozen
@@ -27,21 +26,21 @@ from gpt_simple.run_dir.layout import RunDir
 Liveness = Literal["holds", "gone", "unknown"]
 
 _PATIENCE = 0.3
-"""Seconds to wait for the lock: somebody who asks for the status holds it for a moment."""
+"""Seconds to wait for the lock: ``gpt-simple status`` holds it for a moment."""
 
 BEAT_SECONDS = 15.0
-"""How often an owner touches its lock, so that other machines see that it lives."""
+"""How often an owner touches its lock, by which other machines see that it is alive."""
 
 SILENCE_SECONDS = 120.0
-"""An owner elsewhere whose lock nobody touched for so long is taken for dead, with its machine."""
+"""An owner on another machine counts as dead once its lock has not been touched for so long."""
 
 
 @frozen
 class Owner:
-    """A process, told apart from any other that had or will have its number.
+    """A process, distinct from any other with the same pid before or after it.
 
-    ``boot`` names the boot of its machine and ``ticks`` its start in clock ticks since then; they are empty
-    and 0 where the system does not tell.
+    ``boot`` is the id of its machine's boot and ``ticks`` its start in clock ticks since then; they are empty and 0
+    where the system does not provide them.
     """
 
     host: str
@@ -65,15 +64,15 @@ class Owner:
     def may_live(self) -> bool:
         """Whether the process may still be running, given that its flock is free.
 
-        On the kernel that we run on, a free flock proves that it ended or, if the file system has none, its
-        number and start tell. Another boot of its host ended it too. Of other machines nothing is known.
+        On this kernel a free flock proves that it ended; if the file system has no flock, pid and start decide.
+        Another boot of its host ended it too. About other machines nothing is known.
         """
         if self.boot and self.boot == _boot_id():
             return self.is_here()
         return self.host != socket.gethostname()
 
     def is_here(self) -> bool:
-        """Whether its number is that very process's on this system, where it can be sent a signal."""
+        """Whether it is a process of this system, which can be sent a signal."""
         return self.boot == _boot_id() and self.ticks != 0 and self.ticks == _start_ticks(self.pid)
 
     def __str__(self) -> str:
@@ -85,8 +84,8 @@ class RunLock:
     """Ownership of a run directory; also a context manager."""
 
     run_dir: RunDir
-    tell: Callable[[str], None] = lambda message: None
-    """Called with a line for people before a long wait."""
+    log: Callable[[str], None] = lambda message: None
+    """Called with a message before a long wait."""
     _descriptor: int | None = field(default=None, init=False)
     _me: Owner | None = field(default=None, init=False)
     _released: threading.Event = field(factory=threading.Event, init=False)
@@ -95,40 +94,34 @@ class RunLock:
     def acquire(self) -> None:
         """Become the owner, or change nothing and raise CheckpointError that names the present one.
 
-        An owner on another machine, which nothing here can see, is given time to show that it lives.
+        An owner on another machine, which is invisible from here, gets time to touch its lock.
         """
+        path = self.run_dir.lock
         try:
-            descriptor = _lock(self.run_dir.lock)
+            descriptor, is_locked = _lock(path)
         except OSError as error:
-            raise CheckpointError(f"{self.run_dir.lock} cannot be opened: {error.strerror}") from error
-        owner = _owner(descriptor or self.run_dir.lock)
-        if descriptor is None:
-            who = owner or "another process"
-            raise CheckpointError(
-                f"{self.run_dir.root} is in use by {who}: stop it, or choose another training.output_dir"
-            )
-        if owner is not None and owner.may_live() and (owner.is_here() or self._beats(descriptor, owner)):
-            os.close(descriptor)
-            raise CheckpointError(
-                f"{self.run_dir.root} is in use by {owner}: stop it (gpt-simple stop {self.run_dir.root}), or choose"
-                " another training.output_dir"
-            )
-        me = Owner.this_process()
-        content = json.dumps(asdict(me), indent=1).encode() + b"\n"
+            raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
         try:
+            owner = _owner(descriptor)
+            if not is_locked or (owner is not None and self._is_alive(owner, descriptor)):
+                raise in_use(self.run_dir, owner)
+            me = Owner.this_process()
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, content, 0)
+            os.pwrite(descriptor, json.dumps(asdict(me), indent=1).encode() + b"\n", 0)
             os.fsync(descriptor)
         except OSError as error:
             os.close(descriptor)
-            raise CheckpointError(f"{self.run_dir.lock} cannot be written: {error.strerror}") from error
+            raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
         self._descriptor, self._me = descriptor, me
         self._released.clear()
         self._thread = threading.Thread(target=self._beat, name="lock-beat", daemon=True)
         self._thread.start()
 
     def is_held(self) -> bool:
-        """Whether the directory is this process's: it was acquired, and nobody has deleted or taken the lock since."""
+        """Whether this process owns the directory: it has acquired the lock, which nothing deleted or took since."""
         return self._descriptor is not None and not self.is_lost()
 
     def is_lost(self) -> bool:
@@ -138,7 +131,7 @@ class RunLock:
         try:
             return _parse(self.run_dir.lock.read_bytes()) != self._me
         except OSError as error:
-            # A file system that does not answer for a while has not lost anything.
+            # The lock is not lost while the file system does not answer.
             return isinstance(error, (FileNotFoundError, NotADirectoryError))
 
     def renew(self) -> None:
@@ -148,10 +141,9 @@ class RunLock:
 
     def release(self) -> None:
         """Give the directory up; the file stays, empty. Does nothing if the lock is not held."""
-        if self._descriptor is not None:
-            if self.is_held():
-                os.ftruncate(self._descriptor, 0)
-            self._forget()
+        if self._descriptor is not None and not self.is_lost():
+            os.ftruncate(self._descriptor, 0)
+        self._forget()
 
     def _forget(self) -> None:
         self._released.set()
@@ -162,15 +154,22 @@ class RunLock:
         self._descriptor = None
 
     def _beat(self) -> None:
-        """Touch the lock until it is released, or somebody else's because this process was silent for too long."""
+        """Touch the lock until it is released, unless it became another process's after a silence of this one."""
         while not self._released.wait(BEAT_SECONDS):
             if self.is_held():
                 with contextlib.suppress(OSError):
                     os.utime(self.run_dir.lock)
 
-    def _beats(self, descriptor: int, owner: Owner) -> bool:
-        """Whether somebody touches the lock within ``SILENCE_SECONDS``. Compares no clocks: theirs may differ."""
-        self.tell(f"{owner} cannot be seen from here: waiting {SILENCE_SECONDS:.0f} s for a sign of life")
+    def _is_alive(self, owner: Owner, descriptor: int) -> bool:
+        """Whether an owner that holds no flock here is alive: on another machine, if it touches its lock in time.
+
+        Times of the lock are compared with each other alone: the machines' clocks may differ.
+        """
+        if not owner.may_live():
+            return False
+        if owner.is_here():
+            return True
+        self.log(f"{owner} cannot be seen from here: waiting {SILENCE_SECONDS:.0f} s for a sign of life")
         before, deadline = os.fstat(descriptor).st_mtime_ns, time.monotonic() + SILENCE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(min(1.0, SILENCE_SECONDS / 10))
@@ -183,14 +182,20 @@ class RunLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
+def in_use(run_dir: RunDir, owner: Owner | None) -> CheckpointError:
+    """The error of a launch in a directory that another process owns."""
+    return CheckpointError(
+        f"{run_dir.root} is in use by {owner or 'another process'}: stop it (gpt-simple stop {run_dir.root}), or choose"
+        " another training.output_dir"
+    )
+
+
 def owner_of(run_dir: RunDir) -> tuple[Owner | None, Liveness]:
-    """Who owns a run directory, or did when it died, and whether it holds it now. Changes nothing."""
+    """The last owner of a run directory, and whether it holds it now. Changes nothing."""
     try:
         descriptor = os.open(run_dir.lock, os.O_RDONLY)
     except OSError:
@@ -210,29 +215,28 @@ def owner_of(run_dir: RunDir) -> tuple[Owner | None, Liveness]:
         os.close(descriptor)
 
 
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of the file now at ``path``, or None if another process holds it."""
+def _lock(path: Path) -> tuple[int, bool]:
+    """A descriptor of the file now at ``path``, and whether it holds the lock; False if another process does."""
     deadline = time.monotonic() + _PATIENCE
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                return descriptor
+                return descriptor, True
         except BlockingIOError:
             if time.monotonic() > deadline:
-                os.close(descriptor)
-                return None
+                return descriptor, False
             time.sleep(0.02)
         except OSError:
-            return descriptor  # this file system has no flock
+            return descriptor, True  # this file system has no flock
         os.close(descriptor)
 
 
-def _owner(source: int | Path) -> Owner | None:
-    """The owner written in the file; None if it is empty, torn, not ours or cannot be read."""
+def _owner(descriptor: int) -> Owner | None:
+    """The owner that a lock file names; None if it is empty, torn, foreign or cannot be read."""
     try:
-        return _parse(os.pread(source, 65536, 0) if isinstance(source, int) else source.read_bytes())
+        return _parse(os.pread(descriptor, 65536, 0))
     except OSError:
         return None
 
@@ -253,7 +257,7 @@ def _boot_id() -> str:
 
 
 def _start_ticks(pid: int) -> int:
-    """When a process started, in clock ticks; 0 if there is none, or only what its parent has not taken notice of."""
+    """When a process started, in clock ticks; 0 if there is none, or only one that has ended (a zombie)."""
     try:
         # The command, in parentheses, may hold spaces; the start time is the 20th field after it.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

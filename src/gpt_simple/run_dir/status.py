@@ -1,4 +1,4 @@
-"""status.json: what a run is doing, written cheaply while it runs and told truthfully after it died."""
+"""status.json: what a run is doing, written cheaply while it runs and reported correctly after it died."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import define, evolve, field, fields, frozen
+from attrs import asdict, define, evolve, field, fields, frozen
 
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir, finite, write_json
@@ -25,9 +25,9 @@ _INTERVAL = 1.0
 
 @frozen
 class Status:
-    """What a run is doing (``running``), how it ended, or that it vanished (``crashed``).
+    """What a run is doing (``running``), how it ended, or that it died without recording an end (``crashed``).
 
-    ``time`` is that of the last update, in seconds since the epoch; ``eta_seconds`` what is left of the run.
+    ``time`` is that of the last update, in seconds since the epoch; ``eta_seconds`` is what is left of the run.
     """
 
     state: State
@@ -50,9 +50,9 @@ class StatusFile:
 
     run_dir: RunDir
     may_write: Callable[[], bool] = lambda: True
-    """Whether the directory is still this process's."""
-    # Of the fields of Status; not a Status, since most updates are never written.
-    _known: dict[str, Any] = field(
+    """Whether this process still owns the directory."""
+    # Fields of Status, which is made only where it is written: most updates never are.
+    _fields: dict[str, Any] = field(
         factory=lambda: {"state": "running", "host": socket.gethostname(), "pid": os.getpid()}, init=False
     )
     _written: float = field(default=float("-inf"), init=False)
@@ -62,14 +62,13 @@ class StatusFile:
 
         Call it where values are on the host already: it reads no device.
         """
-        force = force or changes.get("state", self._known["state"]) != self._known["state"]
-        self._known |= changes
+        force = force or changes.get("state", self._fields["state"]) != self._fields["state"]
+        self._fields |= changes
         now = time.monotonic()
         if (not force and now - self._written < _INTERVAL) or not self.may_write():
             return
         try:
-            status = Status(**self._known, time=time.time())
-            document = {item.name: getattr(status, item.name) for item in fields(Status)}
+            document = asdict(Status(**self._fields, time=time.time()))
             write_json(self.run_dir.status_json, document, durable=force)
         except OSError:
             if force:
@@ -79,7 +78,7 @@ class StatusFile:
 
 
 def _overwrite(path: Path, document: Mapping[str, Any]) -> None:
-    """Where the disk is full there is no room for a second file, but the first one keeps what it has."""
+    """Write into the file itself: a full disk has no room for a second one, but the first keeps its blocks."""
     text = json.dumps(finite(document), indent=1).encode() + b"\n"
     with contextlib.suppress(OSError), path.open("r+b") as file:
         if len(text) <= os.fstat(file.fileno()).st_blocks * 512:
@@ -88,10 +87,10 @@ def _overwrite(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def read_status(run_dir: RunDir) -> Status:
-    """The status of a run, whoever asks and whatever became of it; CheckpointError if there is no run.
+    """The status of a run from any process, however the run ended; CheckpointError if there is no run.
 
-    A run whose file says running is ``crashed`` if the lock shows that its owner is gone. Its step then is the last one
-    that it told or saved: the file is at most a second old, which may be many steps.
+    A run whose file says running is ``crashed`` if the lock shows that its owner is gone. Its step is then the last one
+    that it wrote or saved: the file is up to a second old, which may be many steps.
     """
     status = _read(run_dir.status_json)
     owner, liveness = owner_of(run_dir)
