@@ -1,8 +1,8 @@
 """State of torch that the whole process shares: a hook or method that leaves it changed has failed.
 
-Training would never notice. A plugin may switch gradients off, enter autocast or inference mode, change the default
-dtype or device, or put the model into evaluation mode. ``PluginHost.guard`` checks after everything that a plugin is
-called for, restores what it left changed, and counts that as the plugin's failure.
+A plugin may switch gradients off, enter autocast or inference mode, change the default dtype or device, or put the
+model into evaluation mode, and training would go wrong without an error. ``Guard`` compares the state after every call
+of a plugin, restores what has changed, and counts that as the plugin's failure.
 """
 
 from __future__ import annotations
@@ -127,23 +127,18 @@ TORCH_STATE = Guard(_state, _restore)
 
 @contextmanager
 def preserved_process_state() -> Iterator[None]:
-    """Training has torch's usual state, whatever the caller or a plugin's import made of it, which comes back after."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    grad, dtype, matmul = (
-        torch.is_grad_enabled(),
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-    )
+    """Torch's usual state inside, whatever the caller or a plugin's import has set; afterwards all is as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    dtype, matmul = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     device, autocasts = torch.get_default_device(), autocast_kinds()
     torch.set_default_device(None)
-    had_device = torch.get_default_device() != device  # False if a `with torch.device(...)` is the caller's
+    had_device = torch.get_default_device() != device  # False inside the caller's `with torch.device(...)`
     try:
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("high")
         for kind in autocasts:
             torch.set_autocast_enabled(kind, False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for kind in autocasts:
@@ -152,9 +147,5 @@ def preserved_process_state() -> Iterator[None]:
             torch.set_default_device(device)
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
         torch.set_float32_matmul_precision(matmul)

@@ -142,7 +142,7 @@ class Trainer:
         if (call := self.calls.on_gradients) is not None:
             with self.run.comm.during("on_gradients"):
                 call(self.run, GradientsReady(step))
-        return self.run.requests.take_skip()
+        return self.run.control.take_skip()
 
     def _exclude_first_step(self, started: float, tokens: int) -> None:
         """Exclude the first step (compilation, warm-up) from throughput."""
@@ -166,7 +166,7 @@ class Trainer:
         decision = self._decide()
         retry = "the one before could not be written" if read_metrics and self.checkpointer.retry_due else ""
         if decision.save or decision.should_stop or is_last or retry:
-            reason = "last step" if is_last else decision.stop or decision.halt or decision.end or decision.save
+            reason = "last step" if is_last else decision.stop or decision.halt or decision.save
             if not_finite := self._save(reason or retry, blocking=decision.should_stop or is_last):
                 return Decision(halt=not_finite)
         if decision.evaluate and not decision.should_stop:
@@ -244,11 +244,9 @@ class Trainer:
         if decision.halt:
             return "halted", decision.halt
         if self.state.step == self._max_steps:
-            reason = decision.stop or decision.end
-            return "completed", f"finished all {self._max_steps} steps; the last evaluation was left out: {reason}"
-        if decision.stop:
-            return "stopped", decision.stop
-        return "completed", decision.end
+            reason = f"finished all {self._max_steps} steps; the last evaluation was left out: {decision.stop}"
+            return "completed", reason
+        return "stopped", decision.stop
 
     def _out_of_data(self, reason: str) -> tuple[RunStatus, str]:
         """The data ended before ``max_steps``: the run is complete, as after its last step."""

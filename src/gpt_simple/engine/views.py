@@ -118,13 +118,9 @@ class LaunchView:
     dist: ProcessGroup
     precision: Precision
     state: TrainState
-    requests: Requests
+    control: Requests
     log: EngineLog
     comm: EngineComm
-
-    @property
-    def control(self) -> Requests:
-        return self.requests
 
     @property
     def step(self) -> int:
