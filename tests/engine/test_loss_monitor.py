@@ -171,7 +171,7 @@ def test_a_level_that_stays_high_is_reported_and_then_usual() -> None:
     steps = made(losses)
     spike = watch.spike(steps[:101])
     assert spike is not None
-    assert spike.made.step == 101
+    assert spike.record.step == 101
     watch.spike(steps[101:390])
     assert watch.spike(steps[390:]) is None
 

@@ -38,7 +38,7 @@ from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.plugin_host.dispatch import Calls
 
 _UNLOGGED = 100
-"""Steps after which the device is read when nothing is logged: skipped steps must not go on unseen."""
+"""Steps after which the device is read when nothing is logged: too many skipped steps must halt the run."""
 
 
 @frozen
@@ -127,8 +127,10 @@ class Trainer:
         state.advance(data.tokens, data.targets)
         self._buffer.add(step, data, result.loss, result.norm, result.skipped)
         self._timer.step(data.tokens, data.targets)
-        if self._first_step:
-            self._exclude_first_step(started, data.tokens)
+        if self._first_step:  # compiles and warms caches up: no part of throughput
+            self._first_step = False
+            self._synchronize()
+            self._timer.exclude_step(time.perf_counter() - started, data.tokens)
         elif self.time_budget is not None:
             self.time_budget.record_step(time.perf_counter() - started)
         if calls.on_step_end is not None:
@@ -144,27 +146,21 @@ class Trainer:
                 call(self.run, GradientsReady(step))
         return self.run.control.take_skip()
 
-    def _exclude_first_step(self, started: float, tokens: int) -> None:
-        """Exclude the first step (compilation, warm-up) from throughput."""
-        self._first_step = False
-        self._synchronize()
-        self._timer.exclude_step(time.perf_counter() - started, tokens)
-
     def _synchronize(self) -> None:
-        """Wait for the device, so that queued steps do not count as part of what follows them."""
+        """Wait for the device, so that the time of queued steps does not count for what follows them."""
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
 
     def _boundary(self, is_last: bool) -> Decision:
         """After a step, always in this order: metrics, one decision, checkpoint, evaluation, stop."""
         step, every = self.state.step, self.run.config.training.logging_steps
-        read_metrics = is_last or step % (every or _UNLOGGED) == 0
-        if read_metrics:
+        logs = is_last or step % (every or _UNLOGGED) == 0
+        if logs:
             self._log(notify=bool(every))
             with self._timer.paused():
                 self.checkpointer.poll(wait=False)
         decision = self._decide()
-        retry = "the one before could not be written" if read_metrics and self.checkpointer.retry_due else ""
+        retry = "the one before could not be written" if logs and self.checkpointer.retry_due else ""
         if decision.save or decision.should_stop or is_last or retry:
             reason = "last step" if is_last else decision.stop or decision.halt or decision.save
             if not_finite := self._save(reason or retry, blocking=decision.should_stop or is_last):
@@ -183,15 +179,15 @@ class Trainer:
         """Read the interval's metrics in one device read and one collective, and hand them to the plugins."""
         run, calls, step = self.run, self.calls, self.state.step
         # Read first: this waits for the steps in the device's queue, and their time counts.
-        metrics, steps = self._buffer.read(self.train_step.schedule(step), self.dist.size)
+        metrics, records = self._buffer.read(self.train_step.schedule(step), self.dist.size)
         split, self._timer = self._timer.split(step, self.loader.wait_seconds)
         if notify and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):
                 metrics |= namespaced(calls.collect_metrics(run, split))
-        metrics["train/not_finite_on"] = not_finite_on(steps, self.dist.rank)
+        metrics["train/not_finite_on"] = not_finite_on(records, self.dist.rank)
         floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
-        first = floats.pop("train/not_finite_on")
-        where = f"; the loss was not finite in process {first:.0f}" if self.dist.size > 1 and first < math.inf else ""
+        rank = floats.pop("train/not_finite_on")
+        where = f"; the loss was not finite in process {rank:.0f}" if self.dist.size > 1 and rank < math.inf else ""
         skipped = floats.pop("train/skipped_steps")
         if skipped:
             floats["train/skipped_steps"] = skipped
@@ -200,9 +196,10 @@ class Trainer:
                 name="skipped_steps",
                 count=int(skipped),
             )
-        if spike := self._loss_monitor.spike(steps):
-            run.log.warning(str(spike), name="loss_spike", at=spike.made.step, loss=spike.made.loss, usual=spike.usual)
-        if streak := self._loss_monitor.streak(steps):
+        if spike := self._loss_monitor.spike(records):
+            at, loss = spike.record.step, spike.record.loss
+            run.log.warning(str(spike), name="loss_spike", at=at, loss=loss, usual=spike.usual)
+        if streak := self._loss_monitor.streak(records):
             run.control.halt(streak + where)
         self._last_train = floats
         if split.timed_steps and split.train_seconds > 0:
@@ -217,22 +214,22 @@ class Trainer:
         if calls.evaluate is None:
             return
         self._synchronize()
-        started = time.perf_counter()
-        try:
-            with run.evaluating(), run.comm.during("evaluate"):
-                metrics = namespaced(calls.evaluate(run, Evaluate(state.step)))
-        except EvaluationAbandoned:
-            run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
-            return
-        floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
-        self._last_eval = floats
-        if (loss := floats.get(VAL_LOSS)) is not None and math.isfinite(loss):
-            state.record_val_loss(loss)
-            self.checkpointer.run_dir.record_val_loss(state.step, loss)
-        seconds = time.perf_counter() - started
-        if calls.on_eval_end is not None:
-            calls.on_eval_end(run, EvalEnd(state.step, state.tokens, floats, seconds))
-        self._timer.exclude(time.perf_counter() - started)
+        with self._timer.paused():
+            started = time.perf_counter()
+            try:
+                with run.evaluating(), run.comm.during("evaluate"):
+                    metrics = namespaced(calls.evaluate(run, Evaluate(state.step)))
+            except EvaluationAbandoned:
+                run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
+                return
+            floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
+            self._last_eval = floats
+            if (loss := floats.get(VAL_LOSS)) is not None and math.isfinite(loss):
+                state.record_val_loss(loss)
+                self.checkpointer.run_dir.record_val_loss(state.step, loss)
+            if calls.on_eval_end is not None:
+                seconds = time.perf_counter() - started
+                calls.on_eval_end(run, EvalEnd(state.step, state.tokens, floats, seconds))
 
     def _save(self, reason: str, *, blocking: bool) -> str:
         """Save this step. Returns why the run must halt, or an empty string."""
