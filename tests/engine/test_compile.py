@@ -12,7 +12,7 @@ from gpt_simple.engine.compile import plan
 
 def note(processes: int, **changes: Any) -> str:
     config = TrainingConfig(compile=True, compile_backend="eager", **changes)
-    return plan(config, torch.device("cpu"), processes, wished=True).note
+    return plan(config, torch.device("cpu"), processes, explicit=True).note
 
 
 def test_what_is_done_to_the_splitter_of_graphs_is_said() -> None:

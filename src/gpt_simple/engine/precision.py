@@ -1,7 +1,7 @@
-"""Which precision a run computes in, and why.
+"""The precision that a run computes in.
 
-The engine owns ``torch.autocast`` and the gradient scaler itself: Accelerate's would copy outputs to fp32 and obey
-environment variables against the configuration.
+The engine has its own ``torch.autocast`` and gradient scaler: Accelerate's copy outputs to fp32, and environment
+variables override their configuration.
 """
 
 from __future__ import annotations

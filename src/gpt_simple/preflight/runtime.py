@@ -93,7 +93,7 @@ def _measured(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with preserved_process_state():
         precision = resolve(training.mixed_precision, device)
-        compiling = plan(training, device, 1, wished=compile_is_explicit)
+        compiling = plan(training, device, 1, explicit=compile_is_explicit)
         _require_memory(config, registry, vocab_size, state_bytes, precision, compiled=compiling.enabled)
         with compile_flags(compiling), _own_compiler_cache():
             dry_run = DryRun.prepare(config, registry, precision, vocab_size=vocab_size, compile_plan=compiling)
