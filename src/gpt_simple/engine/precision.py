@@ -36,10 +36,9 @@ def resolve(setting: str | None, device: torch.device) -> Precision:
 
     Raises ConfigError for fp16 where there is no fp16 arithmetic to train with, and for bf16 on GPUs before Ampere.
     """
-    if setting in (None, "auto"):
+    if setting is None or setting == "auto":
         name, why = _detect(device)
     else:
-        assert setting is not None
         name, why = setting, "configured"
         if name == "fp16" and device.type == "cpu":
             raise ConfigError(

@@ -11,14 +11,12 @@ from functools import partial
 import torch
 from attrs import define, field, frozen
 
-from gpt_simple.data.loader import DataExhausted, Loader
+from gpt_simple.data.loader import DataExhausted
 from gpt_simple.distributed.metric_reduction import MetricReducer
-from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.checkpointer import Checkpointer
 from gpt_simple.engine.control import Control, Decision
 from gpt_simple.engine.loss_monitor import LossMonitor, not_finite_on
 from gpt_simple.engine.metrics import MetricBuffer, StepTimer, namespaced, resolve_name_collisions
-from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.stop_signals import StopNow, StopSignals
 from gpt_simple.engine.time_budget import TimeBudget
@@ -58,10 +56,7 @@ class Trainer:
 
     run: RunView
     calls: Calls
-    dist: ProcessGroup
-    state: TrainState
     train_step: TrainStep
-    loader: Loader
     control: Control
     checkpointer: Checkpointer
     signals: StopSignals
@@ -75,7 +70,7 @@ class Trainer:
 
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
-        self._reducer = MetricReducer(self.dist)
+        self._reducer = MetricReducer(self.run.dist)
         self._loss_monitor = LossMonitor(self.run.config.training.max_skipped_steps)
 
     def fit(self) -> FitResult:
@@ -90,15 +85,15 @@ class Trainer:
         self.run.model.train()
         if (decision := self._decide()).should_stop:
             return self._stopped(decision)
-        if self.dist.size > 1:
+        if self.run.world_size > 1:
             self.train_step.warm_up_ddp(self._zero_batch())
-        self._timer = StepTimer(waited_before=self.loader.wait_seconds)
-        while self.state.step < self._max_steps:
+        self._timer = StepTimer(waited_before=self.run.loader.wait_seconds)
+        while self.run.step < self._max_steps:
             try:
-                self._step(is_last=self.state.step + 1 == self._max_steps)
+                self._step(is_last=self.run.step + 1 == self._max_steps)
             except DataExhausted as exhausted:
                 return self._out_of_data(str(exhausted))
-            decision = self._boundary(is_last=self.state.step == self._max_steps)
+            decision = self._boundary(is_last=self.run.step == self._max_steps)
             if decision.should_stop:
                 return self._stopped(decision)
         return "completed", f"finished all {self._max_steps} steps"
@@ -111,9 +106,10 @@ class Trainer:
 
     def _step(self, is_last: bool) -> None:
         """One optimizer step over all its micro-batches, with the hooks around it."""
-        run, calls, state, step = self.run, self.calls, self.state, self.state.step + 1
+        run, calls, state = self.run, self.calls, self.run.state
+        step = state.step + 1
         started = time.perf_counter()
-        data = self.loader.next_step()
+        data = run.loader.next_step()
         if calls.on_step_start is not None:
             calls.on_step_start(run, StepStart(step))
         result = self.train_step(
@@ -153,7 +149,7 @@ class Trainer:
 
     def _boundary(self, is_last: bool) -> Decision:
         """After a step, always in this order: metrics, one decision, checkpoint, evaluation, stop."""
-        step, every = self.state.step, self.run.config.training.logging_steps
+        step, every = self.run.step, self.run.config.training.logging_steps
         logs = is_last or step % (every or _UNLOGGED) == 0
         if logs:
             self._log(notify=bool(every))
@@ -177,17 +173,17 @@ class Trainer:
 
     def _log(self, *, notify: bool) -> None:
         """Read the interval's metrics in one device read and one collective, and hand them to the plugins."""
-        run, calls, step = self.run, self.calls, self.state.step
+        run, calls, step = self.run, self.calls, self.run.step
         # Read first: this waits for the steps in the device's queue, and their time counts.
-        metrics, records = self._buffer.read(self.train_step.schedule(step), self.dist.size)
-        split, self._timer = self._timer.split(step, self.loader.wait_seconds)
+        metrics, records = self._buffer.read(self.train_step.schedule(step), run.world_size)
+        split, self._timer = self._timer.split(step, run.loader.wait_seconds)
         if notify and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):
                 metrics |= namespaced(calls.collect_metrics(run, split))
-        metrics["train/not_finite_on"] = not_finite_on(records, self.dist.rank)
+        metrics["train/not_finite_on"] = not_finite_on(records, run.rank)
         floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
         rank = floats.pop("train/not_finite_on")
-        where = f"; the loss was not finite in process {rank:.0f}" if self.dist.size > 1 and rank < math.inf else ""
+        where = f"; the loss was not finite in process {rank:.0f}" if run.world_size > 1 and rank < math.inf else ""
         skipped = floats.pop("train/skipped_steps")
         if skipped:
             floats["train/skipped_steps"] = skipped
@@ -206,11 +202,11 @@ class Trainer:
             self._rates.append(split.timed_tokens / split.train_seconds)
         self._update_status()
         if notify and calls.on_metrics is not None:
-            calls.on_metrics(run, MetricsReady(step, self.state.tokens, floats))
+            calls.on_metrics(run, MetricsReady(step, run.tokens, floats))
 
     def _evaluate(self) -> None:
         """Run the plugins' evaluations. A stop that arrives meanwhile abandons them."""
-        run, calls, state = self.run, self.calls, self.state
+        run, calls, state = self.run, self.calls, self.run.state
         if calls.evaluate is None:
             return
         self._synchronize()
@@ -240,7 +236,7 @@ class Trainer:
     def _stopped(self, decision: Decision) -> tuple[RunStatus, str]:
         if decision.halt:
             return "halted", decision.halt
-        if self.state.step == self._max_steps:
+        if self.run.step == self._max_steps:
             reason = f"finished all {self._max_steps} steps; the last evaluation was left out: {decision.stop}"
             return "completed", reason
         return "stopped", decision.stop
@@ -258,10 +254,10 @@ class Trainer:
     def _update_status(self) -> None:
         # Of the latest intervals only: the list grows with the run.
         rate = statistics.median(self._rates[-15:]) if self._rates else None
-        left = (self._max_steps - self.state.step) * self.run.known["tokens_per_step"]
+        left = (self._max_steps - self.run.step) * self.run.known["tokens_per_step"]
         self.checkpointer.run_dir.status.update(
             state="running",
-            step=self.state.step,
+            step=self.run.step,
             max_steps=self._max_steps,
             loss=self._last_train.get("train/loss"),
             tokens_per_second=rate,

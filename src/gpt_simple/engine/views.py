@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from attrs import define, field, frozen
@@ -48,18 +48,13 @@ class EngineLog:
     _state: TrainState
 
     def info(self, message: str, *, name: str = "info", **fields: Any) -> None:
-        self._emit("info", message, name, fields)
+        self._publish(LogRecord("info", message, self._state.step, name, fields))
 
     def warning(self, message: str, *, name: str = "warning", **fields: Any) -> None:
-        self._emit("warning", message, name, fields)
+        self._publish(LogRecord("warning", message, self._state.step, name, fields))
 
     def error(self, message: str, *, name: str = "error", **fields: Any) -> None:
-        self._emit("error", message, name, fields)
-
-    def _emit(
-        self, level: Literal["info", "warning", "error"], message: str, name: str, fields: dict[str, Any]
-    ) -> None:
-        self._publish(LogRecord(level, message, self._state.step, name, fields))
+        self._publish(LogRecord("error", message, self._state.step, name, fields))
 
 
 @define(eq=False)
@@ -129,10 +124,6 @@ class LaunchView:
     @property
     def tokens(self) -> int:
         return self.state.tokens
-
-    @property
-    def target_tokens(self) -> int:
-        return self.state.target_tokens
 
     @property
     def rank(self) -> int:

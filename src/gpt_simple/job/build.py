@@ -152,10 +152,7 @@ def _trainer(
     return Trainer(
         run=run,
         calls=plugins.calls,
-        dist=job.dist,
-        state=job.state,
         train_step=train_step,
-        loader=built.loader,
         control=control,
         checkpointer=checkpointer,
         signals=job.signals,
