@@ -29,7 +29,7 @@ def test_the_first_reason_counts_and_is_used_once() -> None:
     assert control.decide().save == ""
 
 
-def test_a_stop_stays() -> None:
+def test_a_stop_request_stays() -> None:
     control = alone(requests := Requests())
     requests.stop("SIGTERM")
     assert [control.decide().stop, control.decide().stop] == ["SIGTERM", "SIGTERM"]
