@@ -55,7 +55,7 @@ def _state(run: Any) -> State:
         torch.get_default_device() if has_torch_function(_ANY) else None,
         training,
         autocasts,
-        autocast_kinds() if autocasts else (),
+        _autocast_kinds() if autocasts else (),
     )
 
 
@@ -79,7 +79,7 @@ def _restore(run: Any, before: State) -> str:
     if training is not None and run.model.training is not training:
         left.append(f"the model in {'evaluation' if training else 'training'} mode")
         run.model.train(training)
-    if (_autocast_depth(), autocast_kinds()) != (autocasts, kinds):
+    if (_autocast_depth(), _autocast_kinds()) != (autocasts, kinds):
         left.append("autocast entered and not left")
         _restore_autocast(autocasts, kinds)
     return ", ".join(left)
@@ -113,7 +113,7 @@ def _restore_autocast(depth: int, kinds: tuple[str, ...]) -> None:
     torch.clear_autocast_cache()
 
 
-def autocast_kinds() -> tuple[str, ...]:
+def _autocast_kinds() -> tuple[str, ...]:
     """The types of devices that autocast is on for."""
     return tuple(kind for kind in _KINDS if torch.is_autocast_enabled(kind))
 
@@ -128,24 +128,20 @@ TORCH_STATE = Guard(_state, _restore)
 @contextmanager
 def preserved_process_state() -> Iterator[None]:
     """Torch's usual state inside, whatever the caller or a plugin's import has set; afterwards all is as before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    dtype, matmul = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    device, autocasts = torch.get_default_device(), autocast_kinds()
-    torch.set_default_device(None)
-    had_device = torch.get_default_device() != device  # False inside the caller's `with torch.device(...)`
+    python, numpy, matmul = random.getstate(), np.random.get_state(), torch.get_float32_matmul_precision()
+    kinds = _autocast_kinds()
+    modes = is_grad_enabled(), is_inference_mode_enabled()
+    before: State = (*modes, get_default_dtype(), _default_device(), None, _autocast_depth(), kinds)
     try:
+        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("high")
-        for kind in autocasts:
+        for kind in kinds:
             torch.set_autocast_enabled(kind, False)
         with torch.random.fork_rng(range(torch.cuda.device_count())), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        for kind in autocasts:
-            torch.set_autocast_enabled(kind, True)
-        if had_device:
-            torch.set_default_device(device)
+        _restore(None, before)
+        torch.set_float32_matmul_precision(matmul)
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(matmul)
