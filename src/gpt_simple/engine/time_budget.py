@@ -81,12 +81,10 @@ class TimeBudget:
 
     deadline: Deadline
     first_save_bytes: int
-    _longest_save: float = field(init=False)
-    _measured: bool = field(default=False, init=False)
+    _longest_save: float | None = field(default=None, init=False)
     _step: float = field(default=0.0, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._longest_save = self.first_save_bytes / _FIRST_GUESS_BYTES_PER_SECOND
         if self.reserve >= self.deadline.budget:
             size, source = self.first_save_bytes / 2**30, self.deadline.source
             raise ConfigError(
@@ -99,12 +97,13 @@ class TimeBudget:
     @property
     def reserve(self) -> float:
         """Seconds before the deadline at which no further step may begin."""
-        return max(self.deadline.least_reserve, _SPREAD * self._longest_save + 2 * self._step)
+        guess = self.first_save_bytes / _FIRST_GUESS_BYTES_PER_SECOND
+        save = guess if self._longest_save is None else self._longest_save
+        return max(self.deadline.least_reserve, _SPREAD * save + 2 * self._step)
 
     def record_save(self, seconds: float) -> None:
         """Learn from a checkpoint: seconds from the end of its step until it was durable."""
-        self._longest_save = max(seconds, self._longest_save) if self._measured else seconds
-        self._measured = True
+        self._longest_save = max(seconds, self._longest_save or 0.0)
 
     def record_step(self, seconds: float) -> None:
         """Learn from a step. A slow one counts less with each that follows."""

@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from attrs import define, field, frozen
@@ -116,8 +115,8 @@ class Trainer:
             step,
             data.batches,
             data.targets,
-            on_batch=partial(self._on_batch, step) if calls.on_batch is not None else None,
-            on_gradients=partial(self._on_gradients, step) if calls.on_gradients is not None else None,
+            on_batch=self._on_batch if calls.on_batch is not None else None,
+            on_gradients=self._on_gradients if calls.on_gradients is not None else None,
             before_update=self.signals.defer if self._first_step else None,
         )
         state.advance(data.tokens, data.targets)
@@ -132,14 +131,14 @@ class Trainer:
         if calls.on_step_end is not None:
             calls.on_step_end(run, StepEnd(step, state.tokens, state.target_tokens, is_last))
 
-    def _on_batch(self, step: int, index: int, batch: Batch) -> None:
+    def _on_batch(self, index: int, batch: Batch) -> None:
         if (call := self.calls.on_batch) is not None:
-            call(self.run, BatchReady(step, index, batch))
+            call(self.run, BatchReady(self.run.step + 1, index, batch))
 
-    def _on_gradients(self, step: int) -> torch.Tensor | None:
+    def _on_gradients(self) -> torch.Tensor | None:
         if (call := self.calls.on_gradients) is not None:
             with self.run.comm.during("on_gradients"):
-                call(self.run, GradientsReady(step))
+                call(self.run, GradientsReady(self.run.step + 1))
         return self.run.control.take_skip()
 
     def _synchronize(self) -> None:
