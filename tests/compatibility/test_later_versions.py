@@ -25,8 +25,7 @@ from gpt_simple import (
 )
 from gpt_simple.config import structure
 from gpt_simple.config.schema import Phase
-from gpt_simple.engine.compatibility import with_legacy_options, with_legacy_values
-from gpt_simple.engine.resume import flat, keep_values
+from gpt_simple.engine.compatibility import flatten, keep_values, with_legacy_options, with_legacy_values
 from gpt_simple.hooks import components
 from gpt_simple.job.load_model import restore
 from gpt_simple.run_dir.layout import RunDir
@@ -136,7 +135,7 @@ def test_a_value_that_was_set_at_the_start_is_not_kept(kept: Path, shell: Shell)
 def test_a_kept_value_is_checked_with_those_set_now() -> None:
     spec = resolve_spec(None, sections={"model": {"n_head": 3}})
     with pytest.raises(ConfigError, match="n_embd 64 is not a multiple of n_head 3"):
-        keep_values(spec, flat(spec.config) | {"model.n_embd": 64})
+        keep_values(spec, flatten(spec.config) | {"model.n_embd": 64})
 
 
 def test_validate_reports_the_values_that_the_run_keeps(kept: Path, shell: Shell, later: None) -> None:
@@ -244,14 +243,14 @@ def test_missing_fields_have_their_legacy_defaults() -> None:
         "training.later": 1,
         "data.curriculum": [{"duration_tokens": 8, "mix": {"a": 1.0}, "weight": 1.0}],
     }
-    assert with_legacy_values(flat(old), config) == flat(old) | added
-    assert with_legacy_values(flat(config), config) == flat(config)
+    assert with_legacy_values(flatten(old), config) == flatten(old) | added
+    assert with_legacy_values(flatten(config), config) == flatten(config)
     options = {"plugins.noise": "noise 1.0", "plugins.noise.level": 2}
     assert with_legacy_options(options, config) == options | {"plugins.noise.later": False}
 
 
 def test_fields_of_another_component_are_not_added() -> None:
-    saved = flat(Config()) | {"model.name": "other"}
+    saved = flatten(Config()) | {"model.name": "other"}
     config = Config(model=LaterModel(), data=LaterData(), optimizer=LaterOptimizer(), training=LaterTraining())
     assert not any(key.startswith("model.later") for key in with_legacy_values(saved, config))
 
@@ -270,8 +269,8 @@ def test_a_changed_default_component_is_kept_with_its_fields(monkeypatch: pytest
 
     original = components.builtin_registry
     monkeypatch.setattr("gpt_simple.spec.builtin_registry", registry)
-    began = flat(resolve_spec(None).config)
+    began = flatten(resolve_spec(None).config)
     monkeypatch.setitem(structure.SECTIONS, "optimizer", Momentum)  # type: ignore[arg-type]
     spec = keep_values(resolve_spec(None, overrides=[("optimizer.beta1", "0.5")]), began)
-    assert flat(spec.config) == began | {"optimizer.beta1": 0.5}
+    assert flatten(spec.config) == began | {"optimizer.beta1": 0.5}
     assert type(spec.config.optimizer) is OptimizerConfig

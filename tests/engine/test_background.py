@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: the same bytes, one at a time, and never a surprise."""
+"""Background checkpoints have the bytes of their own step, and are written one at a time."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_every_checkpoint_has_the_bytes_of_its_own_step(
     assert saved == [f"step-{step:08d}" for step in (3, 6, 9, 12)]
 
 
-def test_one_that_cannot_be_written_is_told_and_tried_again(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_is_logged_and_tried_again(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     real, full = Draft.add_tensors, [True]
 
     def add_tensors(self: Draft, stem: str, tensors: Any) -> None:
@@ -91,7 +91,7 @@ def test_one_that_cannot_be_written_is_told_and_tried_again(tiny: TinyRun, monke
     assert result.checkpoint_path is not None
 
 
-def test_a_time_budget_learns_from_one(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_time_budget_learns_from_a_background_save(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the last checkpoint, which may have to wait for one that is on its way, comes too late."""
     real = Draft.add_tensors
 
@@ -108,7 +108,7 @@ def test_a_time_budget_learns_from_one(tiny: TinyRun, monkeypatch: pytest.Monkey
     assert int(kept[1]) >= 2, "1.5 times two saves of 0.6 s and more"
 
 
-def test_a_kill_while_one_is_on_its_way_costs_only_that_one(
+def test_a_kill_during_a_save_costs_only_that_checkpoint(
     apart: Callable[..., Ended], tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny("whole", **OPTIONS)

@@ -1,4 +1,4 @@
-"""What is decided about compilation, and said."""
+"""The compile plan and its note."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gpt_simple.engine.compile import plan
 
 def note(processes: int, **changes: Any) -> str:
     config = TrainingConfig(compile=True, compile_backend="eager", **changes)
-    return plan(config, torch.device("cpu"), processes, wished=True).note
+    return plan(config, torch.device("cpu"), processes, explicit=True).note
 
 
-def test_what_is_done_to_the_splitter_of_graphs_is_said() -> None:
+def test_the_note_names_the_setting_of_the_graph_splitter() -> None:
     flag = "torch._dynamo.config.optimize_ddp is"
     assert note(2) == f"{flag} False until the run ends (compile, DDP and gradient checkpointing together)"
     assert note(2, ddp_optimizer="split") == f"{flag} True until the run ends (training.ddp_optimizer)"

@@ -7,24 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.control import Control, Decision, Requests, throttled
 from gpt_simple.errors import PluginError
 
 
-class Alone:
-    """The only rank."""
-
-    size = 1
-
-    def all_reduce_max(self, flags: Any) -> list[int]:
-        raise AssertionError("one process has no collective")
-
-    def gather(self, value: Any) -> list[Any]:
-        raise AssertionError("one process has no collective")
-
-
 def alone(requests: Requests, *conditions: Any) -> Control:
-    return Control(Alone(), requests, conditions)
+    """On the only rank, which has no group for a collective."""
+    return Control(ProcessGroup(0, 1, torch.device("cpu")), requests, conditions)
 
 
 def test_without_a_request_nothing_is_decided() -> None:
@@ -39,7 +29,7 @@ def test_the_first_reason_counts_and_is_used_once() -> None:
     assert control.decide().save == ""
 
 
-def test_a_stop_stays() -> None:
+def test_a_stop_request_stays() -> None:
     control = alone(requests := Requests())
     requests.stop("SIGTERM")
     assert [control.decide().stop, control.decide().stop] == ["SIGTERM", "SIGTERM"]
@@ -98,18 +88,19 @@ class Others:
 
     def all_reduce_max(self, flags: Any) -> list[int]:
         self.seen.append([int(flag) for flag in flags])
-        return [1, 0, 1, 0, 0, 0, 1]
+        return [1, 0, 1, 0, 0, 1]
 
     def gather(self, value: Any) -> list[Any]:
-        return [value, ["", "", "SIGTERM", "", ""]]
+        return [value, ["", "", "SIGTERM", ""]]
 
 
 def test_another_rank_can_decide_and_says_why() -> None:
-    others, requests = Others(), Requests()
+    others: Any = Others()
+    requests = Requests()
     control = Control(others, requests, (), ("console", "wandb"))
     requests.save("mine")
     requests.disable("console")
     decision = control.decide()
-    assert others.seen == [[1, 0, 0, 0, 0, 1, 0]]
+    assert others.seen == [[1, 0, 0, 0, 1, 0]]
     assert (decision.save, decision.stop, decision.should_stop) == ("mine", "SIGTERM", True)
     assert decision.disabled_plugins == ("wandb",)

@@ -1,4 +1,4 @@
-"""What a resume says that it keeps."""
+"""What a resume guarantees."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ORDER = " (the order of samples is another from here on: some come twice, others
         ),
     ],
 )
-def test_every_difference_is_told(later: dict[str, Any], expected: str) -> None:
+def test_every_difference_is_in_the_guarantee(later: dict[str, Any], expected: str) -> None:
     assert resume_guarantee(SAVED, later, 100) == expected
 
 
@@ -80,16 +80,16 @@ A, B, C = {"a": 1.0}, {"a": 1.0, "b": 1.0}, {"b": 1.0}
         (now(), now(data__on_exhaustion="renormalise"), ""),
     ],
 )
-def test_a_curriculum_may_be_changed_from_here_on_and_another_past_is_told(
+def test_a_changed_curriculum_notes_the_order_of_samples(
     saved: dict[str, Any], later: dict[str, Any], note: str
 ) -> None:
-    told = resume_guarantee(saved, later, 100)
-    assert told.startswith("changed: data.")
-    assert told.endswith(note)
-    assert (" (" in told) == bool(note)
+    guarantee = resume_guarantee(saved, later, 100)
+    assert guarantee.startswith("changed: data.")
+    assert guarantee.endswith(note)
+    assert (" (" in guarantee) == bool(note)
 
 
-def test_where_a_curriculum_is_said_to_be_the_same_up_to_here_so_is_the_order() -> None:
+def test_samples_have_the_same_order_where_the_note_says_so() -> None:
     buckets, rng = {"a": 300, "b": 300}, random.Random(5)
 
     def some() -> list[tuple[int, dict[str, float]]]:
@@ -104,15 +104,15 @@ def test_where_a_curriculum_is_said_to_be_the_same_up_to_here_so_is_the_order() 
             .tolist()
             for each in (old, new)
         ]
-        told = resume_guarantee(phases(*old), phases(*new), 100)
-        if told.endswith(AHEAD):
+        guarantee = resume_guarantee(phases(*old), phases(*new), 100)
+        if guarantee.endswith(AHEAD):
             kept += 1
             assert first[0] == first[1]
     assert kept > 5
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "lines"),
     [
         (
             {"data__max_documents": 9, "data__num_workers": 2},
@@ -124,20 +124,20 @@ def test_where_a_curriculum_is_said_to_be_the_same_up_to_here_so_is_the_order() 
         ),
     ],
 )
-def test_other_data_are_refused_with_what_was_asked_for(config: dict[str, Any], told: list[str]) -> None:
+def test_other_data_are_refused_with_the_changed_options(config: dict[str, Any], lines: list[str]) -> None:
     with pytest.raises(CheckpointError, match="of another model, tokenizer or data set") as refused:
         resume_guarantee(SAVED, now(**config) | {"data": {"tokenizer": "u"}}, 100)
-    assert str(refused.value).splitlines()[1:-1] == [f"  {line}" for line in told]
+    assert str(refused.value).splitlines()[1:-1] == [f"  {line}" for line in lines]
 
 
-def test_a_plugin_of_somebody_else_may_change_what_is_learned() -> None:
-    """Another one, another version or other options of it, and it gone; the built-in ones only look."""
+def test_a_foreign_plugin_may_change_training() -> None:
+    """A plugin of another package, its version, its options and its absence count; a built-in one does not."""
 
     def launched(scale: float, **plugins: str) -> dict[str, Any]:
         tables = {"noise": {"scale": scale}, "console": {"progress": str(scale)}}
         config = Config(plugins=PluginsConfig(tables=tables))
-        everybody = plugins | {"console": "gpt-simple-trainer 0.1.0"}
-        return run_fingerprint(config, data={}, numerics={}, plugins=everybody)
+        active = plugins | {"console": "gpt-simple-trainer 0.1.0"}
+        return run_fingerprint(config, data={}, numerics={}, plugins=active)
 
     saved = launched(0.1, noise="noise 1.0")
     assert resume_guarantee(saved, launched(0.1, noise="noise 1.0"), 100) == "bit-exact"

@@ -1,4 +1,4 @@
-"""A stop at any moment: exit code 75, a truthful status, and a loadable checkpoint once a step was made."""
+"""A stop at any moment: exit code 75, the right status, and a loadable checkpoint after the first step."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_a_stop_in_the_last_step_finds_the_run_completed(apart: Callable[..., En
     assert (ended.code, ended.status.state, ended.status.step, ended.steps) == (0, "completed", 6, [6])
 
 
-def test_a_resumed_run_that_is_stopped_before_its_first_step_is_where_it_was(apart: Callable[..., Ended]) -> None:
+def test_a_resumed_run_stopped_before_its_first_step_stays(apart: Callable[..., Ended]) -> None:
     assert apart(plugins=[At("on_step_end", 3, terminate_self)]).steps == [3]
     ended = apart(plugins=[At("on_step_start", 4, terminate_self)])
     assert (ended.code, ended.status.state, ended.status.step, ended.steps) == (75, "stopped", 3, [3])
 
 
-def test_a_stop_while_data_are_prepared_leaves_at_once_and_changes_nothing(
+def test_a_stop_during_data_preparation_changes_nothing(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prepare(*arguments: Any, **options: Any) -> None:
@@ -105,7 +105,7 @@ class Evaluates(Plugin[Any]):
         return {}
 
 
-def test_an_evaluation_is_abandoned_between_batches_and_its_step_is_saved(tiny: TinyRun) -> None:
+def test_a_stop_abandons_an_evaluation_between_batches(tiny: TinyRun) -> None:
     evaluates = Evaluates()
     result = tiny(plugins=[evaluates], training__eval_steps=2, training__save_steps=2, training__max_eval_batches=None)
     assert (result.status, result.exit_code, evaluates.batches) == ("stopped", 75, 3)
@@ -149,7 +149,7 @@ def test_fifty_terminations_in_a_second_are_one(apart: Callable[..., Ended], tmp
     assert ended.steps[-1] == ended.status.step
 
 
-def test_a_second_ctrl_c_says_what_it_was(apart: Callable[..., Ended]) -> None:
+def test_a_second_ctrl_c_is_named_in_the_status(apart: Callable[..., Ended]) -> None:
     def press_twice(run: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.4)
@@ -191,7 +191,7 @@ class Lingers(Everywhere):
             time.sleep(0.01)
 
 
-def test_a_request_from_another_machine_is_found(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_request_from_another_machine_is_found(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt_simple.engine.control._THROTTLE_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(Owner, "is_here", lambda owner: False)
@@ -201,9 +201,9 @@ def test_a_request_from_another_machine_is_found(tiny: TinyRun, monkeypatch: pyt
     assert tiny().status == "completed"
 
 
-def test_a_request_for_a_process_that_died_does_not_stop_the_next(tiny: TinyRun, tmp_path: Path) -> None:
+def test_a_stop_request_for_a_dead_process_is_ignored(tiny: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/.stop").write_text('{"by": "somebody"}')
+    (tmp_path / "run/.stop").write_text('{"by": "a user"}')
     assert tiny().status == "completed"
 
 

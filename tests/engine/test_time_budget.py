@@ -1,4 +1,4 @@
-"""A time budget ends where it must, and what is kept back of it is learned."""
+"""A time budget ends at the right moment, and its reserve is learned."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_job_that_is_nearly_over_is_not_refused_but_stops() -> None:
     assert "the time budget is used up ($SLURM_JOB_END_TIME" in late.reason_to_stop()
 
 
-def test_the_reserve_grows_with_what_was_measured_and_never_falls_below_the_least() -> None:
+def test_the_reserve_follows_the_measured_saves_and_steps() -> None:
     deadline = Deadline(ends=NOW, source="a test", least_reserve=30)
     assert TimeBudget(deadline, first_save_bytes=0).reserve == 30
     budget = TimeBudget(deadline, first_save_bytes=10_000_000_000)

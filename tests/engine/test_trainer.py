@@ -1,4 +1,4 @@
-"""What the step loop promises about the weights it trains."""
+"""The weights that the step loop trains, and what happens at its boundaries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt_simple import Plugin, hookimpl
-from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.tiny import TinyRun, state_bytes, weights
 
@@ -45,7 +44,7 @@ class DrawsRandomNumbers(Everywhere):
         torch.manual_seed(event.step)
 
 
-def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tiny: TinyRun) -> None:
+def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(tiny: TinyRun) -> None:
     options: dict[str, Any] = {"model__dropout": 0.1, "training__eval_steps": 3, "data__num_workers": 2}
     options["training__logging_steps"] = 1
     whole = tiny("whole", **options)
@@ -60,7 +59,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tiny: TinyRu
     assert rest.total_tokens == whole.total_tokens == 6 * 2 * 2 * 32
 
 
-def test_evaluating_sampling_and_random_numbers_do_not_change_training(tiny: TinyRun) -> None:
+def test_evaluation_and_random_numbers_do_not_change_training(tiny: TinyRun) -> None:
     plain = tiny("plain", model__dropout=0.1)
     busy = tiny("busy", model__dropout=0.1, training__eval_steps=1, plugins=[DrawsRandomNumbers(None)])
     assert state_bytes(plain) == state_bytes(busy)
@@ -107,25 +106,6 @@ def test_a_run_equals_a_bare_pytorch_loop(tiny: TinyRun) -> None:
     assert min(bare.norms) > 1.0
     for name, tensor in bare.model.state_dict().items():
         torch.testing.assert_close(weights(result)[name], tensor, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
-def test_fused_optimizers_of_torch_clip_and_skip_as_the_engine_asks(make: Any) -> None:
-    """The engine never clips for them: one that took no notice of ``grad_scale`` would train unclipped."""
-    start, gradient = torch.ones(8), torch.linspace(1.0, 4.0, 8)
-    parameters = [torch.nn.Parameter(start.clone()) for _ in range(3)]
-    plain, scaled, skipped = (make([parameter], lr=0.1, fused=True) for parameter in parameters)
-    assert all(skips_on_device(optimizer) for optimizer in (plain, scaled, skipped))
-    for _ in range(2):
-        for parameter in parameters:
-            parameter.grad = gradient.clone()
-        parameters[0].grad /= 5
-        scaled.grad_scale, scaled.found_inf = torch.tensor(5.0), torch.tensor(0.0)
-        skipped.grad_scale, skipped.found_inf = torch.tensor(5.0), torch.tensor(1.0)
-        for optimizer in (plain, scaled, skipped):
-            optimizer.step()
-    torch.testing.assert_close(parameters[1], parameters[0])
-    assert torch.equal(parameters[2], start)
 
 
 def test_the_loss_is_weighted_by_tokens_and_not_by_micro_batches(tiny: TinyRun) -> None:
@@ -189,14 +169,14 @@ def test_compilation_gives_the_same_loss_and_clean_names(tiny: TinyRun, scope: s
 
 
 @pytest.mark.parametrize(("first", "then"), [(False, True), (True, False)])
-def test_a_resume_with_another_compilation_says_so(tiny: TinyRun, first: bool, then: bool) -> None:
+def test_a_resume_with_another_compilation_is_logged(tiny: TinyRun, first: bool, then: bool) -> None:
     options: dict[str, Any] = {"training__compile_backend": "aot_eager", "training__compile_scope": "model"}
     tiny(plugins=[StopAfter(2)], training__compile=first, **options)
     rest = tiny(training__compile=then, **options)
     rows = read_metrics(rest.output_dir / "metrics.jsonl")
-    (told,) = [row["message"] for row in rows if row.get("name") == "run_start" and row["step"] == 2]
+    (message,) = [row["message"] for row in rows if row.get("name") == "run_start" and row["step"] == 2]
     names = {False: "off", True: "model/aot_eager"}
-    assert told.endswith(f"; compile {names[first]} -> {names[then]}")
+    assert message.endswith(f"; compile {names[first]} -> {names[then]}")
 
 
 def test_bf16_trains_on_a_cpu_with_fp32_weights(tiny: TinyRun) -> None:
@@ -299,7 +279,7 @@ def test_the_guard_against_host_reads_catches_one(tiny: TinyRun, monkeypatch: py
             guard.mode.__exit__(None, None, None)
 
 
-def test_data_that_end_early_are_told_before_the_first_step_and_at_the_end(tiny: TinyRun) -> None:
+def test_an_early_end_of_the_data_is_announced(tiny: TinyRun) -> None:
     seen: list[str] = []
 
     class Records(Everywhere):
@@ -313,9 +293,9 @@ def test_data_that_end_early_are_told_before_the_first_step_and_at_the_end(tiny:
 
     short = {"data__max_documents": 12, "data__val_fraction": 0, "training__eval_steps": 0}
     result = tiny(plugins=[Records(None)], data__on_exhaustion="halt", training__max_steps=1000, **short)
-    told = [line for line in seen if "data_end_early" in line]
-    assert len(told) == 1
-    assert told[0].startswith(
+    early = [line for line in seen if "data_end_early" in line]
+    assert len(early) == 1
+    assert early[0].startswith(
         f"0 data_end_early the data end after step {result.steps} of 1,000, and the run with them"
     )
     assert "evaluation" not in seen

@@ -1,7 +1,8 @@
-"""When a process is lost: who it was, told once, by whoever is left.
+"""Which process failed, found by the processes that are left and reported by one of them.
 
-A process that fails writes down why before it leaves; the others, whose collectives fail in turn, find that and leave
-silently. One that was killed cannot write anything, and one that hangs does not come to the roll call.
+A process that fails records the root cause in the store before it leaves. The collectives of the others fail in turn:
+these secondary failures are explained by the root cause, or stay silent. A process that was killed records nothing, and
+one that hangs misses the roll call.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from gpt_simple.launch.member import AGAIN
 _CONTACT = re.compile(r"gloo|NCCL|c10d|TCPStore|connection|socket", re.IGNORECASE)
 _COLLECTIVE = re.compile(r"gloo|NCCL|c10d")
 _ROLL_CALL_SECONDS = 3.0
-_SEE_OFF_SECONDS = 10.0
+_LAST_READER_SECONDS = 10.0
 
 
 @frozen
 class FailureDetection:
-    """The other processes, seen through the store that they met at, which needs no collective."""
+    """The other processes, seen through the store at which they met, which needs no collective."""
 
     rank: int
     size: int
@@ -34,55 +35,46 @@ class FailureDetection:
     _store: PrefixStore
 
     def explain(self, error: Exception, step: int) -> Exception:
-        """The error to leave with: ``error`` itself if it began here, else RankFailed with what is known."""
+        """The error to raise: ``error`` itself if it is the root cause, else RankFailed with what is known of that."""
         if isinstance(error, RankFailed):
             return error
         try:
             lost = _lost_contact(error)
             if lost is None:
-                self._tell(error)
+                self._record(error)
                 return error
-            explained = self._who(lost, step)
-            self._see_off()
+            explained = self._root_cause(lost, step)
+            self._keep_store()
             return error if explained is lost else explained
         except (RuntimeError, ValueError):
-            # The store has gone with its process: torchrun's agent, or else process 0, which has the message then.
+            # The store has gone with its process: torchrun's agent, or else process 0, which reports the failure then.
             message = f"lost the other processes in step {step + 1} ({_short(error)})"
             return RankFailed(message, hint=AGAIN, silent=not _has_agent())
 
-    def _see_off(self) -> None:
-        """Without an agent the store lives in process 0: it leaves last, so that the others learn what happened."""
-        gone = self._store.add("left", 1)
-        deadline = time.monotonic() + _SEE_OFF_SECONDS
-        # One of the processes is the one that failed, and does not come by here.
-        while self.rank == 0 and not _has_agent() and gone < self.size - 1 and time.monotonic() < deadline:
-            time.sleep(0.05)
-            gone = self._store.add("left", 0)
-
-    def _tell(self, error: Exception) -> None:
+    def _record(self, error: Exception) -> None:
+        """Record ``error`` as the root cause, unless there is one already."""
         code = int(getattr(error, "exit_code", ExitCode.FAILURE))
         unexpected = (Problem(type(error).__name__, "", str(error)),)
         problems = error.problems if isinstance(error, GptSimpleError) else unexpected
-        # The first one is the cause.
-        self._store.compare_set("failed", "", json.dumps([self.rank, code, problems]))
+        self._store.compare_set("root cause", "", json.dumps([self.rank, code, problems]))
 
-    def _who(self, error: Exception, step: int) -> Exception:
-        if self._store.check(["failed"]):
-            rank, code, problems = json.loads(self._store.get("failed"))
+    def _root_cause(self, lost: Exception, step: int) -> Exception:
+        if self._store.check(["root cause"]):
+            rank, code, problems = json.loads(self._store.get("root cause"))
             return RankFailed(*(Problem(*each).within(f"process {rank} failed") for each in problems), exit_code=code)
-        if "timed out" not in str(error).lower():
-            first = self._store.add("mourners", 1) == 1
-            return RankFailed(f"a process died in step {step + 1} ({_short(error)})", hint=AGAIN, silent=not first)
+        if "timed out" not in str(lost).lower():
+            first = self._store.add("noticed", 1) == 1
+            return RankFailed(f"a process died in step {step + 1} ({_short(lost)})", hint=AGAIN, silent=not first)
         missing = self._roll_call()
         if not missing:
-            return error
+            return lost
         names = f"process {missing[0]}" if len(missing) == 1 else f"processes {', '.join(map(str, missing))}"
-        there = min(rank for rank in range(self.size) if rank not in missing)
+        reporter = min(rank for rank in range(self.size) if rank not in missing)
         message = f"{names} did not come to the end of step {step + 1}: waited {self.timeout:g} s"
-        return RankFailed(message, hint=AGAIN, silent=self.rank != there, timed_out=True)
+        return RankFailed(message, hint=AGAIN, silent=self.rank != reporter, timed_out=True)
 
     def _roll_call(self) -> list[int]:
-        """The processes that do not wait for others, as all that do have timed out at about the same time."""
+        """The ranks that did not time out: those that wait in a collective all do so at about the same time."""
         self._store.set(f"here/{self.rank}", "")
         deadline = time.monotonic() + _ROLL_CALL_SECONDS
         while True:
@@ -91,6 +83,15 @@ class FailureDetection:
                 return missing
             time.sleep(0.1)
 
+    def _keep_store(self) -> None:
+        """Without an agent the store lives in process 0, which therefore leaves last: the others still read it."""
+        gone = self._store.add("left", 1)
+        deadline = time.monotonic() + _LAST_READER_SECONDS
+        # The process that failed is never counted.
+        while self.rank == 0 and not _has_agent() and gone < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            gone = self._store.add("left", 0)
+
 
 def _has_agent() -> bool:
     """Whether the store belongs to torchrun's agent, which outlives the processes."""
@@ -98,9 +99,9 @@ def _has_agent() -> bool:
 
 
 def _lost_contact(error: Exception) -> Exception | None:
-    """What a collective raised because another process is gone, if that is what ``error`` comes from."""
+    """What a collective raised because another process is gone, if ``error`` comes from that."""
     if isinstance(error, PluginError):
-        # A collective inside a hook. A connection of the plugin's own is another matter, and its failure.
+        # A collective inside a hook. A broken connection of the plugin's own is a failure of the plugin.
         cause = error.__cause__
         return cause if isinstance(cause, RuntimeError) and _COLLECTIVE.search(str(cause)) else None
     lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _CONTACT.search(str(error)))
@@ -108,5 +109,5 @@ def _lost_contact(error: Exception) -> Exception | None:
 
 
 def _short(error: Exception) -> str:
-    """What the library said, without the place in its sources and its advice."""
+    """The library's message without the place in its sources and its advice."""
     return re.sub(r"^\[\S*\]\s*", "", str(error)).splitlines()[0].partition(". ")[0][:200]

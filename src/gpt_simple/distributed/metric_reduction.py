@@ -19,9 +19,9 @@ _FIRST_CAPACITY = 128
 
 @define(eq=False)
 class MetricReducer:
-    """Reduces metrics over the ranks of ``world``, which all call it together."""
+    """Reduces metrics over the ranks of ``group``, which all call it together."""
 
-    world: ProcessGroup
+    group: ProcessGroup
     _capacity: int = field(default=_FIRST_CAPACITY, init=False)
     """Numbers of one rank that a collective carries; the same on all ranks."""
     _layouts: dict[int, Layout] = field(factory=dict, init=False)
@@ -32,26 +32,21 @@ class MetricReducer:
 
         A metric that only some ranks have is reduced over those, in the way that the lowest of them asks for.
         """
-        ordered = sorted(metrics)
-        layout = tuple((name, str(metrics[name].reduce)) for name in ordered)
-        # Values and weights in turn; those that are on the host already need no tensor.
-        parts = [part for name in ordered for part in (metrics[name].value, metrics[name].weight)]
+        names = sorted(metrics)
+        layout = tuple((name, str(metrics[name].reduce)) for name in names)
+        # Values and weights in turn.
+        parts = [part for name in names for part in (metrics[name].value, metrics[name].weight)]
         on_device = [index for index, part in enumerate(parts) if isinstance(part, torch.Tensor)]
-        tensors = [parts[index].detach().to(self.world.device, torch.float64) for index in on_device]  # type: ignore[union-attr]
-        if self.world.size == 1:
-            for index, value in zip(on_device, torch.stack(tensors).tolist() if tensors else [], strict=True):
-                parts[index] = value
-            rows = [(layout, [float(part) for part in parts])]
-        else:
-            known = [0.0 if isinstance(part, torch.Tensor) else float(part) for part in parts]
-            numbers = torch.tensor(known, dtype=torch.float64).to(self.world.device, non_blocking=True)
-            if tensors:
-                numbers[on_device] = torch.stack(tensors)
-            rows = self._all_gather(layout, numbers)
+        on_host = [0.0 if isinstance(part, torch.Tensor) else float(part) for part in parts]
+        numbers = torch.tensor(on_host, dtype=torch.float64).to(self.group.device, non_blocking=True)
+        if on_device:
+            tensors = [parts[index].detach().to(numbers) for index in on_device]  # type: ignore[union-attr]
+            numbers[on_device] = torch.stack(tensors)
+        rows = [(layout, numbers.tolist())] if self.group.size == 1 else self._all_gather(layout, numbers)
         ways: dict[str, str] = {}
         pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in metrics}
-        for names, row in rows:
-            for index, (name, way) in enumerate(names):
+        for row_layout, row in rows:
+            for index, (name, way) in enumerate(row_layout):
                 ways.setdefault(name, way)
                 pairs.setdefault(name, []).append((row[2 * index], row[2 * index + 1]))
         return {name: _combine(ways[name], values) for name, values in pairs.items()}
@@ -59,25 +54,25 @@ class MetricReducer:
     def _all_gather(self, layout: Layout, numbers: torch.Tensor) -> list[tuple[Layout, list[float]]]:
         """Every rank's layout and numbers, in the order of ranks.
 
-        One collective, whose size no rank's metrics can change. Only when ranks have different metrics, which they
-        never had before, a second one exchanges their names.
+        One collective, of the same size on all ranks. Only when ranks have different metrics, and for the first time, a
+        second one exchanges their names.
         """
         mine = int(digest(layout)[:12], 16)  # exact as a float64
         while True:
-            head = torch.tensor([mine, len(numbers)], dtype=torch.float64).to(self.world.device, non_blocking=True)
+            head = torch.tensor([mine, len(numbers)], dtype=torch.float64).to(self.group.device, non_blocking=True)
             padding = numbers.new_zeros(max(0, self._capacity - len(numbers)))
             packed = torch.cat([head, numbers[: self._capacity], padding])
-            gathered = packed.new_empty(self.world.size * len(packed))
+            gathered = packed.new_empty(self.group.size * len(packed))
             dist.all_gather_single(gathered, packed)
-            rows = gathered.view(self.world.size, -1).tolist()
+            rows = gathered.view(self.group.size, -1).tolist()
             needed = int(max(row[1] for row in rows))
             if needed <= self._capacity:
                 break
             self._capacity = needed
         digests = {int(row[0]) for row in rows}
-        # The same decision on all ranks, as what is known was gathered from all of them.
+        # The same decision on all ranks: the digests and the known layouts are those of all of them.
         if len(digests) > 1 and not digests <= self._layouts.keys():
-            self._layouts |= dict(self.world.gather((mine, layout), patient=False))
+            self._layouts |= dict(self.group.gather((mine, layout), patient=False))
         layouts = {mine: layout, **self._layouts}
         return [(layouts[int(row[0])], row[2:]) for row in rows]
 

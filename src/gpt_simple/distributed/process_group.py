@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from attrs import define, field
+from attrs import field, frozen
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from gpt_simple.distributed.failures import FailureDetection
@@ -26,7 +26,7 @@ from gpt_simple.errors import ConfigError, GptSimpleError, RankFailed
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
-"""How long others wait while the main process prepares data or writes a checkpoint; if it dies they know at once."""
+"""How long others wait while the main process prepares data or writes a checkpoint; if it dies they fail at once."""
 
 _SHOWN = 20
 """Differences between processes that a message lists."""
@@ -44,14 +44,14 @@ _CONTRADICTIONS = {
 }
 
 
-@define(slots=False)
+@frozen(eq=False)
 class ProcessGroup:
     """All processes of the run, seen from one of them."""
 
     rank: int
     size: int
     device: torch.device
-    _accelerator: Any
+    _accelerator: Any = None
     _host_group: Any = None
     _patient_group: Any = None
     _failures: FailureDetection | None = None
@@ -70,47 +70,25 @@ class ProcessGroup:
                     f"${name} is {value!r}, but the configuration decides about that: unset it"
                     " (training.mixed_precision, training.gradient_accumulation_steps, training.parallel)"
                 )
-        threads = torch.get_num_threads()
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-        size, limit = int(os.environ.get("WORLD_SIZE", "1")), timedelta(seconds=timeout)
-        try:
-            with warnings.catch_warnings():
-                # It divides a CPU's cores among the processes; the run's first lines say how many each has.
-                warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
-                accelerator = Accelerator(
-                    cpu=not torch.cuda.is_available(),
-                    mixed_precision="no",
-                    gradient_accumulation_steps=1,
-                    kwargs_handlers=[
-                        DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                        InitProcessGroupKwargs(timeout=limit),
-                    ],
-                )
-        except dist.DistError as error:
-            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise GptSimpleError(
-                f"process {os.environ.get('RANK')} could not meet the other {size - 1} at {place} within {timeout:g} s"
-                f" (training.peer_timeout_seconds): {error}"
-            ) from error
-        if accelerator.num_processes != size:
-            raise GptSimpleError(
-                f"$WORLD_SIZE is {size} but Accelerate set up {accelerator.num_processes} process(es);"
-                " start with torchrun, or unset $WORLD_SIZE"
-            )
-        device = accelerator.device
+        threads = torch.get_num_threads()  # before Accelerate changes their number
+        accelerator = _new_accelerator(timeout)
+        rank, size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         elif device.type == "cpu":
             device = torch.device("cpu")  # with several processes it is cpu:0, to which torch copies what is on cpu
-        world = cls(accelerator.process_index, size, device, accelerator, threads=threads)
-        if size > 1:
-            world._host_group = dist.new_group(backend="gloo", timeout=limit)
-            world._patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-            store = PrefixStore("gpt_simple", _get_default_store())
-            world._failures = FailureDetection(world.rank, size, timeout, store)
-        return world
+        if size == 1:
+            return cls(rank, size, device, accelerator, threads=threads)
+        return cls(
+            rank,
+            size,
+            device,
+            accelerator,
+            host_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)),
+            patient_group=dist.new_group(backend="gloo", timeout=_PATIENCE),
+            failures=FailureDetection(rank, size, timeout, PrefixStore("gpt_simple", _get_default_store())),
+            threads=threads,
+        )
 
     @property
     def is_main(self) -> bool:
@@ -121,26 +99,26 @@ class ProcessGroup:
         if self.size == 1:
             return model
         with warnings.catch_warnings():
-            # Accelerate has no name yet for the option that replaces broadcast_buffers.
+            # Accelerate cannot pass the option that replaces broadcast_buffers yet.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            wrapped: torch.nn.Module = self._accelerator.prepare_model(model)
-        return wrapped
+            return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
 
     def accumulating(self, wrapped: torch.nn.Module, is_last: bool) -> AbstractContextManager[Any]:
         """The context of a micro-batch: gradients are reduced on the last one only."""
         if self.size == 1 or is_last:
             return nullcontext()
-        context: AbstractContextManager[Any] = self._accelerator.no_sync(wrapped)
-        return context
+        return self._accelerator.no_sync(wrapped)  # type: ignore[no-any-return]
 
     def all_reduce_max(self, flags: Sequence[int]) -> list[int]:
         """Element-wise maximum over all processes: one collective of a host tensor, so reading it is no device sync."""
-        vote = torch.tensor(flags, dtype=torch.int64)
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._host_group)
-        return [int(flag) for flag in vote.tolist()]
+        if self.size == 1:
+            return [int(flag) for flag in flags]
+        highest = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._host_group)
+        return [int(flag) for flag in highest.tolist()]
 
     def gather(self, value: Any, *, patient: bool = True) -> list[Any]:
-        """Every rank's value (plain Python objects), in the order of ranks. For rare moments, not for each step.
+        """Every rank's value (plain Python objects), in the order of ranks. Too slow for every step.
 
         ``patient``: wait for days where the main rank may be preparing data, else only ``timeout`` seconds.
         """
@@ -165,7 +143,7 @@ class ProcessGroup:
     def all_or_none(self, work: Callable[[], T]) -> T:
         """Run ``work``, which has no collective in it, on every process: all get their results, or all fail.
 
-        Where it failed first (by rank) its error is raised; the others leave with RankFailed.
+        The first process (by rank) on which it fails raises its error; the others raise RankFailed.
         """
         result, error = None, None
         try:
@@ -174,51 +152,48 @@ class ProcessGroup:
             error = caught
         codes = self.gather(None if error is None else int(getattr(error, "exit_code", 1)))
         for rank, code in enumerate(codes):
-            if code is None:
-                continue
-            if error is not None and rank == self.rank:
-                raise error
-            raise RankFailed(f"process {rank} failed: its message says why", exit_code=code)
+            if code is not None:
+                other = RankFailed(f"process {rank} failed: its message says why", exit_code=code)
+                raise error if error is not None and rank == self.rank else other
         return result  # type: ignore[return-value]
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Run ``work`` on the main process while the others wait; its result on every process.
 
-        When it fails its error is raised there, and the others leave with RankFailed. All must come within the timeout;
-        only what the main process does then may take its time.
+        If it fails, the main process raises its error and the others raise RankFailed. All processes must arrive within
+        the timeout; ``work`` itself may take longer.
         """
         self.barrier()
         result = self.all_or_none(lambda: work() if self.is_main else None)
-        found: T = self.gather(result)[0]
-        return found
+        return self.gather(result)[0]  # type: ignore[no-any-return]
 
     def main_rank_first(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on the main process, then on the others, which find what it left on disk."""
+        """Run ``work`` on the main process, then on the others, which find on disk what it has written."""
         self.barrier()
-        first = self.all_or_none(lambda: work() if self.is_main else None)
-        return self.all_or_none(lambda: work() if first is None else first)
+        result = self.all_or_none(lambda: work() if self.is_main else None)
+        return self.all_or_none(lambda: work() if result is None else result)
 
     def assert_same_on_all_ranks(self, facts: Callable[[], Mapping[str, Any]], remedy: str) -> None:
         """Raise ConfigError, once, with every difference if processes do not have the same ``facts``."""
         mine = self.all_or_none(facts)
         if len(set(self.gather(digest(mine)))) == 1:
             return
-        everybody = self.gather(dict(mine))
-        lines = [
-            f"process {rank}: {key} is {theirs.get(key)!r}, but {everybody[0].get(key)!r} in process 0"
-            for rank, theirs in enumerate(everybody)
-            for key in {**everybody[0], **theirs}
-            if theirs.get(key) != everybody[0].get(key)
-        ]
+        main, *others = self.gather(dict(mine))
         if not self.is_main:
-            raise RankFailed("the processes differ: process 0 says how", exit_code=ConfigError.exit_code)
+            raise RankFailed("the processes differ: process 0 lists the differences", exit_code=ConfigError.exit_code)
+        lines = [
+            f"process {rank}: {key} is {other.get(key)!r}, but {main.get(key)!r} in process 0"
+            for rank, other in enumerate(others, 1)
+            for key in {**main, **other}
+            if other.get(key) != main.get(key)
+        ]
         shown = "".join(f"\n  {line}" for line in lines[:_SHOWN])
         more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         raise ConfigError(f"the processes of this run differ; {remedy}:{shown}{more}")
 
     @contextmanager
     def explained_failures(self, step: Callable[[], int]) -> Iterator[None]:
-        """Tell the others of an error that began here, and find out about theirs. ``step``: the last one made."""
+        """Record an error of this process for the others, or explain it by theirs. ``step()`` is the last finished."""
         try:
             yield
         except Exception as error:
@@ -231,27 +206,60 @@ class ProcessGroup:
         torch.set_num_threads(self._threads)
 
 
+def _new_accelerator(timeout: float) -> Any:
+    """Accelerate's own object for this process. Raises GptSimpleError if the processes do not meet."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        with warnings.catch_warnings():
+            # It divides a CPU's cores among the processes; the run's first lines say how many each has.
+            warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
+            accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),
+                mixed_precision="no",
+                gradient_accumulation_steps=1,
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+                ],
+            )
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise GptSimpleError(
+            f"process {os.environ.get('RANK')} could not meet the other {size - 1} at {place} within {timeout:g} s"
+            f" (training.peer_timeout_seconds): {error}"
+        ) from error
+    if accelerator.num_processes != size:
+        raise GptSimpleError(
+            f"$WORLD_SIZE is {size} but Accelerate set up {accelerator.num_processes} process(es);"
+            " start with torchrun, or unset $WORLD_SIZE"
+        )
+    return accelerator
+
+
 def report_once(error: GptSimpleError, seconds: float = 20.0) -> GptSimpleError:
-    """What to leave with when ``error`` was found before the processes met: itself, or RankFailed where another one has
-    it too and tells it, or has another. Itself as well if they do not meet within ``seconds``.
+    """The error to raise for ``error``, found before the processes met, so that only one of them reports it.
+
+    ``error`` itself on the first process that has one, and if they do not meet within ``seconds``; else RankFailed.
     """
 
     def fail() -> None:
         raise error
 
     try:
-        ProcessGroup.join(seconds).all_or_none(
-            fail
-        )  # the others, if they found nothing, are in their first ProcessGroup.compare
-    except RankFailed as echo:
-        return echo
+        # A process without an error is in its first assert_same_on_all_ranks, which begins in the same way.
+        ProcessGroup.join(seconds).all_or_none(fail)
+    except RankFailed as secondary:
+        return secondary
     except Exception:
         return error
     return error
 
 
 def disband() -> None:
-    """Leave the group for good, at the end of the program; NCCL complains if nobody does."""
+    """Leave the group for good, at the end of the program; NCCL complains otherwise."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,8 +1,7 @@
 """Checkpoints that are written by a thread while training goes on.
 
-Training waits only until the state is copied; that its weights are numbers is found out on the copy. At most one
-checkpoint is on its way, so the copies are made once and used again, and the disk is never asked for more than it can
-do.
+Training waits only until the state is copied; the copy is checked for weights that are not finite. At most one
+checkpoint is written at a time, so the memory of the copies is used again and writes never queue up.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from gpt_simple.engine.loss_monitor import all_finite
 
 
 class NotFinite(Exception):
-    """The checkpoint would have held weights that are no numbers; nothing was written."""
+    """The checkpoint's weights are not finite; nothing was written."""
 
 
 @define
 class BackgroundWriter:
-    """Writes one checkpoint at a time. Belongs to the process that owns the store."""
+    """Writes one checkpoint at a time, in the process that owns the store."""
 
     store: Store
     _pool: ThreadPoolExecutor = field(factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
-    _flight: Future[Published] | None = field(default=None, init=False)
+    _writing: Future[Published] | None = field(default=None, init=False)
     _copies: dict[str, dict[str, torch.Tensor]] = field(factory=dict, init=False)
 
     def begin(
@@ -41,24 +40,24 @@ class BackgroundWriter:
         *,
         must_be_finite: Collection[str],
     ) -> None:
-        """Copy everything and return; what is passed may change from then on. ``result`` of the one before was taken.
+        """Copy everything and return; the caller may change it from then on. Take the last ``result`` before.
 
         ``must_be_finite``: names in ``model``.
         """
-        assert self._flight is None
+        assert self._writing is None
         self._copies = {stem: self._copied(stem, group) for stem, group in tensors.items()}
-        frozen = json.loads(json.dumps(documents))
-        self._flight = self._pool.submit(self._write, step, frozen, must_be_finite)
+        copied = json.loads(json.dumps(documents))
+        self._writing = self._pool.submit(self._write, step, copied, must_be_finite)
 
     def result(self, *, wait: bool) -> Published | None:
-        """The checkpoint that was begun, once, as soon as it is durable; None while it is being written.
+        """The checkpoint that was begun, once it is durable, one time; None while it is being written.
 
-        Raises, once, CheckpointError if it could not be written and NotFinite if it must not be.
+        Raises, one time, CheckpointError if it could not be written and NotFinite if it must not be.
         """
-        if self._flight is None or not (wait or self._flight.done()):
+        if self._writing is None or not (wait or self._writing.done()):
             return None
-        flight, self._flight = self._flight, None
-        return flight.result()
+        ended, self._writing = self._writing, None
+        return ended.result()
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written."""

@@ -1,7 +1,7 @@
 """When a checkpoint of a run is written, and what happens if it cannot be.
 
-The last checkpoint of a run must succeed. A periodic one that cannot be written is reported and tried again, because a
-full disk may have room again tomorrow and hours of training are worth more than a save.
+The last checkpoint of a run must succeed. A periodic one that cannot be written is reported and tried again: the disk
+may have room again later, and hours of training are worth more than a save.
 """
 
 from __future__ import annotations
@@ -28,23 +28,15 @@ Snapshot = tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, Any]]
 """Tensors and JSON documents of a checkpoint, by the stem of the file they go to."""
 
 _REPEAT_SECONDS = 60.0
-"""How often a failure that goes on is reported again."""
+"""How often a persistent failure is reported again."""
 
 
 class RunDirOwner(Protocol):
     """This rank's claim on the run directory. Only the main rank writes there."""
 
-    @property
-    def store(self) -> Store:
-        """The checkpoints."""
-
-    @property
-    def status(self) -> StatusFile:
-        """Where the run stands, for other commands to read."""
-
-    @property
-    def writer(self) -> BackgroundWriter:
-        """Writes checkpoints while training goes on."""
+    store: Store
+    status: StatusFile
+    writer: BackgroundWriter
 
     def keep(self) -> None:
         """Recreate the directory if it was deleted. Raises CheckpointError if another process owns it now."""
@@ -55,11 +47,11 @@ class RunDirOwner(Protocol):
 
 @frozen
 class SaveResult:
-    """The outcome of a background save. ``written``: it is durable. If neither is set it failed, and is tried again."""
+    """The outcome of a background save. ``written``: it is durable. If neither is set, it failed and is tried again."""
 
     written: Published | None = None
     not_finite: str = ""
-    """Why nothing was written: weights that are not finite. The run must halt."""
+    """Why nothing was written and the run must halt: weights are not finite."""
 
 
 @define(eq=False)
@@ -83,10 +75,10 @@ class Checkpointer:
     """Step and reason of the save that is running in the background."""
 
     def save(self, reason: str, *, blocking: bool) -> str:
-        """Save this step, unless that is done. Raises CheckpointError only if ``blocking``.
+        """Save this step, unless it is saved already. Raises CheckpointError only if ``blocking``.
 
-        Returns why the run must halt: weights that are not finite, in which case nothing is written and the last good
-        checkpoint stays. A background save finds that out later; ``poll`` then requests the halt.
+        Returns why the run must halt: weights are not finite, so nothing is written and the last good checkpoint stays.
+        After a background save ``poll`` requests the halt.
         """
         run, dist, started = self.run, self.run.dist, time.perf_counter()
         self.poll(wait=True)
@@ -108,7 +100,7 @@ class Checkpointer:
         return ""
 
     def poll(self, *, wait: bool) -> None:
-        """Report a background save as soon as it is durable; ``wait`` until it is."""
+        """Report a background save if it has ended; ``wait`` until it has."""
         if self._pending is None:
             return
         step, reason = self._pending
@@ -155,7 +147,7 @@ class Checkpointer:
             return SaveResult()
 
     def _report(self, error: CheckpointError) -> None:
-        # It is tried again at every logging point, and need not be reported as often.
+        # It is tried again at every logging point, but not reported as often.
         if (now := time.monotonic()) - self._reported >= _REPEAT_SECONDS:
             self._reported = now
             self.run.log.error(f"{error}; training goes on, and it is tried again", name="checkpoint_failed")

@@ -1,29 +1,43 @@
 """The configuration of a run that an earlier version began, in the fields and defaults of this version.
 
-A run keeps its values. A field that its checkpoint lacks has its legacy default. A field that nobody set keeps its
-value where the default has changed since. Configurations are flat here: dotted key -> JSON value.
+A run keeps its values. A field that its checkpoint lacks has its legacy default. A field that was set neither when the
+run began nor now keeps its value if the default has changed. Configurations are flat here: dotted key -> JSON value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import attrs
+from attrs import evolve
 
+from gpt_simple.config.redact import redacted
 from gpt_simple.config.render import plain
 from gpt_simple.config.schema import Config
 from gpt_simple.config.types import FieldType, fields_of
+from gpt_simple.spec import RunSpec
 
 _COMPONENT_KEY = {"model": "model.name", "data": "data.source", "optimizer": "optimizer.name", "training": None}
 """Section -> the field that names the component whose class the section has."""
 
 
-def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flatten(config: Config) -> dict[str, Any]:
+    """Every field that is set or defaulted, without secrets: the result is written to disk.
+
+    ``[model]`` holds none, and is needed as it is to build the model again.
+    """
+    # As they come back from a file: tuples become lists.
+    values = json.loads(json.dumps(attrs.asdict(config), default=str))
+    return dict(_leaves("", {**redacted(values), "model": values["model"]}))
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The values below ``path`` under their dotted keys. An empty mapping is a value."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from leaves(f"{path}.{key}" if path else str(key), item)
+            yield from _leaves(f"{path}.{key}" if path else str(key), item)
     else:
         yield path, value
 
@@ -53,7 +67,7 @@ def _complete(saved: dict[str, Any], path: str, cls: type) -> None:
         if key in saved:
             saved[key] = _complete_items(saved[key], field.type)
         elif field.legacy_default is not attrs.NOTHING and not any(other.startswith(f"{key}.") for other in saved):
-            saved.update(leaves(key, plain(field.legacy_default)))
+            saved.update(_leaves(key, plain(field.legacy_default)))
 
 
 def _complete_items(value: Any, type_: FieldType) -> Any:
@@ -65,15 +79,33 @@ def _complete_items(value: Any, type_: FieldType) -> Any:
     return value
 
 
-def changed_defaults(
-    saved: Mapping[str, Any], now: Mapping[str, Any], explicit: Collection[str], is_default: Callable[[str], bool]
-) -> dict[str, Any]:
-    """The saved values of fields whose default has changed: set neither then (``explicit``) nor now (``is_default``).
+def keep_values(spec: RunSpec, saved: Mapping[str, Any], explicit: Collection[str] = ()) -> RunSpec:
+    """``spec`` with the saved values of fields whose defaults have changed, and a note that names them.
 
-    If a default component has changed, its name alone: the other fields of its section depend on it. A field that is a
-    table has no value of its own, and is left out.
+    ``explicit``: the fields that were set when ``saved`` was.
+    """
+    kept: dict[str, str] = {}
+    for _ in ("components", "their fields"):
+        now = flatten(spec.config)
+        values = {
+            key: value
+            for key, value in _changed_values(with_legacy_values(saved, spec.config), now).items()
+            if key not in explicit and spec.origins.is_default(key)
+        }
+        kept |= {key: f"{key} {json.dumps(value)} (now {json.dumps(now[key])})" for key, value in values.items()}
+        spec = spec.with_defaults(values) if values else spec
+    if not kept:
+        return spec
+    note = f"the run keeps the defaults that it began with: {', '.join(kept.values())}"
+    return evolve(spec, notes=[*spec.notes, note])
+
+
+def _changed_values(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved values of fields that are different ``now``.
+
+    If a component has changed, its name alone: the other fields of its section depend on it. A field that is a table
+    has no value of its own, and is left out.
     """
     sections = tuple(f"{name}." for name, key in _COMPONENT_KEY.items() if key is None or saved.get(key) == now[key])
     keys = [key for key in now if key in _COMPONENT_KEY.values() or (key.startswith(sections) and key.count(".") == 1)]
-    differing = [key for key in keys if key in saved and saved[key] != now[key]]
-    return {key: saved[key] for key in differing if key not in explicit and is_default(key)}
+    return {key: saved[key] for key in keys if key in saved and saved[key] != now[key]}

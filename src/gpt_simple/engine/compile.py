@@ -8,10 +8,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.errors import ConfigError
@@ -21,47 +21,43 @@ DdpOptimizer = bool | Literal["python_reducer"]
 
 @frozen
 class CompilePlan:
-    """What will be compiled, and the sentence that says why."""
+    """What will be compiled. ``ddp_optimizer`` is the value for torch's flag, None to leave torch's own."""
 
     enabled: bool
     scope: str
     backend: str
-    ddp_optimizer: DdpOptimizer | None
+    ddp_optimizer: DdpOptimizer | None = None
     warning: str = ""
+    """Why nothing is compiled although the configuration has it."""
     note: str = ""
-    """What is done to torch's splitter of graphs under DDP, or why nothing is."""
+    """How torch's DDP graph splitter is set, or why it is not."""
 
 
-def plan(
-    config: TrainingConfig,
-    device: torch.device,
-    world_size: int,
-    *,
-    wished: bool,
-) -> CompilePlan:
+def plan(config: TrainingConfig, device: torch.device, world_size: int, *, explicit: bool) -> CompilePlan:
     """Decide about compilation.
 
-    ``wished``: the user wrote ``compile = true``. Then a missing compiler is a ConfigError; a defaulted ``true`` runs
-    eager with a warning. A backend that torch does not know is a ConfigError.
+    ``explicit``: the user set ``compile = true``. Then a missing compiler is a ConfigError; the default ``true`` runs
+    eager with a warning. A backend that torch does not have is a ConfigError.
     """
+    eager = CompilePlan(False, config.compile_scope, config.compile_backend)
     if not config.compile:
-        return CompilePlan(False, config.compile_scope, config.compile_backend, None)
+        return eager
     _refuse_unknown(config.compile_backend)
     missing = _missing_compiler(device) if config.compile_backend == "inductor" else ""
-    if missing and wished:
+    if missing and explicit:
         raise ConfigError(f"{missing}, or set training.compile to false", key="training.compile")
     if missing:
-        return CompilePlan(False, config.compile_scope, config.compile_backend, None, f"running eager: {missing}")
+        return evolve(eager, warning=f"running eager: {missing}")
     flag = _ddp_optimizer(config, world_size)
     note = ""
     if flag is not None:
-        asked = config.ddp_optimizer != "auto"
-        why = "training.ddp_optimizer" if asked else "compile, DDP and gradient checkpointing together"
+        by_default = config.ddp_optimizer == "auto"
+        why = "compile, DDP and gradient checkpointing together" if by_default else "training.ddp_optimizer"
         note = f"torch._dynamo.config.optimize_ddp is {flag!r} until the run ends ({why})"
     elif config.ddp_optimizer != "auto":
         why = "there is one process" if world_size == 1 else 'training.compile_scope is "blocks"'
         note = f'training.ddp_optimizer "{config.ddp_optimizer}" changes nothing: {why}'
-    return CompilePlan(True, config.compile_scope, config.compile_backend, flag, note=note)
+    return evolve(eager, enabled=True, ddp_optimizer=flag, note=note)
 
 
 def _refuse_unknown(backend: str) -> None:
@@ -74,8 +70,8 @@ def _refuse_unknown(backend: str) -> None:
 
 
 def _missing_compiler(device: torch.device) -> str:
-    """Empty if generated code can be built for ``device``, else a sentence that says what to install."""
-    # As torch chooses: $CXX alone if it is set.
+    """Empty if generated code can be built for ``device``, else what is missing and what to install."""
+    # torch's choice: $CXX alone if it is set.
     chosen = os.environ.get("CXX")
     if chosen and not shutil.which(chosen):
         return f"torch.compile needs a C++ compiler and $CXX, {chosen}, is none: unset it or correct it"
@@ -89,7 +85,7 @@ def _missing_compiler(device: torch.device) -> str:
 def _ddp_optimizer(config: TrainingConfig, world_size: int) -> DdpOptimizer | None:
     """The value for ``torch._dynamo.config.optimize_ddp``, or None to leave torch's own.
 
-    Dynamo's DDP graph splitter does not know the higher-order operators of activation checkpointing; older torch
+    Dynamo's DDP graph splitter cannot split the higher-order operators of activation checkpointing; older torch
     stops with an error (pytorch/pytorch#104674). Per-block compilation has no graph to split.
     """
     if world_size == 1 or config.compile_scope == "blocks":
@@ -102,39 +98,35 @@ def _ddp_optimizer(config: TrainingConfig, world_size: int) -> DdpOptimizer | No
 
 
 @contextmanager
-def compile_flags(decision: CompilePlan) -> Iterator[None]:
+def compile_flags(plan: CompilePlan) -> Iterator[None]:
     """Dynamo's flags for the whole run: compilation is lazy and reads them per frame, so they stay until the end."""
-    if not decision.enabled:
+    if not plan.enabled:
         yield
         return
     import torch._dynamo
 
-    before: Any = torch._dynamo.config.optimize_ddp
-    if decision.ddp_optimizer is not None:
-        torch._dynamo.config.optimize_ddp = decision.ddp_optimizer
+    flags = {} if plan.ddp_optimizer is None else {"optimize_ddp": plan.ddp_optimizer}
     try:
-        yield
+        with torch._dynamo.config.patch(flags):
+            yield
     finally:
-        torch._dynamo.config.optimize_ddp = before
         # The cache is per code object and small: a second run in this process would otherwise fall back to eager.
         torch._dynamo.reset()
 
 
-def compile_model(model: torch.nn.Module, decision: CompilePlan) -> None:
+def compile_model(model: torch.nn.Module, plan: CompilePlan) -> None:
     """Compile in place, so that the names of the parameters stay the raw module's."""
-    refuse_uncompilable(model, decision)
-    if not decision.enabled:
-        return
-    if decision.scope == "model":
-        model.compile(backend=decision.backend, dynamic=False)
-        return
-    for block in model.blocks:  # type: ignore[union-attr]
-        block.compile(backend=decision.backend, dynamic=False, fullgraph=True)
+    refuse_uncompilable(model, plan)
+    if plan.enabled and plan.scope == "model":
+        model.compile(backend=plan.backend, dynamic=False)
+    elif plan.enabled:
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.compile(backend=plan.backend, dynamic=False, fullgraph=True)
 
 
-def refuse_uncompilable(model: torch.nn.Module, decision: CompilePlan) -> None:
+def refuse_uncompilable(model: torch.nn.Module, plan: CompilePlan) -> None:
     """Raise ConfigError if blocks are to be compiled and the model has none."""
-    by_block = decision.enabled and decision.scope == "blocks"
+    by_block = plan.enabled and plan.scope == "blocks"
     if by_block and not isinstance(getattr(model, "blocks", None), torch.nn.ModuleList):
         raise ConfigError(
             f'{type(model).__name__} has no "blocks" (a ModuleList) to compile',

@@ -22,61 +22,52 @@ _FOLD_AT = 1024
 class MetricBuffer:
     """Losses, gradient norms and skipped steps since the last logging point, as tensors on the device.
 
-    Per step this only keeps references; the device is read, once, when somebody looks.
+    Per step this only keeps references; ``read`` reads the device once.
     """
 
-    _losses: list[torch.Tensor] = field(factory=list)
-    _skipped: list[torch.Tensor] = field(factory=list)
-    _made: list[tuple[int, int, int, int]] = field(factory=list)
-    _folded: list[tuple[torch.Tensor, torch.Tensor]] = field(factory=list)
-    _norm: torch.Tensor | None = None
+    _steps: list[tuple[int, int, int, int]] = field(factory=list, init=False)
+    """Number, first sample, samples and targets of each step."""
+    _values: list[torch.Tensor] = field(factory=list, init=False)
+    """Loss and skip flag in turn, of the steps that are not folded yet."""
+    _folded: list[torch.Tensor] = field(factory=list, init=False)
+    """The same of earlier steps, many in one tensor: a run that never logs must not collect millions."""
+    _norm: torch.Tensor | None = field(default=None, init=False)
 
     def add(self, step: int, data: StepData, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
         """One optimizer step: this process's summed loss in nats, the gradient's norm, 1.0 if it was skipped."""
-        self._losses.append(loss)
-        self._made.append((step, data.first_sample, data.samples, data.targets))
-        self._skipped.append(skipped)
+        self._steps.append((step, data.first_sample, data.samples, data.targets))
+        self._values += loss, skipped
         self._norm = norm
-        if len(self._losses) == _FOLD_AT:  # one tensor instead of many, for runs that never look
-            self._fold()
+        if len(self._values) == 2 * _FOLD_AT:
+            self._folded.append(torch.stack(self._values))
+            self._values = []
 
     def read(self, learning_rate: float, world_size: int) -> tuple[dict[str, Metric], list[StepRecord]]:
-        """The engine's own metrics since the last call, and each step; there must have been one.
+        """The engine's own metrics since the last call, and each step. Call it after at least one step.
 
         ``train/loss`` is the mean over all target tokens of all processes and of all steps that were not skipped.
         """
         assert self._norm is not None
-        if self._folded:
-            self._fold()
-            losses, skipped = (torch.cat(parts) for parts in zip(*self._folded, strict=True))
-            *values, norm = torch.cat([losses, skipped, self._norm.float().reshape(1)]).tolist()
-        else:
-            *values, norm = torch.stack([*self._losses, *self._skipped, self._norm.float()]).tolist()
-        flags = values[len(values) // 2 :]
-        steps, nats, targets = [], 0.0, 0
-        for (step, first, samples, count), loss, flag in zip(self._made, values, flags, strict=False):
-            # Every process has about its share of the nats and knows everybody's targets.
+        newest = torch.stack([*self._values, self._norm.float()])
+        *values, norm = (torch.cat([*self._folded, newest]) if self._folded else newest).tolist()
+        records, nats, targets = [], 0.0, 0
+        for (step, first, samples, count), loss, skipped in zip(self._steps, values[::2], values[1::2], strict=True):
+            # Every process has about its share of the nats; the count is that of all processes.
             mean = loss * world_size / max(1, count)
-            steps.append(StepRecord(step, first, samples, mean, bool(flag)))
-            if not flag:
+            records.append(StepRecord(step, first, samples, mean, bool(skipped)))
+            if not skipped:
                 nats, targets = nats + loss, targets + count
-        self._losses, self._skipped, self._folded, self._made, self._norm = [], [], [], [], None
+        self._steps, self._values, self._folded, self._norm = [], [], [], None
         metrics = {
             "train/loss": Metric(nats / targets if targets else math.nan, reduce="sum"),
             "train/lr": Metric(learning_rate, reduce="last"),
             "train/grad_norm": Metric(norm, reduce="last"),
-            "train/skipped_steps": Metric(sum(flags), reduce="max"),
+            "train/skipped_steps": Metric(sum(values[1::2]), reduce="max"),
         }
-        return metrics, steps
-
-    def _fold(self) -> None:
-        if not self._losses:
-            return
-        self._folded.append((torch.stack(self._losses), torch.stack(self._skipped)))
-        self._losses, self._skipped = [], []
+        return metrics, records
 
     def __bool__(self) -> bool:
-        return self._norm is not None
+        return bool(self._steps)
 
 
 @define
@@ -84,43 +75,40 @@ class StepTimer:
     """Time of an interval, with training apart from evaluation, checkpoints and the first step."""
 
     _started: float = field(factory=time.perf_counter)
+    waited_before: float = 0.0
+    """The loader's total time without data, at the start."""
     _excluded: float = 0.0
     steps: int = 0
     tokens: int = 0
     target_tokens: int = 0
     timed_steps: int = 0
     timed_tokens: int = 0
-    waited_before: float = 0.0
 
     def step(self, tokens: int, target_tokens: int) -> None:
-        """One optimizer step was made."""
+        """Count one optimizer step."""
         self.steps += 1
         self.timed_steps += 1
         self.tokens += tokens
         self.timed_tokens += tokens
         self.target_tokens += target_tokens
 
-    def exclude(self, seconds: float) -> None:
-        """Time that was not training."""
-        self._excluded += seconds
-
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in here is not training."""
+        """Exclude the time inside from training."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self.exclude(time.perf_counter() - began)
+            self._excluded += time.perf_counter() - began
 
     def exclude_step(self, seconds: float, tokens: int) -> None:
-        """The first step of a process: it compiles and warms caches up."""
+        """Exclude a step that was counted: the first one of a process compiles and warms caches up."""
         self.timed_steps -= 1
         self.timed_tokens -= tokens
         self._excluded += seconds
 
     def split(self, step: int, waited: float) -> tuple[CollectMetrics, StepTimer]:
-        """The interval that ends now, and the clock of the next one, so that no time lies between them.
+        """The interval that ends now, and the timer of the next one, so that no time lies between them.
 
         ``waited`` is the loader's total time without data.
         """
@@ -141,18 +129,18 @@ class StepTimer:
 
 
 def namespaced(contributions: list[tuple[str, Mapping[str, Metric]]]) -> dict[str, Metric]:
-    """What several plugins told, under names that keep two plugins apart: ``name@plugin``."""
+    """The metrics of several plugins under names that keep two plugins apart: ``name@plugin``."""
     return {f"{name}@{owner}": metric for owner, metrics in contributions for name, metric in metrics.items()}
 
 
 def resolve_name_collisions(values: Mapping[str, float], owners: Sequence[str]) -> dict[str, float]:
     """Names without their owners, the engine's own first, then in the order of ``owners``.
 
-    Of a name that several tell the first one keeps it; nobody can take one from the engine or from an earlier plugin.
+    The first metric of a name keeps it, so a plugin replaces no metric of the engine or of an earlier plugin.
     """
     places = {owner: place for place, owner in enumerate(owners)}
-    told: dict[str, float] = {}
+    resolved: dict[str, float] = {}
     for label in sorted(values, key=lambda label: places.get(label.rpartition("@")[2], -1)):
         name = label.rpartition("@")[0] or label
-        told[name if name not in told else label] = values[label]
-    return told
+        resolved[label if name in resolved else name] = values[label]
+    return resolved

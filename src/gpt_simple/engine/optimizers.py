@@ -1,4 +1,4 @@
-"""The optimizer component ``adamw``, and what the engine needs to know of any optimizer."""
+"""The optimizer component ``adamw``, and how the engine skips a step of any optimizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adamw(model: torch.nn.Module, config: OptimizerConfig, device: torch.device)
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer divides gradients by ``grad_scale`` and skips a step if ``found_inf``, both tensors.
 
-    That is what torch's fused optimizers do for a GradScaler. The engine clips with the one and skips steps that are
-    not finite with the other, so that neither costs a pass over the gradients or a look from the host.
+    Torch's fused optimizers do that for a GradScaler. The engine clips with the one and skips steps that are not finite
+    with the other: without a pass over the gradients, and without reading the device.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -1,7 +1,7 @@
-"""Which precision a run computes in, and why.
+"""The precision that a run computes in.
 
-The engine owns ``torch.autocast`` and the gradient scaler itself: Accelerate's would copy outputs to fp32 and obey
-environment variables against the configuration.
+The engine has its own ``torch.autocast`` and gradient scaler: Accelerate's copy outputs to fp32, and environment
+variables override their configuration.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ def resolve(setting: str | None, device: torch.device) -> Precision:
 
     Raises ConfigError for fp16 where there is no fp16 arithmetic to train with, and for bf16 on GPUs before Ampere.
     """
-    if setting in (None, "auto"):
+    if setting is None or setting == "auto":
         name, why = _detect(device)
     else:
-        assert setting is not None
         name, why = setting, "configured"
         if name == "fp16" and device.type == "cpu":
             raise ConfigError(

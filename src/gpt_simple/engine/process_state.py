@@ -1,8 +1,8 @@
 """State of torch that the whole process shares: a hook or method that leaves it changed has failed.
 
-Training would never notice. A plugin may switch gradients off, enter autocast or inference mode, change the default
-dtype or device, or put the model into evaluation mode. ``PluginHost.guard`` checks after everything that a plugin is
-called for, restores what it left changed, and counts that as the plugin's failure.
+A plugin may switch gradients off, enter autocast or inference mode, change the default dtype or device, or put the
+model into evaluation mode, and training would go wrong without an error. ``Guard`` compares the state after every call
+of a plugin, restores what has changed, and counts that as the plugin's failure.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _KINDS = ("cpu", "cuda", "mps", "xpu")
 """Types of devices that autocast is switched on for."""
 
 _ANY = (None,)
-"""``has_torch_function(_ANY)`` is true inside any mode: a default device is one. Asking for the device takes 100 times
-as long."""
+"""``has_torch_function(_ANY)`` is true inside any mode, and a default device is one. It takes a hundredth of the time
+of ``get_default_device``."""
 
 _RESTORED: list[torch.inference_mode] = []
 """Inference modes that were entered to undo another one: each ends when its object is deleted."""
@@ -40,7 +40,7 @@ State = tuple[bool, bool, torch.dtype, torch.device | None, bool | None, int, tu
 
 
 def _state(run: Any) -> State:
-    """The guarded state. Called after every hook of every plugin, so it asks for as little as it can."""
+    """The guarded state. Called after every hook of every plugin, so it reads as little as possible."""
     gradients = is_grad_enabled()
     autocasts = autocast_increment_nesting() - 1
     autocast_decrement_nesting()
@@ -55,7 +55,7 @@ def _state(run: Any) -> State:
         torch.get_default_device() if has_torch_function(_ANY) else None,
         training,
         autocasts,
-        autocast_kinds() if autocasts else (),
+        _autocast_kinds() if autocasts else (),
     )
 
 
@@ -79,7 +79,7 @@ def _restore(run: Any, before: State) -> str:
     if training is not None and run.model.training is not training:
         left.append(f"the model in {'evaluation' if training else 'training'} mode")
         run.model.train(training)
-    if (_autocast_depth(), autocast_kinds()) != (autocasts, kinds):
+    if (_autocast_depth(), _autocast_kinds()) != (autocasts, kinds):
         left.append("autocast entered and not left")
         _restore_autocast(autocasts, kinds)
     return ", ".join(left)
@@ -113,7 +113,7 @@ def _restore_autocast(depth: int, kinds: tuple[str, ...]) -> None:
     torch.clear_autocast_cache()
 
 
-def autocast_kinds() -> tuple[str, ...]:
+def _autocast_kinds() -> tuple[str, ...]:
     """The types of devices that autocast is on for."""
     return tuple(kind for kind in _KINDS if torch.is_autocast_enabled(kind))
 
@@ -127,34 +127,21 @@ TORCH_STATE = Guard(_state, _restore)
 
 @contextmanager
 def preserved_process_state() -> Iterator[None]:
-    """Training has torch's usual state, whatever the caller or a plugin's import made of it, which comes back after."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    grad, dtype, matmul = (
-        torch.is_grad_enabled(),
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-    )
-    device, autocasts = torch.get_default_device(), autocast_kinds()
-    torch.set_default_device(None)
-    had_device = torch.get_default_device() != device  # False if a `with torch.device(...)` is the caller's
+    """Torch's usual state inside, whatever the caller or a plugin's import has set; afterwards all is as before."""
+    python, numpy, matmul = random.getstate(), np.random.get_state(), torch.get_float32_matmul_precision()
+    kinds = _autocast_kinds()
+    modes = is_grad_enabled(), is_inference_mode_enabled()
+    before: State = (*modes, get_default_dtype(), _default_device(), None, _autocast_depth(), kinds)
     try:
+        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("high")
-        for kind in autocasts:
+        for kind in kinds:
             torch.set_autocast_enabled(kind, False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        for kind in autocasts:
-            torch.set_autocast_enabled(kind, True)
-        if had_device:
-            torch.set_default_device(device)
+        _restore(None, before)
+        torch.set_float32_matmul_precision(matmul)
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(matmul)

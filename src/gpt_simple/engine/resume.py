@@ -1,32 +1,29 @@
-"""Where a run goes on, and what that can promise.
+"""The checkpoint that a launch continues from, and what the resume guarantees.
 
-Looking changes nothing. A checkpoint is refused if it is of another model, tokenizer or data set; any other difference
-is told: ``bit-exact``, ``order-exact`` or ``changed: ...``.
+A checkpoint of another model, tokenizer or data set is refused. Any other difference is part of the guarantee:
+``bit-exact``, ``order-exact`` or ``changed: ...``. Nothing here writes.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import attrs
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.manifest import Manifest, check_file
 from gpt_simple.checkpoint.store import Checkpoint, Store
-from gpt_simple.config.redact import redacted
 from gpt_simple.config.schema import Config
-from gpt_simple.engine.compatibility import changed_defaults, leaves, with_legacy_options, with_legacy_values
+from gpt_simple.engine.compatibility import flatten, keep_values, with_legacy_options, with_legacy_values
 from gpt_simple.errors import CheckpointError, GptSimpleError
 from gpt_simple.hooks.preflight import ConfigChanges
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.spec import RunSpec
 
-# Fields that cannot change what is learned: when things are reported and kept, and where.
+# Fields that do not affect training: when things are reported and kept, and where.
 _NEUTRAL = (
     "data.path",
     "data.num_workers",
@@ -45,9 +42,9 @@ _NEUTRAL = (
     "training.peer_timeout_seconds",
     "training.wandb_project",
     "training.wandb_run_name",
-    "plugins.",  # those of other packages are compared apart
+    "plugins.",  # those of other packages are compared separately
 )
-# Fields that decide what a row of the data is: with another value the position means something else.
+# Fields that define a row of the data: with another value the position in the data has another meaning.
 _ROWS = ("data.max_length", "data.packing", "data.overlap_size", "data.document_mask")
 _ORDER = " (the order of samples is another from here on: some come twice, others not at all)"
 _AHEAD = " (the curriculum up to here is the same: nothing comes twice or is left out)"
@@ -68,50 +65,50 @@ class SizeCheckingStore(Store):
 
 @frozen
 class FoundCheckpoint:
-    """What the run directory says: start from scratch, resume from ``checkpoint``, or all steps are finished."""
+    """What the run directory holds: start from scratch, resume from ``checkpoint``, or all steps are finished."""
 
     store: Store
     kind: Literal["scratch", "resume", "finished"]
     checkpoint: Checkpoint | None = None
     state: Mapping[str, Any] = field(factory=dict)
     skipped: Sequence[tuple[Path, str]] = ()
+    """Damaged checkpoints that are newer, each with a reason."""
     seen: Sequence[Path] = ()
-    """The checkpoints that were there, to notice when somebody else writes one before this launch owns the place."""
+    """All checkpoints of the run, to notice if another run writes one before this launch has locked the directory."""
 
 
-def find_checkpoint(config: Config, run_dir: RunDir, *, force: bool, store: Store | None = None) -> FoundCheckpoint:
-    """Decide from what is on disk. Reads only; raises CheckpointError (exit code 4) for what must not go on.
-
-    ``store`` may be one that verifies less than everything, for who only wants to know.
-    """
-    store, wish = store or Store(run_dir.checkpoints), config.training.resume
+def find_checkpoint(config: Config, store: Store, *, force: bool) -> FoundCheckpoint:
+    """Decide from what is on disk. Reads only; raises CheckpointError for what must not be resumed or overwritten."""
+    setting = config.training.resume
     if force:
         return FoundCheckpoint(store, "scratch")
-    if wish == "scratch":
-        if existing := store.list():
+    listed = store.list()
+    if setting == "scratch":
+        if listed:
             raise CheckpointError(
-                f'training.resume is "scratch" but {run_dir.checkpoints} holds {len(existing)} checkpoint(s), the'
-                f" newest of step {existing[-1].step}: add --force to discard them, or choose another"
-                " training.output_dir"
+                f'training.resume is "scratch" but {store.root} holds {len(listed)} checkpoint(s), the newest of step'
+                f" {listed[-1].step}: add --force to discard them, or choose another training.output_dir"
             )
         return FoundCheckpoint(store, "scratch")
-    seen = [checkpoint.path for checkpoint in store.list()]
-    found, skipped = store.newest_valid()
-    inside = wish != "auto" and Path(wish).resolve().parent == run_dir.checkpoints.resolve()
-    if found is None and skipped and not inside:
+    checkpoint, skipped = store.newest_valid()
+    inside = setting != "auto" and Path(setting).resolve().parent == store.root.resolve()
+    if checkpoint is None and skipped and not inside:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped)
         raise CheckpointError(
-            f"no checkpoint in {run_dir.checkpoints} can be used:{reasons}\n"
+            f"no checkpoint in {store.root} can be used:{reasons}\n"
             "add --force to discard them and start from scratch, or choose another training.output_dir"
         )
-    if wish != "auto" and (found is None or inside):
-        return evolve(_from_path(config, Path(wish), store, found), seen=seen, skipped=skipped)
-    if found is None:
+    if setting != "auto" and (checkpoint is None or inside):
+        checkpoint = _open(Path(setting), store, newest=checkpoint)
+    if checkpoint is None:
         return FoundCheckpoint(store, "scratch")
-    return evolve(_plan(config, store, found), seen=seen, skipped=skipped)
+    kind: Literal["finished", "resume"] = "finished" if checkpoint.step >= config.training.max_steps else "resume"
+    seen = [each.path for each in listed]
+    return FoundCheckpoint(store, kind, checkpoint, _load_state(config, store, checkpoint), skipped, seen)
 
 
-def _from_path(config: Config, path: Path, store: Store, newest: Checkpoint | None) -> FoundCheckpoint:
+def _open(path: Path, store: Store, newest: Checkpoint | None) -> Checkpoint:
+    """The checkpoint that ``training.resume`` names. In the run itself only the ``newest`` may be resumed."""
     try:
         checkpoint = Checkpoint.open(path)
         store.verify(checkpoint)
@@ -123,51 +120,32 @@ def _from_path(config: Config, path: Path, store: Store, newest: Checkpoint | No
             f"training.resume names {path}, but {newest.path} is newer in the same run: name another"
             " training.output_dir for the branch"
         )
-    return _plan(config, store, checkpoint)
+    return checkpoint
 
 
-def _plan(config: Config, store: Store, checkpoint: Checkpoint) -> FoundCheckpoint:
-    state = store.load_document(checkpoint, "state")
-    saved = state["run"]
-    values, options = with_legacy_values(saved["config"], config), with_legacy_options(saved.get("plugins", {}), config)
-    state["run"] = saved | {"config": values, "plugins": options}
-    done = checkpoint.step >= config.training.max_steps
-    return FoundCheckpoint(store, "finished" if done else "resume", checkpoint, state)
+def _load_state(config: Config, store: Store, checkpoint: Checkpoint) -> dict[str, Any]:
+    """state.json, with the configuration of an earlier version completed."""
+    state: dict[str, Any] = store.load_document(checkpoint, "state")
+    run = state["run"]
+    values, options = with_legacy_values(run["config"], config), with_legacy_options(run.get("plugins", {}), config)
+    return state | {"run": run | {"config": values, "plugins": options}}
 
 
 def keep_values_of_run(spec: RunSpec, *, force: bool) -> RunSpec:
-    """The configuration of a launch: what nobody set, now or when the run began, stays as the run began.
+    """``spec`` with the values of the run that it resumes, for fields that were set neither then nor now.
 
-    Refuses nothing: what cannot be resumed ``find_checkpoint`` refuses later.
+    Refuses nothing: ``find_checkpoint`` does that later.
     """
     run_dir = RunDir(Path(spec.config.training.output_dir))
     try:
         run_dir.check()
-        found = find_checkpoint(spec.config, run_dir, force=force, store=SizeCheckingStore(run_dir.checkpoints))
+        found = find_checkpoint(spec.config, SizeCheckingStore(run_dir.checkpoints), force=force)
         if found.checkpoint is None:
             return spec
         explicit = RunRecord.load(RunDir(found.checkpoint.path.absolute().parent.parent)).facts["origins"]
     except (GptSimpleError, KeyError):
         return spec
     return keep_values(spec, found.state["run"]["config"], explicit)
-
-
-def keep_values(spec: RunSpec, saved: Mapping[str, Any], explicit: Collection[str] = ()) -> RunSpec:
-    """``spec`` with the saved values of fields whose defaults have changed, and a note that names them.
-
-    ``explicit``: the fields that were set when ``saved`` was.
-    """
-    kept: dict[str, str] = {}
-    for _ in ("components", "their fields"):
-        now, began = flat(spec.config), with_legacy_values(saved, spec.config)
-        values = changed_defaults(began, now, explicit, spec.origins.is_default)
-        kept |= {key: f"{key} {json.dumps(value)} (now {json.dumps(now[key])})" for key, value in values.items()}
-        spec = spec.with_defaults(values) if values else spec
-    if not kept:
-        return spec
-    return evolve(
-        spec, notes=[*spec.notes, f"the run keeps the defaults that it began with: {', '.join(kept.values())}"]
-    )
 
 
 @frozen
@@ -198,18 +176,18 @@ def plan_resume(found: FoundCheckpoint, fingerprint: Mapping[str, Any]) -> Resum
     """Compare the run with its checkpoint. Raises CheckpointError if model, tokenizer or data set differ."""
     if found.checkpoint is None:
         return ResumePlan(found, fingerprint, "from scratch")
-    kept = resume_guarantee(found.state["run"], fingerprint, found.state["samples"])
-    return ResumePlan(found, fingerprint, f"resumed from step {found.state['step']}: {kept}")
+    guarantee = resume_guarantee(found.state["run"], fingerprint, found.state["samples"])
+    return ResumePlan(found, fingerprint, f"resumed from step {found.state['step']}: {guarantee}")
 
 
 def run_fingerprint(
     config: Config, *, data: Mapping[str, Any], numerics: Mapping[str, Any], plugins: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, to be compared with a later one. JSON values.
+    """The part of a run that a checkpoint keeps, to be compared with a later launch. JSON values.
 
-    ``plugins``: name -> distribution and version of the active ones. The built-in ones cannot change what is learned.
+    ``plugins``: name -> distribution and version of the active ones. The built-in ones do not affect training.
     """
-    fields, others = flat(config), {}
+    fields, others = flatten(config), {}
     for name, origin in plugins.items():
         if origin.partition(" ")[0] != DISTRIBUTION:
             table = f"plugins.tables.{name}."
@@ -218,18 +196,8 @@ def run_fingerprint(
     return {"config": fields, "data": dict(data), "numerics": dict(numerics), "plugins": others}
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Dotted path -> JSON value, for every field that is set or defaulted, without secrets: it is written down.
-
-    ``[model]`` holds none, and is needed as it is to build the model again.
-    """
-    # As it will come back from a file: tuples become lists.
-    values = json.loads(json.dumps(attrs.asdict(config), default=str))
-    return dict(leaves("", {**redacted(values), "model": values["model"]}))
-
-
 def resume_guarantee(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:
-    """What continuing as ``now`` from ``saved`` after ``samples`` samples keeps, in a phrase (two fingerprints).
+    """What resuming as ``now`` from ``saved`` after ``samples`` samples guarantees, in a phrase (two fingerprints).
 
     Raises CheckpointError with every difference if the model, the tokenizer or the data are others.
     """
@@ -238,11 +206,12 @@ def resume_guarantee(saved: Mapping[str, Any], now: Mapping[str, Any], samples: 
         line for key, line in changed.items() if key in _ROWS or (key.startswith("model.") and key not in _MODEL_FREE)
     ]
     if other := _differences(_short(saved["data"]), _short(now["data"])):
-        # What was asked for says more than that something else came of it.
-        asked = [
+        # Changed options first: they explain the changed fingerprints.
+        options = [
             line for key, line in changed.items() if key.startswith("data.") and key not in (*_ROWS, "data.num_workers")
         ]
-        fatal += [*asked, *other.values(), *([] if asked else ["the configuration is the same: the files are others"])]
+        fatal += [*options, *other.values()]
+        fatal += [] if options else ["the configuration is the same: the files are others"]
     if fatal:
         listing = "".join(f"\n  {line}" for line in fatal)
         raise CheckpointError(
@@ -257,7 +226,7 @@ def resume_guarantee(saved: Mapping[str, Any], now: Mapping[str, Any], samples: 
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> ConfigChanges | None:
-    """What ``now`` has changed on purpose, with other numerics that come with it; None if nothing."""
+    """The configuration and plugins that ``now`` has changed, and the numerics beside them; None if only those."""
     changed = _differences(saved["config"], now["config"])
     free = {key: line for key, line in changed.items() if not key.startswith(_NEUTRAL)}
     free |= _differences(saved.get("plugins", {}), now["plugins"])
@@ -268,19 +237,17 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> C
 
 
 def _order_kept(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:
-    """What becomes of the order of samples, where something that decides it is another."""
+    """A note on the order of samples if a field that decides it has changed."""
     if _past(saved, samples) != _past(now, samples):
         return _ORDER
-    if now.get("data.curriculum") and {saved["data.on_exhaustion"], now["data.on_exhaustion"]} == {
-        "repeat",
-        "renormalise",
-    }:
+    exhaustion = {saved["data.on_exhaustion"], now["data.on_exhaustion"]}
+    if now.get("data.curriculum") and exhaustion == {"repeat", "renormalise"}:
         return _READ
     return _AHEAD if saved.get("data.curriculum") != now.get("data.curriculum") else ""
 
 
 def _past(config: Mapping[str, Any], samples: int) -> tuple[Any, ...]:
-    """What has decided which samples came first: the seed, and the phases so far, each with its end."""
+    """What decides the order of the first ``samples``: the seed, and the phases so far, each with its end."""
     seed, phases, begin = config.get("data.seed"), [], 0
     curriculum = config.get("data.curriculum") or []
     for number, phase in enumerate(curriculum, 1):

@@ -23,7 +23,7 @@ def derive_seed(seed: int, index: int) -> int:
 
 
 class BatchSeeder:
-    """Seeds the generator of the training device; 1 us where ``torch.manual_seed`` takes 75."""
+    """Seeds the generator of the training device, in 1 us; ``torch.manual_seed`` takes 75."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
@@ -38,7 +38,7 @@ class BatchSeeder:
 
 @contextmanager
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """A random stream of its own inside, the outer one untouched afterwards."""
+    """A random stream of its own inside; afterwards the outer one is as before."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

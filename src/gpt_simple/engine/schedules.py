@@ -48,11 +48,7 @@ def _decaying(
     length: int | None = None,
 ) -> Schedule:
     """Warm-up, the peak until ``start``, then ``shape`` (1 at 0, 0 at 1) scaled between peak and floor."""
-    peak, floor, warmup = (
-        config.learning_rate,
-        config.learning_rate * config.min_lr_ratio,
-        config.warmup_steps,
-    )
+    peak, floor, warmup = config.learning_rate, config.learning_rate * config.min_lr_ratio, config.warmup_steps
     begin = warmup if start is None else start
     steps = length if length is not None else config.decay_steps or max(1, max_steps - begin)
 

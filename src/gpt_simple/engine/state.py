@@ -1,11 +1,11 @@
-"""Where a run is: the counters that a checkpoint keeps, apart from weights and moments."""
+"""The counters of a run that a checkpoint keeps beside weights and optimizer state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from attrs import define
+from attrs import asdict, define
 
 
 @define(eq=False)
@@ -33,12 +33,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "target_tokens": self.target_tokens,
-            "best_val_loss": self.best_val_loss,
-        }
+        return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``'s values; other keys are ignored."""

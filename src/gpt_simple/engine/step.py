@@ -1,16 +1,16 @@
-"""One optimizer step. It knows the model, the optimizer and the other processes; no data source, file, plugin or log.
+"""One optimizer step: the model, the optimizer and the process group, but no data source, file, plugin or log.
 
-The trainer makes its steps with it, and so do the memory prediction and the throughput estimate. Nothing here reads a
-device tensor on the host, except for an optimizer that cannot skip a step by itself.
+The trainer, the memory prediction and the throughput estimate all use it. Nothing here reads a device tensor on the
+host, except for an optimizer that cannot skip a step by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from attrs import define, field
+from attrs import define
 
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.optimizers import skips_on_device
@@ -23,7 +23,7 @@ OnBatch = Callable[[int, Batch], None]
 OnGradients = Callable[[], torch.Tensor | None]
 
 _CLIP_EPSILON = 1e-6
-"""As in ``torch.nn.utils.clip_grad_norm_``: the norm afterwards is the limit or a hair less."""
+"""As in ``torch.nn.utils.clip_grad_norm_``: the norm afterwards is the limit or slightly less."""
 
 
 class StepResult(NamedTuple):
@@ -41,9 +41,9 @@ class StepResult(NamedTuple):
 class TrainStep:
     """One optimizer step over its micro-batches: ``step(number, batches, targets)``.
 
-    ``wrapped`` is ``model`` or what reduces its gradients over the processes of ``world``. ``skipping`` says who acts
-    on a gradient that is not finite: the optimizer on the ``device``, the ``host`` by reading one value a step, or
-    ``nobody``, where tensors are fake and hold no value to read.
+    ``wrapped`` is ``model`` or the module that reduces its gradients over the processes of ``dist``. A step whose
+    gradient is not finite is skipped: by the optimizer on the device if it can, else by the host, which reads one value
+    a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host.
     """
 
     model: torch.nn.Module
@@ -51,18 +51,15 @@ class TrainStep:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     precision: Precision
-    world: ProcessGroup
+    dist: ProcessGroup
     seed: int
     max_grad_norm: float | None
-    skipping: Literal["device", "host", "nobody"] = field()
-
-    @skipping.default
-    def _skipping_of_optimizer(self) -> Literal["device", "host"]:
-        return "device" if skips_on_device(self.optimizer) else "host"
+    fake_tensors: bool = False
 
     def __attrs_post_init__(self) -> None:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._reseed = BatchSeeder(self.seed, self.world.device)
+        self._reseed = BatchSeeder(self.seed, self.dist.device)
+        self._skips_on_device = skips_on_device(self.optimizer)
 
     def __call__(
         self,
@@ -74,7 +71,7 @@ class TrainStep:
         on_gradients: OnGradients | None = None,
         before_update: Callable[[], None] | None = None,
     ) -> StepResult:
-        """Make step ``number``, from 1, over ``batches``; ``targets`` counts their target tokens on all processes.
+        """Run step ``number``, from 1, over ``batches``; ``targets`` counts their target tokens on all processes.
 
         ``on_batch(index, batch)`` runs before each forward pass. ``on_gradients()`` runs on reduced, unscaled
         gradients, which it may edit; it returns a flag that skips the step, or None. All processes pass it or none.
@@ -85,8 +82,8 @@ class TrainStep:
         flag = on_gradients() if on_gradients is not None else None
         norm, skipped = self._clip()
         if on_gradients is not None:
-            # All processes or none: a flag that only one of them has must not leave it waiting.
-            skipped = (self.world.sum(skipped if flag is None else skipped + flag) > 0).float()
+            # On all processes: one without a flag takes part in the sum, for which the others wait.
+            skipped = (self.dist.sum(skipped if flag is None else skipped + flag) > 0).float()
         if before_update is not None:
             before_update()
         self._update(number, skipped)
@@ -95,13 +92,13 @@ class TrainStep:
     def _accumulate(self, batches: Sequence[Batch], targets: int, on_batch: OnBatch | None) -> torch.Tensor:
         """Forward and backward of all micro-batches; the summed loss."""
         # The summed loss over the step's target tokens of all processes; DDP will divide by the world size.
-        scale = self.world.size / max(1, targets)
+        scale = self.dist.size / max(1, targets)
         last, loss = len(batches) - 1, None
         for index, batch in enumerate(batches):
             if on_batch is not None:
                 on_batch(index, batch)
             self._reseed(batch.first_sample)
-            with self.world.accumulating(self.wrapped, index == last):
+            with self.dist.accumulating(self.wrapped, index == last):
                 with self.precision.autocast():
                     nats = summed_loss(self.wrapped, batch)
                 self.precision.scaler.scale(nats * scale).backward()  # type: ignore[no-untyped-call]
@@ -113,8 +110,8 @@ class TrainStep:
         """The gradients' norm before clipping, and 1.0 if it is not finite; both stay on the device."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if self.max_grad_norm is not None:
-            if self.skipping == "device":
-                # The fused optimizer divides by this while it reads the gradients anyway: no pass of its own.
+            if self._skips_on_device:
+                # The fused optimizer divides by this while it reads the gradients anyway: no extra pass.
                 divisor = ((norm + _CLIP_EPSILON) / self.max_grad_norm).clamp_(min=1.0)
                 self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
             else:
@@ -127,23 +124,23 @@ class TrainStep:
         rate = self.schedule(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if self.skipping == "device":
+        if self._skips_on_device:
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif self.skipping == "nobody" or not bool(skipped):
+        elif self.fake_tensors or not bool(skipped):
             self.optimizer.step()
         if self.precision.scaler.is_enabled():
             self.precision.scaler.update()
-        # As zero_grad(set_to_none=True) would, without its search through groups and its profiler record.
+        # As zero_grad(set_to_none=True) does, without its loop over groups and its profiler record.
         for parameter in self._parameters:
             parameter.grad = None
 
     def warm_up_ddp(self, batch: Batch) -> None:
         """One forward and backward whose result is discarded.
 
-        DDP arranges its buckets anew after its first backward, in the order in which gradients came. From the third
-        process on the arrangement decides in which order numbers are added, so a run that was resumed would differ in
-        its last digits from one that was not, if both did not begin with this.
+        DDP rebuilds its buckets after its first backward, in the order in which gradients were ready. With three or
+        more processes the buckets decide in which order numbers are added. So without this a resumed run would differ
+        in its last digits from one that was not interrupted.
         """
         with self.precision.autocast():
             nats = summed_loss(self.wrapped, batch)
@@ -153,8 +150,5 @@ class TrainStep:
 
 def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The model's cross-entropy in nats, summed over the batch's target tokens."""
-    if batch.document_ids is None:
-        result: torch.Tensor = model(batch.input_ids, batch.labels)
-    else:
-        result = model(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
-    return result
+    documents = () if batch.document_ids is None else (batch.position_ids, batch.document_ids)
+    return model(batch.input_ids, batch.labels, *documents)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """Signals that ask a launch to stop.
 
-A run that is asked to stop ends after the step it is in, with a checkpoint. Before the first step of a launch there is
+A run that is asked to stop ends after the current step, with a checkpoint. Before the first step of a launch there is
 nothing to save, so with one process a signal then unwinds at once: ``StopNow``.
 """
 
@@ -15,19 +15,19 @@ from gpt_simple.launch.signals import stop_on_signals
 
 
 class StopNow(BaseException):
-    """A stop before this launch finished a step. No Exception: no handler on the way may take it for a failure."""
+    """A stop before this launch finished a step. Not an Exception: no handler may treat it as a failure."""
 
 
 @define(eq=False)
 class StopSignals:
-    """The first signal that arrived (``reason``, empty before), and what a signal does at this moment."""
+    """The first signal that arrived (``reason``, empty before), and whether a signal interrupts now."""
 
     reason: str = ""
     _interrupts: bool = field(default=False, init=False)
     _before_exit: list[Callable[[], None]] = field(factory=list, init=False)
 
     def received(self, name: str) -> None:
-        """Note a signal, or raise StopNow where signals interrupt. Called by the handlers at any moment."""
+        """Keep the first signal; raise StopNow while signals interrupt. Called by the handlers at any moment."""
         self.reason = self.reason or name
         if self._interrupts:
             self._interrupts = False  # the next signal must not interrupt the clean-up after this one
@@ -43,12 +43,12 @@ class StopSignals:
             self._interrupts = False
 
     def defer(self) -> None:
-        """From now on a signal waits for the end of the step: there is work to save."""
+        """From now on a signal takes effect at the end of the step: there is work to save."""
         self._interrupts = False
 
     @contextmanager
     def on_forced_exit(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Inside, ``callback`` runs before a second Ctrl-C ends the process."""
+        """Inside, a second Ctrl-C calls ``callback`` before it ends the process."""
         self._before_exit.append(callback)
         try:
             yield
@@ -56,7 +56,7 @@ class StopSignals:
             self._before_exit.remove(callback)
 
     def forced_exit(self) -> None:
-        """Run the callbacks. The process ends right after it."""
+        """Run the callbacks, just before the process ends."""
         for callback in self._before_exit:
             callback()
 

@@ -1,4 +1,4 @@
-"""The time that a launch may take, and the reserve that its last step and checkpoint need of it."""
+"""The time that a launch may take, and the reserve in it for the last step and checkpoint."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.errors import ConfigError
 
 MAX_RUNTIME = "GPT_SIMPLE_MAX_RUNTIME"
-"""Environment variable: seconds that a launch may take, for whoever starts one and cannot change its configuration."""
+"""Environment variable: seconds that a launch may take, for launchers that cannot change its configuration."""
 
 _FIRST_GUESS_BYTES_PER_SECOND = 100e6
-"""How fast a checkpoint is taken to be written until one was: slow, because a first one that is late is lost."""
+"""The assumed speed of the first save. A low guess: a checkpoint that is late is lost."""
 
 _SPREAD = 1.5
-"""How much longer than the longest one so far the last save may take."""
+"""The last save may take this many times the longest one so far."""
 
 _FADING = 0.95
 """A slow step counts less with every one after it."""
@@ -28,7 +28,7 @@ _KEY = "training.max_runtime_seconds"
 
 @frozen
 class Deadline:
-    """When the process must be gone. ``ends`` is a moment of ``time.monotonic``, which no change of the clock moves."""
+    """When the process must have ended. ``ends`` is of ``time.monotonic``, which no change of the clock moves."""
 
     ends: float
     source: str
@@ -43,7 +43,7 @@ class Deadline:
         """The budget that ends first; None if there is none.
 
         ``started`` and ``now`` are of ``time.monotonic``, ``clock`` is ``time.time`` at ``now``. Raises ConfigError
-        for a variable that is no number, and for a budget that the reserve uses up.
+        for a variable that is not a number, and for a budget that is not longer than the reserve.
         """
         least, budgets = training.walltime_reserve_seconds, []
         if training.max_runtime_seconds is not None:
@@ -63,27 +63,28 @@ class Deadline:
         ends, source, budget = min(budgets)
         return cls(ends, source, least, budget)
 
-    def reason_to_stop(self) -> str:
-        """Why no step may begin now; empty while there is time. For the time before anything is known of steps."""
-        return _used_up(self, self.least_reserve)
+    def reason_to_stop(self, reserve: float | None = None) -> str:
+        """Why no step may begin now; empty while there is time. ``reserve`` is ``least_reserve`` if it is not known."""
+        reserve = self.least_reserve if reserve is None else reserve
+        if time.monotonic() + reserve < self.ends:
+            return ""
+        return f"the time budget is used up ({self.source}; {reserve:.0f} s are kept for the last checkpoint)"
 
 
 @define(eq=False)
 class TimeBudget:
     """A deadline, with the reserve learned from the steps and saves so far.
 
-    ``first_save_bytes``: about the size of a checkpoint. Raises ConfigError if the first save alone would use up the
-    budget, so that no launch could ever finish a step before it.
+    ``first_save_bytes``: about the size of a checkpoint. Raises ConfigError if the reserve for the first save is not
+    shorter than the budget: every launch would stop before its first step.
     """
 
     deadline: Deadline
     first_save_bytes: int
-    _longest_save: float = field(init=False)
-    _measured: bool = field(default=False, init=False)
+    _longest_save: float | None = field(default=None, init=False)
     _step: float = field(default=0.0, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._longest_save = self.first_save_bytes / _FIRST_GUESS_BYTES_PER_SECOND
         if self.reserve >= self.deadline.budget:
             size, source = self.first_save_bytes / 2**30, self.deadline.source
             raise ConfigError(
@@ -96,12 +97,13 @@ class TimeBudget:
     @property
     def reserve(self) -> float:
         """Seconds before the deadline at which no further step may begin."""
-        return max(self.deadline.least_reserve, _SPREAD * self._longest_save + 2 * self._step)
+        guess = self.first_save_bytes / _FIRST_GUESS_BYTES_PER_SECOND
+        save = guess if self._longest_save is None else self._longest_save
+        return max(self.deadline.least_reserve, _SPREAD * save + 2 * self._step)
 
     def record_save(self, seconds: float) -> None:
         """Learn from a checkpoint: seconds from the end of its step until it was durable."""
-        self._longest_save = max(seconds, self._longest_save) if self._measured else seconds
-        self._measured = True
+        self._longest_save = max(seconds, self._longest_save or 0.0)
 
     def record_step(self, seconds: float) -> None:
         """Learn from a step. A slow one counts less with each that follows."""
@@ -109,13 +111,7 @@ class TimeBudget:
 
     def reason_to_stop(self) -> str:
         """Why no further step may begin; empty while there is time."""
-        return _used_up(self.deadline, self.reserve)
-
-
-def _used_up(deadline: Deadline, reserve: float) -> str:
-    if time.monotonic() + reserve < deadline.ends:
-        return ""
-    return f"the time budget is used up ({deadline.source}; {reserve:.0f} s are kept for the last checkpoint)"
+        return self.deadline.reason_to_stop(self.reserve)
 
 
 def _number(environment: Mapping[str, str], name: str) -> float | None:

@@ -6,19 +6,16 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from attrs import define, field, frozen
 
-from gpt_simple.data.loader import DataExhausted, Loader
+from gpt_simple.data.loader import DataExhausted
 from gpt_simple.distributed.metric_reduction import MetricReducer
-from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.checkpointer import Checkpointer
 from gpt_simple.engine.control import Control, Decision
 from gpt_simple.engine.loss_monitor import LossMonitor, not_finite_on
 from gpt_simple.engine.metrics import MetricBuffer, StepTimer, namespaced, resolve_name_collisions
-from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.stop_signals import StopNow, StopSignals
 from gpt_simple.engine.time_budget import TimeBudget
@@ -38,7 +35,7 @@ from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.plugin_host.dispatch import Calls
 
 _UNLOGGED = 100
-"""Steps after which the device is read when nothing is logged: skipped steps must not go on unseen."""
+"""Steps after which the device is read when nothing is logged: too many skipped steps must halt the run."""
 
 
 @frozen
@@ -58,10 +55,7 @@ class Trainer:
 
     run: RunView
     calls: Calls
-    dist: ProcessGroup
-    state: TrainState
     train_step: TrainStep
-    loader: Loader
     control: Control
     checkpointer: Checkpointer
     signals: StopSignals
@@ -75,7 +69,7 @@ class Trainer:
 
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
-        self._reducer = MetricReducer(self.dist)
+        self._reducer = MetricReducer(self.run.dist)
         self._loss_monitor = LossMonitor(self.run.config.training.max_skipped_steps)
 
     def fit(self) -> FitResult:
@@ -90,15 +84,15 @@ class Trainer:
         self.run.model.train()
         if (decision := self._decide()).should_stop:
             return self._stopped(decision)
-        if self.dist.size > 1:
+        if self.run.world_size > 1:
             self.train_step.warm_up_ddp(self._zero_batch())
-        self._timer = StepTimer(waited_before=self.loader.wait_seconds)
-        while self.state.step < self._max_steps:
+        self._timer = StepTimer(waited_before=self.run.loader.wait_seconds)
+        while self.run.step < self._max_steps:
             try:
-                self._step(is_last=self.state.step + 1 == self._max_steps)
+                self._step(is_last=self.run.step + 1 == self._max_steps)
             except DataExhausted as exhausted:
                 return self._out_of_data(str(exhausted))
-            decision = self._boundary(is_last=self.state.step == self._max_steps)
+            decision = self._boundary(is_last=self.run.step == self._max_steps)
             if decision.should_stop:
                 return self._stopped(decision)
         return "completed", f"finished all {self._max_steps} steps"
@@ -111,62 +105,59 @@ class Trainer:
 
     def _step(self, is_last: bool) -> None:
         """One optimizer step over all its micro-batches, with the hooks around it."""
-        run, calls, state, step = self.run, self.calls, self.state, self.state.step + 1
+        run, calls, state = self.run, self.calls, self.run.state
+        step = state.step + 1
         started = time.perf_counter()
-        data = self.loader.next_step()
+        data = run.loader.next_step()
         if calls.on_step_start is not None:
             calls.on_step_start(run, StepStart(step))
         result = self.train_step(
             step,
             data.batches,
             data.targets,
-            on_batch=partial(self._on_batch, step) if calls.on_batch is not None else None,
-            on_gradients=partial(self._on_gradients, step) if calls.on_gradients is not None else None,
+            on_batch=self._on_batch if calls.on_batch is not None else None,
+            on_gradients=self._on_gradients if calls.on_gradients is not None else None,
             before_update=self.signals.defer if self._first_step else None,
         )
         state.advance(data.tokens, data.targets)
         self._buffer.add(step, data, result.loss, result.norm, result.skipped)
         self._timer.step(data.tokens, data.targets)
-        if self._first_step:
-            self._exclude_first_step(started, data.tokens)
+        if self._first_step:  # compiles and warms caches up: no part of throughput
+            self._first_step = False
+            self._synchronize()
+            self._timer.exclude_step(time.perf_counter() - started, data.tokens)
         elif self.time_budget is not None:
             self.time_budget.record_step(time.perf_counter() - started)
         if calls.on_step_end is not None:
             calls.on_step_end(run, StepEnd(step, state.tokens, state.target_tokens, is_last))
 
-    def _on_batch(self, step: int, index: int, batch: Batch) -> None:
+    def _on_batch(self, index: int, batch: Batch) -> None:
         if (call := self.calls.on_batch) is not None:
-            call(self.run, BatchReady(step, index, batch))
+            call(self.run, BatchReady(self.run.step + 1, index, batch))
 
-    def _on_gradients(self, step: int) -> torch.Tensor | None:
+    def _on_gradients(self) -> torch.Tensor | None:
         if (call := self.calls.on_gradients) is not None:
             with self.run.comm.during("on_gradients"):
-                call(self.run, GradientsReady(step))
-        return self.run.requests.take_skip()
-
-    def _exclude_first_step(self, started: float, tokens: int) -> None:
-        """Exclude the first step (compilation, warm-up) from throughput."""
-        self._first_step = False
-        self._synchronize()
-        self._timer.exclude_step(time.perf_counter() - started, tokens)
+                call(self.run, GradientsReady(self.run.step + 1))
+        return self.run.control.take_skip()
 
     def _synchronize(self) -> None:
-        """Wait for the device, so that queued steps do not count as part of what follows them."""
+        """Wait for the device, so that the time of queued steps does not count for what follows them."""
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
 
     def _boundary(self, is_last: bool) -> Decision:
         """After a step, always in this order: metrics, one decision, checkpoint, evaluation, stop."""
-        step, every = self.state.step, self.run.config.training.logging_steps
-        read_metrics = is_last or step % (every or _UNLOGGED) == 0
-        if read_metrics:
+        step, every = self.run.step, self.run.config.training.logging_steps
+        logs = is_last or step % (every or _UNLOGGED) == 0
+        if logs:
             self._log(notify=bool(every))
             with self._timer.paused():
                 self.checkpointer.poll(wait=False)
         decision = self._decide()
-        retry = "the one before could not be written" if read_metrics and self.checkpointer.retry_due else ""
+        retry = "the one before could not be written" if logs and self.checkpointer.retry_due else ""
         if decision.save or decision.should_stop or is_last or retry:
-            reason = "last step" if is_last else decision.stop or decision.halt or decision.end or decision.save
+            reason = "last step" if is_last else decision.stop or decision.halt or decision.save
             if not_finite := self._save(reason or retry, blocking=decision.should_stop or is_last):
                 return Decision(halt=not_finite)
         if decision.evaluate and not decision.should_stop:
@@ -181,17 +172,17 @@ class Trainer:
 
     def _log(self, *, notify: bool) -> None:
         """Read the interval's metrics in one device read and one collective, and hand them to the plugins."""
-        run, calls, step = self.run, self.calls, self.state.step
+        run, calls, step = self.run, self.calls, self.run.step
         # Read first: this waits for the steps in the device's queue, and their time counts.
-        metrics, steps = self._buffer.read(self.train_step.schedule(step), self.dist.size)
-        split, self._timer = self._timer.split(step, self.loader.wait_seconds)
+        metrics, records = self._buffer.read(self.train_step.schedule(step), run.world_size)
+        split, self._timer = self._timer.split(step, run.loader.wait_seconds)
         if notify and calls.collect_metrics is not None:
             with run.comm.during("collect_metrics"):
                 metrics |= namespaced(calls.collect_metrics(run, split))
-        metrics["train/not_finite_on"] = not_finite_on(steps, self.dist.rank)
+        metrics["train/not_finite_on"] = not_finite_on(records, run.rank)
         floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
-        first = floats.pop("train/not_finite_on")
-        where = f"; the loss was not finite in process {first:.0f}" if self.dist.size > 1 and first < math.inf else ""
+        rank = floats.pop("train/not_finite_on")
+        where = f"; the loss was not finite in process {rank:.0f}" if run.world_size > 1 and rank < math.inf else ""
         skipped = floats.pop("train/skipped_steps")
         if skipped:
             floats["train/skipped_steps"] = skipped
@@ -200,39 +191,40 @@ class Trainer:
                 name="skipped_steps",
                 count=int(skipped),
             )
-        if spike := self._loss_monitor.spike(steps):
-            run.log.warning(str(spike), name="loss_spike", at=spike.made.step, loss=spike.made.loss, usual=spike.usual)
-        if streak := self._loss_monitor.streak(steps):
+        if spike := self._loss_monitor.spike(records):
+            at, loss = spike.record.step, spike.record.loss
+            run.log.warning(str(spike), name="loss_spike", at=at, loss=loss, usual=spike.usual)
+        if streak := self._loss_monitor.streak(records):
             run.control.halt(streak + where)
         self._last_train = floats
         if split.timed_steps and split.train_seconds > 0:
             self._rates.append(split.timed_tokens / split.train_seconds)
         self._update_status()
         if notify and calls.on_metrics is not None:
-            calls.on_metrics(run, MetricsReady(step, self.state.tokens, floats))
+            calls.on_metrics(run, MetricsReady(step, run.tokens, floats))
 
     def _evaluate(self) -> None:
         """Run the plugins' evaluations. A stop that arrives meanwhile abandons them."""
-        run, calls, state = self.run, self.calls, self.state
+        run, calls, state = self.run, self.calls, self.run.state
         if calls.evaluate is None:
             return
         self._synchronize()
-        started = time.perf_counter()
-        try:
-            with run.evaluating(), run.comm.during("evaluate"):
-                metrics = namespaced(calls.evaluate(run, Evaluate(state.step)))
-        except EvaluationAbandoned:
-            run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
-            return
-        floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
-        self._last_eval = floats
-        if (loss := floats.get(VAL_LOSS)) is not None and math.isfinite(loss):
-            state.record_val_loss(loss)
-            self.checkpointer.run_dir.record_val_loss(state.step, loss)
-        seconds = time.perf_counter() - started
-        if calls.on_eval_end is not None:
-            calls.on_eval_end(run, EvalEnd(state.step, state.tokens, floats, seconds))
-        self._timer.exclude(time.perf_counter() - started)
+        with self._timer.paused():
+            started = time.perf_counter()
+            try:
+                with run.evaluating(), run.comm.during("evaluate"):
+                    metrics = namespaced(calls.evaluate(run, Evaluate(state.step)))
+            except EvaluationAbandoned:
+                run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
+                return
+            floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
+            self._last_eval = floats
+            if (loss := floats.get(VAL_LOSS)) is not None and math.isfinite(loss):
+                state.record_val_loss(loss)
+                self.checkpointer.run_dir.record_val_loss(state.step, loss)
+            if calls.on_eval_end is not None:
+                seconds = time.perf_counter() - started
+                calls.on_eval_end(run, EvalEnd(state.step, state.tokens, floats, seconds))
 
     def _save(self, reason: str, *, blocking: bool) -> str:
         """Save this step. Returns why the run must halt, or an empty string."""
@@ -243,12 +235,10 @@ class Trainer:
     def _stopped(self, decision: Decision) -> tuple[RunStatus, str]:
         if decision.halt:
             return "halted", decision.halt
-        if self.state.step == self._max_steps:
-            reason = decision.stop or decision.end
-            return "completed", f"finished all {self._max_steps} steps; the last evaluation was left out: {reason}"
-        if decision.stop:
-            return "stopped", decision.stop
-        return "completed", decision.end
+        if self.run.step == self._max_steps:
+            reason = f"finished all {self._max_steps} steps; the last evaluation was left out: {decision.stop}"
+            return "completed", reason
+        return "stopped", decision.stop
 
     def _out_of_data(self, reason: str) -> tuple[RunStatus, str]:
         """The data ended before ``max_steps``: the run is complete, as after its last step."""
@@ -263,10 +253,10 @@ class Trainer:
     def _update_status(self) -> None:
         # Of the latest intervals only: the list grows with the run.
         rate = statistics.median(self._rates[-15:]) if self._rates else None
-        left = (self._max_steps - self.state.step) * self.run.known["tokens_per_step"]
+        left = (self._max_steps - self.run.step) * self.run.known["tokens_per_step"]
         self.checkpointer.run_dir.status.update(
             state="running",
-            step=self.state.step,
+            step=self.run.step,
             max_steps=self._max_steps,
             loss=self._last_train.get("train/loss"),
             tokens_per_second=rate,

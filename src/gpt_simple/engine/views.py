@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from attrs import define, field, frozen
@@ -34,32 +34,27 @@ from gpt_simple.model.generate import generate
 
 
 class EvaluationAbandoned(BaseException):
-    """A stop arrived during an evaluation and all ranks agreed to leave it.
+    """A stop arrived during an evaluation, and all ranks agreed to abandon it.
 
-    No Exception: a plugin that is evaluating must not take it for its own failure.
+    Not an Exception, so that it does not count as a failure of the plugin that evaluates.
     """
 
 
 @frozen(eq=False)
 class EngineLog:
-    """Lines for people and fields for machines; implements ``gpt_simple.hooks.run.Log``."""
+    """Publishes log records; implements ``gpt_simple.hooks.run.Log``."""
 
     _publish: Callable[[LogRecord], None]
     _state: TrainState
 
     def info(self, message: str, *, name: str = "info", **fields: Any) -> None:
-        self._emit("info", message, name, fields)
+        self._publish(LogRecord("info", message, self._state.step, name, fields))
 
     def warning(self, message: str, *, name: str = "warning", **fields: Any) -> None:
-        self._emit("warning", message, name, fields)
+        self._publish(LogRecord("warning", message, self._state.step, name, fields))
 
     def error(self, message: str, *, name: str = "error", **fields: Any) -> None:
-        self._emit("error", message, name, fields)
-
-    def _emit(
-        self, level: Literal["info", "warning", "error"], message: str, name: str, fields: dict[str, Any]
-    ) -> None:
-        self._publish(LogRecord(level, message, self._state.step, name, fields))
+        self._publish(LogRecord("error", message, self._state.step, name, fields))
 
 
 @define(eq=False)
@@ -71,7 +66,7 @@ class EngineComm:
 
     @contextmanager
     def during(self, hook: str) -> Iterator[None]:
-        """Open for the time of a hook that every rank runs; closed with an empty name."""
+        """Open inside, for a hook that every rank runs; closed if ``hook`` is empty."""
         outer, self._hook = self._hook, hook
         try:
             yield
@@ -87,7 +82,7 @@ class EngineComm:
         self._dist.barrier()
 
     def check(self, what: str) -> None:
-        """Raise PluginError where a collective would wait for ranks that never come; with one process too."""
+        """Raise PluginError where a collective would hang because only some ranks call it; with one rank too."""
         if not self._hook:
             raise PluginError(f"{what} was used in a hook that not every process runs at once, where it would hang")
 
@@ -104,7 +99,7 @@ class EngineCheckpoints:
     def prune(
         self, *, keep_last: int | None, keep_every: int | None = None, protect: Iterable[int] = ()
     ) -> Sequence[CheckpointInfo]:
-        # Deleting large files takes a while, for which training need not wait.
+        # Training does not wait for the deletion of large files.
         gone = self._store.prune(keep_last, keep_every, set(protect), wait=False)
         return [CheckpointInfo(found.step, found.path) for found in gone]
 
@@ -118,13 +113,9 @@ class LaunchView:
     dist: ProcessGroup
     precision: Precision
     state: TrainState
-    requests: Requests
+    control: Requests
     log: EngineLog
     comm: EngineComm
-
-    @property
-    def control(self) -> Requests:
-        return self.requests
 
     @property
     def step(self) -> int:
@@ -133,10 +124,6 @@ class LaunchView:
     @property
     def tokens(self) -> int:
         return self.state.tokens
-
-    @property
-    def target_tokens(self) -> int:
-        return self.state.target_tokens
 
     @property
     def rank(self) -> int:
@@ -192,31 +179,15 @@ class ModelView(LaunchView):
     def evaluating(self) -> AbstractContextManager[None]:
         return evaluation_mode(self.model, self.precision, derive_seed(self.config.training.seed, self.step))
 
-    def generate(
-        self,
-        prompt: str = "",
-        *,
-        max_new_tokens: int = 100,
-        temperature: float = 0.8,
-        top_k: int | None = 50,
-        seed: int = 0,
-    ) -> str:
-        # The length grows token by token: each one would be compiled anew.
+    def generate(self, prompt: str = "", **options: Any) -> str:
+        # The length grows token by token: torch would compile for each.
         with self.evaluating(), torch.compiler.set_stance("force_eager"):
-            return generate(
-                self.model,
-                self.tokenizer,
-                prompt,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                seed=seed,
-            )
+            return generate(self.model, self.tokenizer, prompt, **options)
 
 
 @frozen(eq=False)
 class RunView(ModelView):
-    """The run with all that trains it. ``wrapped`` is the module whose backward reduces gradients."""
+    """The whole run. ``wrapped`` is the module whose backward reduces gradients; ``known`` is what ``facts`` copies."""
 
     run_id: str
     wrapped: torch.nn.Module
@@ -228,7 +199,6 @@ class RunView(ModelView):
         return deepcopy(dict(self.known))
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Summed cross-entropy in nats, 0-d, on the device."""
         return summed_loss(self.wrapped, batch)
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:

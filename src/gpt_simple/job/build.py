@@ -137,7 +137,7 @@ def _trainer(
         optimizer=built.optimizer,
         schedule=schedule.build(config.optimizer, config.training.max_steps),
         precision=job.runtime.precision,
-        world=job.dist,
+        dist=job.dist,
         seed=config.training.seed,
         max_grad_norm=config.optimizer.max_grad_norm,
     )
@@ -152,10 +152,7 @@ def _trainer(
     return Trainer(
         run=run,
         calls=plugins.calls,
-        dist=job.dist,
-        state=job.state,
         train_step=train_step,
-        loader=built.loader,
         control=control,
         checkpointer=checkpointer,
         signals=job.signals,

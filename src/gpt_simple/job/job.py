@@ -46,11 +46,10 @@ class Job:
 
     def leave_if_requested(self) -> None:
         """Raise StopNow, or Halted, on all ranks if any of them was asked to leave. For the time before the loop."""
-        requests, deadline = self.plugins.requests, self.runtime.deadline
+        reasons, deadline = self.plugins.requests.reasons, self.runtime.deadline
         control = self.control(*([deadline.reason_to_stop] if deadline is not None else []))
-        leaving = [control.is_leaving(), bool(requests.halt_reason)]
-        stop, halt = self.dist.all_reduce_max(leaving) if self.dist.size > 1 else leaving
+        leave, halt = self.dist.all_reduce_max([control.is_leaving(), "halt" in reasons])
         if halt:
-            raise Halted(requests.halt_reason or "another process asked for it")
-        if stop:
-            raise StopNow(requests.stop_reason or "another process was asked to stop")
+            raise Halted(reasons.get("halt", "another process asked for it"))
+        if leave:
+            raise StopNow(reasons.get("stop", "another process was asked to stop"))

@@ -13,7 +13,7 @@ from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.data.tokenizer import load_tokenizer
-from gpt_simple.engine.resume import keep_values
+from gpt_simple.engine.compatibility import keep_values
 from gpt_simple.errors import CheckpointError, ConfigError, raise_all
 from gpt_simple.hooks.components import UnknownComponent
 from gpt_simple.model.shape import padded

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from gpt_simple._names import __version__
-from gpt_simple.engine.resume import ResumePlan, flat
+from gpt_simple.engine.compatibility import flatten
+from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.run_dir.layout import RunDir
@@ -23,14 +24,14 @@ def launch_facts(spec: RunSpec) -> dict[str, Any]:
     """What must be the same on every rank before any of them reads a file."""
     plugins = [f"{plugin.name} {plugin.version}" for plugin in spec.host.plugins]
     versions = {"gpt-simple": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {**flat(spec.config), "plugins": plugins, "their code": spec.host.order_hash(), **versions}
+    return {**flatten(spec.config), "plugins": plugins, "their code": spec.host.order_hash(), **versions}
 
 
 def run_facts(spec: RunSpec, plan: ResumePlan, run: Mapping[str, Any]) -> dict[str, Any]:
     """The ``facts`` of run.json. ``run``: those that plugins see."""
     return {
         "version": __version__,
-        "config": flat(spec.config),
+        "config": flatten(spec.config),
         "origins": {path: origin.where for path, origin in spec.origins.by_path.items()},
         "versions": {
             "python": platform.python_version(),

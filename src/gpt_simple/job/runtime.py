@@ -38,8 +38,8 @@ def resolve_runtime(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
 def _resolve(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
     training = spec.config.training
     precision = resolve_precision(training.mixed_precision, dist.device)
-    wished = not spec.origins.is_default("training.compile")
-    compile_plan = plan_compile(training, dist.device, dist.size, wished=wished)
+    explicit = not spec.origins.is_default("training.compile")
+    compile_plan = plan_compile(training, dist.device, dist.size, explicit=explicit)
     deadline = Deadline.of_launch(training, os.environ, started=began, now=time.monotonic(), clock=time.time())
     numerics = {
         "processes": dist.size,

@@ -89,7 +89,7 @@ def find_checkpoint(job: Job) -> FoundCheckpoint:
     job.dist.all_or_none(job.run_dir.check)
     # One store for the whole launch: what it has verified once it need not hash again.
     store = Store(job.run_dir.checkpoints)
-    return job.dist.all_or_none(lambda: search_checkpoint(job.config, job.run_dir, force=job.force, store=store))
+    return job.dist.all_or_none(lambda: search_checkpoint(job.config, store, force=job.force))
 
 
 def prepare_data(job: Job, found: FoundCheckpoint) -> PreparedData:

@@ -15,7 +15,6 @@ from gpt_simple.config.schema import Config
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import CompilePlan, compile_model
 from gpt_simple.engine.evaluation import evaluation_mode
-from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.step import OnBatch, OnGradients, StepResult, TrainStep, summed_loss
 from gpt_simple.hooks.batch import Batch
@@ -73,10 +72,10 @@ class DryRun:
             optimizer=optimizer,
             schedule=lambda step: rate,
             precision=precision,
-            world=ProcessGroup(0, 1, device, None),
+            dist=ProcessGroup(0, 1, device),
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
-            skipping="device" if skips_on_device(optimizer) else "nobody" if fake_tensors else "host",
+            fake_tensors=fake_tensors,
         )
         model.train()
         batch = synthetic_batch(config, min(vocab_size, rows), device)

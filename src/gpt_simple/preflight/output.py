@@ -10,7 +10,7 @@ from pathlib import Path
 from gpt_simple._files import nearest_existing
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import Config, OptimizerConfig, TrainingConfig
-from gpt_simple.engine.resume import flat
+from gpt_simple.engine.compatibility import flatten
 from gpt_simple.hooks.preflight import CheckedOutput
 from gpt_simple.model.flops import parameter_count, tensor_count
 from gpt_simple.model.shape import Shape
@@ -76,7 +76,7 @@ def _sizes(config: Config, shape: Shape | None) -> tuple[int, int]:
         return 0, 0
     in_all, per_parameter, per_evaluation = DOCUMENTS
     evaluations = training.max_steps // training.eval_steps if training.eval_steps else 0
-    fields = len(json.dumps(flat(config), indent=4))
+    fields = len(json.dumps(flatten(config), indent=4))
     count = tensor_count(shape)
     tensors = 12 * parameter_count(shape) + 4 * count
     return tensors, in_all + fields + per_parameter * count + per_evaluation * evaluations

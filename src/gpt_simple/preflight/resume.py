@@ -29,8 +29,7 @@ def plan_resume(
         run_dir.check()
     except ConfigError:
         return PlannedResume("scratch")  # nothing can be there, and check_output refuses the directory
-    store = engine.SizeCheckingStore(run_dir.checkpoints)
-    found = engine.find_checkpoint(config, run_dir, force=options.force, store=store)
+    found = engine.find_checkpoint(config, engine.SizeCheckingStore(run_dir.checkpoints), force=options.force)
     if found.checkpoint is None:
         return PlannedResume("scratch", skipped=found.skipped)
     saved, samples, data = found.state["run"], found.state["samples"], inspect_data()

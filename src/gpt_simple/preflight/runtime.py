@@ -86,7 +86,7 @@ def _measured(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with preserved_process_state():
         precision = resolve(training.mixed_precision, device)
-        compiling = plan(training, device, 1, wished=compile_is_explicit)
+        compiling = plan(training, device, 1, explicit=compile_is_explicit)
         _require_memory(config, registry, vocab_size, shape, precision, compiled=compiling.enabled)
         with compile_flags(compiling), _own_compiler_cache():
             dry_run = DryRun.prepare(config, registry, precision, vocab_size=vocab_size, compile_plan=compiling)

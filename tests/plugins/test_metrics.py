@@ -1,0 +1,45 @@
+"""No row of metrics.jsonl is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from io import FileIO
+from typing import Any
+
+import pytest
+
+from tests.children import At, At2
+from tests.tiny import TinyRun
+
+
+def test_rows_of_metrics_wait_for_room_on_the_disk(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disk(FileIO):
+        """Takes half of what it is given in steps 2 and 3, then nothing."""
+
+        def write(self, data: Any) -> int:
+            if full[0] == 1:
+                full[0] = 2
+                return super().write(bytes(data[: len(data) // 2]))
+            if full[0] == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    def fill(run: Any) -> None:
+        full[0] = 1
+
+    def make_room(run: Any) -> None:
+        full[0] = 0
+
+    full = [0]
+    monkeypatch.setattr("gpt_simple.plugins.metrics.FileIO", Disk)
+    plugins = [At("on_step_start", 2, fill), At2("on_step_start", 4, make_room)]
+    result = tiny(plugins=plugins, training__logging_steps=1)
+    lines = (result.output_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    warned = [row["message"] for row in rows if row.get("level") == "warning"]
+    assert [text.partition(": ")[2] for text in warned] == [
+        "No space left on device; the rows are kept and written later"
+    ]
