@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,11 +20,15 @@ SOURCE = {"data.source": "counting", "data.val_fraction": 0.3, "data.max_documen
 
 
 def brings_source(when_read: Callable[[], object]) -> type[Plugin[NoConfig]]:
-    """A plugin with the source ``counting``, which calls ``when_read`` when its documents are read."""
+    """A plugin with the source ``counting``, which calls ``when_read`` when its documents are read.
+
+    No other such plugin's data are in the cache.
+    """
+    token = secrets.token_hex(8)
 
     class Counting:
         def fingerprint(self) -> str:
-            return "counting"
+            return token
 
         def documents(self) -> Iterator[Document]:
             when_read()
