@@ -28,7 +28,7 @@ from gpt_simple.config.schema import Phase
 from gpt_simple.engine.compatibility import with_legacy_options, with_legacy_values
 from gpt_simple.engine.resume import flat, keep_values
 from gpt_simple.hooks import components
-from gpt_simple.job.load_model import restore
+from gpt_simple.job.model import restore
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.spec import resolve_spec
 from tests.compatibility.make_example import PLUGIN, outcome

@@ -66,7 +66,7 @@ def sample(
     import torch
 
     from gpt_simple.engine.precision import resolve
-    from gpt_simple.job.load_model import restore
+    from gpt_simple.job.model import restore
     from gpt_simple.model.generate import generate
     from gpt_simple.run_dir.layout import RunDir
 

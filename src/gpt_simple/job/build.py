@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from attrs import frozen
 
 from gpt_simple._names import __version__
 from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
@@ -20,54 +19,57 @@ from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import derive_seed, isolated_rng
 from gpt_simple.engine.step import TrainStep
+from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
 from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
+from gpt_simple.job.model import checkpoint_activations, new_model
 from gpt_simple.job.records import best_val_loss
-from gpt_simple.job.stages import Checked, PreparedData, checkpoint_activations, model_view, model_view_parts, new_model
+from gpt_simple.job.stages import PreparedData, model_view
 
 _MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which count samples from 0
 
 
-@frozen(eq=False)
-class Built:
-    """What is allocated. ``wrapped`` is the module whose backward reduces gradients over the ranks."""
-
-    model: torch.nn.Module
-    wrapped: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    loader: Loader
-
-
 @contextmanager
 def build_trainer(
-    job: Job, data: PreparedData, plan: ResumePlan, checked: Checked, run_dir: ClaimedRunDir
+    job: Job, data: PreparedData, plan: ResumePlan, time_budget: TimeBudget | None, run_dir: ClaimedRunDir
 ) -> Iterator[Trainer]:
     """Build what trains, in an order that checkpoints, hooks and torch depend on.
 
-    Until the first update a signal unwinds. Not one piece for all ranks: hooks and DDP have collectives of their own.
+    Until the first update a signal unwinds. Not wrapped in ``all_or_none``: hooks and DDP have their own collectives.
     """
     job.leave_if_requested()
-    with job.signals.interrupting(job.dist.size == 1):
+    config, dist = job.config, job.dist
+    with job.signals.interrupting(dist.size == 1):
         model = _build_model(job, data, plan)
         optimizer = _build_optimizer(job, model)
         _restore(job, plan, model, optimizer)
-        wrapped = job.dist.wrap(model)
+        schedule = job.spec.registry.get("schedule", config.optimizer.schedule)
+        train_step = TrainStep(
+            model=model,
+            wrapped=dist.wrap(model),
+            optimizer=optimizer,
+            schedule=schedule.build(config.optimizer, config.training.max_steps),
+            precision=job.runtime.precision,
+            world=dist,
+            seed=config.training.seed,
+            max_grad_norm=config.optimizer.max_grad_norm,
+        )
         compile_model(model, job.runtime.compile_plan)
         loader = Loader(
             data.dataset,
-            job.config,
-            world_size=job.dist.size,
-            rank=job.dist.rank,
-            device=job.dist.device,
+            config,
+            world_size=dist.size,
+            rank=dist.rank,
+            device=dist.device,
             consumed=plan.samples,
         )
         with closing(loader):
             _warn_of_early_end(job, loader, plan.samples)
-            yield _trainer(job, data, plan, checked, run_dir, Built(model, wrapped, optimizer, loader))
+            yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader)
 
 
 def _build_model(job: Job, data: PreparedData, plan: ResumePlan) -> torch.nn.Module:
@@ -75,7 +77,7 @@ def _build_model(job: Job, data: PreparedData, plan: ResumePlan) -> torch.nn.Mod
         model = new_model(job.spec, data.tokenizer)
     model.to(job.dist.device)
     plugins = job.plugins
-    plugins.adopt(model_view(job, data, model, plan.found.store))
+    plugins.adopt(model_view(job, data, plan, model))
     if plugins.calls.on_model_built is not None:
         with plugins.comm.during("on_model_built"):
             plugins.calls.on_model_built(plugins.view, ModelBuilt(model))
@@ -116,36 +118,31 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
 
 
 def _trainer(
-    job: Job, data: PreparedData, plan: ResumePlan, checked: Checked, run_dir: ClaimedRunDir, built: Built
+    job: Job,
+    data: PreparedData,
+    plan: ResumePlan,
+    time_budget: TimeBudget | None,
+    run_dir: ClaimedRunDir,
+    train_step: TrainStep,
+    loader: Loader,
 ) -> Trainer:
-    config, plugins, time_budget, model = job.config, job.plugins, checked.time_budget, built.model
+    plugins, model = job.plugins, train_step.model
     conditions = [] if time_budget is None else [time_budget.reason_to_stop]
     control = job.control(*conditions, throttled(run_dir.take_stop_request))
-    run = RunView(
-        **model_view_parts(job, data, model, plan.found.store),
+    run = plugins.extended_view(
+        RunView,
         run_id=run_dir.run_id,
-        wrapped=built.wrapped,
-        loader=built.loader,
-        known=_facts(job, data, model),
+        wrapped=train_step.wrapped,
+        loader=loader,
+        known=_run_info(job, data, model),
         sync=control,
     )
     plugins.adopt(run)
-    schedule = job.spec.registry.get("schedule", config.optimizer.schedule)
-    train_step = TrainStep(
-        model=model,
-        wrapped=built.wrapped,
-        optimizer=built.optimizer,
-        schedule=schedule.build(config.optimizer, config.training.max_steps),
-        precision=job.runtime.precision,
-        world=job.dist,
-        seed=config.training.seed,
-        max_grad_norm=config.optimizer.max_grad_norm,
-    )
     checkpointer = Checkpointer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, built.optimizer),
+        snapshot=partial(_snapshot, job, plan, model, train_step.optimizer),
         must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
         time_budget=time_budget,
     )
@@ -155,7 +152,7 @@ def _trainer(
         dist=job.dist,
         state=job.state,
         train_step=train_step,
-        loader=built.loader,
+        loader=loader,
         control=control,
         checkpointer=checkpointer,
         signals=job.signals,
@@ -189,7 +186,7 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: tor
     return tensors, {"state": state, "plugins": plugin_records}
 
 
-def _facts(job: Job, data: PreparedData, model: torch.nn.Module) -> dict[str, Any]:
+def _run_info(job: Job, data: PreparedData, model: torch.nn.Module) -> dict[str, Any]:
     """What ``run.facts()`` returns. After ``on_model_built``: a plugin may have added parameters."""
     config, device = job.config, job.dist.device
     flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)

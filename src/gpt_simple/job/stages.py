@@ -6,12 +6,9 @@ directory is touched.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
-import attrs
 import torch
 from attrs import frozen
 
@@ -30,8 +27,8 @@ from gpt_simple.hooks.batch import Tokenizer
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.job.job import Job
+from gpt_simple.job.model import checkpoint_activations, new_model, refuse_shared_documents
 from gpt_simple.job.records import launch_facts
-from gpt_simple.model.shape import padded
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.spec import RunSpec
 
@@ -46,14 +43,6 @@ class PreparedData:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.dataset.tokenizer
-
-
-@frozen
-class Checked:
-    """What the checks before a run have found out. ``time_budget`` is None without a deadline."""
-
-    parameter_bytes: int
-    time_budget: TimeBudget | None
 
 
 @contextmanager
@@ -117,77 +106,40 @@ def plan_resume(job: Job, found: FoundCheckpoint, data: PreparedData) -> ResumeP
     return job.dist.all_or_none(lambda: compare_with_checkpoint(found, fingerprint))
 
 
-def preflight(job: Job, data: PreparedData, plan: ResumePlan) -> Checked:
-    """Refuse what cannot work, with the model on the meta device: nothing is allocated and nothing deleted yet."""
-    checked = job.dist.all_or_none(lambda: _preflight(job, data, plan))
+def preflight(job: Job, data: PreparedData, plan: ResumePlan) -> TimeBudget | None:
+    """Refuse what cannot work, with the model on the meta device: nothing is allocated and nothing deleted yet.
+
+    Returns the time budget, None without a deadline.
+    """
+    time_budget = job.dist.all_or_none(lambda: _preflight(job, data, plan))
     if not plan.is_finished:
         job.leave_if_requested()
-    return checked
+    return time_budget
 
 
-def _preflight(job: Job, data: PreparedData, plan: ResumePlan) -> Checked:
+def _preflight(job: Job, data: PreparedData, plan: ResumePlan) -> TimeBudget | None:
     for part in job.spec.components:
         part.load()
     with torch.device("meta"):
         model = new_model(job.spec, data.tokenizer)
+    refuse_shared_documents(job.spec, model)
     checkpoint_activations(job.spec, model)
     refuse_uncompilable(model, job.runtime.compile_plan)
-    size, deadline = sum(parameter.nbytes for parameter in model.parameters()), job.runtime.deadline
-    # A checkpoint holds weights and two moments.
-    time_budget = TimeBudget(deadline, first_save_bytes=3 * size) if deadline is not None else None
+    time_budget = None
+    if job.runtime.deadline is not None:
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        time_budget = TimeBudget(job.runtime.deadline, first_save_bytes=3 * size)  # weights and two moments
     if (check_runtime := job.plugins.calls.check_runtime) is not None:
-        view = model_view(job, data, model, plan.found.store)
-        found = check_runtime(view, _preflight_of(job))
+        found = check_runtime(model_view(job, data, plan, model), _preflight_of(job))
         report([job.spec.shown(finding) for _, findings in found for finding in findings], job.plugins.log.warning)
-    return Checked(size, time_budget)
+    return time_budget
 
 
-def model_view(job: Job, data: PreparedData, model: torch.nn.Module, store: Store) -> ModelView:
+def model_view(job: Job, data: PreparedData, plan: ResumePlan, model: torch.nn.Module) -> ModelView:
     """The plugins' view of the run with ``model``."""
-    return ModelView(**model_view_parts(job, data, model, store))
-
-
-def model_view_parts(job: Job, data: PreparedData, model: torch.nn.Module, store: Store) -> dict[str, Any]:
-    """The fields of a ModelView, which later views have as well."""
-    parts: dict[str, Any] = attrs.asdict(job.plugins.launch_view, recurse=False)
-    return {**parts, "model": model, "tokenizer": data.tokenizer, "checkpoints": EngineCheckpoints(store)}
-
-
-def new_model(spec: RunSpec, tokenizer: Tokenizer) -> torch.nn.Module:
-    """The configured model on torch's default device. ConfigError if tokenizer or document mask do not suit it."""
-    config = spec.config
-    vocab_size = getattr(config.model, "vocab_size", None)
-    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, more than {vocab_size}",
-            key="model.vocab_size",
-            hint="leave it out or raise it",
-        )
-    part = spec.registry.get("model", config.model.name)
-    model: torch.nn.Module = part.build(
-        config.model, vocab_size=vocab_size or padded(tokenizer.vocab_size), max_length=config.data.max_length
+    return job.plugins.extended_view(
+        ModelView, model=model, tokenizer=data.tokenizer, checkpoints=EngineCheckpoints(plan.found.store)
     )
-    if config.data.document_mask and not _sees_documents(model):
-        raise ConfigError(
-            f"the model {config.model.name!r} takes no position_ids and document_ids, so its documents see each other",
-            key="data.document_mask",
-            hint="set it to false",
-        )
-    return model
-
-
-def checkpoint_activations(spec: RunSpec, model: torch.nn.Module) -> None:
-    """Apply ``training.gradient_checkpointing``. ConfigError if it was asked for and the model has none."""
-    every = int(spec.config.training.gradient_checkpointing)
-    apply = getattr(model, "set_activation_checkpointing", None)
-    if apply is not None:
-        apply(every)
-    elif every and not spec.origins.is_default("training.gradient_checkpointing"):
-        raise ConfigError(
-            f"the model {spec.config.model.name!r} has no set_activation_checkpointing(every)",
-            key="training.gradient_checkpointing",
-            hint="set it to false",
-        )
 
 
 def report(findings: list[Finding], warn: Callable[..., None]) -> None:
@@ -205,12 +157,3 @@ def report(findings: list[Finding], warn: Callable[..., None]) -> None:
 
 def _preflight_of(job: Job) -> RunPreflight:
     return RunPreflight(job.spec, PreflightOptions(launching=True, force=job.force, world_size=job.dist.size))
-
-
-def _sees_documents(model: torch.nn.Module) -> bool:
-    """Whether ``forward`` takes (input_ids, labels, position_ids, document_ids)."""
-    try:
-        inspect.signature(model.forward).bind(None, None, None, None)
-    except TypeError:
-        return False
-    return True

@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from attrs import fields
+
 from gpt_simple._names import PROGRAM
 from gpt_simple.config.load import split_overrides
 from gpt_simple.config.redact import redacted
@@ -29,21 +31,8 @@ from gpt_simple.launch.member import owns_run
 from gpt_simple.run_dir.layout import write_json
 from gpt_simple.spec import RunSpec
 
-_SHARED = (
-    "status",
-    "reason",
-    "steps",
-    "total_tokens",
-    "total_target_tokens",
-    "final_loss",
-    "final_val_loss",
-    "best_val_loss",
-    "bits_per_byte",
-    "floor",
-    "seconds",
-    "tokens_per_second",
-    "peak_memory_gib",
-)
+_SHARED = [item.name for item in fields(TrainResult) if item.name not in ("checkpoint_path", "output_dir", "summary")]
+"""What a TrainResult and ``summary.json`` have under the same name."""
 
 
 def run_to_end(job: Job, data: PreparedData, plan: ResumePlan, run_dir: ClaimedRunDir, trainer: Trainer) -> TrainResult:
@@ -70,7 +59,7 @@ def run_to_end(job: Job, data: PreparedData, plan: ResumePlan, run_dir: ClaimedR
     if run.is_main:
         _write_summary(job, summary)
     run_dir.status.update(state=fit.status, step=state.step, reason=fit.reason, force=True)
-    return as_result(summary, run.output_dir)
+    return _result(summary, run.output_dir)
 
 
 def _write_summary(job: Job, summary: dict[str, Any]) -> None:
@@ -150,7 +139,7 @@ def already_finished(job: Job, plan: ResumePlan) -> TrainResult:
     except (OSError, ValueError):
         summary = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"], "floor": None}
     summary |= {"status": "completed", "reason": reason, "checkpoint": str(plan.source)} | _counts(state)
-    return as_result(summary, run_dir.root)
+    return _result(summary, run_dir.root)
 
 
 def stopped_before_first_step(job: Job, found: FoundCheckpoint, stop: StopNow) -> TrainResult:
@@ -166,7 +155,7 @@ def stopped_before_first_step(job: Job, found: FoundCheckpoint, stop: StopNow) -
         "peak_memory_gib": peak_bytes(job.dist.device) / GIB,
         "checkpoint": str(newest[-1].path) if newest else None,
     }
-    return as_result(summary, job.run_dir.root)
+    return _result(summary, job.run_dir.root)
 
 
 def _counts(state: Mapping[str, Any]) -> dict[str, int]:
@@ -175,7 +164,7 @@ def _counts(state: Mapping[str, Any]) -> dict[str, int]:
     return {name: state.get(key, 0) for name, key in names.items()}
 
 
-def as_result(summary: dict[str, Any], output_dir: Path) -> TrainResult:
+def _result(summary: dict[str, Any], output_dir: Path) -> TrainResult:
     """The part of a summary that a caller of ``train`` gets as attributes."""
     checkpoint = summary["checkpoint"]
     return TrainResult(
