@@ -157,9 +157,9 @@ def test_a_new_run_has_the_later_defaults(kept: Path, shell: Shell, later: None)
 def test_a_model_is_restored_with_the_values_that_it_began_with(kept: Path, request: pytest.FixtureRequest) -> None:
     cpu, ids = torch.device("cpu"), torch.arange(8)[None]
     with torch.no_grad():
-        expected = restore(RunDir(kept), cpu).model(ids)
+        expected = restore(RunDir(kept), cpu)[0](ids)
         request.getfixturevalue("later")
-        restored = restore(RunDir(kept), cpu).model(ids)
+        restored = restore(RunDir(kept), cpu)[0](ids)
     assert torch.equal(torch.as_tensor(restored[0]), torch.as_tensor(expected[0]))
 
 

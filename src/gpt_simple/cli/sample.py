@@ -71,12 +71,12 @@ def sample(
     from gpt_simple.run_dir.layout import RunDir
 
     place = _device(device)
-    restored = restore(RunDir(run), place, step=step, plugins=plugins)
+    model, tokenizer = restore(RunDir(run), place, step=step, plugins=plugins)
     for index in range(count):
         with torch.no_grad(), resolve(None, place).autocast():
             text = generate(
-                restored.model,
-                restored.tokenizer,
+                model,
+                tokenizer,
                 prompt,
                 max_new_tokens=tokens,
                 temperature=temperature,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -22,15 +22,18 @@ from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
+from gpt_simple.errors import CheckpointError
 from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
+from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model
-from gpt_simple.job.records import best_val_loss
 from gpt_simple.job.stages import PreparedData, model_view
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.lineage import RunRecord, read_metrics
 
-_MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which count samples from 0
+_MODEL_STREAM = 0x6D6F64656C  # differs from the streams of micro-batches, which count samples from 0
 
 
 @contextmanager
@@ -111,10 +114,31 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
         store.load_tensors(checkpoint, "plugins"),
         is_main=job.dist.is_main,
     )
-    job.state.load_state_dict({**state, "best_val_loss": best_val_loss(plan)})
+    job.state.load_state_dict({**state, "best_val_loss": _best_val_loss(plan)})
     plugins = job.plugins
     if plugins.calls.on_checkpoint_loaded is not None:
         plugins.calls.on_checkpoint_loaded(plugins.view, CheckpointLoaded(job.state.step, checkpoint.path))
+
+
+def _best_val_loss(plan: ResumePlan) -> float | None:
+    """The lowest validation loss up to the checkpoint's step.
+
+    A checkpoint is saved before its step is evaluated: that loss is in run.json, in older runs in metrics.jsonl.
+    """
+    found = plan.found
+    if found.checkpoint is None:
+        return None
+    step, run_dir = found.checkpoint.step, RunDir(found.checkpoint.path.absolute().parent.parent)
+    losses = [found.state["best_val_loss"], *_val_losses(run_dir, step)]
+    return min((loss for loss in losses if loss is not None), default=None)
+
+
+def _val_losses(run_dir: RunDir, step: int) -> list[float | None]:
+    with suppress(CheckpointError):
+        if (loss := RunRecord.load(run_dir).val_losses.get(str(step))) is not None:
+            return [loss]
+    rows = read_metrics(run_dir.metrics_jsonl, "eval") if run_dir.metrics_jsonl.exists() else []
+    return [row.get(VAL_LOSS) for row in rows if row["step"] == step]
 
 
 def _trainer(
@@ -171,7 +195,7 @@ def _warn_of_early_end(job: Job, loader: Loader, consumed: int) -> None:
 
 
 def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
-    """What a checkpoint holds: tensors and JSON documents by file stem."""
+    """The content of a checkpoint: tensors and JSON documents by file stem."""
     moments, optimizer_document = flatten_optimizer(optimizer, model)
     plugin_records, plugin_tensors = job.spec.host.state()
     state = {
@@ -187,7 +211,7 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: tor
 
 
 def _run_info(job: Job, data: PreparedData, model: torch.nn.Module) -> dict[str, Any]:
-    """What ``run.facts()`` returns. After ``on_model_built``: a plugin may have added parameters."""
+    """The result of ``run.facts()``. Comes after ``on_model_built``, which may have added parameters."""
     config, device = job.config, job.dist.device
     flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
     kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
 
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.state import load_model
@@ -73,23 +72,17 @@ def checkpoint_activations(spec: RunSpec, model: torch.nn.Module) -> None:
         )
 
 
-@frozen
-class Restored:
-    """A model in eval mode, fp32, with the tokenizer that it was trained with."""
+def restore(
+    run_dir: RunDir, device: torch.device, *, step: int | None = None, plugins: Sequence[str] = ()
+) -> tuple[torch.nn.Module, Tokenizer]:
+    """The model (fp32, in eval mode) of the checkpoint of ``step`` or of the newest valid one, and its tokenizer.
 
-    model: torch.nn.Module
-    tokenizer: Tokenizer
-    checkpoint: Checkpoint
-
-
-def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None, plugins: Sequence[str] = ()) -> Restored:
-    """The model of the checkpoint of ``step``, or of the newest valid one. Changes nothing on disk.
-
-    ``plugins`` are switched on as by ``-p``, beside those of the run that are installed. A plugin file runs only if it
-    is among them, not because run.json names it. Raises CheckpointError if there is no such run or checkpoint, and
-    ConfigError if the plugin that brings its model is missing.
+    Changes nothing on disk. ``plugins`` are switched on as by ``-p``, beside those of the run that are installed. A
+    plugin file runs only if it is among them, not because run.json names it. Raises CheckpointError if there is no such
+    run or checkpoint, and ConfigError if the plugin that brings its model is missing.
     """
-    checkpoint = _find(Store(run_dir.checkpoints), run_dir, step)
+    store = Store(run_dir.checkpoints)
+    checkpoint = _find(store, step)
     facts = _facts(run_dir)
     values, tokenizer = facts["config"], load_tokenizer(run_dir.tokenizer)
     saved = {key: value for key, value in values.items() if key.startswith("model.")}
@@ -113,23 +106,21 @@ def restore(run_dir: RunDir, device: torch.device, *, step: int | None = None, p
     raise_all(errors)
     assert spec is not None, "without errors there is one"
     model = new_model(keep_values(spec, saved), tokenizer)
-    load_model(model, Store(run_dir.checkpoints).load_tensors(checkpoint, "model"))
-    return Restored(model.to(device).eval(), tokenizer, checkpoint)
+    load_model(model, store.load_tensors(checkpoint, "model"))
+    return model.to(device).eval(), tokenizer
 
 
-def _find(store: Store, run_dir: RunDir, step: int | None) -> Checkpoint:
+def _find(store: Store, step: int | None) -> Checkpoint:
     if step is None:
         newest, skipped = store.newest_valid()
         if newest is None:
             reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped)
-            raise CheckpointError(f"there is no checkpoint in {run_dir.checkpoints} to take the model from{reasons}")
+            raise CheckpointError(f"there is no checkpoint in {store.root} to take the model from{reasons}")
         return newest
     steps = {checkpoint.step: checkpoint for checkpoint in store.list()}
     if step not in steps:
         kept = ", ".join(map(str, sorted(steps))) or "none"
-        raise CheckpointError(
-            f"{run_dir.checkpoints} has no checkpoint of step {step}", hint=f"expected one of: {kept}"
-        )
+        raise CheckpointError(f"{store.root} has no checkpoint of step {step}", hint=f"expected one of: {kept}")
     return steps[step]
 
 

@@ -6,18 +6,21 @@ directory is touched.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from attrs import frozen
 
+from gpt_simple._names import __version__
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.prepare import prepare
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import refuse_uncompilable
-from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, keep_values_of_run, run_fingerprint
+from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, flat, keep_values_of_run, run_fingerprint
 from gpt_simple.engine.resume import find_checkpoint as search_checkpoint
 from gpt_simple.engine.resume import plan_resume as compare_with_checkpoint
 from gpt_simple.engine.time_budget import TimeBudget
@@ -28,14 +31,13 @@ from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model, refuse_shared_documents
-from gpt_simple.job.records import launch_facts
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.spec import RunSpec
 
 
 @frozen(eq=False)
 class PreparedData:
-    """The data set that the run trains on, and the fingerprints that a checkpoint is compared by."""
+    """The data set of the run, and the fingerprints that are compared with a checkpoint's."""
 
     dataset: Dataset
     fingerprints: Mapping[str, str]
@@ -47,19 +49,26 @@ class PreparedData:
 
 @contextmanager
 def init_distributed(spec: RunSpec) -> Iterator[ProcessGroup]:
-    """Join the other ranks, and refuse what was not started alike everywhere."""
+    """Join the other ranks, and raise ConfigError if they were not started with the same configuration."""
     dist = ProcessGroup.join(spec.config.training.peer_timeout_seconds)
     try:
         dist.assert_same_on_all_ranks(
-            lambda: launch_facts(spec), "start the same command with the same packages everywhere"
+            lambda: _launch_info(spec), "start the same command with the same packages everywhere"
         )
         yield dist
     finally:
         dist.leave()
 
 
+def _launch_info(spec: RunSpec) -> dict[str, Any]:
+    """What must be the same on every rank before any of them reads a file."""
+    plugins = [f"{plugin.name} {plugin.version}" for plugin in spec.host.plugins]
+    versions = {"gpt-simple": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {**flat(spec.config), "plugins": plugins, "their code": spec.host.order_hash(), **versions}
+
+
 def keep_values(spec: RunSpec, dist: ProcessGroup, *, force: bool) -> RunSpec:
-    """The configuration with the defaults of the run that goes on. First of all stages: precision depends on it."""
+    """The configuration with the defaults of the run that is resumed. The first stage: precision depends on it."""
     return dist.all_or_none(lambda: keep_values_of_run(spec, force=force))
 
 
@@ -74,15 +83,15 @@ def check_config(job: Job) -> None:
 
 
 def find_checkpoint(job: Job) -> FoundCheckpoint:
-    """Where the run goes on. Before the data are prepared, which may take hours: a refusal must not cost them."""
+    """Find where the run continues. Comes before the data are prepared, which may take hours."""
     job.dist.all_or_none(job.run_dir.check)
-    # One store for the whole launch: what it has verified once it need not hash again.
+    # One store for the whole launch, so that a checkpoint is verified once.
     store = Store(job.run_dir.checkpoints)
     return job.dist.all_or_none(lambda: search_checkpoint(job.config, job.run_dir, force=job.force, store=store))
 
 
 def prepare_data(job: Job, found: FoundCheckpoint) -> PreparedData:
-    """Prepare the data, or find them prepared: the main rank first. Only the cache is written."""
+    """Prepare the data, or load them from the cache: the main rank first. Only the cache is written."""
     job.leave_if_requested()
     with job.signals.interrupting(job.dist.size == 1):
         dataset = job.dist.main_rank_first(lambda: _prepare(job))
@@ -100,7 +109,7 @@ def _prepare(job: Job) -> Dataset:
 
 
 def plan_resume(job: Job, found: FoundCheckpoint, data: PreparedData) -> ResumePlan:
-    """Compare the launch with the checkpoint that it goes on from."""
+    """Compare the launch with the checkpoint that it resumes from."""
     origins = {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in job.spec.host.plugins}
     fingerprint = run_fingerprint(job.config, data=data.fingerprints, numerics=job.runtime.numerics, plugins=origins)
     return job.dist.all_or_none(lambda: compare_with_checkpoint(found, fingerprint))
