@@ -34,9 +34,7 @@ if TYPE_CHECKING:
     from gpt_simple.plugins.console_live import LiveView
 
 _INTERVALS = 15
-_UNWRITABLE = (
-    "standard output cannot be written ({}): training goes on and shows no more; metrics.jsonl has all of it"
-)
+_UNWRITABLE = "standard output cannot be written ({}): training goes on and shows no more; metrics.jsonl has all of it"
 
 
 @frozen

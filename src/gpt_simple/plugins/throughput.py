@@ -1,7 +1,7 @@
 """Tokens per second, model FLOPs utilisation, and memory.
 
 ``perf/tokens_per_second`` counts training time only: no evaluation, no checkpoints, no first (compiling) step.
-``perf/mfu`` appears only where the device's peak is known; it never is a guess.
+``perf/mfu`` is reported only where the device's peak is known.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Throughput(Plugin[NoConfig]):
         return metrics
 
     def describe(self) -> dict[str, Any]:
-        medians = {"median tokens/s": self._rates, "median MFU": self._mfu}
         from statistics import median  # as in console.py
 
+        medians = {"median tokens/s": self._rates, "median MFU": self._mfu}
         return {name: median(values) for name, values in medians.items() if values}
