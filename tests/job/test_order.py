@@ -25,7 +25,7 @@ from gpt_simple.testing import Recorder, misbehaving, train
 from tests.children import At, Everywhere
 from tests.job.witnesses import SOURCE, brings_source
 from tests.launch.conftest import Ranks, ranks, tiny
-from tests.launch.test_lost import told
+from tests.launch.test_failures import reported
 from tests.run_dir.test_layout import snapshot
 from tests.tiny import TINY
 
@@ -155,7 +155,7 @@ def test_a_failure_of_one_rank_before_training_ends_all(ranks: Ranks, tmp_path: 
     if stage == "claim":
         run_dir.run_json.write_text("{")
     answers = ranks(2, lambda rank: work(rank, 4, True))
-    ((rank, error, text),) = told(answers)
+    ((rank, error, text),) = reported(answers)
     failed, kind, message = {
         "claim": (0, "CheckpointError", "run.json is damaged"),
         "restore": (1, "PluginError", "ValueError: boom"),

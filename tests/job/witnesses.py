@@ -1,4 +1,4 @@
-"""Plugins that look at a launch from inside: where its data come from, and what its last hooks find on disk."""
+"""Plugins that observe a launch: one brings its data, one records what its last hooks find on disk."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Watches(Plugin[NoConfig]):
         self.found: list[Found] = []
         self.threads = set(threading.enumerate())
 
-    def _look(self, hook: str, run: Any, ok: bool) -> None:
+    def _record(self, hook: str, run: Any, ok: bool) -> None:
         run_dir = RunDir(run.output_dir)
         status = read_status(run_dir)
         threads = tuple(sorted(thread.name for thread in set(threading.enumerate()) - self.threads))
@@ -74,8 +74,8 @@ class Watches(Plugin[NoConfig]):
 
     @hookimpl
     def on_run_error(self, run: Any, event: Any) -> None:
-        self._look("on_run_error", run, False)
+        self._record("on_run_error", run, False)
 
     @hookimpl
     def on_close(self, run: Any, event: Any) -> None:
-        self._look("on_close", run, event.ok)
+        self._record("on_close", run, event.ok)
