@@ -20,8 +20,8 @@ from gpt_simple import Plugin, hookimpl
 from gpt_simple.cli.main import main
 from gpt_simple.hooks import HOOKS
 from gpt_simple.testing import misbehaving
+from tests.children import Everywhere
 from tests.launch.conftest import Ranks, tiny
-from tests.launch.test_same_numbers import Everywhere
 
 
 def reported(answers: list[Any]) -> list[tuple[int, str, str]]:

@@ -9,19 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_simple import Metric, Plugin, hookimpl
+from gpt_simple import Metric, hookimpl
 from gpt_simple.run_dir.lineage import read_metrics
+from tests.children import Everywhere
 from tests.launch.conftest import Ranks, tiny
-
-
-class Everywhere(Plugin[Any]):
-    """A plugin of a test: on every process, and whatever goes wrong in it ends the run."""
-
-    ranks = "all"
-    on_error = "abort"
-
-    def __init__(self) -> None:
-        super().__init__(None)
 
 
 class StopAfter(Everywhere):

@@ -11,6 +11,7 @@ import torch
 
 from gpt_simple._names import __version__
 from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
+from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
@@ -29,7 +30,7 @@ from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model
-from gpt_simple.job.stages import PreparedData, model_view
+from gpt_simple.job.stages import model_view
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
 
@@ -38,7 +39,7 @@ _MODEL_STREAM = 0x6D6F64656C  # differs from the streams of micro-batches, which
 
 @contextmanager
 def build_trainer(
-    job: Job, data: PreparedData, plan: ResumePlan, time_budget: TimeBudget | None, run_dir: ClaimedRunDir
+    job: Job, data: Dataset, plan: ResumePlan, time_budget: TimeBudget | None, run_dir: ClaimedRunDir
 ) -> Iterator[Trainer]:
     """Build what trains, in an order that checkpoints, hooks and torch depend on.
 
@@ -63,7 +64,7 @@ def build_trainer(
         )
         compile_model(model, job.runtime.compile_plan)
         loader = Loader(
-            data.dataset,
+            data,
             config,
             world_size=dist.size,
             rank=dist.rank,
@@ -75,7 +76,7 @@ def build_trainer(
             yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader)
 
 
-def _build_model(job: Job, data: PreparedData, plan: ResumePlan) -> torch.nn.Module:
+def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
     with isolated_rng(derive_seed(job.config.training.seed, _MODEL_STREAM), torch.device("cpu")):
         model = new_model(job.spec, data.tokenizer)
     model.to(job.dist.device)
@@ -143,7 +144,7 @@ def _val_losses(run_dir: RunDir, step: int) -> list[float | None]:
 
 def _trainer(
     job: Job,
-    data: PreparedData,
+    data: Dataset,
     plan: ResumePlan,
     time_budget: TimeBudget | None,
     run_dir: ClaimedRunDir,
@@ -210,7 +211,7 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: tor
     return tensors, {"state": state, "plugins": plugin_records}
 
 
-def _run_info(job: Job, data: PreparedData, model: torch.nn.Module) -> dict[str, Any]:
+def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]:
     """The result of ``run.facts()``. Comes after ``on_model_built``, which may have added parameters."""
     config, device = job.config, job.dist.device
     flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
@@ -227,8 +228,8 @@ def _run_info(job: Job, data: PreparedData, model: torch.nn.Module) -> dict[str,
         "peak_flops": peak_flops(_device_name(device), precision.name),
         "tokens_per_step": rows * config.data.max_length,
         "document_kernel": kernel(device) if kernel and config.data.document_mask else None,
-        "floor": data.dataset.floor,
-        "data": data.dataset.describe(),
+        "floor": data.floor,
+        "data": data.describe(),
         "plugins": [plugin.name for plugin in job.spec.host.plugins],
         "config_path": str(job.spec.source) if job.spec.source else None,
     }

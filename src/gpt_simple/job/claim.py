@@ -9,6 +9,7 @@ from typing import Any
 from attrs import define
 
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.data.dataset import Dataset
 from gpt_simple.engine.background import BackgroundWriter
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.state import TrainState
@@ -17,7 +18,6 @@ from gpt_simple.engine.views import EngineLog
 from gpt_simple.errors import CheckpointError, ConfigError, ExitCode
 from gpt_simple.hooks.batch import Tokenizer
 from gpt_simple.job.job import Job
-from gpt_simple.job.stages import PreparedData
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.run_dir.lock import RunLock
@@ -47,10 +47,10 @@ class ClaimedRunDir:
         """8 lower-case letters and digits, kept through every resume in the directory."""
         return self.record.run_id
 
-    def record_launch(self, facts: Mapping[str, Any], step: int, plan: ResumePlan) -> None:
+    def record_launch(self, info: Mapping[str, Any], step: int, plan: ResumePlan) -> None:
         """Add this launch to run.json: what runs now and from which checkpoint."""
         try:
-            self.record.launched(facts, step=step, resumed_from=plan.source)
+            self.record.launched(info, step=step, resumed_from=plan.source)
         except OSError as error:
             raise CheckpointError(f"{self.paths.run_json} cannot be written: {error.strerror}") from error
 
@@ -95,7 +95,7 @@ class ClaimedRunDir:
 
 
 @contextmanager
-def claim_run_dir(job: Job, data: PreparedData, plan: ResumePlan) -> Iterator[ClaimedRunDir]:
+def claim_run_dir(job: Job, data: Dataset, plan: ResumePlan) -> Iterator[ClaimedRunDir]:
     """Own the run directory. On the way out an error is written into the status, threads are joined, the lock is freed.
 
     Raises CheckpointError, and leaves another process's run unchanged, if it owns the directory.
@@ -120,7 +120,7 @@ def claim_run_dir(job: Job, data: PreparedData, plan: ResumePlan) -> Iterator[Cl
             lock.release()
 
 
-def _acquire(job: Job, data: PreparedData, plan: ResumePlan, lock: RunLock) -> RunRecord:
+def _acquire(job: Job, data: Dataset, plan: ResumePlan, lock: RunLock) -> RunRecord:
     """Lock the directory, and only then change anything in it."""
     paths, found, store, log = job.run_dir, plan.found, plan.found.store, job.plugins.log
     paths.create()

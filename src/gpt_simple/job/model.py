@@ -83,8 +83,8 @@ def restore(
     """
     store = Store(run_dir.checkpoints)
     checkpoint = _find(store, step)
-    facts = _facts(run_dir)
-    values, tokenizer = facts["config"], load_tokenizer(run_dir.tokenizer)
+    info = _read_info(run_dir)
+    values, tokenizer = info["config"], load_tokenizer(run_dir.tokenizer)
     saved = {key: value for key, value in values.items() if key.startswith("model.")}
     sections = {
         "model": {key.removeprefix("model."): value for key, value in saved.items()},
@@ -92,10 +92,10 @@ def restore(
     }
     here = usable(installed())
     # One of the external plugins may bring the model; the built-in ones do not.
-    external = [name for name, origin in facts["plugins"].items() if not origin.startswith(DISTRIBUTION)]
+    external = [name for name, origin in info["plugins"].items() if not origin.startswith(DISTRIBUTION)]
     switches = Switches.parse((*(name for name in external if name in here), *plugins))
     spec, errors = try_resolve(None, sections=sections, switches=switches)
-    gone = [f"{name} ({origin})" for name, origin in facts["plugins"].items() if name not in here]
+    gone = [f"{name} ({origin})" for name, origin in info["plugins"].items() if name not in here]
     if gone and any(isinstance(error, UnknownComponent) for error in errors):
         raise ConfigError(
             f"nothing here brings its model {values['model.name']!r}",
@@ -124,10 +124,10 @@ def _find(store: Store, step: int | None) -> Checkpoint:
     return steps[step]
 
 
-def _facts(run_dir: RunDir) -> dict[str, Any]:
+def _read_info(run_dir: RunDir) -> dict[str, Any]:
     try:
-        facts: dict[str, Any] = json.loads(run_dir.run_json.read_text(encoding="utf-8"))["facts"]
-        return facts
+        info: dict[str, Any] = json.loads(run_dir.run_json.read_text(encoding="utf-8"))["facts"]
+        return info
     except FileNotFoundError:
         raise CheckpointError(f"{run_dir.run_json} is missing: it says which model the checkpoint is of") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -7,12 +7,11 @@ directory is touched.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from attrs import frozen
 
 from gpt_simple._names import __version__
 from gpt_simple.checkpoint.store import Store
@@ -26,25 +25,12 @@ from gpt_simple.engine.resume import plan_resume as compare_with_checkpoint
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.views import EngineCheckpoints, ModelView
 from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError
-from gpt_simple.hooks.batch import Tokenizer
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model, refuse_shared_documents
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.spec import RunSpec
-
-
-@frozen(eq=False)
-class PreparedData:
-    """The data set of the run, and the fingerprints that are compared with a checkpoint's."""
-
-    dataset: Dataset
-    fingerprints: Mapping[str, str]
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.dataset.tokenizer
 
 
 @contextmanager
@@ -90,17 +76,16 @@ def find_checkpoint(job: Job) -> FoundCheckpoint:
     return job.dist.all_or_none(lambda: search_checkpoint(job.config, job.run_dir, force=job.force, store=store))
 
 
-def prepare_data(job: Job, found: FoundCheckpoint) -> PreparedData:
+def prepare_data(job: Job, found: FoundCheckpoint) -> Dataset:
     """Prepare the data, or load them from the cache: the main rank first. Only the cache is written."""
     job.leave_if_requested()
     with job.signals.interrupting(job.dist.size == 1):
         dataset = job.dist.main_rank_first(lambda: _prepare(job))
-    fingerprints = {"dataset": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
     checkpoint = found.checkpoint.path.name if found.checkpoint else None
     job.dist.assert_same_on_all_ranks(
-        lambda: {**fingerprints, "checkpoint": checkpoint}, "all of them must reach the same files"
+        lambda: {**_fingerprints(dataset), "checkpoint": checkpoint}, "all of them must reach the same files"
     )
-    return PreparedData(dataset, fingerprints)
+    return dataset
 
 
 def _prepare(job: Job) -> Dataset:
@@ -108,14 +93,18 @@ def _prepare(job: Job) -> Dataset:
     return prepare(config, job.spec.registry, log=log, require_val=bool(config.training.eval_steps))
 
 
-def plan_resume(job: Job, found: FoundCheckpoint, data: PreparedData) -> ResumePlan:
+def _fingerprints(data: Dataset) -> dict[str, str]:
+    return {"dataset": data.fingerprint, "tokenizer": data.tokenizer.fingerprint}
+
+
+def plan_resume(job: Job, found: FoundCheckpoint, data: Dataset) -> ResumePlan:
     """Compare the launch with the checkpoint that it resumes from."""
     origins = {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in job.spec.host.plugins}
-    fingerprint = run_fingerprint(job.config, data=data.fingerprints, numerics=job.runtime.numerics, plugins=origins)
+    fingerprint = run_fingerprint(job.config, data=_fingerprints(data), numerics=job.runtime.numerics, plugins=origins)
     return job.dist.all_or_none(lambda: compare_with_checkpoint(found, fingerprint))
 
 
-def preflight(job: Job, data: PreparedData, plan: ResumePlan) -> TimeBudget | None:
+def preflight(job: Job, data: Dataset, plan: ResumePlan) -> TimeBudget | None:
     """Refuse what cannot work, with the model on the meta device: nothing is allocated and nothing deleted yet.
 
     Returns the time budget, None without a deadline.
@@ -126,7 +115,7 @@ def preflight(job: Job, data: PreparedData, plan: ResumePlan) -> TimeBudget | No
     return time_budget
 
 
-def _preflight(job: Job, data: PreparedData, plan: ResumePlan) -> TimeBudget | None:
+def _preflight(job: Job, data: Dataset, plan: ResumePlan) -> TimeBudget | None:
     for part in job.spec.components:
         part.load()
     with torch.device("meta"):
@@ -144,7 +133,7 @@ def _preflight(job: Job, data: PreparedData, plan: ResumePlan) -> TimeBudget | N
     return time_budget
 
 
-def model_view(job: Job, data: PreparedData, plan: ResumePlan, model: torch.nn.Module) -> ModelView:
+def model_view(job: Job, data: Dataset, plan: ResumePlan, model: torch.nn.Module) -> ModelView:
     """The plugins' view of the run with ``model``."""
     return job.plugins.extended_view(
         ModelView, model=model, tokenizer=data.tokenizer, checkpoints=EngineCheckpoints(plan.found.store)

@@ -19,6 +19,7 @@ from attrs import fields
 from gpt_simple._names import PROGRAM, __version__
 from gpt_simple.config.load import split_overrides
 from gpt_simple.config.redact import redacted
+from gpt_simple.data.dataset import Dataset
 from gpt_simple.engine.memory import GIB, peak_bytes
 from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, flat
 from gpt_simple.engine.stop_signals import StopNow
@@ -28,7 +29,6 @@ from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
 from gpt_simple.job.result import TrainResult
-from gpt_simple.job.stages import PreparedData
 from gpt_simple.launch.member import owns_run
 from gpt_simple.run_dir.layout import write_json
 from gpt_simple.spec import RunSpec
@@ -37,11 +37,11 @@ _SHARED = [item.name for item in fields(TrainResult) if item.name not in ("check
 """What a TrainResult and ``summary.json`` have under the same name."""
 
 
-def run_to_end(job: Job, data: PreparedData, plan: ResumePlan, run_dir: ClaimedRunDir, trainer: Trainer) -> TrainResult:
+def run_to_end(job: Job, data: Dataset, plan: ResumePlan, run_dir: ClaimedRunDir, trainer: Trainer) -> TrainResult:
     """Record the launch, train, and record the outcome."""
     run, calls, state = trainer.run, trainer.calls, job.state
-    facts = _run_json_facts(job.spec, plan, run.facts())
-    job.dist.on_main(lambda: run_dir.record_launch(facts, state.step, plan))
+    info = _recorded_info(job.spec, plan, run.facts())
+    job.dist.on_main(lambda: run_dir.record_launch(info, state.step, plan))
     owns_run()
     if calls.on_run_start is not None:
         event = RunStart(
@@ -64,7 +64,7 @@ def run_to_end(job: Job, data: PreparedData, plan: ResumePlan, run_dir: ClaimedR
     return _result(summary, run.output_dir)
 
 
-def _run_json_facts(spec: RunSpec, plan: ResumePlan, run: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded_info(spec: RunSpec, plan: ResumePlan, run: Mapping[str, Any]) -> dict[str, Any]:
     """The ``facts`` of run.json. ``run``: the run info that plugins get."""
     return {
         "version": __version__,
@@ -92,7 +92,7 @@ def _write_summary(job: Job, summary: dict[str, Any]) -> None:
         job.plugins.log.error(f"{path} was not written: {error.strerror}", name="output_failed")
 
 
-def _summarise(job: Job, data: PreparedData, run_dir: ClaimedRunDir, fit: FitResult) -> dict[str, Any]:
+def _summarise(job: Job, data: Dataset, run_dir: ClaimedRunDir, fit: FitResult) -> dict[str, Any]:
     """What ``summary.json`` holds. Losses are in nats per target token."""
     state, newest, steps = job.state, run_dir.store.list(), job.config.training.max_steps
     # What the next launch needs to continue: more steps, data that do not end, or no change.
@@ -112,7 +112,7 @@ def _summarise(job: Job, data: PreparedData, run_dir: ClaimedRunDir, fit: FitRes
         "final_val_loss": fit.last_eval.get(VAL_LOSS),
         "best_val_loss": state.best_val_loss,
         "bits_per_byte": fit.last_eval.get("eval/bits_per_byte"),
-        "floor": data.dataset.floor,
+        "floor": data.floor,
         "tokens_per_second": statistics.median(fit.rates) if fit.rates else None,
         "peak_memory_gib": peak_bytes(job.dist.device) / GIB,
         "seconds": time.monotonic() - job.began,

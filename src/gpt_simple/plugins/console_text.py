@@ -59,37 +59,36 @@ def log_lines(event: ev.LogRecord) -> str:
 
 def banner(run: Run, event: ev.RunStart) -> list[str]:
     """What runs, on which device, with which sizes, and from where it starts."""
-    facts, training = event.facts, run.config.training
+    info, training = event.facts, run.config.training
     rows = training.per_device_batch_size * training.gradient_accumulation_steps * run.world_size
     lines = [
-        f"device     {facts['device']} x {run.world_size}, precision {facts['precision']} ({facts['precision_why']}),"
-        f" compile {facts['compile']}",
-        f"model      {run.config.model.name}: {facts['parameters']:,} parameters",
-        f"data       {_data(facts['data'])}",
+        f"device     {info['device']} x {run.world_size}, precision {info['precision']} ({info['precision_why']}),"
+        f" compile {info['compile']}",
+        f"model      {run.config.model.name}: {info['parameters']:,} parameters",
+        f"data       {_data(info['data'])}",
         f"step       {training.per_device_batch_size} rows x {training.gradient_accumulation_steps} micro-batches x"
-        f" {run.world_size} processes x {facts['tokens_per_step'] // rows} tokens"
-        f" = {facts['tokens_per_step']:,} tokens; {event.max_steps:,} steps",
-        f"plugins    {', '.join(facts['plugins'])}",
+        f" {run.world_size} processes x {info['tokens_per_step'] // rows} tokens"
+        f" = {info['tokens_per_step']:,} tokens; {event.max_steps:,} steps",
+        f"plugins    {', '.join(info['plugins'])}",
         f"output     {run.output_dir}",
     ]
-    if facts["document_kernel"] is not None:
-        lines.append(f"documents  attend to themselves: {facts['document_kernel']}")
-    if facts["floor"] is not None:
+    if info["document_kernel"] is not None:
+        lines.append(f"documents  attend to themselves: {info['document_kernel']}")
+    if info["floor"] is not None:
         lines.append(
-            f"floor      {facts['floor']:.4f} nats/token: the source's own validation loss; nothing can beat it"
+            f"floor      {info['floor']:.4f} nats/token: the source's own validation loss; nothing can beat it"
         )
     lines.append(f"start      {event.promise}")
     return lines
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    sizes = [
-        f"{data[split]['targets']:,} {word} tokens" for split, word in (("train", "training"), ("val", "validation"))
-    ]
+    train = f"{data['train']['targets']:,} training tokens"
     if data.get("stream"):
-        sizes[0] = "training tokens from a stream"
+        train = "training tokens from a stream"
     buckets = f", {len(data['buckets'])} buckets" if len(data["buckets"]) > 1 else ""
-    return f"{', '.join(sizes)}{buckets}, tokenizer {data['tokenizer']} ({data['vocab_size']:,} entries)"
+    tokenizer = f"tokenizer {data['tokenizer']} ({data['vocab_size']:,} entries)"
+    return f"{train}, {data['val']['targets']:,} validation tokens{buckets}, {tokenizer}"
 
 
 def summary_lines(run: Run, event: ev.RunEnd) -> list[str]:
@@ -111,9 +110,9 @@ def summary_lines(run: Run, event: ev.RunEnd) -> list[str]:
     ]
     lines = ["", f"{event.status}: {event.reason}"]
     lines += [f"  {name:<21} {value}" for name, value in rows]
-    for facts in summary["plugins"].values():
-        if "sample" in facts:
-            lines += ["  the model writes", textwrap.indent(wrapped(facts["sample"]), "    ")]
+    for description in summary["plugins"].values():
+        if "sample" in description:
+            lines += ["  the model writes", textwrap.indent(wrapped(description["sample"]), "    ")]
     lines += ["", f"next: {summary['next']}"]
     if summary["checkpoint"]:
         lines.append(f"      {summary['sample']} lets the model write")

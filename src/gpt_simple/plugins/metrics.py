@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from io import FileIO
@@ -44,11 +45,10 @@ class Metrics(Plugin[NoConfig]):
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
-        path = run.output_dir / "metrics.jsonl"
-        torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
-        self._file = FileIO(path, "a+")
-        if torn:
-            self._waiting[:0] = b"\n"
+        self._file = FileIO(run.output_dir / "metrics.jsonl", "a+")
+        size = self._file.seek(0, os.SEEK_END)
+        if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+            self._waiting[:0] = b"\n"  # a kill tore the last line
         self._write(run, "event", {"name": "run_start", "message": event.promise})
 
     @hookimpl
@@ -128,9 +128,3 @@ def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values for JSON: a float that is not finite becomes None and is written in words under ``nonfinite``."""
     nonfinite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
     return {**values, **dict.fromkeys(nonfinite), "nonfinite": nonfinite} if nonfinite else dict(values)
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"
