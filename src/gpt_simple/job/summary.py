@@ -158,7 +158,7 @@ def already_finished(job: Job, plan: ResumePlan) -> TrainResult:
     try:
         summary = json.loads(run_dir.summary_json.read_text())
     except (OSError, ValueError):
-        summary = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"], "floor": None}
+        summary = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"]}
     summary |= {"status": "completed", "reason": reason, "checkpoint": str(plan.source)} | _counts(state)
     return _result(summary, run_dir.root)
 
