@@ -27,7 +27,7 @@ from gpt_simple.config import structure
 from gpt_simple.config.schema import Phase
 from gpt_simple.engine.compatibility import flatten, keep_values, with_legacy_options, with_legacy_values
 from gpt_simple.hooks import components
-from gpt_simple.job.load_model import restore
+from gpt_simple.job.model import restore
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.spec import resolve_spec
 from tests.compatibility.make_example import PLUGIN, outcome
@@ -156,9 +156,9 @@ def test_a_new_run_has_the_later_defaults(kept: Path, shell: Shell, later: None)
 def test_a_model_is_restored_with_the_values_that_it_began_with(kept: Path, request: pytest.FixtureRequest) -> None:
     cpu, ids = torch.device("cpu"), torch.arange(8)[None]
     with torch.no_grad():
-        expected = restore(RunDir(kept), cpu).model(ids)
+        expected = restore(RunDir(kept), cpu)[0](ids)
         request.getfixturevalue("later")
-        restored = restore(RunDir(kept), cpu).model(ids)
+        restored = restore(RunDir(kept), cpu)[0](ids)
     assert torch.equal(torch.as_tensor(restored[0]), torch.as_tensor(expected[0]))
 
 

@@ -85,7 +85,7 @@ def test_accelerates_variables_may_not_contradict(tiny: TinyRun, monkeypatch: py
         tiny()
 
 
-def test_the_result_tells_what_the_run_was(tiny: TinyRun) -> None:
+def test_the_result_describes_the_run(tiny: TinyRun) -> None:
     result = tiny(training__eval_steps=3)
     assert result.total_tokens == 6 * 2 * 2 * 32
     assert result.checkpoint_path is not None

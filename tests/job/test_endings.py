@@ -135,10 +135,10 @@ def test_a_failed_run_says_so_before_it_waits_for_a_checkpoint(tmp_path: Path, m
         )
     assert found
     assert set(found) == {("failed", "holds")}
-    assert [look.hook for look in watches.found] == ["on_run_error", "on_close"]
-    for look in watches.found:
-        assert (look.state, look.lock, look.threads) == ("failed", "gone", ())
-        assert "checkpoints/step-00000002/MANIFEST.json" in look.files
+    assert [found.hook for found in watches.found] == ["on_run_error", "on_close"]
+    for found in watches.found:
+        assert (found.state, found.lock, found.threads) == ("failed", "gone", ())
+        assert "checkpoints/step-00000002/MANIFEST.json" in found.files
 
 
 class FullDisk(FileIO):
@@ -182,7 +182,7 @@ def test_rows_that_wait_are_written_before_the_run_fails(tmp_path: Path, disk: t
     assert watches.found[-1].files == snapshot(tmp_path)
 
 
-def test_rows_that_still_wait_at_the_end_are_missed_aloud(
+def test_rows_that_still_wait_at_the_end_are_reported(
     tmp_path: Path, disk: type[FullDisk], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The directory may be another run's already, so they are not written then."""

@@ -42,14 +42,14 @@ def killed_often(apart: Callable[..., Ended], kills: int, seed: int, options: Ma
     assert apart("parts", **options).code == 0
 
 
-def test_a_run_that_was_killed_three_times_equals_one_that_was_not(apart: Callable[..., Ended], tiny: TinyRun) -> None:
+def test_a_run_killed_three_times_equals_an_uninterrupted_one(apart: Callable[..., Ended], tiny: TinyRun) -> None:
     whole = tiny("whole", **BUSY)
     killed_often(apart, 3, 1, BUSY)
     assert state_bytes(tiny("parts", **BUSY)) == state_bytes(whole)
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_twenty_times_equals_one_that_was_not(apart: Callable[..., Ended], tiny: TinyRun) -> None:
+def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(apart: Callable[..., Ended], tiny: TinyRun) -> None:
     options = BUSY | {"training__max_steps": 40}
     whole = tiny("whole", **options)
     killed_often(apart, 20, 2, options)
@@ -109,7 +109,7 @@ def test_a_kill_and_a_stop_change_nothing(
     assert state_bytes(rest) == state_bytes(whole)
 
 
-def test_the_best_checkpoint_outlives_a_kill_and_a_finish_right_after_its_evaluation(
+def test_the_best_checkpoint_outlives_a_kill_and_a_finish(
     apart: Callable[..., Ended], tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was written before that evaluation, so what was found is not in it."""

@@ -31,9 +31,7 @@ def fill(disk: Path) -> None:
     os.close(descriptor)
 
 
-def test_a_disk_of_three_megabytes_that_is_full_for_a_while_costs_no_step_and_no_row(
-    tiny: TinyRun, small_disk: Path
-) -> None:
+def test_a_disk_that_is_full_for_a_while_costs_no_step_or_row(tiny: TinyRun, small_disk: Path) -> None:
     options: dict[str, Any] = {"training__max_steps": 12, "training__save_steps": 2, "training__logging_steps": 1}
     whole = tiny("whole", **options)
     result = tiny(
@@ -52,7 +50,7 @@ def test_a_disk_of_three_megabytes_that_is_full_for_a_while_costs_no_step_and_no
     assert state_bytes(result) == state_bytes(whole)
 
 
-def test_a_disk_that_stays_full_fails_the_run_and_keeps_what_was_saved(
+def test_a_disk_that_stays_full_fails_the_run_and_keeps_saves(
     apart: Callable[..., Ended], tiny: TinyRun, small_disk: Path
 ) -> None:
     options: dict[str, Any] = {"training__save_steps": 2, "training__logging_steps": 1}
@@ -94,9 +92,7 @@ def test_a_clock_that_jumps_a_day_changes_nothing(tiny: TinyRun, monkeypatch: py
     assert state_bytes(result) == state_bytes(whole)
 
 
-def test_a_launch_that_another_overtook_changes_nothing_and_then_goes_on_from_its_work(
-    tiny: TinyRun, tmp_path: Path
-) -> None:
+def test_a_launch_that_another_overtook_changes_nothing(tiny: TinyRun, tmp_path: Path) -> None:
     """Both looked and found nothing; the other one was done before this one claimed the directory."""
 
     class Overtaken(Everywhere):

@@ -1,7 +1,8 @@
-"""Plugins that look at a launch from inside: where its data come from, and what its last hooks find on disk."""
+"""Plugins that observe a launch: one brings its data, one records what its last hooks find on disk."""
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,11 +20,15 @@ SOURCE = {"data.source": "counting", "data.val_fraction": 0.3, "data.max_documen
 
 
 def brings_source(when_read: Callable[[], object]) -> type[Plugin[NoConfig]]:
-    """A plugin with the source ``counting``, which calls ``when_read`` when its documents are read."""
+    """A plugin with the source ``counting``, which calls ``when_read`` when its documents are read.
+
+    No other such plugin's data are in the cache.
+    """
+    token = secrets.token_hex(8)
 
     class Counting:
         def fingerprint(self) -> str:
-            return "counting"
+            return token
 
         def documents(self) -> Iterator[Document]:
             when_read()
@@ -60,7 +65,7 @@ class Watches(Plugin[NoConfig]):
         self.found: list[Found] = []
         self.threads = set(threading.enumerate())
 
-    def _look(self, hook: str, run: Any, ok: bool) -> None:
+    def _record(self, hook: str, run: Any, ok: bool) -> None:
         run_dir = RunDir(run.output_dir)
         status = read_status(run_dir)
         threads = tuple(sorted(thread.name for thread in set(threading.enumerate()) - self.threads))
@@ -69,8 +74,8 @@ class Watches(Plugin[NoConfig]):
 
     @hookimpl
     def on_run_error(self, run: Any, event: Any) -> None:
-        self._look("on_run_error", run, False)
+        self._record("on_run_error", run, False)
 
     @hookimpl
     def on_close(self, run: Any, event: Any) -> None:
-        self._look("on_close", run, event.ok)
+        self._record("on_close", run, event.ok)

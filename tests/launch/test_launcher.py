@@ -75,9 +75,9 @@ def status(here: Path) -> dict[str, object]:
     return document
 
 
-def test_two_processes_train_like_one_and_one_of_them_speaks(here: Path) -> None:
+def test_two_processes_train_like_one_and_one_of_them_prints(here: Path) -> None:
     with socket.socket() as taken:
-        # A script for several machines that got one: nobody has to be met at a port that others may use.
+        # A script for several machines that got one: the endpoint is not used, and its port may be taken.
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -97,7 +97,8 @@ def test_a_mistake_in_the_configuration_costs_no_process(here: Path) -> None:
     assert not (here / "out").exists()
 
 
-def test_a_mistake_that_the_processes_find_is_told_once_with_its_code_and_no_restart_repeats_it(here: Path) -> None:
+def test_a_mistake_of_the_processes_is_reported_once(here: Path) -> None:
+    """With its exit code, and no restart repeats it."""
     options = ("--nproc_per_node", "2", "--data.source", "files", "--data.path", "missing", "--data.format", "text")
     ended = gpt_simple(*options, "--max_restarts", "2")
     assert ended.returncode == 3
@@ -158,7 +159,7 @@ def test_processes_save_and_leave_when_their_launcher_is_killed(here: Path) -> N
 
 
 @pytest.mark.slow
-def test_processes_whose_launcher_is_killed_as_they_begin_do_not_stay(here: Path) -> None:
+def test_processes_whose_launcher_dies_as_they_begin_do_not_stay(here: Path) -> None:
     command = [*PROGRAM, "run", "config.toml", "--nproc_per_node", "2", *LONG]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
@@ -181,7 +182,7 @@ def test_a_process_that_is_killed_is_named(here: Path) -> None:
     assert err.count("error") == 1
 
 
-def test_after_a_crash_the_run_goes_on_from_its_last_checkpoint_even_if_it_began_with_force(here: Path) -> None:
+def test_a_restart_after_a_crash_resumes_even_with_force(here: Path) -> None:
     assert gpt_simple("--training.max_steps", "3").returncode == 0
     options = ("--max_restarts", "1", "--force", "--training.max_steps", "150", "--training.save_steps", "4")
     with started(*options, until="step=9 ") as (launcher, processes):
@@ -223,7 +224,7 @@ def test_a_process_that_hangs_is_named_and_ended(here: Path) -> None:
     assert err.count("error") == 1
 
 
-def test_a_launcher_that_waits_for_other_machines_says_where_and_leaves_when_asked(here: Path) -> None:
+def test_a_launcher_that_waits_says_where_and_can_be_stopped(here: Path) -> None:
     endpoint = free_endpoint()
     options = ("--nproc-per-node", "1", "--nnodes", "3", "--rdzv-endpoint", endpoint)
     with subprocess.Popen([*PROGRAM, "run", "config.toml", *options], stderr=subprocess.PIPE, text=True) as launcher:

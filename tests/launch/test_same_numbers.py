@@ -9,19 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_simple import Metric, Plugin, hookimpl
+from gpt_simple import Metric, hookimpl
 from gpt_simple.run_dir.lineage import read_metrics
+from tests.children import Everywhere
 from tests.launch.conftest import Ranks, tiny
-
-
-class Everywhere(Plugin[Any]):
-    """A plugin of a test: on every process, and whatever goes wrong in it ends the run."""
-
-    ranks = "all"
-    on_error = "abort"
-
-    def __init__(self) -> None:
-        super().__init__(None)
 
 
 class StopAfter(Everywhere):
@@ -72,11 +63,12 @@ def test_the_same_global_batch_gives_the_same_losses(ranks: Ranks, tmp_path: Pat
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(ranks: Ranks, tmp_path: Path, count: int) -> None:
+def test_an_interrupted_run_equals_an_uninterrupted_one(ranks: Ranks, tmp_path: Path, count: int) -> None:
+    """Bit for bit."""
     options: dict[str, Any] = {"model__dropout": 0.1, "training__per_device_batch_size": 1, "model__n_layer": 3}
     ranks(count, lambda rank: tiny(tmp_path / "whole", **options).status)
     stopped = ranks(count, lambda rank: tiny(tmp_path / "parts", plugins=[StopAfter(2)], **options).reason)
-    assert stopped == ["enough"] * count, "the reason of the process that wished it is known to all"
+    assert stopped == ["enough"] * count, "all processes get the reason of the one that asked"
     assert ranks(count, lambda rank: tiny(tmp_path / "parts", **options).status) == ["completed"] * count
     assert files(tmp_path / "parts", 6) == files(tmp_path / "whole", 6)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -95,7 +87,7 @@ class Samples(Everywhere):
         self.seen += range(first, first + len(event.batch.input_ids))
 
 
-def test_another_number_of_processes_goes_on_with_every_sample_once(ranks: Ranks, tmp_path: Path) -> None:
+def test_another_number_of_processes_sees_every_sample_once(ranks: Ranks, tmp_path: Path) -> None:
     seen: list[int] = []
     for count, steps in ((4, 2), (1, 3), (3, 4), (2, 5)):
 
@@ -128,7 +120,7 @@ class CountsCollectives(Everywhere):
             self.counts = {item.key: item.count for item in events if item.key.startswith("gloo:")}
 
 
-def test_a_step_has_one_host_all_reduce_and_reduces_gradients_once(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_step_has_one_host_all_reduce_and_one_of_gradients(ranks: Ranks, tmp_path: Path) -> None:
     def work(rank: int) -> dict[str, int]:
         counts = CountsCollectives(3)
         tiny(tmp_path / "run", plugins=[counts], training__logging_steps=100)
@@ -138,9 +130,9 @@ def test_a_step_has_one_host_all_reduce_and_reduces_gradients_once(ranks: Ranks,
     assert ranks(2, work) == [{"gloo:all_reduce": 2}] * 2
 
 
-def test_a_step_that_is_logged_has_one_collective_more_also_when_one_process_tells_more(
-    ranks: Ranks, tmp_path: Path
-) -> None:
+def test_a_logged_step_has_one_collective_more(ranks: Ranks, tmp_path: Path) -> None:
+    """Also when one process reports more metrics than the others."""
+
     class Chatty(Everywhere):
         @hookimpl
         def collect_metrics(self, run: Any, event: Any) -> dict[str, Metric]:

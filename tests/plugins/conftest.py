@@ -1,4 +1,4 @@
-"""A W&B that does not know its user."""
+"""W&B without a login."""
 
 from __future__ import annotations
 

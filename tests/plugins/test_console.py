@@ -38,7 +38,7 @@ def test_in_a_pipe_every_line_is_plain_text_that_can_be_grepped(
         assert word in out
 
 
-def test_the_end_tells_what_each_plugin_cost(shell: Shell, here: Path) -> None:
+def test_the_summary_has_the_time_of_each_plugin(shell: Shell, here: Path) -> None:
     (here / "slow.py").write_text(
         "import time\nfrom gpt_simple import Plugin, hookimpl\n"
         "class Slow(Plugin):\n    @hookimpl\n    def on_run_start(self, run, event):\n        time.sleep(0.3)\n"
@@ -83,9 +83,8 @@ def test_json_has_no_nan_and_says_what_there_was(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("output", ["> /dev/full", "| head -2", ">&-"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_an_output_that_fails_is_told_once_on_standard_error_and_training_goes_on(
-    here: Path, output: str, processes: int
-) -> None:
+def test_an_output_that_fails_is_reported_once_on_standard_error(here: Path, output: str, processes: int) -> None:
+    """Training goes on."""
     many = f"--nproc_per_node {processes}" if processes > 1 else ""
     command = f"({sys.executable} -m gpt_simple run config.toml {many}; echo code=$? >&2) {output}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
@@ -112,7 +111,7 @@ def test_quiet_says_nothing_but_warnings(shell: Shell, here: Path) -> None:
 @pytest.mark.parametrize("colour", [True, False])
 def test_on_a_terminal_a_view_is_redrawn_and_the_log_stays(here: Path, colour: bool) -> None:
     output = _on_a_terminal("--training.max_steps", "40", **({} if colour else {"NO_COLOR": "1"}))
-    assert f"{ESCAPE}[2K" in output, "lines are drawn anew"
+    assert f"{ESCAPE}[2K" in output, "lines are redrawn"
     assert f"{ESCAPE}[?25l" not in output, "a hidden cursor would stay hidden after a second Ctrl-C or a kill"
     assert re.search(r"step \d+/40", output)
     assert "step=4 eval_loss=" in output
@@ -209,8 +208,8 @@ def test_the_time_left_follows_the_usual_speed() -> None:
     assert console._left(run) == 100.0
 
 
-def test_the_best_validation_loss_outlives_a_stop_right_after_its_evaluation(shell: Shell, here: Path) -> None:
-    """The checkpoint of the step was written before, so it does not know what was found."""
+def test_the_best_loss_outlives_a_stop_after_its_evaluation(shell: Shell, here: Path) -> None:
+    """The checkpoint of the step was written before, so it does not hold that loss."""
     assert shell("run", "config.toml", "-q").code == 0
     best = json.loads((here / "out/summary.json").read_text())["best_val_loss"]
     more = ["--training.max_steps", "6", "--training.eval_steps", "0"]

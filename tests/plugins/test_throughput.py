@@ -17,7 +17,7 @@ STEP_TOKENS = 2 * 2 * 32
 
 
 class Takes(Plugin[Any]):
-    """Lets a hook take so many seconds, and looks at the clock before the first step and at each logging boundary."""
+    """Lets a hook take so many seconds, and reads the clock before the first step and at each logging boundary."""
 
     ranks = "all"
     on_error = "abort"
@@ -59,7 +59,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_all_time_is_in_the_wall_rate_and_only_training_in_the_other(tiny: TinyRun) -> None:
+def test_the_wall_rate_has_all_time_and_the_other_only_training(tiny: TinyRun) -> None:
     takes = Takes(step=0.05, logging=0.3, evaluation=0.6, checkpoint=0.6)
     result = tiny(plugins=[takes], training__eval_steps=2, training__save_steps=2)
     first, *others = rows(result.output_dir)

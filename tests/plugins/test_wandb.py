@@ -24,7 +24,7 @@ OFFLINE = {"training__wandb_project": "stories", "plugins__wandb__mode": "offlin
 
 
 class Says(Plugin[Any]):
-    """Keeps what the run said."""
+    """Keeps the log of the run."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -93,7 +93,7 @@ def test_one_run_across_a_stop_a_crash_and_a_lost_run_json(tiny: TinyRun) -> Non
     assert merged == pytest.approx(kept)
 
 
-def test_before_the_first_checkpoint_the_id_is_that_of_the_run_directory(tiny: TinyRun, tmp_path: Path) -> None:
+def test_the_id_before_a_checkpoint_is_that_of_the_directory(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         tiny(**OFFLINE, plugins=[_fails_at_once()])
     tiny(**OFFLINE)
@@ -124,7 +124,7 @@ def test_force_and_a_branch_are_new_runs(tiny: TinyRun, tmp_path: Path) -> None:
     assert branch_again == branch
 
 
-def test_without_a_key_it_goes_offline_and_says_so_once(tiny: TinyRun) -> None:
+def test_without_a_key_it_goes_offline_and_logs_that_once(tiny: TinyRun) -> None:
     says = Says()
     result = tiny(training__wandb_project="stories", plugins=[says])
     assert len(sent(result.output_dir)) == 1
@@ -146,7 +146,7 @@ def test_without_a_network_training_goes_on_with_one_warning(tiny: TinyRun, monk
     wandb.teardown()
 
 
-def test_data_that_could_not_be_sent_at_the_end_are_told(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_could_not_be_sent_at_the_end_are_reported(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     class LostItsNetwork:
         offline = disabled = False
         url = "https://wandb.example/run"
@@ -197,26 +197,24 @@ def parent(stat):
 
 @pytest.mark.parametrize("hook", ["on_step_end", "on_close"])
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds W&B's process in /proc")
-def test_a_killed_service_costs_one_warning_and_the_run_goes_on_under_its_id(
-    here: Path, shell: Shell, hook: str
-) -> None:
+def test_a_killed_service_costs_one_warning_and_keeps_the_id(here: Path, shell: Shell, hook: str) -> None:
     """In a process of its own, for the service is shared by all runs of a process."""
     (here / "kills.py").write_text(KILLS.format(hook=hook))
     program = [sys.executable, "-m", "gpt_simple", "run", "config.toml", "--training.logging_steps", "1"]
-    wish = ["--training.wandb_project", "p", "--plugins.wandb.mode", "offline"]
-    done = subprocess.run([*program, *wish, "-p", "./kills.py"], capture_output=True, text=True, check=False)
+    options = ["--training.wandb_project", "p", "--plugins.wandb.mode", "offline"]
+    done = subprocess.run([*program, *options, "-p", "./kills.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (done.stdout.count("killed\n"), done.stdout.count("W&B does not work")) == (1, 1)
     assert "Traceback" not in done.stdout + done.stderr
     assert json.loads((here / "out/summary.json").read_text())["steps"] == 4
-    again = shell("run", "config.toml", *wish, "--training.logging_steps", "1", "--training.max_steps", "6")
+    again = shell("run", "config.toml", *options, "--training.logging_steps", "1", "--training.max_steps", "6")
     assert again.code == 0, again.err
     *_, resumed = files(here / "out")  # of the killed one perhaps not even a file had reached the disk
     assert read(resumed).id == json.loads((here / "out/run.json").read_text())["run_id"]
     assert [row["step"] for row in read(resumed).rows if "train/loss" in row] == [5, 6]
 
 
-def test_a_mode_of_the_environment_is_said_and_a_mistyped_one_is_named(
+def test_a_mode_of_the_environment_is_shown_or_refused(
     here: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "nonsense")

@@ -44,7 +44,7 @@ def test_upload_replays_the_run_once_and_in_order(tiny: TinyRun, shell: Shell) -
     assert launch.summary["status"] == "completed"
 
 
-def test_a_run_of_which_the_server_has_a_part_is_uploaded_under_another_id(
+def test_a_run_partly_on_the_server_is_uploaded_under_another_id(
     tiny: TinyRun, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = tiny(training__wandb_project="p", plugins__wandb__mode="offline")

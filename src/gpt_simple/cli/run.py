@@ -126,7 +126,7 @@ def _resolve_once(command: RunCommand) -> RunSpec:
     try:
         return command.resolve()
     except GptSimpleError as error:
-        if not member.tells_alone(os.environ):
+        if not member.has_foreign_launcher(os.environ):
             raise
         from gpt_simple.distributed.process_group import report_once
 

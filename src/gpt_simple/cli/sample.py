@@ -66,17 +66,17 @@ def sample(
     import torch
 
     from gpt_simple.engine.precision import resolve
-    from gpt_simple.job.load_model import restore
+    from gpt_simple.job.model import restore
     from gpt_simple.model.generate import generate
     from gpt_simple.run_dir.layout import RunDir
 
     place = _device(device)
-    restored = restore(RunDir(run), place, step=step, plugins=plugins)
+    model, tokenizer = restore(RunDir(run), place, step=step, plugins=plugins)
     for index in range(count):
         with torch.no_grad(), resolve(None, place).autocast():
             text = generate(
-                restored.model,
-                restored.tokenizer,
+                model,
+                tokenizer,
                 prompt,
                 max_new_tokens=tokens,
                 temperature=temperature,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
-from attrs import frozen
 
 from gpt_simple._names import __version__
 from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
+from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
@@ -20,62 +20,68 @@ from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import derive_seed, isolated_rng
 from gpt_simple.engine.step import TrainStep
+from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
+from gpt_simple.errors import CheckpointError
 from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
+from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
-from gpt_simple.job.records import best_val_loss
-from gpt_simple.job.stages import Checked, PreparedData, checkpoint_activations, model_view, model_view_parts, new_model
+from gpt_simple.job.model import checkpoint_activations, new_model
+from gpt_simple.job.stages import model_view
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.lineage import RunRecord, read_metrics
 
-_MODEL_STREAM = 0x6D6F64656C  # apart from the streams of micro-batches, which count samples from 0
-
-
-@frozen(eq=False)
-class Built:
-    """What is allocated. ``wrapped`` is the module whose backward reduces gradients over the ranks."""
-
-    model: torch.nn.Module
-    wrapped: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    loader: Loader
+_MODEL_STREAM = 0x6D6F64656C  # differs from the streams of micro-batches, which count samples from 0
 
 
 @contextmanager
 def build_trainer(
-    job: Job, data: PreparedData, plan: ResumePlan, checked: Checked, run_dir: ClaimedRunDir
+    job: Job, data: Dataset, plan: ResumePlan, time_budget: TimeBudget | None, run_dir: ClaimedRunDir
 ) -> Iterator[Trainer]:
     """Build what trains, in an order that checkpoints, hooks and torch depend on.
 
-    Until the first update a signal unwinds. Not one piece for all ranks: hooks and DDP have collectives of their own.
+    Until the first update a signal unwinds. Not wrapped in ``all_or_none``: hooks and DDP have their own collectives.
     """
     job.leave_if_requested()
-    with job.signals.interrupting(job.dist.size == 1):
+    config, dist = job.config, job.dist
+    with job.signals.interrupting(dist.size == 1):
         model = _build_model(job, data, plan)
         optimizer = _build_optimizer(job, model)
         _restore(job, plan, model, optimizer)
-        wrapped = job.dist.wrap(model)
+        schedule = job.spec.registry.get("schedule", config.optimizer.schedule)
+        train_step = TrainStep(
+            model=model,
+            wrapped=dist.wrap(model),
+            optimizer=optimizer,
+            schedule=schedule.build(config.optimizer, config.training.max_steps),
+            precision=job.runtime.precision,
+            dist=dist,
+            seed=config.training.seed,
+            max_grad_norm=config.optimizer.max_grad_norm,
+        )
         compile_model(model, job.runtime.compile_plan)
         loader = Loader(
-            data.dataset,
-            job.config,
-            world_size=job.dist.size,
-            rank=job.dist.rank,
-            device=job.dist.device,
+            data,
+            config,
+            world_size=dist.size,
+            rank=dist.rank,
+            device=dist.device,
             consumed=plan.samples,
         )
         with closing(loader):
             _warn_of_early_end(job, loader, plan.samples)
-            yield _trainer(job, data, plan, checked, run_dir, Built(model, wrapped, optimizer, loader))
+            yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader)
 
 
-def _build_model(job: Job, data: PreparedData, plan: ResumePlan) -> torch.nn.Module:
+def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
     with isolated_rng(derive_seed(job.config.training.seed, _MODEL_STREAM), torch.device("cpu")):
         model = new_model(job.spec, data.tokenizer)
     model.to(job.dist.device)
     plugins = job.plugins
-    plugins.adopt(model_view(job, data, model, plan.found.store))
+    plugins.adopt(model_view(job, data, plan, model))
     if plugins.calls.on_model_built is not None:
         with plugins.comm.during("on_model_built"):
             plugins.calls.on_model_built(plugins.view, ModelBuilt(model))
@@ -109,43 +115,59 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
         store.load_tensors(checkpoint, "plugins"),
         is_main=job.dist.is_main,
     )
-    job.state.load_state_dict({**state, "best_val_loss": best_val_loss(plan)})
+    job.state.load_state_dict({**state, "best_val_loss": _best_val_loss(plan)})
     plugins = job.plugins
     if plugins.calls.on_checkpoint_loaded is not None:
         plugins.calls.on_checkpoint_loaded(plugins.view, CheckpointLoaded(job.state.step, checkpoint.path))
 
 
+def _best_val_loss(plan: ResumePlan) -> float | None:
+    """The lowest validation loss up to the checkpoint's step.
+
+    A checkpoint is saved before its step is evaluated: that loss is in run.json, in older runs in metrics.jsonl.
+    """
+    found = plan.found
+    if found.checkpoint is None:
+        return None
+    step, run_dir = found.checkpoint.step, RunDir(found.checkpoint.path.absolute().parent.parent)
+    losses = [found.state["best_val_loss"], *_val_losses(run_dir, step)]
+    return min((loss for loss in losses if loss is not None), default=None)
+
+
+def _val_losses(run_dir: RunDir, step: int) -> list[float | None]:
+    with suppress(CheckpointError):
+        if (loss := RunRecord.load(run_dir).val_losses.get(str(step))) is not None:
+            return [loss]
+    rows = read_metrics(run_dir.metrics_jsonl, "eval") if run_dir.metrics_jsonl.exists() else []
+    return [row.get(VAL_LOSS) for row in rows if row["step"] == step]
+
+
 def _trainer(
-    job: Job, data: PreparedData, plan: ResumePlan, checked: Checked, run_dir: ClaimedRunDir, built: Built
+    job: Job,
+    data: Dataset,
+    plan: ResumePlan,
+    time_budget: TimeBudget | None,
+    run_dir: ClaimedRunDir,
+    train_step: TrainStep,
+    loader: Loader,
 ) -> Trainer:
-    config, plugins, time_budget, model = job.config, job.plugins, checked.time_budget, built.model
+    plugins, model = job.plugins, train_step.model
     conditions = [] if time_budget is None else [time_budget.reason_to_stop]
     control = job.control(*conditions, throttled(run_dir.take_stop_request))
-    run = RunView(
-        **model_view_parts(job, data, model, plan.found.store),
+    run = plugins.extended_view(
+        RunView,
         run_id=run_dir.run_id,
-        wrapped=built.wrapped,
-        loader=built.loader,
-        known=_facts(job, data, model),
+        wrapped=train_step.wrapped,
+        loader=loader,
+        known=_run_info(job, data, model),
         sync=control,
     )
     plugins.adopt(run)
-    schedule = job.spec.registry.get("schedule", config.optimizer.schedule)
-    train_step = TrainStep(
-        model=model,
-        wrapped=built.wrapped,
-        optimizer=built.optimizer,
-        schedule=schedule.build(config.optimizer, config.training.max_steps),
-        precision=job.runtime.precision,
-        dist=job.dist,
-        seed=config.training.seed,
-        max_grad_norm=config.optimizer.max_grad_norm,
-    )
     checkpointer = Checkpointer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, built.optimizer),
+        snapshot=partial(_snapshot, job, plan, model, train_step.optimizer),
         must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
         time_budget=time_budget,
     )
@@ -171,7 +193,7 @@ def _warn_of_early_end(job: Job, loader: Loader, consumed: int) -> None:
 
 
 def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
-    """What a checkpoint holds: tensors and JSON documents by file stem."""
+    """The content of a checkpoint: tensors and JSON documents by file stem."""
     moments, optimizer_document = flatten_optimizer(optimizer, model)
     plugin_records, plugin_tensors = job.spec.host.state()
     state = {
@@ -186,8 +208,8 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: tor
     return tensors, {"state": state, "plugins": plugin_records}
 
 
-def _facts(job: Job, data: PreparedData, model: torch.nn.Module) -> dict[str, Any]:
-    """What ``run.facts()`` returns. After ``on_model_built``: a plugin may have added parameters."""
+def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]:
+    """The result of ``run.facts()``. Comes after ``on_model_built``, which may have added parameters."""
     config, device = job.config, job.dist.device
     flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
     kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
@@ -203,8 +225,8 @@ def _facts(job: Job, data: PreparedData, model: torch.nn.Module) -> dict[str, An
         "peak_flops": peak_flops(_device_name(device), precision.name),
         "tokens_per_step": rows * config.data.max_length,
         "document_kernel": kernel(device) if kernel and config.data.document_mask else None,
-        "floor": data.dataset.floor,
-        "data": data.dataset.describe(),
+        "floor": data.floor,
+        "data": data.describe(),
         "plugins": [plugin.name for plugin in job.spec.host.plugins],
         "config_path": str(job.spec.source) if job.spec.source else None,
     }

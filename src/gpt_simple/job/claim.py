@@ -1,15 +1,15 @@
-"""The run directory, claimed before anything in it changes, kept while the run lasts, and released after it."""
+"""The run directory: claimed before anything in it changes, and released when the run has ended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from attrs import define
 
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.data.dataset import Dataset
 from gpt_simple.engine.background import BackgroundWriter
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.state import TrainState
@@ -18,7 +18,6 @@ from gpt_simple.engine.views import EngineLog
 from gpt_simple.errors import CheckpointError, ConfigError, ExitCode
 from gpt_simple.hooks.batch import Tokenizer
 from gpt_simple.job.job import Job
-from gpt_simple.job.stages import PreparedData
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.run_dir.lock import RunLock
@@ -27,12 +26,12 @@ from gpt_simple.run_dir.stop_request import take_stop_request
 
 
 class LockLost(CheckpointError):
-    """The run directory was deleted, and another process owns what is there now."""
+    """The run directory was deleted, and another process owns the one that is there now."""
 
 
 @define(eq=False)
 class ClaimedRunDir:
-    """All that writes into the run directory. On ranks other than the main one the lock is not held: nothing writes."""
+    """All that writes into the run directory. Only the main rank holds the lock and writes."""
 
     paths: RunDir
     store: Store
@@ -48,15 +47,15 @@ class ClaimedRunDir:
         """8 lower-case letters and digits, kept through every resume in the directory."""
         return self.record.run_id
 
-    def record_launch(self, facts: Mapping[str, Any], step: int, plan: ResumePlan) -> None:
-        """Write down in run.json what runs now and from which checkpoint it goes on."""
+    def record_launch(self, info: Mapping[str, Any], step: int, plan: ResumePlan) -> None:
+        """Add this launch to run.json: what runs now and from which checkpoint."""
         try:
-            self.record.launched(facts, step=step, resumed_from=plan.source)
+            self.record.launched(info, step=step, resumed_from=plan.source)
         except OSError as error:
             raise CheckpointError(f"{self.paths.run_json} cannot be written: {error.strerror}") from error
 
     def record_val_loss(self, step: int, loss: float) -> None:
-        """Keep the validation loss of ``step`` durably. A full disk is no reason to stop: it is logged."""
+        """Record the validation loss of ``step`` durably. A full disk does not end the run: it is logged."""
         if self._lock.is_held():
             try:
                 self.record.evaluated(step, loss, [found.step for found in self.store.list()])
@@ -64,10 +63,10 @@ class ClaimedRunDir:
                 self._log.error(f"{self.paths.run_json} was not written: {error.strerror}", name="output_failed")
 
     def keep(self) -> None:
-        """If somebody deleted the directory, make it anew, with all that a later launch and other commands need.
+        """If the directory was deleted, recreate it with all that a later launch and other commands need.
 
-        Raises LockLost if a process that came since owns what is there now. Where nothing can be written, nothing
-        happens: the next checkpoint reports it.
+        Raises LockLost if another process owns the directory now. Does nothing if nothing can be written: the next
+        checkpoint reports that.
         """
         if not self._lock.is_lost():
             return
@@ -90,46 +89,43 @@ class ClaimedRunDir:
         self._log.error(message, name="output_gone")
 
     def take_stop_request(self) -> str:
-        """A reason to stop that somebody left in the directory, or an empty string. Also keeps the directory."""
+        """The reason of a stop request in the directory, or an empty string. Also keeps the directory."""
         self.keep()
         return take_stop_request(self.paths) if self._lock.is_held() else ""
 
-    def join(self) -> None:
-        """Wait for a checkpoint that is being written, and for the files of deleted ones to be gone."""
-        self.writer.close()
-        self.store.settle()
-
 
 @contextmanager
-def claim_run_dir(job: Job, data: PreparedData, plan: ResumePlan) -> Iterator[ClaimedRunDir]:
-    """Own the run directory. An error that leaves is written into the status; then threads are joined, then it is free.
+def claim_run_dir(job: Job, data: Dataset, plan: ResumePlan) -> Iterator[ClaimedRunDir]:
+    """Own the run directory. On the way out an error is written into the status, threads are joined, the lock is freed.
 
-    Raises CheckpointError, and changes nothing but what the last run left behind, if another process owns it.
+    Raises CheckpointError, and leaves another process's run unchanged, if it owns the directory.
     """
-    log, paths, store = job.plugins.log, job.run_dir, plan.found.store
+    log, paths, store, state = job.plugins.log, job.run_dir, plan.found.store, job.state
     lock = RunLock(paths, log.info)
     status = StatusFile(paths, may_write=lock.is_held)
     step = int(plan.found.state.get("step", 0))
-    with job.signals.on_forced_exit(partial(_force_exit, status, job.state)):
+
+    def record_forced_exit() -> None:
+        reason = "second Ctrl-C: the steps since the last checkpoint are lost"
+        status.update(state="stopped", step=state.step, reason=reason, force=True)
+
+    with job.signals.on_forced_exit(record_forced_exit):
         try:
             record = job.dist.on_main(lambda: _acquire(job, data, plan, lock))
             claimed = ClaimedRunDir(paths, store, status, BackgroundWriter(store), record, lock, data.tokenizer, log)
-            with (
-                _status_of_errors(status, step, job.state, claimed),
-                job.dist.explained_failures(lambda: job.state.step),
-            ):
+            with _status_of_errors(claimed, state, step), job.dist.explained_failures(lambda: state.step):
                 status.update(state="running", step=step, max_steps=job.config.training.max_steps, force=True)
                 yield claimed
         finally:
             lock.release()
 
 
-def _acquire(job: Job, data: PreparedData, plan: ResumePlan, lock: RunLock) -> RunRecord:
+def _acquire(job: Job, data: Dataset, plan: ResumePlan, lock: RunLock) -> RunRecord:
     """Lock the directory, and only then change anything in it."""
-    paths, store, found, log = job.run_dir, plan.found.store, plan.found, job.plugins.log
+    paths, found, store, log = job.run_dir, plan.found, plan.found.store, job.plugins.log
     paths.create()
     lock.acquire()
-    # A request that is there was addressed to the previous owner.
+    # A stop request that is there was meant for the previous owner.
     paths.stop_request.unlink(missing_ok=True)
     store.sweep()
     if job.force:
@@ -147,22 +143,18 @@ def _acquire(job: Job, data: PreparedData, plan: ResumePlan, lock: RunLock) -> R
 
 
 @contextmanager
-def _status_of_errors(status: StatusFile, begun: int, state: TrainState, claimed: ClaimedRunDir) -> Iterator[None]:
+def _status_of_errors(claimed: ClaimedRunDir, state: TrainState, begun: int) -> Iterator[None]:
+    """Write the status of an error that leaves; then wait for a checkpoint that is being written, and for deletions."""
     try:
         yield
     except BaseException as error:
-        step = max(begun, state.step)
         if isinstance(error, StopNow):
-            status.update(state="stopped", step=step, reason=str(error), force=True)
+            changes = {"state": "stopped", "reason": str(error)}
         else:
-            outcome = "halted" if getattr(error, "exit_code", None) == ExitCode.HALTED else "failed"
-            status.update(state=outcome, step=step, error=f"{type(error).__name__}: {error}", force=True)
+            is_halt = getattr(error, "exit_code", None) == ExitCode.HALTED
+            changes = {"state": "halted" if is_halt else "failed", "error": f"{type(error).__name__}: {error}"}
+        claimed.status.update(step=max(begun, state.step), force=True, **changes)
         raise
     finally:
-        claimed.join()
-
-
-def _force_exit(status: StatusFile, state: TrainState) -> None:
-    """Leave a truthful status behind: the process ends right after it."""
-    reason = "second Ctrl-C: the steps since the last checkpoint are lost"
-    status.update(state="stopped", step=state.step, reason=reason, force=True)
+        claimed.writer.close()
+        claimed.store.settle()

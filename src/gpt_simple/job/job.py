@@ -20,7 +20,7 @@ from gpt_simple.spec import RunSpec
 
 @frozen(eq=False)
 class Job:
-    """One launch: what was asked for, and where it runs. ``began`` is its time zero, of ``time.monotonic``."""
+    """One launch. ``began`` is its start, a moment of ``time.monotonic``."""
 
     spec: RunSpec
     force: bool
@@ -45,7 +45,7 @@ class Job:
         return Control(self.dist, self.plugins.requests, conditions, self.spec.host.names)
 
     def leave_if_requested(self) -> None:
-        """Raise StopNow, or Halted, on all ranks if any of them was asked to leave. For the time before the loop."""
+        """Raise StopNow, or Halted, on all ranks if any of them was asked to leave. For use before the loop."""
         reasons, deadline = self.plugins.requests.reasons, self.runtime.deadline
         control = self.control(*([deadline.reason_to_stop] if deadline is not None else []))
         leave, halt = self.dist.all_reduce_max([control.is_leaving(), "halt" in reasons])

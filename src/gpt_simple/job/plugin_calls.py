@@ -6,6 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
 
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.control import Requests
@@ -18,18 +21,19 @@ from gpt_simple.hooks.events import Close, LogRecord, RunError
 from gpt_simple.plugin_host.loading import LoadedPlugin
 from gpt_simple.spec import RunSpec
 
+View = TypeVar("View", bound=LaunchView)
+
 
 class PluginCalls:
     """The compiled hooks of this rank, and the newest view of the run, which ``adopt`` replaces."""
 
     def __init__(self, spec: RunSpec, dist: ProcessGroup, precision: Precision, state: TrainState) -> None:
-        config = spec.config
         self.requests = Requests()
         self.log = EngineLog(self._publish, state)
         self.comm = EngineComm(dist)
-        self.launch_view = LaunchView(
-            config,
-            Path(config.training.output_dir),
+        self.view = LaunchView(
+            spec.config,
+            Path(spec.config.training.output_dir),
             dist,
             precision,
             state,
@@ -37,8 +41,11 @@ class PluginCalls:
             self.log,
             self.comm,
         )
-        self.view: LaunchView = self.launch_view
         self.calls = spec.host.calls(dist.is_main, self._plugin_failed, world_size=dist.size, guard=TORCH_STATE)
+
+    def extended_view(self, kind: type[View], **fields: Any) -> View:
+        """A later view: what the newest one has, and ``fields``."""
+        return kind(**attrs.asdict(self.view, recurse=False), **fields)
 
     def adopt(self, view: LaunchView) -> None:
         """Hand ``view`` to the hooks from now on."""

@@ -1,4 +1,4 @@
-"""What a run hands back."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class TrainResult:
     """Why it ended, in words."""
 
     steps: int
-    """Optimizer steps made since step 0, earlier processes of the run included."""
+    """Optimizer steps since step 0, those of earlier launches included."""
 
     total_tokens: int
     """Positions consumed: steps x per_device_batch_size x accumulation x world size x max_length."""
 
     total_target_tokens: int
-    """Those of them that were in the loss."""
+    """The positions of these that were in the loss."""
 
     final_loss: float | None
     """Mean training loss of the last logging interval."""
@@ -40,7 +40,7 @@ class TrainResult:
     bits_per_byte: float | None
 
     floor: float | None
-    """The lowest validation loss that is possible, where the data's true source is known."""
+    """The lowest validation loss that is possible, if the process that generates the data is known."""
 
     checkpoint_path: Path | None
     output_dir: Path
@@ -52,9 +52,9 @@ class TrainResult:
 
     peak_memory_gib: float
     summary: Mapping[str, Any] = field(factory=dict, repr=False)
-    """What ``summary.json`` holds."""
+    """The content of ``summary.json``."""
 
     @property
     def exit_code(self) -> ExitCode:
-        """What ``gpt-simple run`` exits with."""
+        """The exit code of ``gpt-simple run``."""
         return _EXIT[self.status]

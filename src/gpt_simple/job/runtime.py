@@ -1,4 +1,4 @@
-"""Where and how a launch computes, decided before any plugin is called."""
+"""Precision, compilation and deadline of a launch, decided before any plugin is called."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpt_simple.spec import RunSpec
 
 @frozen
 class Runtime:
-    """``numerics`` is what decides the last digits of a result, as JSON values."""
+    """``numerics`` holds what decides the last digits of a result, as JSON values."""
 
     precision: Precision
     compile_plan: CompilePlan

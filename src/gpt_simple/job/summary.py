@@ -1,8 +1,9 @@
-"""How a run ended, for people, for ``summary.json`` and for the caller of ``train``."""
+"""How a run ended: ``summary.json`` and the result of ``train``."""
 
 from __future__ import annotations
 
 import json
+import platform
 import shlex
 import statistics
 import time
@@ -11,9 +12,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gpt_simple._names import PROGRAM
+import numpy as np
+import torch
+from attrs import fields
+
+from gpt_simple._names import PROGRAM, __version__
 from gpt_simple.config.load import split_overrides
 from gpt_simple.config.redact import redacted
+from gpt_simple.data.dataset import Dataset
+from gpt_simple.engine.compatibility import flatten
 from gpt_simple.engine.memory import GIB, peak_bytes
 from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan
 from gpt_simple.engine.stop_signals import StopNow
@@ -22,35 +29,20 @@ from gpt_simple.hooks.events import RunEnd, RunStart
 from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
-from gpt_simple.job.records import run_facts
 from gpt_simple.job.result import TrainResult
-from gpt_simple.job.stages import PreparedData
 from gpt_simple.launch.member import owns_run
 from gpt_simple.run_dir.layout import write_json
 from gpt_simple.spec import RunSpec
 
-_SHARED = (
-    "status",
-    "reason",
-    "steps",
-    "total_tokens",
-    "total_target_tokens",
-    "final_loss",
-    "final_val_loss",
-    "best_val_loss",
-    "bits_per_byte",
-    "floor",
-    "seconds",
-    "tokens_per_second",
-    "peak_memory_gib",
-)
+_SHARED = [item.name for item in fields(TrainResult) if item.name not in ("checkpoint_path", "output_dir", "summary")]
+"""What a TrainResult and ``summary.json`` have under the same name."""
 
 
-def run_to_end(job: Job, data: PreparedData, plan: ResumePlan, run_dir: ClaimedRunDir, trainer: Trainer) -> TrainResult:
-    """Train, with the launch written down before and its outcome after."""
+def run_to_end(job: Job, data: Dataset, plan: ResumePlan, run_dir: ClaimedRunDir, trainer: Trainer) -> TrainResult:
+    """Record the launch, train, and record the outcome."""
     run, calls, state = trainer.run, trainer.calls, job.state
-    facts = run_facts(job.spec, plan, run.facts())
-    job.dist.on_main(lambda: run_dir.record_launch(facts, state.step, plan))
+    info = _recorded_info(job.spec, plan, run.facts())
+    job.dist.on_main(lambda: run_dir.record_launch(info, state.step, plan))
     owns_run()
     if calls.on_run_start is not None:
         event = RunStart(
@@ -70,7 +62,26 @@ def run_to_end(job: Job, data: PreparedData, plan: ResumePlan, run_dir: ClaimedR
     if run.is_main:
         _write_summary(job, summary)
     run_dir.status.update(state=fit.status, step=state.step, reason=fit.reason, force=True)
-    return as_result(summary, run.output_dir)
+    return _result(summary, run.output_dir)
+
+
+def _recorded_info(spec: RunSpec, plan: ResumePlan, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``facts`` of run.json. ``run``: the run info that plugins get."""
+    return {
+        "version": __version__,
+        "config": flatten(spec.config),
+        "origins": {path: origin.where for path, origin in spec.origins.by_path.items()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "plugins": {p.name: f"{p.distribution} {p.version}".strip() or p.file for p in spec.host.plugins},
+        "run": dict(run),
+        "data": plan.fingerprint["data"],
+        "numerics": plan.fingerprint["numerics"],
+        "promise": plan.guarantee,
+    }
 
 
 def _write_summary(job: Job, summary: dict[str, Any]) -> None:
@@ -78,14 +89,14 @@ def _write_summary(job: Job, summary: dict[str, Any]) -> None:
     try:
         write_json(path, summary)
     except OSError as error:
-        # The weights are saved: a disk that is full now is no reason to call the run failed.
+        # The weights are saved: a disk that is full now does not fail the run.
         job.plugins.log.error(f"{path} was not written: {error.strerror}", name="output_failed")
 
 
-def _summarise(job: Job, data: PreparedData, run_dir: ClaimedRunDir, fit: FitResult) -> dict[str, Any]:
+def _summarise(job: Job, data: Dataset, run_dir: ClaimedRunDir, fit: FitResult) -> dict[str, Any]:
     """What ``summary.json`` holds. Losses are in nats per target token."""
     state, newest, steps = job.state, run_dir.store.list(), job.config.training.max_steps
-    # What leads further: more steps, data that do not end (there were fewer steps than asked for), or nothing else.
+    # What the next launch needs to continue: more steps, data that do not end, or no change.
     change: dict[str, str] = {}
     if fit.status == "completed" and state.step >= steps:
         change = {"training.max_steps": str(2 * steps)}
@@ -102,7 +113,7 @@ def _summarise(job: Job, data: PreparedData, run_dir: ClaimedRunDir, fit: FitRes
         "final_val_loss": fit.last_eval.get(VAL_LOSS),
         "best_val_loss": state.best_val_loss,
         "bits_per_byte": fit.last_eval.get("eval/bits_per_byte"),
-        "floor": data.dataset.floor,
+        "floor": data.floor,
         "tokens_per_second": statistics.median(fit.rates) if fit.rates else None,
         "peak_memory_gib": peak_bytes(job.dist.device) / GIB,
         "seconds": time.monotonic() - job.began,
@@ -115,16 +126,16 @@ def _summarise(job: Job, data: PreparedData, run_dir: ClaimedRunDir, fit: FitRes
 
 
 def _again(spec: RunSpec, change: Mapping[str, str]) -> str:
-    """The command as it was given, but never one that begins anew, and with other values of some dotted keys.
+    """The command as it was given, with other values of some dotted keys and without what starts from scratch.
 
-    It may be shown and kept, so a secret in it is not.
+    Secrets in it are redacted.
     """
     if not spec.arguments:
         return f"train(...) {' '.join(['with', *chain(*change.items())]) if change else 'again'}"
     given, words = split_overrides(spec.arguments)
     overrides = {key: text for key, text in given if (key, text) != ("training.resume", "scratch")} | dict(change)
-    places = spec.origins.chain("training.resume")
-    if spec.config.training.resume == "scratch" and places != ["--training.resume"]:
+    origins = spec.origins.chain("training.resume")
+    if spec.config.training.resume == "scratch" and origins != ["--training.resume"]:
         overrides["training.resume"] = "auto"
     command = [PROGRAM, *(word for word in words if word not in ("--force", "--"))]
     for key, text in redacted(overrides).items():
@@ -133,7 +144,7 @@ def _again(spec: RunSpec, change: Mapping[str, str]) -> str:
 
 
 def _sample(spec: RunSpec) -> str:
-    """What lets the model write."""
+    """The command that samples from the model."""
     owner = spec.registry.get("model", spec.config.model.name).owner
     files = [p.file for p in spec.host.plugins if p.label == owner and not p.distribution]
     words = ["sample", spec.config.training.output_dir, *(word for file in files for word in ("-p", file))]
@@ -141,20 +152,20 @@ def _sample(spec: RunSpec) -> str:
 
 
 def already_finished(job: Job, plan: ResumePlan) -> TrainResult:
-    """All steps are finished: say so, and return what the run had reached. Changes nothing."""
+    """The result of a run whose steps were all finished before. Changes nothing."""
     state, run_dir = plan.found.state, job.run_dir
     reason = f"step {state['step']} of {job.config.training.max_steps} was reached before: raise training.max_steps"
     job.plugins.log.info(f"{run_dir.root}: nothing to do, {reason}, or add --force to start anew", name="finished")
     try:
         summary = json.loads(run_dir.summary_json.read_text())
     except (OSError, ValueError):
-        summary = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"], "floor": None}
+        summary = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"]}
     summary |= {"status": "completed", "reason": reason, "checkpoint": str(plan.source)} | _counts(state)
-    return as_result(summary, run_dir.root)
+    return _result(summary, run_dir.root)
 
 
 def stopped_before_first_step(job: Job, found: FoundCheckpoint, stop: StopNow) -> TrainResult:
-    """Stopped before this launch finished a step: everything is as the launch before it left it."""
+    """The result of a launch that was stopped before it finished a step. The run is as the last launch left it."""
     job.plugins.log.info(f"stopped: {stop}, before the first step; the same command goes on", name="stopped_early")
     newest = found.store.list()
     summary: dict[str, Any] = dict.fromkeys(_SHARED) | _counts(found.state)
@@ -166,7 +177,7 @@ def stopped_before_first_step(job: Job, found: FoundCheckpoint, stop: StopNow) -
         "peak_memory_gib": peak_bytes(job.dist.device) / GIB,
         "checkpoint": str(newest[-1].path) if newest else None,
     }
-    return as_result(summary, job.run_dir.root)
+    return _result(summary, job.run_dir.root)
 
 
 def _counts(state: Mapping[str, Any]) -> dict[str, int]:
@@ -175,8 +186,7 @@ def _counts(state: Mapping[str, Any]) -> dict[str, int]:
     return {name: state.get(key, 0) for name, key in names.items()}
 
 
-def as_result(summary: dict[str, Any], output_dir: Path) -> TrainResult:
-    """The part of a summary that a caller of ``train`` gets as attributes."""
+def _result(summary: dict[str, Any], output_dir: Path) -> TrainResult:
     checkpoint = summary["checkpoint"]
     return TrainResult(
         **{name: summary[name] for name in _SHARED},

@@ -54,12 +54,12 @@ def train(
             try:
                 data = prepare_data(job, found)
                 plan = plan_resume(job, found, data)
-                checked = preflight(job, data, plan)
+                time_budget = preflight(job, data, plan)
                 if plan.is_finished:
                     return already_finished(job, plan)
                 with (
                     claim_run_dir(job, data, plan) as run_dir,
-                    build_trainer(job, data, plan, checked, run_dir) as trainer,
+                    build_trainer(job, data, plan, time_budget, run_dir) as trainer,
                 ):
                     return run_to_end(job, data, plan, run_dir, trainer)
             except StopNow as stop:

@@ -1,4 +1,4 @@
-"""The life of one process among many: it joins what started it, never outlives it, and says how it ended."""
+"""One process of several: what started it, how it ends with its launcher, and how it reports its end."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError, Problem, Ra
 from gpt_simple.launch.record import LAUNCHER, STARTED, Record, Records
 
 GRACE_SECONDS = 30
-"""What is left to a process for its last checkpoint when its launcher was killed."""
+"""How long a process may take for its last checkpoint after its launcher was killed."""
 
 AGAIN = "start again with the same command, without --force: the run goes on from its last checkpoint, if it has one"
 """What to do after a crash."""
 
 _ORDINARY = (ExitCode.COMPLETED, ExitCode.STOPPED, ExitCode.HALTED)
-"""Ends that all processes agreed on; a restart would not be what anybody wants."""
+"""Ends that all processes agreed on: torchrun must not restart them."""
 
 
 def under_torchrun(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun, or what sets the same variables, started this process; one of one counts too."""
+    """Whether torchrun, or what sets the same variables, started this process, even as the only one."""
     return "TORCHELASTIC_RUN_ID" in environment or _count(environment, "WORLD_SIZE") > 1
 
 
@@ -56,16 +56,14 @@ def is_member(environment: MutableMapping[str, str]) -> bool:
 
     srun's variables are translated into those that torch reads.
     """
-    if under_torchrun(environment):
-        return True
     here = processes_here(environment)
-    if here is not None:
+    if here is not None and not under_torchrun(environment):
         environment.update(_from_slurm(environment), LOCAL_WORLD_SIZE=str(here))
     return here is not None
 
 
 def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
-    """torch's variables from srun's: the first machine of the step hosts the meeting point."""
+    """torch's variables from srun's: the processes meet at the first machine of the step."""
     nodes = environment["SLURM_STEP_NODELIST"]
     # "node[003-006,9],login" stands for node003 and others.
     first = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
@@ -81,8 +79,8 @@ def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
     }
 
 
-def tells_alone(environment: Mapping[str, str]) -> bool:
-    """Whether this is one of several processes of which nobody gathers the messages, as our launcher would."""
+def has_foreign_launcher(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several processes that our launcher, which gathers their messages, did not start."""
     return _count(environment, "WORLD_SIZE") > 1 and Records.of_this_launch(environment) is None
 
 
@@ -92,23 +90,23 @@ def is_restarted() -> bool:
 
 
 def launched_at() -> float | None:
-    """When our launcher began, a moment of ``time.monotonic``; None if another one started this process."""
+    """When our launcher began, a moment of ``time.monotonic``; None if it did not start this process."""
     started = os.environ.get(STARTED)
     return float(started) if started else None
 
 
 def owns_run() -> None:
-    """Remember, beyond a restart, that this launch has begun its run."""
+    """Record for restarted processes that this launch has begun its run."""
     if (records := Records.of_this_launch(os.environ)) is not None:
         records.owned()
 
 
 def live(work: Callable[[], int]) -> NoReturn:
-    """Do ``work``, which returns an exit code, as one of many processes, and leave.
+    """Do ``work``, which returns an exit code, as one of several processes, and end the process.
 
-    Under our launcher the message of an error goes to it, which tells it once; elsewhere the error is raised.
+    Under our launcher an error goes into the record, and the launcher prints it once; elsewhere it is raised.
     """
-    # torch's stack traces of connections that end because a process does.
+    # Hides torch's stack traces of connections that a process closes by ending.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     records = Records.of_this_launch(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -117,34 +115,35 @@ def live(work: Callable[[], int]) -> NoReturn:
         _leave(work())
     record = records.begin(int(os.environ["RANK"]))
     if record is None:
-        # Those that came earlier may wait for this one, until torchrun sees it fail and ends them.
+        # Earlier processes may wait for this one until torchrun sees it fail and ends them.
         _leave(ExitCode.COMPLETED if is_restarted() else ExitCode.STOPPED)
     try:
         code = work()
     except BaseException as error:
         failed = _failed(record, error)
         if failed.code != ExitCode.FAILURE and not failed.silent:
-            # A mistake that a person must mend would only be repeated by a restart.
+            # A restart would only repeat a mistake that a person must correct.
             records.no_more()
         records.end(failed)
         _leave(failed.code or ExitCode.FAILURE)
     records.end(evolve(record, code=code, time=time.time()))
-    # Not 0 means to torchrun that the processes must be ended or restarted.
+    # torchrun ends or restarts the processes if one of them does not return 0.
     _leave(ExitCode.COMPLETED if code in _ORDINARY else code)
 
 
 def _leave(code: int) -> NoReturn:
-    """Everything is on disk. A collective that will never end must not keep the process from leaving, and a thread of
-    torch that another process's end surprises must not turn a finished run into an aborted one.
+    """End the process at once; everything is on disk.
+
+    An orderly end could hang in a collective that never ends, or abort in a thread of torch whose peer has ended.
     """
     give_up_broken_output()
     os._exit(code)
 
 
 def give_up_broken_output() -> None:
-    """Drop what standard output and error cannot take: a run that shows no more must end as it would have.
+    """Drop what standard output and error cannot take, so that the run keeps its exit code.
 
-    Python would try to write it once more, fail, and leave with a code of its own.
+    Python would try to write it once more at exit, fail, and exit with 120.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -166,7 +165,7 @@ def _failed(record: Record, error: BaseException) -> Record:
 
 
 def _never_outlive(launcher: int) -> None:
-    """When the launcher is killed, stop as at a SIGTERM; and be gone after GRACE_SECONDS whatever happens."""
+    """When the launcher is killed, stop as at a SIGTERM, and end after GRACE_SECONDS at the latest."""
 
     def watch() -> None:
         while os.getppid() == launcher:

@@ -1,6 +1,6 @@
-"""Signals ask for a stop; the step loop stops.
+"""Handlers of the signals that ask for a stop.
 
-A handler only calls back and returns, so it is safe at any moment. A second Ctrl-C leaves at once.
+A handler only calls back and returns, so it is safe at any moment. A second Ctrl-C ends the process at once.
 """
 
 from __future__ import annotations
@@ -18,22 +18,33 @@ from gpt_simple.errors import ExitCode
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-# A terminal's Ctrl-C can reach a process twice, from the terminal and from a launcher: that is one press.
 ONE_PRESS_SECONDS = 0.3
+"""Two SIGINTs within this time are one press: Ctrl-C can reach a process from the terminal and from a launcher."""
 
 
-def asking() -> tuple[signal.Signals, ...]:
-    """The signals that ask for a stop; not a hang-up that ``nohup`` has this process ignore."""
-    hung_up_is_nothing = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return tuple(number for number in STOPPING if number != signal.SIGHUP or not hung_up_is_nothing)
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within, ``handler`` gets the signals that ask for a stop. Earlier handlers are restored afterwards.
+
+    A SIGHUP that this process ignores, as under ``nohup``, stays ignored.
+    """
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in STOPPING if number != signal.SIGHUP or not is_ignored]
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            # None stands for a handler that was not installed from Python and cannot be restored from it.
+            signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
 
 
 @contextmanager
 def stop_on_signals(stop: Callable[[str], None], parting: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Call ``stop`` with the name of a signal when one arrives; the handlers found are put back afterwards.
+    """Within, call ``stop`` with the name of each signal that arrives.
 
-    ``parting`` is called, once, before a second Ctrl-C ends the process. Does nothing outside the main thread, where
-    Python allows no handlers.
+    ``parting`` is called, once, before a second Ctrl-C ends the process. Outside the main thread, where Python allows
+    no handlers, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -59,10 +70,5 @@ def stop_on_signals(stop: Callable[[str], None], parting: Callable[[], object] =
             pressed.append(now)
         stop(signal.Signals(number).name)
 
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in asking()}
-    try:
+    with handling(handle):
         yield
-    finally:
-        for number, handler in before.items():
-            # None stands for a handler that was not installed from Python and cannot be put back from it.
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

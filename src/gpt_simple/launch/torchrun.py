@@ -1,7 +1,7 @@
-"""Starts torchrun's agent in this process: it starts the others, watches them, and restarts them if asked to.
+"""Runs torchrun's agent in this process. The agent starts the others, watches them, and restarts them if configured.
 
-What is ours is only what torchrun lacks: signals reach the processes as they are and nobody is killed while it saves;
-one message; and the exit code that one process would have given.
+Added is what torchrun lacks: signals reach the processes unchanged and no process is killed while it saves; one
+message; and the exit code that a single process would have given.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -28,21 +28,21 @@ from attrs import define, field, frozen
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError, Problem
 from gpt_simple.launch.member import AGAIN, processes_here, under_torchrun
 from gpt_simple.launch.record import DIRECTORY, LAUNCHER, STARTED, Record, Records
-from gpt_simple.launch.signals import ONE_PRESS_SECONDS, asking
+from gpt_simple.launch.signals import ONE_PRESS_SECONDS, handling
 
 _DEFAULT_PORT = "29400"  # torchrun's
 
 _ANSWER_SECONDS = 15.0
-"""How long a launcher that listens at the meeting point may take to answer."""
+"""How long a launcher that listens at the rendezvous endpoint may take to answer."""
 
 
 class _Leave(BaseException):
-    """A signal came before there was a process to send it on to."""
+    """A signal arrived before there was a process to forward it to."""
 
 
 @frozen
 class Launch:
-    """How many processes are started, where they meet, and how often they are started again."""
+    """How many processes are started, where they meet, and how often they are restarted."""
 
     nproc_per_node: str
     nnodes: str = "1"
@@ -53,8 +53,8 @@ class Launch:
     def asked(
         cls, nproc_per_node: str | None, nnodes: str | None, rdzv_endpoint: str | None, max_restarts: int | None
     ) -> Launch | None:
-        """The launch that options ask for, None if they ask for none. Raises ConfigError if they contradict."""
-        if nproc_per_node is None and nnodes is None and rdzv_endpoint is None and max_restarts is None:
+        """The launch of these options, None if all are None. Raises ConfigError for one that cannot be."""
+        if (nproc_per_node, nnodes, rdzv_endpoint, max_restarts) == (None, None, None, None):
             return None
         if nproc_per_node not in (None, "auto") and not re.fullmatch(r"[1-9]\d*", str(nproc_per_node)):
             raise ConfigError('expected a number of processes or "auto"', location=f"--nproc_per_node {nproc_per_node}")
@@ -69,9 +69,10 @@ class Launch:
         return cls(nproc_per_node or "1", nnodes or "1", rdzv_endpoint or "", max_restarts or 0)
 
     def joins(self, environment: Mapping[str, str]) -> bool:
-        """Whether this process is already one of those asked for, because torchrun or srun started them.
+        """Whether this process is already one of the launch, because torchrun or srun started it.
 
-        One task of srun on each machine is none of them: it starts them. Raises ConfigError on a contradiction.
+        A single task of srun on each machine is not: it starts the processes there. Raises ConfigError if another
+        number of processes was started.
         """
         if Records.of_this_launch(environment) is not None:
             return True
@@ -88,40 +89,40 @@ class Launch:
     def run(self, command: Sequence[str]) -> int:
         """Start ``command`` as all processes of this machine, wait for them, and return the exit code.
 
-        Raises the error of the process that has something to say.
+        Raises the error that is the root cause if a process failed.
         """
-        _check_endpoint(self.rdzv_endpoint)
+        if self.rdzv_endpoint:
+            _check_endpoint(self.rdzv_endpoint)
         with tempfile.TemporaryDirectory(prefix="gpt-simple-launch-", ignore_cleanup_errors=True) as directory:
             records = Records(Path(directory))
-            with _forwarding(records) as signals:
-                try:
-                    failures = self._agent(command, directory)
-                except _Leave:
-                    failures = {}
+            signals, failures = _Signals(records), {}
+            # The processes end by themselves, and the agent waits for them.
+            with handling(signals), suppress(_Leave):
+                failures = self._agent(command, directory)
             return _outcome(records.read(), failures, signals)
 
-    def _agent(self, command: Sequence[str], directory: str) -> Mapping[int, Any]:
-        """Run torchrun's agent to its end. Returns what it knows of the processes that failed, by rank."""
-        # Its stack traces of a meeting that fails. It reads this as it is loaded, and the processes set their own.
-        says = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    def _agent(self, command: Sequence[str], directory: str) -> dict[int, Any]:
+        """Run torchrun's agent to its end. Returns its ``ProcessFailure`` of each rank that failed."""
+        # Hides stack traces of a rendezvous that fails. torch reads it on import; the processes set their own.
+        level = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
         import torch
 
-        if says == "FATAL":
+        if level == "FATAL":
             del os.environ["TORCH_CPP_LOG_LEVEL"]
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous import RendezvousError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        # What it would say is said once, by us.
+        # The launcher prints one message itself.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         count = max(1, torch.cuda.device_count()) if self.nproc_per_node == "auto" else int(self.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         os.environ |= {DIRECTORY: directory, LAUNCHER: str(os.getpid()), STARTED: str(time.monotonic())}
         if self.max_restarts:
-            # A shared store would show processes that were restarted the addresses of those before them.
+            # A shared store would give restarted processes the addresses of those before them.
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        alone = self.nnodes == "1"  # then any free port does, whatever a script for several machines says
+        alone = self.nnodes == "1"  # any free port will do, and a given endpoint is not used
         if not alone:
             _check_answer(self.rdzv_endpoint)
             print(f"waiting at {self.rdzv_endpoint} until all {self.nnodes} machines are there", file=sys.stderr)
@@ -134,7 +135,7 @@ class Launch:
             rdzv_endpoint="localhost:0" if alone else self.rdzv_endpoint,
             local_addr="localhost" if alone else None,
             max_restarts=self.max_restarts,
-            # Ours stay: its own would end processes that are still saving.
+            # No handlers of its own: they would end processes that are still saving.
             signals_to_handle="",
             logs_specs=DefaultLogsSpecs(log_dir=directory),
         )
@@ -151,13 +152,18 @@ class Launch:
         return {}
 
 
+def _host_and_port(endpoint: str) -> tuple[str, str]:
+    host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "")
+    return host.strip("[]"), port or _DEFAULT_PORT
+
+
 def _check_endpoint(endpoint: str) -> None:
     """Refuse at once what torch would try to reach for minutes."""
-    host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "")
-    if endpoint and (not host or (port and not (port.isdecimal() and 0 < int(port) < 65536))):
+    host, port = _host_and_port(endpoint)
+    if not host or not (port.isdecimal() and 0 < int(port) < 65536):
         raise ConfigError("expected HOST:PORT, the same on every machine", location=f"--rdzv_endpoint {endpoint}")
     try:
-        socket.getaddrinfo(host.strip("[]") or None, port or "0")
+        socket.getaddrinfo(host, port)
     except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"the host {host} cannot be found ({error})", location=f"--rdzv_endpoint {endpoint}"
@@ -168,12 +174,11 @@ def _check_answer(endpoint: str) -> None:
     """Refuse a port at which something else listens: torch would wait for its answer for ever, deaf to signals."""
     from torch._C._distributed_c10d import TCPStore
 
-    host, _, port = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", _DEFAULT_PORT)
-    host = host.strip("[]")
+    host, port = _host_and_port(endpoint)
     try:
         socket.create_connection((host, int(port)), timeout=2).close()
     except OSError:
-        return  # nobody is there yet: torch listens there, or waits for the machine that will
+        return  # nothing listens yet: torch will, here or on another machine
     answered = threading.Event()
 
     def ask() -> None:
@@ -181,7 +186,7 @@ def _check_answer(endpoint: str) -> None:
             TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=_ANSWER_SECONDS))
             answered.set()
 
-    threading.Thread(target=ask, name="ask-meeting-point", daemon=True).start()
+    threading.Thread(target=ask, name="ask-endpoint", daemon=True).start()
     if not answered.wait(_ANSWER_SECONDS):
         raise ConfigError(
             "something listens there that is no launcher",
@@ -192,7 +197,7 @@ def _check_answer(endpoint: str) -> None:
 
 @define
 class _Signals:
-    """Signals that came, and the processes that they are sent on to."""
+    """The handler that forwards signals to the processes, and the signals that arrived."""
 
     _records: Records
     received: list[tuple[signal.Signals, float]] = field(factory=list)
@@ -200,12 +205,12 @@ class _Signals:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.received.append((signal.Signals(number), time.monotonic()))
         self._records.no_more()
-        there = self._records.read()
-        for record in there:
+        records = self._records.read()
+        for record in records:
             with suppress(ProcessLookupError):
-                # One that waits for another in a collective would not notice the second Ctrl-C.
+                # SIGKILL: a process that waits in a collective would not notice the second Ctrl-C.
                 os.kill(record.pid, signal.SIGKILL if self.forced else number)
-        if not there:
+        if not records:
             raise _Leave
 
     @property
@@ -215,35 +220,23 @@ class _Signals:
         return bool(presses) and presses[-1] - presses[0] > ONE_PRESS_SECONDS
 
 
-@contextmanager
-def _forwarding(records: Records) -> Iterator[_Signals]:
-    """Send every signal that asks for a stop on to the processes: they end by themselves, and the agent waits."""
-    handler = _Signals(records)
-    before = {number: signal.signal(number, handler) for number in asking()}
-    try:
-        yield handler
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
 def _outcome(records: Sequence[Record], failures: Mapping[int, Any], signals: _Signals) -> int:
-    """The exit code of the launch; raises what there is to tell."""
+    """The exit code of the launch. Raises the root cause of a failure."""
     if signals.forced:
         return ExitCode.FORCED
     ended = [record for record in records if record.code is not None]
-    told = sorted((record for record in ended if record.problems), key=lambda record: (record.silent, record.time))
-    if told and not told[0].silent:
-        raise _error(told[0], len(records))
+    errors = sorted((record for record in ended if record.problems), key=lambda record: (record.silent, record.time))
+    if errors and not errors[0].silent:
+        raise _error(errors[0], len(records))
     if signals.received and len(ended) < max(1, len(records)):
-        # It came before the first step: there is nothing to save.
+        # The signal came before the first step: there is nothing to save.
         return ExitCode.STOPPED
     if lost := [rank for rank in failures if rank not in {record.rank for record in ended}]:
-        raise GptSimpleError(*_death(lost, failures, told))
-    if told:
-        if silent := [record.rank for record in records if record.code is None]:
-            raise GptSimpleError(f"process {silent[0]} left without a word", hint=AGAIN)
-        raise _error(told[0], len(records))
+        raise GptSimpleError(*_death(lost, failures, errors))
+    if errors:
+        if unfinished := [record.rank for record in records if record.code is None]:
+            raise GptSimpleError(f"process {unfinished[0]} left without a word", hint=AGAIN)
+        raise _error(errors[0], len(records))
     return max((record.code or 0 for record in ended), default=ExitCode.FAILURE)
 
 
@@ -253,15 +246,17 @@ def _error(record: Record, processes: int) -> GptSimpleError:
     return GptSimpleError(*problems, exit_code=record.code or ExitCode.FAILURE)
 
 
-def _death(ranks: Sequence[int], failures: Mapping[int, Any], told: Sequence[Record]) -> tuple[Problem, ...]:
-    """What became of processes that left no word: the one that ended first, or that had to be ended."""
+def _death(ranks: Sequence[int], failures: Mapping[int, Any], errors: Sequence[Record]) -> tuple[Problem, ...]:
+    """The problem of processes that did not write how they ended: of the one that ended first."""
     first = min(ranks, key=lambda rank: float(failures[rank].timestamp))
     status = int(failures[first].exitcode)
-    waited = [record for record in told if record.timed_out]
+    waited = [record for record in errors if record.timed_out]
     if waited and status in (-signal.SIGTERM, -signal.SIGKILL):
         return waited[0].problems  # it hung: the agent ended it when the others had given up
-    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    what = f"{how} and left no word"
     if status == -signal.SIGKILL:
-        what = "was killed (SIGKILL: the system does that when memory runs out)"
-    return (Problem(None, "", f"process {first} {what}", AGAIN),)
+        how = "was killed (SIGKILL: the system does that when memory runs out)"
+    elif status < 0:
+        how = f"was ended by {signal.Signals(-status).name} and left no word"
+    else:
+        how = f"ended with status {status} and left no word"
+    return (Problem(None, "", f"process {first} {how}", AGAIN),)

@@ -1,1 +1,1 @@
-"""The built-in plugins, one file each. They enter through entry points and use public names only, like a stranger's."""
+"""The built-in plugins, one file each. As external ones they enter through entry points and use public names only."""

@@ -1,6 +1,6 @@
-"""When a checkpoint is written, and which ones stay.
+"""Decides when a checkpoint is written, and which ones are kept.
 
-Asks for one every ``training.save_steps`` steps (the engine writes the last one of a run by itself). After each it
+Requests one every ``training.save_steps`` steps (the engine writes the last one of a run by itself). After each it
 keeps the newest ``keep_last_k``, multiples of ``keep_milestone_every``, and the one with the best validation loss.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(Plugin[NoConfig]):
-    """Runs on the main process; the vote carries its wish to the others."""
+    """Runs on the main process; the engine hands its requests on to the others."""
 
     on_error = "abort"
 
@@ -28,7 +28,7 @@ class Checkpoint(Plugin[NoConfig]):
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
-        # A checkpoint is written before the evaluation of its step, so it cannot know what that found.
+        # A checkpoint is written before its step is evaluated, so it does not hold that loss.
         path = run.output_dir / "metrics.jsonl"
         if event.resumed_from is not None and path.exists():
             found = {row["step"]: row.get("eval/loss") for row in read_metrics(path, "eval")}

@@ -1,13 +1,12 @@
-"""What one sees while a run trains: a banner, progress, a summary.
+"""The output of a run: a banner, progress, a summary.
 
-On a terminal a live view stands under a scrolling log; anywhere else (a pipe, CI, a batch system) every line is plain
-``key=value`` text that one can grep, or JSON for programs.
+On a terminal a live view is drawn under a scrolling log. Anywhere else (a pipe, CI, a batch system) every line is plain
+``key=value`` text for grep, or JSON for programs.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections import deque
@@ -27,6 +26,7 @@ from gpt_simple.plugins.console_text import (
     metrics_line,
     summary_lines,
 )
+from gpt_simple.plugins.metrics import without_nan
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import Run
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gpt_simple.plugins.console_live import LiveView
 
 _INTERVALS = 15
-_GONE = "standard output cannot be written ({}): training goes on and shows no more; metrics.jsonl has all of it"
+_UNWRITABLE = "standard output cannot be written ({}): training goes on and shows no more; metrics.jsonl has all of it"
 
 
 @frozen
@@ -65,15 +65,15 @@ class Console(Plugin[ConsoleConfig]):
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
-        self._tell("start", banner(run, event), {"step": event.step, "max_steps": event.max_steps, **event.facts})
+        self._write("start", banner(run, event), {"step": event.step, "max_steps": event.max_steps, **event.facts})
         if event.facts["compile"] != "off" and event.step < event.max_steps:
             line = f"step {event.step + 1} compiles the model: this takes a while, once"
-            self._tell("compile", [line], {"step": event.step + 1})
+            self._write("compile", [line], {"step": event.step + 1})
         if self._mode == "live":
             from gpt_simple.plugins.console_live import LiveView
 
             self._view = LiveView(event, lambda: run.step, lambda: self._left(run))
-            self._view.start()
+            self._view.live.start()
 
     @hookimpl
     def on_metrics(self, run: Run, event: ev.MetricsReady) -> None:
@@ -83,16 +83,16 @@ class Console(Plugin[ConsoleConfig]):
             self._view.metrics(event.metrics)
             return
         left = self._left(run)
-        facts = {"step": event.step, "tokens": event.tokens, "eta_seconds": left, **event.metrics}
-        self._tell("train", [metrics_line(event, left)], facts)
+        fields = {"step": event.step, "tokens": event.tokens, "eta_seconds": left, **event.metrics}
+        self._write("train", [metrics_line(event, left)], fields)
 
     @hookimpl
     def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
         if self._view is not None:
             self._view.evaluation(event.metrics)
         line = evaluation_line(event, run.facts()["floor"])
-        facts = {"step": event.step, "tokens": event.tokens, "seconds": event.seconds, **event.metrics}
-        self._tell("eval", [line], facts)
+        fields = {"step": event.step, "tokens": event.tokens, "seconds": event.seconds, **event.metrics}
+        self._write("eval", [line], fields)
 
     @hookimpl
     def on_checkpoint_saving(self, run: Run, event: ev.CheckpointSaving) -> None:
@@ -103,44 +103,40 @@ class Console(Plugin[ConsoleConfig]):
     def on_checkpoint_saved(self, run: Run, event: ev.CheckpointSaved) -> None:
         if self._view is not None:
             self._view.checkpoint(event.step)
-        facts = {"step": event.step, "path": event.path, "bytes": event.bytes, "seconds": event.seconds}
-        self._tell("checkpoint", [checkpoint_line(event)], facts)
+        fields = {"step": event.step, "path": event.path, "bytes": event.bytes, "seconds": event.seconds}
+        self._write("checkpoint", [checkpoint_line(event)], fields)
 
     @hookimpl
     def on_log(self, run: Run, event: ev.LogRecord) -> None:
         if self._view is not None and event.level != "info":
             self._view.warnings += 1
-        facts = {"step": event.step, "name": event.name, "level": event.level, "message": event.message}
-        self._tell("event", [log_lines(event)], {**event.fields, **facts}, urgent=event.level != "info")
+        fields = {"step": event.step, "name": event.name, "level": event.level, "message": event.message}
+        self._write("event", [log_lines(event)], {**event.fields, **fields}, urgent=event.level != "info")
 
     @hookimpl
     def on_run_end(self, run: Run, event: ev.RunEnd) -> None:
         self._close_view()
-        self._tell("end", summary_lines(run, event), event.summary)
+        self._write("end", summary_lines(run, event), event.summary)
 
     @hookimpl
     def on_close(self, run: Run, event: ev.Close) -> None:
         self._close_view()
 
     def _left(self, run: Run) -> float | None:
-        """Seconds of training to the last step, from the median of the latest intervals, if the speed is known.
+        """Seconds of training to the last step, from the median of the latest intervals; None if the speed is unknown.
 
-        ``perf/step_ms`` has neither evaluations nor checkpoints nor the compiling step in it.
+        ``perf/step_ms`` includes neither evaluations nor checkpoints nor the compiling step.
         """
         if not self._step_ms:
             return None
-        from statistics import median  # 10 ms that commands which only look do without
+        from statistics import median  # 10 ms that commands without a run need not pay
 
         return median(self._step_ms) / 1e3 * (run.config.training.max_steps - run.step)
 
-    def _tell(self, kind: str, lines: Sequence[str], facts: Mapping[str, Any], *, urgent: bool = False) -> None:
-        """Say something in the way that was asked for: as lines of text, or as one object of ``kind``."""
+    def _write(self, kind: str, lines: Sequence[str], fields: Mapping[str, Any], *, urgent: bool = False) -> None:
+        """Write ``lines``, or in JSON mode ``fields`` as one object of ``kind``."""
         if self._mode == "json":
-            row = {**facts, "kind": kind}
-            # As in metrics.jsonl.
-            if nonfinite := {k: str(v) for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}:
-                row |= {**dict.fromkeys(nonfinite), "nonfinite": nonfinite}
-            lines = [json.dumps(row, default=str)]
+            lines = [json.dumps(without_nan({**fields, "kind": kind}), default=str)]
         elif self._mode == "off" and not urgent:
             return
         text = "\n".join(lines)
@@ -150,12 +146,12 @@ class Console(Plugin[ConsoleConfig]):
             else:
                 print(text, flush=True)
         except OSError as error:
-            # Now this plugin is switched off, and nobody else would say so.
+            # The plugin is now switched off, so its warning would not be shown.
             with suppress(OSError):
-                print(f"warning: {_GONE.format(error.strerror)}", file=sys.stderr)
+                print(f"warning: {_UNWRITABLE.format(error.strerror)}", file=sys.stderr)
             raise
 
     def _close_view(self) -> None:
         if self._view is not None:
-            self._view.stop()
+            self._view.live.stop()
             self._view = None

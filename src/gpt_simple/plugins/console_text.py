@@ -1,31 +1,40 @@
-"""Sentences and numbers for the console: the banner, the lines of a run, the summary."""
+"""The text of the console: the banner, the lines of a run, the summary."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import Run
     from gpt_simple.hooks import events as ev
 
-_SHOWN = {
-    "train/loss": ("loss", "{:.4f}"),
-    "train/lr": ("lr", "{:.3g}"),
-    "train/grad_norm": ("grad_norm", "{:.3f}"),
-    "train/skipped_steps": ("skipped", "{:.0f}"),
-    "perf/tokens_per_second": ("tokens_per_second", "{:.0f}"),
-    "perf/mfu": ("mfu", "{:.3f}"),
-    "memory/peak_gib": ("peak_gib", "{:.2f}"),
-}
+_METRICS = (
+    "loss={train/loss:.4f}",
+    "lr={train/lr:.3g}",
+    "grad_norm={train/grad_norm:.3f}",
+    "skipped={train/skipped_steps:.0f}",
+    "tokens_per_second={perf/tokens_per_second:.0f}",
+    "mfu={perf/mfu:.3f}",
+    "peak_gib={memory/peak_gib:.2f}",
+)
+
+
+def filled(templates: Iterable[str], values: Mapping[str, Any]) -> list[str]:
+    """The format strings filled in, without those that name something that is not among ``values``."""
+    texts = []
+    for template in templates:
+        with suppress(KeyError):
+            texts.append(template.format_map(values))
+    return texts
 
 
 def metrics_line(event: ev.MetricsReady, left: float | None) -> str:
-    """A logging boundary as ``key=value`` pairs, with the seconds that are left."""
-    shown = {key: form for key, form in _SHOWN.items() if key in event.metrics}
-    pairs = [f"{name}={form.format(event.metrics[key])}" for key, (name, form) in shown.items()]
-    return f"step={event.step} tokens={event.tokens} {' '.join(pairs)} eta={duration(left)}"
+    """A logging boundary as ``key=value`` pairs, with the time that is left."""
+    pairs = " ".join(filled(_METRICS, event.metrics))
+    return f"step={event.step} tokens={event.tokens} {pairs} eta={duration(left)}"
 
 
 def evaluation_line(event: ev.EvalEnd, floor: float | None) -> str:
@@ -38,54 +47,52 @@ def evaluation_line(event: ev.EvalEnd, floor: float | None) -> str:
 
 def checkpoint_line(event: ev.CheckpointSaved) -> str:
     """A checkpoint as ``key=value`` pairs."""
-    size = f"{event.bytes / 2**20:.1f}"
-    return f"step={event.step} checkpoint={event.path} mib={size} seconds={event.seconds:.2f}"
+    return f"step={event.step} checkpoint={event.path} mib={event.bytes / 2**20:.1f} seconds={event.seconds:.2f}"
 
 
 def log_lines(event: ev.LogRecord) -> str:
-    """What a plugin or the engine said, on one line or, for a sample, on several."""
+    """A message of the log, on one line or, for a sample, on several."""
     if event.name == "sample":
         return f"step={event.step} sample:\n{textwrap.indent(wrapped(event.message), '    ')}"
     return f"{event.level}: {event.message}" if event.level != "info" else event.message
 
 
 def banner(run: Run, event: ev.RunStart) -> list[str]:
-    """What runs, on what, with which numbers, and where it goes on from."""
-    facts, training = event.facts, run.config.training
+    """What runs, on which device, with which sizes, and from where it starts."""
+    info, training = event.facts, run.config.training
     rows = training.per_device_batch_size * training.gradient_accumulation_steps * run.world_size
     lines = [
-        f"device     {facts['device']} x {run.world_size}, precision {facts['precision']} ({facts['precision_why']}),"
-        f" compile {facts['compile']}",
-        f"model      {run.config.model.name}: {facts['parameters']:,} parameters",
-        f"data       {_data(facts['data'])}",
+        f"device     {info['device']} x {run.world_size}, precision {info['precision']} ({info['precision_why']}),"
+        f" compile {info['compile']}",
+        f"model      {run.config.model.name}: {info['parameters']:,} parameters",
+        f"data       {_data(info['data'])}",
         f"step       {training.per_device_batch_size} rows x {training.gradient_accumulation_steps} micro-batches x"
-        f" {run.world_size} processes x {facts['tokens_per_step'] // rows} tokens"
-        f" = {facts['tokens_per_step']:,} tokens; {event.max_steps:,} steps",
-        f"plugins    {', '.join(facts['plugins'])}",
+        f" {run.world_size} processes x {info['tokens_per_step'] // rows} tokens"
+        f" = {info['tokens_per_step']:,} tokens; {event.max_steps:,} steps",
+        f"plugins    {', '.join(info['plugins'])}",
         f"output     {run.output_dir}",
     ]
-    if facts["document_kernel"] is not None:
-        lines.append(f"documents  attend to themselves: {facts['document_kernel']}")
-    if facts["floor"] is not None:
+    if info["document_kernel"] is not None:
+        lines.append(f"documents  attend to themselves: {info['document_kernel']}")
+    if info["floor"] is not None:
         lines.append(
-            f"floor      {facts['floor']:.4f} nats/token: the source's own validation loss; nothing can beat it"
+            f"floor      {info['floor']:.4f} nats/token: the source's own validation loss; nothing can beat it"
         )
     lines.append(f"start      {event.promise}")
     return lines
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    sizes = [
-        f"{data[split]['targets']:,} {word} tokens" for split, word in (("train", "training"), ("val", "validation"))
-    ]
+    train = f"{data['train']['targets']:,} training tokens"
     if data.get("stream"):
-        sizes[0] = "training tokens from a stream"
+        train = "training tokens from a stream"
     buckets = f", {len(data['buckets'])} buckets" if len(data["buckets"]) > 1 else ""
-    return f"{', '.join(sizes)}{buckets}, tokenizer {data['tokenizer']} ({data['vocab_size']:,} entries)"
+    tokenizer = f"tokenizer {data['tokenizer']} ({data['vocab_size']:,} entries)"
+    return f"{train}, {data['val']['targets']:,} validation tokens{buckets}, {tokenizer}"
 
 
 def summary_lines(run: Run, event: ev.RunEnd) -> list[str]:
-    """How the run ended, what it reached, and what to type next."""
+    """How the run ended, its results, and the next commands."""
     summary = event.summary
     floor = f" (floor {summary['floor']:.4f})" if summary["floor"] is not None else ""
     rows: list[tuple[str, Any]] = [
@@ -103,9 +110,9 @@ def summary_lines(run: Run, event: ev.RunEnd) -> list[str]:
     ]
     lines = ["", f"{event.status}: {event.reason}"]
     lines += [f"  {name:<21} {value}" for name, value in rows]
-    for facts in summary["plugins"].values():
-        if "sample" in facts:
-            lines += ["  the model writes", textwrap.indent(wrapped(facts["sample"]), "    ")]
+    for description in summary["plugins"].values():
+        if "sample" in description:
+            lines += ["  the model writes", textwrap.indent(wrapped(description["sample"]), "    ")]
     lines += ["", f"next: {summary['next']}"]
     if summary["checkpoint"]:
         lines.append(f"      {summary['sample']} lets the model write")
@@ -113,17 +120,16 @@ def summary_lines(run: Run, event: ev.RunEnd) -> list[str]:
 
 
 def wrapped(text: str) -> str:
-    """Lines of readable width; control characters, which a young model writes, must not reach the terminal."""
+    """Lines of readable width, without control characters: an untrained model writes them, and terminals obey them."""
     lines = (textwrap.fill(line, 100) for line in text.splitlines())
     return "\n".join("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in line) for line in lines)
 
 
 def _costs(seconds: Mapping[str, float]) -> str:
-    """What each plugin cost, the dearest first."""
-    dearest_first = sorted(seconds.items(), key=lambda cost: -cost[1])
-    return textwrap.fill(
-        ", ".join(f"{name} {cost:.2f} s" for name, cost in dearest_first), 96, subsequent_indent=" " * 24
-    )
+    """The seconds of each plugin, the slowest first."""
+    slowest_first = sorted(seconds.items(), key=lambda cost: -cost[1])
+    text = ", ".join(f"{name} {cost:.2f} s" for name, cost in slowest_first)
+    return textwrap.fill(text, 96, subsequent_indent=" " * 24)
 
 
 def _number(value: float | None) -> str:
@@ -131,7 +137,7 @@ def _number(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``1h02m``, ``3m20s``, ``9s``; a question mark if it is not known."""
+    """``1h02m``, ``3m20s``, ``9s``; a question mark for None."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,8 +1,8 @@
 """Validation loss over the whole val split, weighted by tokens.
 
 Every ``training.eval_steps`` steps and at the end. ``eval/loss`` is in nats per target token; ``eval/bits_per_byte`` is
-the same nats over the bytes of the text (nats / (ln 2 x bytes)), so that tokenizers can be compared. The marks between
-documents count in the nats and have no bytes: it is the length of the whole split in a code made from the model.
+the same nats over the bytes of the text (nats / (ln 2 x bytes)), so that tokenizers compare. The end-of-document
+tokens count in the nats and have no bytes: it is the length of the whole split when the model compresses it.
 """
 
 from __future__ import annotations

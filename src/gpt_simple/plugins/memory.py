@@ -1,8 +1,8 @@
 """Predicts the peak of memory before the run, and compares it with the first real steps.
 
-``gpt-simple validate --memory`` asks for the prediction alone. In a run (``-p memory``) the first two steps are
-measured: what the allocator of a GPU reports, or on a CPU the allocations that torch's profiler sees. The error is
-logged once, and goes into the summary.
+``gpt-simple validate --memory`` shows the prediction alone. In a run (``-p memory``) the first two steps are measured:
+by the allocator of a GPU, or on a CPU by the allocations that torch's profiler records. The error is logged once, and
+goes into the summary.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 _MIB, _GIB = 2**20, 2**30
 _SHOWN = _MIB // 20
 _MEASURED_STEPS = 2
-"""The first step makes the optimizer's state; the second has all of it from its start."""
+"""The first step allocates the optimizer's state; the second has all of it from its start."""
 
 
 class Memory(Plugin[NoConfig]):
-    """Runs on the main process: the others need as much."""
+    """Runs on the main process: the others need the same."""
 
     after = ("validate",)
 
@@ -34,9 +34,9 @@ class Memory(Plugin[NoConfig]):
     _prediction: MemoryPrediction
     _predicted = 0
     _measured: int | None = None
-    _profiling = False
-    _resident = 0
-    _until = 0
+    _held: int | None = None
+    """Bytes of tensors that existed before counting began; None if nothing is counted."""
+    _last_step = 0
 
     @hookimpl
     def check_config(self, config: Config, preflight: Preflight) -> list[Finding]:
@@ -50,44 +50,48 @@ class Memory(Plugin[NoConfig]):
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
-        facts = run.facts()
         self._prediction = self._preflight.predict_memory(
             vocab_size=run.tokenizer.vocab_size,
-            precision=facts["precision"],
-            compiled=facts["compile"] != "off",
+            precision=event.facts["precision"],
+            compiled=event.facts["compile"] != "off",
             world_size=run.world_size,
             cuda=run.device.type == "cuda",
         )
-        self._until = event.step + _MEASURED_STEPS
+        self._last_step = event.step + _MEASURED_STEPS
         self._predicted = self._prediction.training_peak
+        if run.device.type != "cpu":
+            return
         every = run.config.training.save_steps
-        if run.device.type == "cpu" and every and (event.step + 1) % every == 0:
-            self._predicted += self._prediction.copy  # the second of the steps finds what the first one's save took
-        if run.device.type == "cpu":
-            self._start_counting(run, resumed=event.resumed_from is not None)
+        if every and (event.step + 1) % every == 0:
+            self._predicted += self._prediction.copy  # during the second step the save of the first holds a copy
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*run.model.parameters(), *run.model.buffers())}
+        self._held = sum(held.values())
+        if event.resumed_from is not None:
+            self._held += self._prediction.by_category["optimizer"]
+        gc.collect()  # garbage that is freed while counting would be subtracted
+        start_counting()
 
     @hookimpl
     def on_step_end(self, run: Run, event: ev.StepEnd) -> None:
-        if self._measured is not None or not (event.step == self._until or event.is_last):
+        if self._measured is not None or not (event.step == self._last_step or event.is_last):
             return
-        if self._profiling:
-            self._profiling = False
-            self._measured = self._resident + stop_counting()
-        else:
+        if self._held is None:
             self._measured = run.peak_memory()
-        predicted = self._predicted
+        else:
+            self._measured, self._held = self._held + stop_counting(), None
+        at_most = "at most " if self._prediction.is_bound else ""
         run.log.info(
-            f"memory of {_MEASURED_STEPS} steps: predicted {self._at_most}{predicted / _MIB:,.1f} MiB, measured"
+            f"memory of {_MEASURED_STEPS} steps: predicted {at_most}{self._predicted / _MIB:,.1f} MiB, measured"
             f" {self._measured / _MIB:,.1f} MiB ({self._error:+.1%})",
             name="memory",
-            predicted=predicted,
+            predicted=self._predicted,
             measured=self._measured,
             error=self._error,
         )
 
     @hookimpl
     def on_close(self, run: Run, event: ev.Close) -> None:
-        if self._profiling:
+        if self._held is not None:
             stop_counting()
 
     def describe(self) -> dict[str, Any]:
@@ -100,31 +104,17 @@ class Memory(Plugin[NoConfig]):
         }
 
     @property
-    def _at_most(self) -> str:
-        return "at most " if self._prediction.is_bound else ""
-
-    @property
     def _error(self) -> float:
         assert self._measured is not None
         return self._predicted / self._measured - 1
 
-    def _start_counting(self, run: Run, *, resumed: bool) -> None:
-        """Count from here on, on top of the tensors that are there already."""
-        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*run.model.parameters(), *run.model.buffers())}
-        self._resident = sum(held.values())
-        if resumed:
-            self._resident += self._prediction.by_category["optimizer"]
-        gc.collect()  # what lies about from before must not be freed meanwhile: it would be taken off
-        start_counting()
-        self._profiling = True
-
 
 def start_counting() -> None:
-    """Have torch record every allocation on the CPU in this thread. Its newer profiler would print on stderr."""
+    """Have torch record every CPU allocation of this thread. Its newer profiler would print on stderr."""
     import torch
     from torch._C._profiler import _ExperimentalConfig
 
-    recorder: Any = torch.autograd  # what it exports of the profiler is not in its types
+    recorder: Any = torch.autograd  # its types lack the profiler
     with_memory = (False, True, False, False, False)  # shapes, memory, stack, FLOPs, modules
     recorder._enable_profiler_legacy(
         recorder.ProfilerConfig(recorder.ProfilerState.CPU, *with_memory, _ExperimentalConfig())
@@ -132,7 +122,7 @@ def start_counting() -> None:
 
 
 def stop_counting() -> int:
-    """The most bytes that were allocated at a time since ``start_counting``, beyond those that were there before."""
+    """The peak of bytes allocated since ``start_counting``, beyond those of earlier tensors."""
     import torch
 
     recorder: Any = torch.autograd
@@ -149,11 +139,11 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
     forecast, training = preflight.memory, preflight.config.training
     prediction = forecast.prediction
     parts = ", ".join(f"{name} {_size(size)}" for name, size in prediction.by_category.items() if size > _SHOWN)
-    place = f" near {prediction.place}" if prediction.place else ""
+    near = f" near {prediction.place}" if prediction.place else ""
     at_most = "at most " if prediction.is_bound else ""
     checkpointing = "with" if training.gradient_checkpointing else "without"
     message = (
-        f"peak {at_most}{_size(prediction.peak)} a process in the {prediction.phase} phase{place}: {parts}"
+        f"peak {at_most}{_size(prediction.peak)} a process in the {prediction.phase} phase{near}: {parts}"
         f" ({'fp32' if forecast.precision == 'no' else forecast.precision}, {checkpointing} gradient checkpointing)"
     )
     fields = {
@@ -169,8 +159,7 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
     if prediction.copy:
         message += f"; background_save holds a copy of {_size(prediction.copy)} in host memory"
     yield Finding("info", "memory", message, fields=fields)
-    gpu = forecast.gpu
-    if gpu is None:
+    if (gpu := forecast.gpu) is None:
         return
     margin = gpu.usable - prediction.peak
     fields = {"memory": gpu.memory, "usable": gpu.usable, "margin": margin}

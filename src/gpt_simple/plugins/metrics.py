@@ -1,13 +1,15 @@
 """Writes ``metrics.jsonl``: one JSON object a line.
 
-Kinds are ``train`` (a logging boundary), ``eval`` (an evaluation) and ``event`` (something worth a line). After a
-resume from an older checkpoint steps appear again: readers keep the last row per kind and step.
+Kinds are ``train`` (a logging boundary), ``eval`` (an evaluation) and ``event`` (a log message, a checkpoint, the start
+or end of a launch). After a resume from an older checkpoint steps appear again: readers keep the last row per kind and
+step.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from io import FileIO
@@ -29,9 +31,10 @@ _LIMIT = 1 << 24
 
 
 class Metrics(Plugin[NoConfig]):
-    """One unbuffered write a row: a kill loses nothing that was reported, and at most tears the last line.
+    """One unbuffered write a row: a kill loses no row, and at most tears the last line.
 
-    What cannot be written, because the disk is full, is kept, and tried again with the next row and after each step.
+    Rows that cannot be written, because the disk is full, are kept and tried again with the next row and after each
+    step.
     """
 
     def __init__(self, config: NoConfig) -> None:
@@ -42,11 +45,10 @@ class Metrics(Plugin[NoConfig]):
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
-        path = run.output_dir / "metrics.jsonl"
-        torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
-        self._file = FileIO(path, "a+")
-        if torn:
-            self._waiting[:0] = b"\n"
+        self._file = FileIO(run.output_dir / "metrics.jsonl", "a+")
+        size = self._file.seek(0, os.SEEK_END)
+        if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+            self._waiting[:0] = b"\n"  # a kill tore the last line
         self._write(run, "event", {"name": "run_start", "message": event.promise})
 
     @hookimpl
@@ -68,7 +70,7 @@ class Metrics(Plugin[NoConfig]):
 
     @hookimpl
     def on_checkpoint_saved(self, run: Run, event: ev.CheckpointSaved) -> None:
-        # One that was written in the background is told when training has gone on: its row is of its own step.
+        # Training has gone on meanwhile if it was saved in the background: the row is of the checkpoint's own step.
         row = {"name": "checkpoint", "path": str(event.path), "seconds": event.seconds, "told_at": run.step}
         self._write(run, "event", row, step=event.step)
 
@@ -86,15 +88,13 @@ class Metrics(Plugin[NoConfig]):
                 raise PluginError(f"{file.name}: the last rows could not be written")
 
     def _write(self, run: Run, kind: str, values: Mapping[str, Any], *, step: int | None = None) -> None:
-        row: dict[str, Any] = {
+        row = {
             "kind": kind,
             "step": run.step if step is None else step,
             "tokens": run.tokens,
             "time": round(time.time(), 3),
+            **without_nan(values),
         }
-        row |= values
-        if nonfinite := {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}:
-            row |= {**dict.fromkeys(nonfinite), "nonfinite": nonfinite}
         self._waiting += _JSON.encode(row).encode() + b"\n"
         if self._file is not None:  # what is logged before the run starts is written when it does
             self._flush(run)
@@ -114,7 +114,7 @@ class Metrics(Plugin[NoConfig]):
             self._failing = False
 
     def _reopen_if_gone(self, path: Path) -> None:
-        """Where somebody deleted or moved the file, its content is there until it is closed, and goes to a new one."""
+        """If the file was deleted or moved, continue in a new one with its content, which lives until it is closed."""
         if path.exists() or not path.parent.exists():
             return
         old, self._file = self._file, FileIO(path, "a+")
@@ -124,7 +124,7 @@ class Metrics(Plugin[NoConfig]):
             self._waiting[:0] = old.readall() or b""
 
 
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values for JSON: a float that is not finite becomes None and is written in words under ``nonfinite``."""
+    nonfinite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {**values, **dict.fromkeys(nonfinite), "nonfinite": nonfinite} if nonfinite else dict(values)

@@ -1,6 +1,6 @@
-"""Lets the model write a little after each evaluation, so that one reads what the loss means.
+"""Samples text from the model after each evaluation, to show what its loss means.
 
-Sampling has random numbers of its own and runs in eval mode: training does not notice.
+Sampling has its own random numbers and runs in eval mode, so it does not change training.
 """
 
 from __future__ import annotations

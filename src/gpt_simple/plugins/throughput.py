@@ -1,7 +1,7 @@
 """Tokens per second, model FLOPs utilisation, and memory.
 
 ``perf/tokens_per_second`` counts training time only: no evaluation, no checkpoints, no first (compiling) step.
-``perf/mfu`` appears only where the device's peak is known; it never is a guess.
+``perf/mfu`` is reported only where the device's peak is known.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Throughput(Plugin[NoConfig]):
             self._rates.append(rate)
             metrics["perf/tokens_per_second"] = Metric(rate, reduce="last")
             metrics["perf/step_ms"] = Metric(1e3 * event.train_seconds / event.timed_steps, reduce="max")
-            facts = run.facts()
-            if facts["peak_flops"] and facts["flops_per_token"]:
-                mfu = rate * facts["flops_per_token"] / (facts["peak_flops"] * run.world_size)
+            info = run.facts()
+            if info["peak_flops"] and info["flops_per_token"]:
+                mfu = rate * info["flops_per_token"] / (info["peak_flops"] * run.world_size)
                 self._mfu.append(mfu)
                 metrics["perf/mfu"] = Metric(mfu, reduce="last")
         return metrics
 
     def describe(self) -> dict[str, Any]:
-        medians = {"median tokens/s": self._rates, "median MFU": self._mfu}
         from statistics import median  # as in console.py
 
+        medians = {"median tokens/s": self._rates, "median MFU": self._mfu}
         return {name: median(values) for name, values in medians.items() if values}

@@ -1,7 +1,7 @@
-"""What would go wrong, or surprise, told before it does: configuration, data, resume, output, environment.
+"""Finds what would go wrong, or surprise, before a run: configuration, data, resume, output, environment.
 
-``gpt-simple validate`` asks for all of it; at the start of a run the data and the checkpoints are left out, because the
-engine reads them itself a moment later. Errors keep the exit code of what the run would have ended with.
+``gpt-simple validate`` runs all checks. The start of a run leaves out the data and the checkpoints, because the engine
+reads them itself a moment later. Errors keep the exit code with which the run would have ended.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Check = Callable[["Preflight"], Iterator[Finding]]
 
 
 class Validate(Plugin[NoConfig]):
-    """Runs on the main process; what it finds on devices is the same everywhere."""
+    """Runs on the main process; its findings on devices are the same on every process."""
 
     on_error = "abort"
 
@@ -47,11 +47,11 @@ class Validate(Plugin[NoConfig]):
 
     @hookimpl
     def check_runtime(self, run: Run, preflight: Preflight) -> list[Finding]:
-        return [*_fits(run), *_precision(run), *(_prepared(preflight) if run.is_main else ())]
+        return [*_device(run), *(_prepared(preflight) if run.is_main else ())]
 
 
 def _guarded(subject: str, key: str, check: Check, preflight: Preflight) -> Iterator[Finding]:
-    """What a check yields; what the run would refuse is an error with the run's own words and exit code."""
+    """The findings of a check. What the run would refuse is an error with the run's own message and exit code."""
     try:
         yield from check(preflight)
     except GptSimpleError as error:
@@ -110,7 +110,7 @@ def _checkpoints(preflight: Preflight) -> Iterator[Finding]:
 
 
 def _idle(preflight: Preflight) -> Iterator[Finding]:
-    """What somebody set and nothing reads."""
+    """Fields that were set and have no effect."""
     model, data = preflight.config.model, preflight.config.data
     idle: dict[str, str] = {}
     if type(model) is ModelConfig:
@@ -127,7 +127,7 @@ def _idle(preflight: Preflight) -> Iterator[Finding]:
 
 
 def _components(preflight: Preflight) -> Iterator[Finding]:
-    """Plugins' parts are imported, which no check but this one does before a run; the data ask for their source."""
+    """Import the components of plugins, as only this check does before a run. The data check imports the source."""
     for part in preflight.components:
         try:
             if part.kind != "source":
@@ -151,7 +151,7 @@ def _resume(preflight: Preflight) -> Iterator[Finding]:
     resume, steps = preflight.resume, preflight.config.training.max_steps
     for path, reason in resume.skipped:
         yield Finding("warning", "checkpoint-damaged", f"{reason}; the one before it is used", str(path))
-    # To go on for longer is what one resumes for.
+    # More steps are the usual reason to resume.
     changed = resume.changes is not None and resume.changes.lines.keys() != {"training.max_steps"}
     differs = resume.kind == "resume" and changed
     fields = {"kind": resume.kind, "step": resume.step, "promise": resume.guarantee}
@@ -186,7 +186,7 @@ def _output(preflight: Preflight) -> Iterator[Finding]:
         yield Finding("error", "space-short", message, "training.output_dir", hint, _CHECKPOINT, fields)
     elif output.needed > output.free:
         message = f"the run writes {sizes}, and {free} are free"
-        # No error: a run that prunes, or that is stopped in time, may do with less.
+        # No error: a run that prunes, or that is stopped in time, may need less.
         hint = f"lower keep_last_k, {hint}"
         yield Finding("warning", "space-short", message, "training.output_dir", hint, _CHECKPOINT, fields)
     elif not preflight.options.launching:
@@ -215,7 +215,7 @@ def _environment(preflight: Preflight) -> Iterator[Finding]:
         yield from _wandb(preflight)
     plugins = dict(preflight.plugins)
     if preflight.options.memory and preflight.is_default("plugins.memory"):
-        plugins.pop("memory", None)  # it answers a question of this command, and the run will not have it
+        plugins.pop("memory", None)  # --memory switched it on, and the run will not have it
     yield Finding("info", "plugins", ", ".join(plugins), fields={"plugins": plugins})
     for sentence in here.broken:
         yield Finding("warning", "plugin-broken", sentence, exit_code=_PLUGIN)
@@ -230,7 +230,7 @@ def _cuda(preflight: Preflight) -> Iterator[Finding]:
 
 
 def _backend(preflight: Preflight) -> Iterator[Finding]:
-    """Names that torch has; other packages and plugins may register more, which only torch would tell."""
+    """Backends of torch. Other packages and plugins may register more, which only torch would list."""
     training = preflight.config.training
     if training.compile and training.compile_backend not in preflight.environment.backends:
         known = ", ".join(preflight.environment.backends)
@@ -244,25 +244,22 @@ def _wandb(preflight: Preflight) -> Iterator[Finding]:
     here, table = preflight.environment, preflight.config.plugins.tables.get("wandb")
     mode = getattr(table, "mode", None) or ("offline" if here.wandb_offline else None)
     if "wandb" not in here.packages:
-        return  # the plugin wandb says it
+        return  # the plugin wandb reports it
     if here.wandb_key or mode == "offline":
         message = "W&B works offline" if mode == "offline" else "a W&B key is at hand"
         yield Finding("info", "wandb", message)
-    elif mode == "online":
-        message = "there is no W&B key here: the run could not be logged"
-        yield Finding("warning", "wandb-offline", message, "training.wandb_project", "wandb login")
-    else:
-        message = "there is no W&B key here: the run would be logged offline"
-        yield Finding(
-            "warning", "wandb-offline", message, "training.wandb_project", "wandb login, or WANDB_MODE=offline"
-        )
+        return
+    how, hint = "would be logged offline", "wandb login, or WANDB_MODE=offline"
+    if mode == "online":
+        how, hint = "could not be logged", "wandb login"
+    message = f"there is no W&B key here: the run {how}"
+    yield Finding("warning", "wandb-offline", message, "training.wandb_project", hint)
 
 
 def _runtime(preflight: Preflight) -> Iterator[Finding]:
     estimate = preflight.runtime
     if estimate is None:
-        message = "how long the run takes is unknown without --probe"
-        yield Finding("info", "runtime", message)
+        yield Finding("info", "runtime", "how long the run takes is unknown without --probe")
         return
     training, total = preflight.config.training, estimate.total_seconds
     evaluating = "unknown" if estimate.evaluation_seconds is None else _duration(estimate.evaluation_seconds)
@@ -280,31 +277,29 @@ def _runtime(preflight: Preflight) -> Iterator[Finding]:
             yield Finding("warning", "time-short", message, "training.max_runtime_seconds", hint)
 
 
-def _fits(run: Run) -> Iterator[Finding]:
-    """Weights, gradients and moments in fp32 against the device: what is too much already without activations."""
-    import torch
-
+def _device(run: Run) -> Iterator[Finding]:
+    """The device against what the model needs even without activations, and against the precision."""
     if run.device.type != "cuda":
         return
-    state = sum(16 * parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    there = torch.cuda.get_device_properties(run.device).total_memory
-    if state > there:
+    import torch
+
+    # Weights, gradients and two moments in fp32.
+    needed = sum(16 * parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    memory = torch.cuda.get_device_properties(run.device).total_memory
+    if needed > memory:
         message = (
-            f"weights, gradients and optimizer state alone take {state / _GIB:.1f} GiB, and {run.device} has"
-            f" {there / _GIB:.1f} GiB"
+            f"weights, gradients and optimizer state alone take {needed / _GIB:.1f} GiB, and {run.device} has"
+            f" {memory / _GIB:.1f} GiB"
         )
         yield Finding("error", "memory-too-small", message, "model", "make the model smaller")
-
-
-def _precision(run: Run) -> Iterator[Finding]:
-    if run.device.type == "cuda" and run.config.training.mixed_precision == "no":
+    if run.config.training.mixed_precision == "no":
         message = 'mixed_precision "no" leaves the matrix units of the GPU to TF32: bf16 is about twice as fast'
         yield Finding("warning", "precision-slow", message, "training.mixed_precision", 'use "auto"')
 
 
 def _prepared(preflight: Preflight) -> Iterator[Finding]:
-    """Warnings that need the data, which a launch has by now; of what it refuses or shortens it speaks itself."""
-    # The launch has read its checkpoints whole; this looks at their sizes, and may refuse what the launch knows better.
+    """Warnings that need the data, which a launch has by now. It reports itself what it refuses or shortens."""
+    # preflight.resume checks only the sizes of the checkpoints, whose content the launch has verified before.
     with suppress(CheckpointError):
         if preflight.resume.kind != "finished":
             found = _guarded("data", "data.path", data_findings, preflight)

@@ -1,4 +1,4 @@
-"""What `validate` says about the data: whether there are any, how often a run reads them, and what it holds out."""
+"""The findings of `validate` about the data: their size, how often a run reads them, and the validation split."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ RowsTaken = Callable[[int], Mapping[str, int]]
 
 _DATA = 3
 _EVALUATION_SHARE = 0.25
-"""More of the time than this in evaluation is worth a warning; a forward pass is a third of a training step."""
+"""A larger share of the time in evaluation is a warning. A forward pass counts as a third of a training step."""
 
 
 def data_findings(preflight: Preflight) -> Iterator[Finding]:
-    """What is there, and how far it reaches; raises what ``preflight.data`` raises."""
+    """The data and how far they reach. Raises what ``preflight.data`` raises."""
     config, data = preflight.config, preflight.data
     where = f" in {data.directory}" if data.directory else ""
     about = "about " if data.estimated else ""
@@ -72,7 +72,7 @@ def _epochs(preflight: Preflight) -> Iterator[Finding]:
 
 
 def _buckets(preflight: Preflight, rows_taken: RowsTaken, needed: int) -> Iterator[Finding]:
-    """What the first ``needed`` rows take of each bucket, in all and in each phase."""
+    """How much of each bucket the first ``needed`` rows take, in all and in each phase."""
     data, length = preflight.data, preflight.config.data.max_length
     about = "about " if data.unpacked else ""
     shares = {name: taken / max(1, data.buckets[name]) for name, taken in rows_taken(needed).items()}
@@ -87,10 +87,10 @@ def _buckets(preflight: Preflight, rows_taken: RowsTaken, needed: int) -> Iterat
         end = needed if number == len(phases) else min(needed, begin + round(phase.duration_tokens / length))
         before, after = rows_taken(begin), rows_taken(end)
         tokens = {name: (after[name] - before[name]) * length for name in phase.mix}
-        there = {name: data.buckets[name] * length for name in phase.mix}
-        parts = ", ".join(f"{name} {tokens[name]:,} of {about}{there[name]:,}" for name in phase.mix)
+        sizes = {name: data.buckets[name] * length for name in phase.mix}
+        parts = ", ".join(f"{name} {tokens[name]:,} of {about}{sizes[name]:,}" for name in phase.mix)
         message = f"phase {number} of {len(phases)} reads {(end - begin) * length:,} tokens: {parts}"
-        yield Finding("info", "phase", message, fields={"phase": number, "tokens": tokens, "there": there})
+        yield Finding("info", "phase", message, fields={"phase": number, "tokens": tokens, "there": sizes})
         begin = end
 
 
@@ -98,11 +98,11 @@ def _ends(preflight: Preflight, rows_taken: RowsTaken, needed: int) -> Iterator[
     """Buckets without an unread row after ``needed`` samples, each with the step that reads its last one."""
     about = "about " if preflight.data.unpacked else ""
     taken = rows_taken(needed)
-    for name, there in preflight.data.buckets.items():
-        if there and taken[name] >= there:
-            samples = bisect_left(range(needed), True, key=lambda samples: rows_taken(samples)[name] >= there)
+    for name, rows in preflight.data.buckets.items():
+        if rows and taken[name] >= rows:
+            samples = bisect_left(range(needed), True, key=lambda samples: rows_taken(samples)[name] >= rows)
             step = preflight.steps_done + -(-max(0, samples - preflight.samples_done) // preflight.rows_per_step)
-            message = f"bucket {name!r} ({about}{there:,} rows) has been read whole after {about}step {step:,}"
+            message = f"bucket {name!r} ({about}{rows:,} rows) has been read whole after {about}step {step:,}"
             yield Finding("info", "bucket-ends", message, fields={"bucket": name, "step": step})
 
 

@@ -1,9 +1,9 @@
 """Sends metrics to Weights & Biases. Set ``training.wandb_project`` to switch it on.
 
-W&B watches and never decides: every call is guarded, and a service that cannot be reached or dies costs one warning.
-The run has one id, kept in the checkpoint and in the run directory, so that stops, crashes and resumes report as one
-run. Its x axis is a metric of ours, ``step``, because W&B drops what is logged below its own last step: after a resume
-from an older checkpoint the points of repeated steps would vanish.
+A failure of W&B never ends the run: every call is guarded, and a service that cannot be reached or dies costs one
+warning. The run has one id, kept in the checkpoint and in the run directory, so that stops, crashes and resumes report
+as one run. The x axis is a metric of its own, ``step``, because W&B drops what is logged below its own last step: after
+a resume from an older checkpoint the points of repeated steps would vanish.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from attrs import evolve, frozen
+from attrs import asdict, evolve, frozen
 from typing_extensions import Doc
 
 from gpt_simple import redacted
@@ -32,7 +32,7 @@ Mode = Literal["online", "offline"]
 _INSTALL = 'pip install "wandb>=0.31"'
 _INIT_SECONDS, _FINISH_SECONDS = 30.0, 60.0
 _MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
-_FACTS = ("device", "precision", "compile", "parameters", "flops_per_token", "tokens_per_step", "floor", "data")
+_SHOWN_INFO = ("device", "precision", "compile", "parameters", "flops_per_token", "tokens_per_step", "floor", "data")
 
 
 @frozen
@@ -61,18 +61,15 @@ class Wandb(Plugin[WandbConfig]):
 
     @hookimpl
     def check_config(self, config: RunConfig, preflight: Preflight) -> Sequence[Finding]:
-        place = "training.wandb_project"
+        key, project = "training.wandb_project", config.training.wandb_project
         if not is_installed():
             message = "Weights & Biases is asked for, but the package wandb is not installed"
-            return [Finding("error", "wandb-missing", message, place, f"install it: {_INSTALL}")]
+            return [Finding("error", "wandb-missing", message, key, f"install it: {_INSTALL}")]
         if (mode := os.environ.get("WANDB_MODE", "online")) not in _MODES:
             message = f"expected online, offline or disabled, got {mode!r}"
             return [Finding("error", "wandb-mode", message, "WANDB_MODE", "unset this environment variable")]
-        if not config.training.wandb_project:
-            return [Finding("error", "wandb-project", "expected the name of a W&B project, and there is none", place)]
-        if refused := _refused(config.training.wandb_project):
-            return [Finding("error", "wandb-project", refused, place)]
-        return []
+        refused = _refused(project) if project else "expected the name of a W&B project, and there is none"
+        return [Finding("error", "wandb-project", refused, key)] if refused else []
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
@@ -80,15 +77,14 @@ class Wandb(Plugin[WandbConfig]):
         is_branch = event.resumed_from is not None and not _is_inside(event.resumed_from, run.output_dir)
         if is_branch or not self._id:
             self._id = run.run_id
-        training = run.config.training
-        facts = {name: event.facts[name] for name in _FACTS}
+        training, shown = run.config.training, {name: event.facts[name] for name in _SHOWN_INFO}
         try:
             self._wandb = open_run(
                 evolve(self.config, name=self.config.name or training.wandb_run_name),
                 project=str(training.wandb_project),
                 run_id=self._id,
                 directory=run.output_dir,
-                values={**redacted(run.config), "facts": facts},
+                values={**redacted(run.config), "facts": shown},
             )
         except Exception as error:
             self._give_up(run, error)
@@ -97,19 +93,19 @@ class Wandb(Plugin[WandbConfig]):
 
     @hookimpl
     def on_metrics(self, run: Run, event: ev.MetricsReady) -> None:
-        self._tell(run, lambda wandb: wandb.log({**event.metrics, "step": event.step, "tokens": event.tokens}))
+        self._call(run, lambda wandb: wandb.log({**event.metrics, "step": event.step, "tokens": event.tokens}))
 
     @hookimpl
     def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
-        self._tell(run, lambda wandb: wandb.log({**event.metrics, "step": event.step, "tokens": event.tokens}))
+        self._call(run, lambda wandb: wandb.log({**event.metrics, "step": event.step, "tokens": event.tokens}))
 
     @hookimpl
     def on_run_end(self, run: Run, event: ev.RunEnd) -> None:
-        self._tell(run, lambda wandb: wandb.summary.update(figures(event.summary)))
+        self._call(run, lambda wandb: wandb.summary.update(figures(event.summary)))
 
     @hookimpl
     def on_close(self, run: Run, event: ev.Close) -> None:
-        self._tell(run, lambda wandb: wandb.finish(exit_code=int(not event.ok)))
+        self._call(run, lambda wandb: wandb.finish(exit_code=int(not event.ok)))
         self._wandb = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,7 +114,7 @@ class Wandb(Plugin[WandbConfig]):
     def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
         self._id = state["run_id"]
 
-    def _tell(self, run: Run, call: Callable[[Any], object]) -> None:
+    def _call(self, run: Run, call: Callable[[Any], object]) -> None:
         if self._wandb is None:
             return
         try:
@@ -127,34 +123,34 @@ class Wandb(Plugin[WandbConfig]):
             self._give_up(run, error)
 
     def _give_up(self, run: Run, error: Exception) -> None:
-        has_a_part, self._wandb = self._wandb is not None and not self._wandb.offline, None
+        has_part, self._wandb = self._wandb is not None and not self._wandb.offline, None
         if _is_dead(error):
             # Without this W&B's handler at exit prints a traceback.
             import wandb
 
             with suppress(Exception):
                 wandb.teardown()
-        upload, how = f"gpt-simple wandb upload {run.output_dir}", "sends them"
-        if has_a_part:
-            upload, how = (
-                f"{upload} --id {another(self._id)}",
-                "sends all of it as another run, for W&B has a part",
+        upload = f"`gpt-simple wandb upload {run.output_dir}` sends them"
+        if has_part:
+            upload = (
+                f"`gpt-simple wandb upload {run.output_dir} --id {another(self._id)}`"
+                " sends all of it as another run, for W&B has a part"
             )
         run.log.warning(
             f"W&B does not work ({_first_line(error)}); training goes on without it, the"
-            f" metrics are in {run.output_dir / 'metrics.jsonl'}: later `{upload}` {how}",
+            f" metrics are in {run.output_dir / 'metrics.jsonl'}: later {upload}",
             name="wandb_failed",
         )
 
 
 def is_installed() -> bool:
-    """Whether the package is there; a directory ``wandb`` with W&B's own files is not it."""
+    """Whether the package is installed. A directory ``wandb`` with files of W&B, importable as well, is not it."""
     spec = find_spec("wandb")
     return spec is not None and spec.origin is not None
 
 
 def _refused(project: str) -> str | None:
-    """What W&B has against the name of a project."""
+    """Why W&B refuses the name of a project; None if it does not."""
     import wandb
 
     try:
@@ -173,26 +169,23 @@ def open_run(
     values: Mapping[str, Any],
     resume: Literal["allow", "never"] = "allow",
 ) -> Any:
-    """A W&B run that logs over our own steps. Its files are in ``directory / "wandb"``.
+    """A W&B run whose x axis is ``step``. Its files are in ``directory / "wandb"``.
 
-    Nothing is asked at the terminal: without an API key it is offline. Git, code, command line and standard output are
-    not captured, for any of them may hold secrets. Raises whatever W&B raises.
+    Never prompts at the terminal: without an API key it is offline. Git, code, command line and standard output are not
+    captured, because any of them may hold secrets. Raises whatever W&B raises.
     """
     import wandb
 
+    options: dict[str, Any] = {name: value or None for name, value in asdict(config).items()}
     with _interpreter_hooks_kept():
+        options["mode"] = options["mode"] or _default_mode()
         run = wandb.init(
+            **options,
             project=project,
-            entity=config.entity,
-            name=config.name,
-            group=config.group,
-            tags=config.tags or None,
-            notes=config.notes,
             id=run_id,
             resume=resume,
-            # The one process of W&B for all runs of this one may stand in another working directory.
+            # Absolute: W&B has one process for all runs, perhaps with another working directory.
             dir=directory.resolve(),
-            mode=config.mode or _default_mode(),  # type: ignore[arg-type]  # checked in check_config
             settings=wandb.Settings(
                 console="off",
                 silent=True,
@@ -202,7 +195,7 @@ def open_run(
                 x_disable_meta=True,
                 x_save_requirements=False,
                 symlink=False,
-                # Another W&B run of this process, in a notebook say, goes on undisturbed.
+                # Leaves another W&B run of this process, say in a notebook, alone.
                 reinit="create_new",
                 init_timeout=_INIT_SECONDS,
                 finish_timeout=_FINISH_SECONDS,
@@ -217,19 +210,19 @@ def open_run(
 
 
 def another(run_id: str) -> str:
-    """An id to upload a run under if W&B has it already: it takes nothing more for points that it has."""
+    """An id to upload a run under if W&B has a part of it already: it never replaces points."""
     return f"{run_id}-upload"
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's summary is worth a column in W&B's table of runs."""
+    """The values of a run's summary that become columns in W&B's table of runs."""
     return {name: value for name, value in summary.items() if name == "status" or isinstance(value, (int, float))}
 
 
 def _default_mode() -> str | None:
     import wandb
 
-    # Said again, because W&B looks at its variables only once in a process.
+    # Passed explicitly, because W&B reads its variables only once in a process.
     if (mode := os.environ.get("WANDB_MODE")) or wandb.login(prompt=False, verify=False):
         return mode
     return "offline"
@@ -237,7 +230,7 @@ def _default_mode() -> str | None:
 
 @contextmanager
 def _interpreter_hooks_kept() -> Iterator[None]:
-    """W&B replaces ``sys.exit`` and ``sys.excepthook`` to learn the exit code, which we tell it anyway."""
+    """Undo that W&B replaces ``sys.exit`` and ``sys.excepthook``: it gets the exit code from ``on_close``."""
     leave, hook = sys.exit, sys.excepthook
     try:
         yield
@@ -254,7 +247,7 @@ def _where(wandb: Any, output_dir: Path, *, asked: Mode | None) -> str:
 
 
 def _is_dead(error: Exception) -> bool:
-    """Whether W&B's process is gone: what its socket says, or its mailbox if that noticed first."""
+    """Whether W&B's process is gone: an error of its socket, or of its mailbox if that noticed first."""
     return isinstance(error, ConnectionError) or type(error).__name__ in ("HandleAbandonedError", "MailboxClosedError")
 
 

@@ -1,7 +1,7 @@
 """Sends a finished run to Weights & Biases from its metrics.jsonl: ``gpt-simple wandb upload RUN``.
 
-For runs whose machine had no network or no key, or whose W&B process died. Steps that a resumed run made twice are
-sent once.
+For runs whose machine had no network or no key, or whose W&B process died. Steps that a resumed run repeated are sent
+once.
 """
 
 from __future__ import annotations
@@ -40,22 +40,21 @@ def upload(
         raise CheckpointError(f"{metrics} is missing: the run was made without the plugin metrics")
     if not is_installed():
         raise ConfigError('the package wandb is not installed: pip install "wandb>=0.31"')
-    values = record["facts"]["config"]
-    project = project or values.get("training.wandb_project")
+    flat = record["facts"]["config"]
+    project = project or flat.get("training.wandb_project")
     if project is None:
         raise ConfigError("the run names no W&B project: add --project NAME")
-    config = _config(values)
+    values = nested(flat)
+    config = WandbConfig(**values.get("plugins", {}).get("wandb", {}))
     config = evolve(
         config,
         entity=entity or config.entity,
-        name=name or config.name or values.get("training.wandb_run_name"),
+        name=name or config.name or flat.get("training.wandb_run_name"),
         mode="offline" if offline else "online",
     )
     run_id = run_id or record["run_id"]
     try:
-        sink = open_run(
-            config, project=project, run_id=run_id, directory=run, values=redacted(nested(values)), resume="never"
-        )
+        sink = open_run(config, project=project, run_id=run_id, directory=run, values=redacted(values), resume="never")
         rows = [row for row in read_metrics(metrics) if row["kind"] in ("train", "eval")]
         for row in rows:
             sink.log(_values(row))
@@ -63,7 +62,7 @@ def upload(
             sink.summary.update(figures(_read(summary)))
         sink.finish()
     except Exception as error:
-        if "already exists" in str(error):  # so W&B says it in words; the class of the error has other reasons too
+        if "already exists" in str(error):  # its class stands for other errors, too
             raise GptSimpleError(
                 f"W&B has a run {run_id} in {project} already, with what was sent while it trained or later, and takes"
                 f" no second one: add --id {another(run_id)}, which sends all of it as another run"
@@ -93,14 +92,8 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _config(values: Mapping[str, Any]) -> WandbConfig:
-    table = nested(values).get("plugins", {}).get("wandb", {})
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    return WandbConfig(**fields)
-
-
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the plugin would have logged, at the time at which it would have."""
+    """The row that the plugin logs while the run trains, with its time."""
     missing = {name: float(value) for name, value in row.get("nonfinite", {}).items()}
     own = {key: value for key, value in row.items() if key not in ("kind", "time", "nonfinite") and value is not None}
     return {**own, **missing, "_timestamp": row["time"]}

@@ -1,4 +1,4 @@
-"""Mistakes and failures of one process of several: told once, with its number, and nobody waits for ever."""
+"""Mistakes and failures of one process of several: reported once, with its number, and no process waits for ever."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from gpt_simple import Plugin, hookimpl
 from gpt_simple.cli.main import main
 from gpt_simple.hooks import HOOKS
 from gpt_simple.testing import misbehaving
+from tests.children import Everywhere
 from tests.launch.conftest import Ranks, tiny
-from tests.launch.test_same_numbers import Everywhere
 
 
-def told(answers: list[Any]) -> list[tuple[int, str, str]]:
+def reported(answers: list[Any]) -> list[tuple[int, str, str]]:
     """(process, error, text) of every process that would print a message."""
     return [(rank, a["error"], a["text"]) for rank, a in enumerate(answers) if a and "error" in a and not a["silent"]]
 
 
 def test_a_difference_in_the_configuration_is_named_at_start(ranks: Ranks, tmp_path: Path) -> None:
     answers = ranks(3, lambda rank: tiny(tmp_path / "run", training__seed=7 if rank == 1 else 5).status)
-    assert [(rank, error) for rank, error, _ in told(answers)] == [(0, "ConfigError")]
+    assert [(rank, error) for rank, error, _ in reported(answers)] == [(0, "ConfigError")]
     assert "process 1: training.seed is 7, but 5 in process 0" in answers[0]["text"]
     assert [answer["code"] for answer in answers] == [2, 2, 2]
     assert not (tmp_path / "run").exists()
@@ -42,15 +42,13 @@ def test_a_difference_in_the_plugins_is_named_at_start(ranks: Ranks, tmp_path: P
         pass
 
     answers = ranks(2, lambda rank: tiny(tmp_path / "run", plugins=[Only()] if rank else []).status)
-    assert [(rank, error) for rank, error, _ in told(answers)] == [(0, "ConfigError")]
+    assert [(rank, error) for rank, error, _ in reported(answers)] == [(0, "ConfigError")]
     assert "process 1: plugins is [" in answers[0]["text"]
     assert "only" in answers[0]["text"]
 
 
 @pytest.mark.parametrize("mistaken", [{0, 1, 2}, {1}])
-def test_a_mistake_found_before_the_processes_meet_is_told_once_whoever_started_them(
-    ranks: Ranks, here: Path, mistaken: set[int]
-) -> None:
+def test_a_mistake_before_the_processes_meet_is_reported_once(ranks: Ranks, here: Path, mistaken: set[int]) -> None:
     """Under torchrun itself and srun, where no launcher of ours gathers the messages."""
 
     def work(rank: int) -> Any:
@@ -61,13 +59,13 @@ def test_a_mistake_found_before_the_processes_meet_is_told_once_whoever_started_
 
     codes, lines = zip(*ranks(3, work), strict=True)
     assert codes == (2, 2, 2)
-    told = [0 if rank != min(mistaken) else 1 for rank in range(3)]
-    assert [len(shown) for shown in lines] == told, lines
+    counts = [0 if rank != min(mistaken) else 1 for rank in range(3)]
+    assert [len(shown) for shown in lines] == counts, lines
     assert lines[min(mistaken)][0].startswith("error: --training.max_steps: expected an integer")
     assert not (here / "out").exists()
 
 
-def test_processes_without_a_number_of_threads_share_the_cores_and_do_not_warn(ranks: Ranks, tmp_path: Path) -> None:
+def test_processes_share_the_cores_without_a_warning(ranks: Ranks, tmp_path: Path) -> None:
     def work(rank: int) -> list[str]:
         del os.environ["OMP_NUM_THREADS"]
         with warnings.catch_warnings(record=True) as caught:
@@ -78,7 +76,7 @@ def test_processes_without_a_number_of_threads_share_the_cores_and_do_not_warn(r
     assert ranks(2, work) == [[], []]
 
 
-def test_processes_that_find_other_files_are_told(
+def test_processes_that_find_other_files_are_reported(
     ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run directory on a disk of its own machine: the checkpoint is there for one process only."""
@@ -90,13 +88,13 @@ def test_processes_that_find_other_files_are_told(
         return tiny(Path("run")).status
 
     answers = ranks(2, work)
-    assert [(rank, error) for rank, error, _ in told(answers)] == [(0, "ConfigError")]
+    assert [(rank, error) for rank, error, _ in reported(answers)] == [(0, "ConfigError")]
     assert "process 1: checkpoint is None, but 'step-00000002' in process 0" in answers[0]["text"]
 
 
-def test_a_mistake_that_all_processes_see_is_told_once(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_mistake_that_all_processes_see_is_reported_once(ranks: Ranks, tmp_path: Path) -> None:
     answers = ranks(2, lambda rank: tiny(tmp_path / "run", training__compile_scope="model", model__vocab_size=3).status)
-    assert [(rank, error) for rank, error, _ in told(answers)] == [(0, "ConfigError")]
+    assert [(rank, error) for rank, error, _ in reported(answers)] == [(0, "ConfigError")]
     assert [answer["code"] for answer in answers] == [2, 2]
 
 
@@ -118,9 +116,9 @@ class Ends(Everywhere):
             os._exit(0)
 
 
-def test_a_process_that_raises_is_the_one_that_is_told(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_process_that_raises_is_the_one_that_is_reported(ranks: Ranks, tmp_path: Path) -> None:
     answers = ranks(3, lambda rank: tiny(tmp_path / "run", plugins=[Ends(1, "raises")]).status)
-    ((rank, error, text),) = told(answers)
+    ((rank, error, text),) = reported(answers)
     assert (rank, error) == (1, "PluginError")
     assert "on_step_start at step 3: ValueError: boom" in text
     for other in (0, 2):
@@ -133,7 +131,7 @@ def test_a_process_that_dies_is_noticed_at_once_by_all(ranks: Ranks, tmp_path: P
     answers = ranks(4, lambda rank: tiny(tmp_path / "run", plugins=[Ends(3, "dies")]).status)
     assert time.monotonic() - begin < 30
     assert answers[3] is None
-    ((_, error, text),) = told(answers)
+    ((_, error, text),) = reported(answers)
     assert error == "RankFailed"
     assert re.match(r"a process died in step 3 \(\w.*(closed|reset).*\); start again with the same command", text)
 
@@ -142,7 +140,7 @@ def test_a_process_that_hangs_is_named_after_the_timeout(ranks: Ranks, tmp_path:
     options = {"plugins": [Ends(2, "hangs")], "training__peer_timeout_seconds": 3.0}
     answers = ranks(3, lambda rank: tiny(tmp_path / "run", **options).status)
     assert answers[2] is None
-    ((rank, error, text),) = told(answers)
+    ((rank, error, text),) = reported(answers)
     assert (rank, error) == (0, "RankFailed")
     assert text.startswith("process 2 did not come to the end of step 3: waited 3 s")
 
@@ -160,7 +158,7 @@ def test_a_process_that_hangs_before_a_checkpoint_is_named_too(ranks: Ranks, tmp
     options: dict[str, Any] = {"plugins": [Hangs()], "training__peer_timeout_seconds": 3.0, "training__save_steps": 2}
     answers = ranks(2, lambda rank: tiny(tmp_path / "run", **options).status)
     assert answers[1] is None
-    ((rank, error, text),) = told(answers)
+    ((rank, error, text),) = reported(answers)
     assert (rank, error) == (0, "RankFailed")
     assert text.startswith("process 1 did not come to the end of step 3: waited 3 s")
 
@@ -183,7 +181,7 @@ def test_the_process_whose_loss_is_no_number_is_named(ranks: Ranks, tmp_path: Pa
 
 
 class OneGradient(Everywhere):
-    """One process spoils its gradient, or wishes to skip the step."""
+    """One process spoils its gradient, or requests to skip the step."""
 
     def __init__(self, rank: int, by_flag: bool) -> None:
         super().__init__()
@@ -229,7 +227,7 @@ class FailsOnOne(Plugin[Any]):
             raise ValueError("boom")
 
 
-def test_a_plugin_that_fails_on_one_process_is_switched_off_on_all(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_plugin_that_fails_on_one_process_is_disabled_on_all(ranks: Ranks, tmp_path: Path) -> None:
     def work(rank: int) -> list[int]:
         plugin = FailsOnOne()
         tiny(tmp_path / "run", plugins=[plugin])
@@ -257,7 +255,7 @@ CLOSED = [name for name, info in HOOKS.items() if info.event is not None and inf
 
 
 @pytest.mark.parametrize("what", ["comm", "val_batches"])
-def test_a_collective_raises_in_every_hook_that_not_all_processes_run(
+def test_a_collective_raises_in_hooks_that_not_all_processes_run(
     tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With one process too, so that the author learns of it."""
@@ -276,7 +274,7 @@ def test_a_collective_raises_in_every_hook_that_not_all_processes_run(
         assert "in a hook that not every process runs at once" in text + capsys.readouterr().err, hook
 
 
-def test_a_collective_works_in_every_hook_that_all_processes_run(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_collective_works_in_hooks_that_all_processes_run(ranks: Ranks, tmp_path: Path) -> None:
     hooks = [name for name, info in HOOKS.items() if info.event is not None and info.ranks == "all"]
     plugins = [collective_in(hook, "comm") for hook in hooks]
     for number, plugin in enumerate(plugins):

@@ -1,4 +1,4 @@
-"""What is launched and what is joined, and what a launch makes of the words that its processes left."""
+"""Which processes are launched or joined, and the outcome of a launch from the records of its processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpt_simple.errors import ConfigError, GptSimpleError, Problem
 from gpt_simple.launch import member
 from gpt_simple.launch.member import is_member, owns_run
 from gpt_simple.launch.record import DIRECTORY, Record, Records
-from gpt_simple.launch.torchrun import Launch, _outcome, _Signals
+from gpt_simple.launch.torchrun import Launch, _host_and_port, _outcome, _Signals
 from tests.conftest import Shell
 
 
@@ -44,7 +44,7 @@ def test_a_launch_that_cannot_be_is_refused_by_name(options: tuple[Any, ...], na
         Launch.asked(*options)
 
 
-def test_the_options_may_be_spelled_with_dashes_as_torchrun_takes_them_too(shell: Shell) -> None:
+def test_options_may_be_spelled_with_dashes_as_for_torchrun(shell: Shell) -> None:
     Path("config.toml").write_text("")
     ended = shell("run", "config.toml", "--nproc-per-node", "2", "--max-restarts=1", "--rdzv-endpoint", "h:1")
     assert (ended.code, "--rdzv_endpoint h:1 is for several machines" in ended.err) == (2, True)
@@ -56,7 +56,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "
 SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
 
 
-def test_processes_that_were_started_already_are_not_started_again() -> None:
+def test_processes_that_run_already_are_not_started_again() -> None:
     assert not Launch("4").joins({})
     assert not Launch("4").joins({"WORLD_SIZE": "1", "RANK": "0"})
     assert Launch("3").joins(TORCHRUN)
@@ -68,7 +68,7 @@ def test_processes_that_were_started_already_are_not_started_again() -> None:
             Launch("2").joins(environment)
 
 
-def test_one_task_of_srun_on_each_machine_starts_the_processes_there() -> None:
+def test_one_srun_task_a_machine_starts_the_processes_there() -> None:
     environment = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
     assert not Launch("4", "2", "node1:29500").joins(environment)
 
@@ -101,7 +101,7 @@ def test_tasks_of_srun_find_each_other(nodes: str, first: str) -> None:
     assert 1024 < int(environment["MASTER_PORT"]) < 65536
 
 
-def test_processes_that_come_too_late_leave_what_was_said(tmp_path: Path) -> None:
+def test_processes_that_come_too_late_keep_the_earlier_record(tmp_path: Path) -> None:
     records = Records(tmp_path)
     record = records.begin(1)
     assert record is not None
@@ -123,7 +123,7 @@ def failure(status: int, timestamp: float = 1.0) -> Any:
     return SimpleNamespace(exitcode=status, timestamp=timestamp)
 
 
-def test_the_first_that_has_something_to_say_is_heard() -> None:
+def test_the_first_root_cause_is_reported() -> None:
     with pytest.raises(GptSimpleError, match=r"^process 2: no room$") as caught:
         outcome(
             Record(0, 1, 1, [Problem(None, "", "process 2 failed: no room")], silent=True, time=5.0),
@@ -139,17 +139,17 @@ def test_codes_of_ends_that_all_agreed_on() -> None:
     assert outcome(Record(0, 1, 76), Record(1, 1, 76)) == 76
 
 
-def test_a_process_without_a_word_is_named_by_how_it_ended() -> None:
-    echo = Record(0, 1, 1, [Problem(None, "", "a process died in step 3")], silent=True)
+def test_a_process_without_a_record_is_named_by_how_it_ended() -> None:
+    secondary = Record(0, 1, 1, [Problem(None, "", "a process died in step 3")], silent=True)
     for status, how in ((-9, "SIGKILL"), (-11, "SIGSEGV"), (134, "status 134")):
         with pytest.raises(GptSimpleError, match=rf"^process 1 .*{how}"):
-            outcome(echo, Record(1, 2), failures={0: failure(1, 2.0), 1: failure(status)})
+            outcome(secondary, Record(1, 2), failures={0: failure(1, 2.0), 1: failure(status)})
 
 
 def test_a_process_that_left_as_if_all_were_done_is_named() -> None:
-    echo = Record(0, 1, 1, [Problem(None, "", "a process died in step 3")], silent=True)
+    secondary = Record(0, 1, 1, [Problem(None, "", "a process died in step 3")], silent=True)
     with pytest.raises(GptSimpleError, match=r"^process 1 left without a word; start again"):
-        outcome(echo, Record(1, 2), failures={0: failure(1)})
+        outcome(secondary, Record(1, 2), failures={0: failure(1)})
 
 
 @pytest.mark.parametrize("endpoint", ["nohost.invalid:29500", "localhost:soon", "localhost:65536", ":29500"])
@@ -158,6 +158,11 @@ def test_a_meeting_point_that_cannot_be_is_refused_at_once(endpoint: str) -> Non
     assert launch is not None
     with pytest.raises(ConfigError, match=rf"--rdzv_endpoint {endpoint}: (expected HOST:PORT|the host .* cannot be)"):
         launch.run(["unused"])
+
+
+def test_an_endpoint_without_a_port_has_that_of_torchrun() -> None:
+    assert _host_and_port("node1") == _host_and_port("node1:") == ("node1", "29400")
+    assert _host_and_port("[::1]:29500") == ("::1", "29500")
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.0 400 Bad Request\r\n\r\n"])
@@ -189,7 +194,7 @@ def test_a_variable_that_is_no_number_is_named() -> None:
 
 
 def test_a_process_that_hung_is_named_by_those_that_waited() -> None:
-    echo = Record(
+    secondary = Record(
         0,
         1,
         1,
@@ -198,10 +203,10 @@ def test_a_process_that_hung_is_named_by_those_that_waited() -> None:
         timed_out=True,
     )
     with pytest.raises(GptSimpleError, match=r"^process 1 did not come"):
-        outcome(echo, Record(1, 2), failures={0: failure(1), 1: failure(-15)})
+        outcome(secondary, Record(1, 2), failures={0: failure(1), 1: failure(-15)})
 
 
-def test_on_another_machine_than_the_failure_the_echo_is_told() -> None:
+def test_on_another_machine_a_secondary_failure_is_reported() -> None:
     with pytest.raises(GptSimpleError, match="process 5 failed: no room") as caught:
         outcome(
             Record(0, 1, 4, [Problem(None, "", "process 5 failed: no room")], silent=True), failures={0: failure(4)}

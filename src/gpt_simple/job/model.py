@@ -1,0 +1,134 @@
+"""The model of a run: a new one as configured, or the trained one from the directory of the run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gpt_simple._names import DISTRIBUTION
+from gpt_simple.checkpoint.state import load_model
+from gpt_simple.checkpoint.store import Checkpoint, Store
+from gpt_simple.data.tokenizer import load_tokenizer
+from gpt_simple.engine.compatibility import keep_values
+from gpt_simple.errors import CheckpointError, ConfigError, raise_all
+from gpt_simple.hooks.components import UnknownComponent
+from gpt_simple.model.shape import padded
+from gpt_simple.plugin_host.activation import Switches
+from gpt_simple.plugin_host.discovery import installed, usable
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.spec import RunSpec, try_resolve
+
+if TYPE_CHECKING:
+    from gpt_simple.hooks.batch import Tokenizer
+
+
+def new_model(spec: RunSpec, tokenizer: Tokenizer) -> torch.nn.Module:
+    """The configured model on torch's default device. ConfigError if its vocabulary is too small for the tokenizer."""
+    config = spec.config
+    vocab_size = getattr(config.model, "vocab_size", None)
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than {vocab_size}",
+            key="model.vocab_size",
+            hint="leave it out or raise it",
+        )
+    part = spec.registry.get("model", config.model.name)
+    model: torch.nn.Module = part.build(
+        config.model, vocab_size=vocab_size or padded(tokenizer.vocab_size), max_length=config.data.max_length
+    )
+    return model
+
+
+def refuse_shared_documents(spec: RunSpec, model: torch.nn.Module) -> None:
+    """Raise ConfigError if ``data.document_mask`` is set and ``model`` cannot keep documents apart."""
+    if not spec.config.data.document_mask:
+        return
+    try:
+        inspect.signature(model.forward).bind("input_ids", "labels", "position_ids", "document_ids")
+    except TypeError:
+        raise ConfigError(
+            f"the model {spec.config.model.name!r} takes no position_ids and document_ids, so its documents see each"
+            " other",
+            key="data.document_mask",
+            hint="set it to false",
+        ) from None
+
+
+def checkpoint_activations(spec: RunSpec, model: torch.nn.Module) -> None:
+    """Apply ``training.gradient_checkpointing``. ConfigError if it was set and the model has none."""
+    every = int(spec.config.training.gradient_checkpointing)
+    apply = getattr(model, "set_activation_checkpointing", None)
+    if apply is not None:
+        apply(every)
+    elif every and not spec.origins.is_default("training.gradient_checkpointing"):
+        raise ConfigError(
+            f"the model {spec.config.model.name!r} has no set_activation_checkpointing(every)",
+            key="training.gradient_checkpointing",
+            hint="set it to false",
+        )
+
+
+def restore(
+    run_dir: RunDir, device: torch.device, *, step: int | None = None, plugins: Sequence[str] = ()
+) -> tuple[torch.nn.Module, Tokenizer]:
+    """The model (fp32, in eval mode) of the checkpoint of ``step`` or of the newest valid one, and its tokenizer.
+
+    Changes nothing on disk. ``plugins`` are switched on as by ``-p``, beside those of the run that are installed. A
+    plugin file runs only if it is among them, not because run.json names it. Raises CheckpointError if there is no such
+    run or checkpoint, and ConfigError if the plugin that brings its model is missing.
+    """
+    store = Store(run_dir.checkpoints)
+    checkpoint = _find(store, step)
+    info = _read_info(run_dir)
+    values, tokenizer = info["config"], load_tokenizer(run_dir.tokenizer)
+    saved = {key: value for key, value in values.items() if key.startswith("model.")}
+    sections = {
+        "model": {key.removeprefix("model."): value for key, value in saved.items()},
+        "data": {"max_length": values["data.max_length"]},
+    }
+    here = usable(installed())
+    # One of the external plugins may bring the model; the built-in ones do not.
+    external = [name for name, origin in info["plugins"].items() if not origin.startswith(DISTRIBUTION)]
+    switches = Switches.parse((*(name for name in external if name in here), *plugins))
+    spec, errors = try_resolve(None, sections=sections, switches=switches)
+    gone = [f"{name} ({origin})" for name, origin in info["plugins"].items() if name not in here]
+    if gone and any(isinstance(error, UnknownComponent) for error in errors):
+        raise ConfigError(
+            f"nothing here brings its model {values['model.name']!r}",
+            location=str(run_dir.root),
+            hint=f"of the run's plugins are missing {', '.join(gone)}: install what brings the model, or name its file"
+            " with -p ./FILE.py",
+        )
+    raise_all(errors)
+    assert spec is not None, "without errors there is one"
+    model = new_model(keep_values(spec, saved), tokenizer)
+    load_model(model, store.load_tensors(checkpoint, "model"))
+    return model.to(device).eval(), tokenizer
+
+
+def _find(store: Store, step: int | None) -> Checkpoint:
+    if step is None:
+        newest, skipped = store.newest_valid()
+        if newest is None:
+            reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped)
+            raise CheckpointError(f"there is no checkpoint in {store.root} to take the model from{reasons}")
+        return newest
+    steps = {checkpoint.step: checkpoint for checkpoint in store.list()}
+    if step not in steps:
+        kept = ", ".join(map(str, sorted(steps))) or "none"
+        raise CheckpointError(f"{store.root} has no checkpoint of step {step}", hint=f"expected one of: {kept}")
+    return steps[step]
+
+
+def _read_info(run_dir: RunDir) -> dict[str, Any]:
+    try:
+        info: dict[str, Any] = json.loads(run_dir.run_json.read_text(encoding="utf-8"))["facts"]
+        return info
+    except FileNotFoundError:
+        raise CheckpointError(f"{run_dir.run_json} is missing: it says which model the checkpoint is of") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{run_dir.run_json} is damaged ({error}): it says which model this is") from error
