@@ -140,7 +140,7 @@ def test_what_a_kill_left_is_used_and_what_changed_is_made_again(
     def dying(unit: corpus.Unit, settings: parts.Settings) -> corpus.Skipped:
         if len(made) == 4:
             raise KeyboardInterrupt
-        made.append(settings.key(unit))
+        made.append(settings.part(unit).name)
         return original(unit, settings)
 
     monkeypatch.setattr(parts, "make_part", dying)
@@ -150,7 +150,7 @@ def test_what_a_kill_left_is_used_and_what_changed_is_made_again(
     first, made[:] = list(made), []
     (raw / "e.txt").write_text("another text")
     monkeypatch.setattr(
-        parts, "make_part", lambda unit, settings: (made.append(settings.key(unit)), original(unit, settings))[1]
+        parts, "make_part", lambda unit, settings: (made.append(settings.part(unit).name), original(unit, settings))[1]
     )
     run()
     assert not set(first) & set(made)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gpt_simple.config.schema import Config, Phase
-from gpt_simple.data import tokenize
+from gpt_simple.data import shards, tokenize
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.prepare import prepare
 from gpt_simple.data.sources.stories import Stories
@@ -240,7 +240,7 @@ def test_what_fails_half_way_leaves_no_dataset(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(tokenize, "evolve", fail)
+        patched.setattr(shards, "write_manifest", fail)
         with pytest.raises(KeyboardInterrupt):
             prepared(config(path=str(raw)))
     assert [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []

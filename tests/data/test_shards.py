@@ -58,8 +58,8 @@ def test_documents_of_many_shards_are_all_targets_once(
 
 def test_big_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     manifest = Manifest("test", 70_000, 0, "test", {})
-    writer = ShardWriter(tmp_path, "all", manifest.dtype, 0, 70_000)
-    writer.add([69_999, 1])
+    writer = ShardWriter(tmp_path, "all", eod_id=0, vocab_size=70_000)
+    writer.extend(np.array([69_999, 1, 0]), np.array([3]))
     shard = open_shard(tmp_path, writer.close()[0], manifest)
     assert shard.tokens.tolist() == [0, 69_999, 1, 0]
     assert shard.tokens.dtype == np.uint32
@@ -67,9 +67,9 @@ def test_big_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("token", [-1, 257])
 def test_a_tokenizer_that_breaks_its_promise_is_caught_when_writing(token: int, tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "all", np.dtype("<u2"), 0, 257)
+    writer = ShardWriter(tmp_path, "all", eod_id=0, vocab_size=257)
     with pytest.raises(DataError, match="outside its vocabulary of 257"):
-        writer.add([1, token])
+        writer.extend(np.array([1, token, 0]), np.array([3]))
 
 
 def test_a_flipped_bit_is_found_at_the_first_use(directory: Path, opened: Callable[..., Dataset]) -> None:

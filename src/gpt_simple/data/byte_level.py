@@ -1,40 +1,17 @@
-"""What all byte-level tokenizers share: how bytes are written as characters, and where long texts may be cut."""
+"""Where long texts may be cut, so that the byte-level pattern gives the same words on both sides. Needs no numpy."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 PIECE = 1 << 16
 """Longer texts are encoded in pieces of about this many characters: in parallel, and in bounded memory."""
 
 STRETCH = 256
-"""Training a tokenizer takes the square of the time that a word is long; no longer one is shown to it whole."""
+"""Training a tokenizer takes time quadratic in the length of a word: longer words are cut for it."""
 
 _CUT = re.compile(r"[!-~](?=\n)")
-
-
-def byte_alphabet() -> list[str]:
-    """The characters by which byte-level vocabularies write the 256 bytes: those that print stand for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def is_plain(spec: dict[str, Any]) -> bool:
-    """Whether text is split by the byte-level pattern alone, as in the tokenizers that are trained here.
-
-    ``spec`` is the content of a tokenizer.json.
-    """
-    pattern = spec["pre_tokenizer"] or {}
-    return (
-        spec["normalizer"] is None
-        and pattern.get("type") == "ByteLevel"
-        and not pattern["add_prefix_space"]
-        and pattern["use_regex"]
-        and all(token["special"] for token in spec["added_tokens"])
-    )
 
 
 def pieces(text: str) -> Iterator[str]:

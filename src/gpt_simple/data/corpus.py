@@ -1,11 +1,10 @@
-"""A directory of raw text as pieces of work: which files, which bucket each belongs to, and how they are shared out.
+"""A directory of raw text as units of work: which files, which bucket each belongs to, and how they are divided.
 
-What is in a unit depends on the files alone, never on who works on it.
+The content of a unit depends on the files alone, never on the number of processes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,12 @@ from gpt_simple.data.sources import files
 from gpt_simple.errors import DataError
 
 UNIT_BYTES = 1 << 22
-"""A unit is about this much of files on disk; more when there is so much that it would make too many units."""
+"""A unit is about this much of files on disk; more if that made more than ``MOST_UNITS``."""
 
 MOST_UNITS = 1 << 12
 
 SHOWN = 100
-"""So many skipped documents of a unit are named, the others are counted."""
+"""How many skipped documents of a unit are named; the others are counted."""
 
 
 @frozen
@@ -32,6 +31,12 @@ class Piece:
     file: Path
     begin: int
     end: int
+    state: str
+    """Name, size and time of the file, ``begin`` and ``end``: changes when the text does."""
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
 
 
 @frozen
@@ -40,16 +45,14 @@ class Unit:
 
     bucket: str
     pieces: tuple[Piece, ...]
-    state: str
-    """Names, sizes and times of the files: changes when one of them does."""
 
     @property
     def size(self) -> int:
-        return sum(piece.end - piece.begin for piece in self.pieces)
+        return sum(piece.size for piece in self.pieces)
 
-    def key(self, settings: str) -> str:
-        """Of everything that what is made of the unit depends on."""
-        return hashlib.sha256(f"{settings}|{self.state}".encode()).hexdigest()[:24]
+    @property
+    def state(self) -> str:
+        return "|".join(piece.state for piece in self.pieces)
 
 
 @define
@@ -71,6 +74,12 @@ class Skipped:
         if len(self.without_text) < SHOWN:
             self.without_text.append(f"{place()}: no text")
 
+    def extend(self, other: Skipped) -> None:
+        self.empty += other.empty
+        self.bad += other.bad
+        self.errors += other.errors
+        self.without_text += other.without_text
+
 
 def find_units(root: Path) -> list[Unit]:
     """All text below a directory. Its sub-directories are the buckets; files beside them are in ``all``."""
@@ -83,7 +92,7 @@ def find_units(root: Path) -> list[Unit]:
             f"all {len(found)} files are empty", location=f"--input_dir {root}", hint="there is nothing to tokenize"
         )
     wanted = max(UNIT_BYTES, -(-total // MOST_UNITS))
-    pieces: dict[str, list[tuple[Piece, str]]] = {}
+    buckets: dict[str, list[Piece]] = {}
     for file, stat in found:
         name = file.relative_to(root)
         bucket = name.parts[0] if len(name.parts) > 1 else ALL
@@ -91,39 +100,34 @@ def find_units(root: Path) -> list[Unit]:
         for begin in range(0, max(1, stat.st_size), step):
             end = min(begin + step, stat.st_size)
             state = json.dumps([name.as_posix(), stat.st_size, stat.st_mtime_ns, begin, end])
-            pieces.setdefault(bucket, []).append((Piece(file, begin, end), state))
-    return [unit for bucket in sorted(pieces) for unit in _grouped(bucket, pieces[bucket], wanted)]
+            buckets.setdefault(bucket, []).append(Piece(file, begin, end, state))
+    return [unit for bucket in sorted(buckets) for unit in _units(bucket, buckets[bucket], wanted)]
 
 
 def read(unit: Unit, text_key: str, skipped: Skipped) -> Iterator[str]:
     """The texts of a unit's documents, without those that are empty or cannot be read."""
     for piece in unit.pieces:
-        for text, place in _texts(piece, text_key, skipped.add):
+        # A file of 0 bytes holds one document without text, whatever its suffix.
+        lines = files.holds_json_lines(piece.file) and piece.end > 0
+        # Positions in a compressed file are not those of its text; it is one piece.
+        begin, end = (piece.begin, piece.end) if piece.file.name.endswith(".jsonl") else (0, None)
+        for text, place in files.read(
+            piece.file, text_key, json_lines=lines, bad=skipped.add, option="--text_key", begin=begin, end=end
+        ):
             if text:
                 yield text
             else:
                 skipped.add_empty(place)
 
 
-def _texts(piece: Piece, text_key: str, bad: files.Bad) -> Iterator[tuple[str, files.Place]]:
-    # A file of 0 bytes holds one document without text, whatever its suffix.
-    lines = files.holds_json_lines(piece.file) and piece.end > 0
-    # Positions in a compressed file are not those of its text; it is one piece.
-    part = (piece.begin, piece.end) if piece.file.name.endswith(".jsonl") else (0, None)
-    return files.read(piece.file, text_key, json_lines=lines, bad=bad, option="--text_key", begin=part[0], end=part[1])
-
-
-def _grouped(bucket: str, pieces: list[tuple[Piece, str]], wanted: int) -> Iterator[Unit]:
-    group: list[tuple[Piece, str]] = []
+def _units(bucket: str, pieces: list[Piece], wanted: int) -> Iterator[Unit]:
+    """The pieces of a bucket in groups of about ``wanted`` bytes."""
+    group: list[Piece] = []
     size = 0
-    for piece, state in pieces:
-        if group and size + piece.end - piece.begin > wanted:
-            yield _unit(bucket, group)
+    for piece in pieces:
+        if group and size + piece.size > wanted:
+            yield Unit(bucket, tuple(group))
             group, size = [], 0
-        group.append((piece, state))
-        size += piece.end - piece.begin
-    yield _unit(bucket, group)
-
-
-def _unit(bucket: str, group: list[tuple[Piece, str]]) -> Unit:
-    return Unit(bucket, tuple(piece for piece, _ in group), "|".join(state for _, state in group))
+        group.append(piece)
+        size += piece.size
+    yield Unit(bucket, tuple(group))

@@ -8,8 +8,8 @@ import numpy as np
 
 from gpt_simple.data.cache import Log
 from gpt_simple.data.manifest import FILE, TOKENIZER, Manifest, SplitRecord, read_manifest, verify_checksums
-from gpt_simple.data.nanogpt import TRAIN, NanoGpt
 from gpt_simple.data.shards import Shard, open_shard
+from gpt_simple.data.sources.shards import TRAIN, NanoGpt
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.errors import DataError
 

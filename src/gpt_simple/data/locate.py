@@ -10,9 +10,8 @@ from pathlib import Path
 from gpt_simple.config.schema import Config, DataConfig
 from gpt_simple.data.cache import cache_root
 from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, WORK, Manifest, read_manifest
-from gpt_simple.data.nanogpt import TRAIN
 from gpt_simple.data.sources import Source, Stream
-from gpt_simple.data.sources.shards import Shards
+from gpt_simple.data.sources.shards import TRAIN, NanoGpt, Shards
 from gpt_simple.data.tokenizer import BYTE_IDS, Train, load_tokenizer
 from gpt_simple.data.tokenizer import FILE as TOKENIZER_FILE
 from gpt_simple.errors import ConfigError, DataError
@@ -36,7 +35,7 @@ def check(config: Config, registry: Registry) -> Source | Shards:
             hint="expected less than data.max_length",
         )
     source: Source | Shards = registry.get("source", _source_name(data)).build(data, data.seed or 0)
-    if isinstance(source, Shards) and source.nanogpt is not None and data.tokenizer == "bpe":
+    if isinstance(source, NanoGpt) and data.tokenizer == "bpe":
         raise ConfigError(
             f"{source.directory} holds nanoGPT's files, which do not say what their ids mean",
             key="data.tokenizer",
@@ -55,9 +54,8 @@ def find(source: Source | Shards, config: Config, registry: Registry) -> tuple[P
     """
     if isinstance(source, Stream):
         return None
-    if isinstance(source, Shards):
-        nanogpt = source.nanogpt
-        directory = source.directory if nanogpt is None else cached(nanogpt.state(), config.data, registry)
+    if isinstance(source, Shards) and not isinstance(source, NanoGpt):
+        directory = source.directory
     else:
         directory = cached(source.fingerprint(), config.data, registry)
     if not directory.exists():

@@ -1,11 +1,12 @@
 """Units of raw text as tokens on disk: encoded by several processes, each part written whole or not at all.
 
-A part is ``KEY.tokens`` (documents, each ended by EOD), ``KEY.documents`` (what is known of each) and, written last,
-``KEY.json``. Its key says what it was made from, so whoever finds it after a kill can use it.
+A part is ``KEY.tokens`` (documents, each ended by EOD), ``KEY.documents`` (a DOCUMENT of each) and, written last,
+``KEY.json``. The key is a hash of all that the part was made from, so a part that is found after a kill can be used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -27,64 +28,54 @@ from numpy.typing import NDArray
 from gpt_simple._files import fsync
 from gpt_simple.data.corpus import Skipped, Unit, read
 from gpt_simple.data.manifest import token_dtype
-from gpt_simple.data.tokenize import BATCH_BYTES, key_hash
+from gpt_simple.data.tokenize import batches, key_hash
 from gpt_simple.data.tokenizer import JsonTokenizer, load_tokenizer
 from gpt_simple.errors import GptSimpleError
 
 DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<i8"), ("bytes", "<i8")])
-"""Of each document: the hash of its text, how many tokens it has with its EOD, how many bytes of UTF-8."""
+"""Of each document: the hash of its text, its tokens with the EOD, its bytes of UTF-8."""
 
 
 @frozen
 class Settings:
-    """What a part depends on beside its unit, and where parts are."""
+    """What a part depends on beside its unit, and the directory of parts."""
 
     directory: Path
     tokenizer: Path
     fingerprint: str
     text_key: str
 
-    def key(self, unit: Unit) -> str:
-        return unit.key(f"{self.fingerprint}|{self.text_key}")
+    def part(self, unit: Unit) -> Path:
+        """The ``.json`` of the unit's part."""
+        made_from = f"{self.fingerprint}|{self.text_key}|{unit.state}"
+        return self.directory / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.json"
 
 
-@frozen(eq=False)
-class Part:
-    """The tokens of a unit's documents and what is known of each (DOCUMENT), mapped into memory."""
-
-    tokens: NDArray[Any]
-    documents: NDArray[Any]
-    skipped: Skipped
+def documents_of(unit: Unit, settings: Settings) -> NDArray[Any]:
+    """A DOCUMENT of each of a unit's documents."""
+    return np.fromfile(settings.part(unit).with_suffix(".documents"), DOCUMENT)
 
 
-def open_part(unit: Unit, settings: Settings) -> Part | None:
-    """The part of a unit; None if it has not been made."""
-    path = settings.directory / f"{settings.key(unit)}.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    dtype = token_dtype(tokenizer_of(settings).vocab_size)
-    tokens = np.fromfile(path.with_suffix(".tokens"), dtype)
-    documents = np.fromfile(path.with_suffix(".documents"), DOCUMENT)
-    return Part(tokens, documents, Skipped(**record))
+def tokens_of(unit: Unit, settings: Settings) -> NDArray[Any]:
+    """The tokens of all of a unit's documents, each ended by EOD."""
+    return np.fromfile(settings.part(unit).with_suffix(".tokens"), token_dtype(tokenizer_of(settings).vocab_size))
 
 
-def is_made(unit: Unit, settings: Settings) -> bool:
-    return (settings.directory / f"{settings.key(unit)}.json").exists()
+def skipped_of(unit: Unit, settings: Settings) -> Skipped | None:
+    """What was left out of the part of a unit; None if it has not been made."""
+    path = settings.part(unit)
+    return Skipped(**json.loads(path.read_text())) if path.exists() else None
 
 
 def make_part(unit: Unit, settings: Settings) -> Skipped:
     """Encode a unit; returns what of it was left out."""
-    tokenizer, skipped = tokenizer_of(settings), Skipped()
-    path = settings.directory / settings.key(unit)
+    tokenizer, skipped, path = tokenizer_of(settings), Skipped(), settings.part(unit)
     dtype = token_dtype(tokenizer.vocab_size)
     with path.with_suffix(".tokens").open("wb") as tokens, path.with_suffix(".documents").open("wb") as documents:
-        for texts in _batches(read(unit, settings.text_key, skipped)):
+        for texts in batches(read(unit, settings.text_key, skipped), str):
             ids, sizes = tokenizer.encode_documents(texts)
             tokens.write(ids.astype(dtype).data)
-            known = [
-                (key_hash(text), size, len(text.encode())) for text, size in zip(texts, sizes.tolist(), strict=True)
-            ]
+            known = [(key_hash(t), size, len(t.encode())) for t, size in zip(texts, sizes.tolist(), strict=True)]
             documents.write(np.array(known, DOCUMENT).data)
         for file in (tokens, documents):
             file.flush()
@@ -92,7 +83,7 @@ def make_part(unit: Unit, settings: Settings) -> Skipped:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(skipped)))
     fsync(temporary)
-    temporary.replace(path.with_suffix(".json"))
+    temporary.replace(path)
     return skipped
 
 
@@ -116,7 +107,7 @@ def make_parts(units: Sequence[Unit], settings: Settings, workers: int) -> Gener
             hint="what is done is kept: run the command again, with a lower --num_workers if need be",
         ) from error
     finally:
-        # A part is whole or not there, so nothing is lost; and to wait for the end leaves no semaphore behind.
+        # A part is whole or not there, so nothing is lost. Waiting for the end leaves no semaphore behind.
         for process in multiprocessing.active_children():
             if process not in others:
                 process.kill()
@@ -125,7 +116,7 @@ def make_parts(units: Sequence[Unit], settings: Settings, workers: int) -> Gener
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes that are started meanwhile hear no signal that a terminal or a scheduler sends to all of them."""
+    """Processes that are started meanwhile ignore the signals that a terminal or a scheduler sends to all of them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         yield
@@ -134,31 +125,19 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _start() -> None:
-    """In a new process: one thread of encoding, and no life after the parent's death."""
+    """In a new process: encode in one thread, and exit when the parent ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def leave_with_parent(sentinel: int = parent.sentinel) -> None:
+    def exit_with_parent(sentinel: int = parent.sentinel) -> None:
         wait([sentinel])
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 @lru_cache(maxsize=1)
 def tokenizer_of(settings: Settings) -> JsonTokenizer:
     """The tokenizer of all parts, loaded once in each process."""
     return load_tokenizer(settings.tokenizer)
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

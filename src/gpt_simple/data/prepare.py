@@ -16,9 +16,8 @@ from gpt_simple.data.cache import Log, building
 from gpt_simple.data.dataset import Dataset, open_dataset
 from gpt_simple.data.locate import cached, check, order_seed, tokenizer_choice, tokenizer_of
 from gpt_simple.data.manifest import read_manifest
-from gpt_simple.data.nanogpt import NanoGpt
 from gpt_simple.data.sources import Source, Stream
-from gpt_simple.data.sources.shards import Shards
+from gpt_simple.data.sources.shards import NanoGpt, Shards
 from gpt_simple.data.stream import Head, stream_rows
 from gpt_simple.data.tokenize import survey, write
 from gpt_simple.errors import DataError
@@ -35,9 +34,10 @@ def prepare(config: Config, registry: Registry, *, log: Log | None = None, requi
     log = log or (lambda message: None)
     source = check(config, registry)
     data = config.data
-    if isinstance(source, Shards):
-        nanogpt = source.nanogpt
-        directory = source.directory if nanogpt is None else _linked(nanogpt, data, registry, log)
+    if isinstance(source, NanoGpt):
+        directory = _linked(source, data, registry, log)
+    elif isinstance(source, Shards):
+        directory = source.directory
     else:
         raw = Head(source) if isinstance(source, Stream) else source
         directory = _prepared(raw, data, registry, log, require_val)
@@ -57,7 +57,7 @@ def prepare(config: Config, registry: Registry, *, log: Log | None = None, requi
 
 def _linked(source: NanoGpt, data: DataConfig, registry: Registry, log: Log) -> Path:
     """A cached dataset that stands for nanoGPT's files."""
-    target = cached(source.state(), data, registry)
+    target = cached(source.fingerprint(), data, registry)
     if not target.exists():
         with building(target, log) as directory:
             if directory is not None:

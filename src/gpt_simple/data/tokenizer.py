@@ -3,9 +3,7 @@
 A tokenizer is a byte-level BPE trained on the data, plain bytes (the same thing without merges), or a tokenizer.json.
 All are one class over the `tokenizers` library and one file on disk, so that what a run trained with can be loaded
 anywhere; where it gives the same ids, text goes through tiktoken. Text never becomes a special token, whatever it
-contains: only the end of a document does.
-
-Loading one, to see what it is, needs no numpy; encoding does (encoder.py).
+contains: only the end of a document does. Encoding needs numpy (encoder.py), loading does not.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import frozen
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from gpt_simple.data.encoder import Encoder
-
 END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
 """What tokenizers of the field call the end of a document, in the order in which they are looked for."""
@@ -41,7 +37,7 @@ FILE = "tokenizer.json"
 BYTE_IDS = 257
 """Ids of `bytes`: one for each byte and one for the end of a document."""
 _IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
-
+"""The parts of a tokenizer.json that determine ids."""
 
 Train = Callable[[DataConfig, Callable[[], Iterator[str]]], Tokenizer]
 """How a tokenizer is made from the texts that the function gives."""
@@ -54,39 +50,50 @@ class JsonTokenizer:
     name: str
     backend: Backend
     eod_id: int
-    vocab_size: int = field(init=False)
-    fingerprint: str = field(init=False)
-    _spec: dict[str, Any] = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
-        spec = json.loads(self.backend.to_str())
-        text = json.dumps({key: spec[key] for key in _IDS}, sort_keys=True)
-        object.__setattr__(self, "_spec", spec)
-        object.__setattr__(self, "vocab_size", max(self.backend.get_vocab().values()) + 1)
-        object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest())
 
     @cached_property
-    def encoder(self) -> Encoder:
-        """Made when text is encoded: checking how that may be done takes longer than loading the tokenizer."""
-        from gpt_simple.data.encoder import Encoder
+    def _spec(self) -> dict[str, Any]:
+        spec: dict[str, Any] = json.loads(self.backend.to_str())
+        return spec
 
-        return Encoder.of(self.backend, self._spec)
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self.backend.get_vocab().values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        text = json.dumps({key: self._spec[key] for key in _IDS}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def _ids(self) -> Callable[[Sequence[str]], Iterator[list[NDArray[np.uint32]]]]:
+        from gpt_simple.data.encoder import encoder  # needs numpy; loading a tokenizer does not
+
+        return encoder(self.backend, self._spec)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[index for part in parts for index in part.tolist()] for parts in self.encoder.encode(texts)]
+        return [[index for part in parts for index in part.tolist()] for parts in self._ids(texts)]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Ids of all texts in one array, each text followed by ``eod_id``, and how many each has with it.
 
         Faster than lists of Python's numbers.
         """
-        return self.encoder.documents(texts, self.eod_id)
+        import numpy as np
+
+        end, arrays, sizes = np.array([self.eod_id], np.uint32), [], []
+        for parts in self._ids(texts):
+            arrays += [*parts, end]
+            sizes.append(sum(map(len, parts)) + 1)
+        return np.concatenate(arrays), np.array(sizes)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)

@@ -12,7 +12,7 @@ import pytest
 from attrs import evolve
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.merges import merge_encoder
+from gpt_simple.data.encoder import tiktoken_encoding
 from gpt_simple.data.sources import stories
 from gpt_simple.data.tokenizer import JsonTokenizer, bpe
 
@@ -99,7 +99,7 @@ def _ignore_merges(spec: dict[str, Any]) -> None:
 def test_merges_that_ranks_do_not_tell_are_left_to_the_library(
     change: Callable[[dict[str, Any]], None], spec: dict[str, Any]
 ) -> None:
-    assert merge_encoder(spec) is not None
+    assert tiktoken_encoding(spec) is not None
     changed = json.loads(json.dumps(spec))
     change(changed)
-    assert merge_encoder(changed) is None
+    assert tiktoken_encoding(changed) is None
