@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_simple.data.cache import building, locked
+from gpt_simple.data.cache import build_once, locked
 from gpt_simple.errors import DataError
 
 HOLDER = """
@@ -77,17 +77,17 @@ def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
 def test_a_directory_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "cache/it"
 
-    def fill(part: str) -> None:
-        with building(target, print) as directory:
-            assert directory is not None
+    def build(part: str) -> None:
+        def fill(directory: Path) -> None:
             (directory / "first").write_text("text")
             (directory / part).write_text("text")
             assert not target.exists()
 
+        build_once(target, fill, print)
+
     with pytest.raises(DataError, match="cannot be written"):
-        fill("no/such/directory")
+        build("no/such/directory")
     assert [path.name for path in target.parent.iterdir()] == [".it.lock"]
-    fill("second")
+    build("second")
+    build("third")
     assert sorted(path.name for path in target.iterdir()) == ["first", "second"]
-    with building(target, print) as directory:
-        assert directory is None
