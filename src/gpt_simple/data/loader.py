@@ -1,8 +1,8 @@
 """Batches on the device, from a dataset and one integer: the samples consumed.
 
-Row ``b`` of ``B`` in micro-batch ``a`` of rank ``r`` of ``W`` is sample ``consumed + (a * W + r) * B + b`` of the order,
-so a run goes on with any number of processes where it stopped. Every rank computes the number of targets of a step
-without communication. Threads read several steps at once and ahead: the training thread only takes views.
+Row ``b`` of ``B`` in micro-batch ``a`` of rank ``r`` of ``W`` is sample ``consumed + (a * W + r) * B + b`` of the
+order, so a run goes on with any number of processes where it stopped. Every rank computes the number of targets of a
+step without communication. Threads read several steps at once and ahead: the training thread only takes views.
 """
 
 from __future__ import annotations
