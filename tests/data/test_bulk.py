@@ -78,7 +78,7 @@ def _documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
         yield tokens[begin:end]
 
 
-def test_buckets_keep_the_order_of_files_and_every_document_is_on_one_side(run: Run, tmp_path: Path) -> None:
+def test_buckets_keep_the_order_of_files_and_splits_are_disjoint(run: Run, tmp_path: Path) -> None:
     manifest, _ = run()
     assert sorted(manifest.splits["train"].buckets) == ["all", "books", "web"]
     out = tmp_path / "out"
@@ -131,7 +131,7 @@ def test_a_trained_tokenizer_is_the_same_too(run: Run, tmp_path: Path) -> None:
         prepare(evolve(config, data=evolve(config.data, tokenizer="bytes")), builtin_registry())
 
 
-def test_what_a_kill_left_is_used_and_what_changed_is_made_again(
+def test_finished_parts_are_reused_and_changed_ones_redone(
     run: Run, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
@@ -162,7 +162,7 @@ def test_what_a_kill_left_is_used_and_what_changed_is_made_again(
     assert not (tmp_path / "out/.work").exists()
 
 
-def test_killed_for_real_it_goes_on(raw: Path, tmp_path: Path) -> None:
+def test_the_command_resumes_after_sigkill(raw: Path, tmp_path: Path) -> None:
     (raw / "web/a.jsonl").write_bytes(json_lines(TEXTS[:200]) * 20)
     program = (
         "import sys; from pathlib import Path; from gpt_simple.data import bulk, corpus; corpus.UNIT_BYTES = 5000\n"
@@ -203,7 +203,7 @@ def test_a_signal_to_all_of_its_processes_ends_it_with_one_line(number: signal.S
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_killed_while_it_publishes_it_goes_on(
+def test_the_command_resumes_after_a_kill_while_publishing(
     step: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, left = Path.rename, [step]
@@ -248,7 +248,7 @@ def test_bad_documents_are_skipped_counted_and_named(run: Run, raw: Path, tmp_pa
 
 
 @pytest.mark.parametrize(("bad", "more"), [(bulk.SHOWN, 0), (bulk.SHOWN + 1, 1), (3 * bulk.SHOWN, 1)])
-def test_that_more_documents_are_skipped_than_are_told_is_told_once(
+def test_skipped_documents_beyond_the_limit_are_mentioned_once(
     run: Run, raw: Path, tmp_path: Path, bad: int, more: int
 ) -> None:
     # Several units of work, each with fewer than are told in all.
@@ -259,7 +259,7 @@ def test_that_more_documents_are_skipped_than_are_told_is_told_once(
     assert [f"{tmp_path / 'out/tokenize.json'} will count" in line for line in told] == [True] * more
 
 
-def test_strict_stops_at_a_bad_document_also_at_one_that_was_skipped_before(run: Run, raw: Path) -> None:
+def test_strict_stops_at_a_bad_document_also_when_resumed(run: Run, raw: Path) -> None:
     (raw / "web/a.jsonl").write_bytes(json_lines(TEXTS[:3]) + b"{\n")
     for _ in range(2):
         with pytest.raises(DataError, match=r"a\.jsonl:4: not JSON"):
@@ -342,7 +342,7 @@ def test_inspect_finds_ids_beyond_the_vocabulary(run: Run, tmp_path: Path, shell
     assert (seen.code, "token 4000 at position 777 is beyond the vocabulary of 257" in seen.err) == (3, True)
 
 
-def test_a_finished_dataset_is_left_alone_and_another_one_is_not_overwritten(run: Run, raw: Path) -> None:
+def test_a_finished_dataset_is_reused_or_refused(run: Run, raw: Path) -> None:
     manifest, _ = run()
     again, said = run()
     assert again == manifest
@@ -397,7 +397,7 @@ def test_the_command_and_inspect_tell_what_there_is(raw: Path, shell: Shell, tmp
     assert (damaged.code, "its content is not what was prepared" in damaged.err) == (3, True)
 
 
-def test_a_split_without_a_row_is_refused_before_anything_is_published(run: Run, tmp_path: Path) -> None:
+def test_a_split_without_a_row_is_refused_before_publishing(run: Run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the val split is shorter than one row: .*10,000; raise --val_fraction"):
         run(max_length=10_000, val_fraction=1e-9)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]

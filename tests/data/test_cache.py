@@ -51,7 +51,7 @@ def finish(holder: subprocess.Popen[str], directory: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [kill, finish])
-def test_a_process_says_that_it_waits_and_goes_on_when_the_other_one_ends(
+def test_a_process_logs_that_it_waits_for_the_lock(
     end: Callable[[subprocess.Popen[str], Path], None], tmp_path: Path
 ) -> None:
     told: list[str] = []

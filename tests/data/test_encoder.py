@@ -96,7 +96,7 @@ def _ignore_merges(spec: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [_swap, _other_halves, _orphan, _ignore_merges])
-def test_merges_that_ranks_do_not_tell_are_left_to_the_library(
+def test_merges_that_ranks_cannot_express_use_the_library(
     change: Callable[[dict[str, Any]], None], spec: dict[str, Any]
 ) -> None:
     assert tiktoken_encoding(spec) is not None

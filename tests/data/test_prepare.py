@@ -96,7 +96,7 @@ def test_equal_texts_are_never_on_both_sides(tmp_path: Path, cache: Path, config
     assert not set(decoded(dataset, "train")) & set(decoded(dataset, "val"))
 
 
-def test_the_floor_is_the_sources_own_cross_entropy_on_the_held_out_text(stories: Callable[..., Dataset]) -> None:
+def test_the_floor_is_the_cross_entropy_of_the_source_on_val(stories: Callable[..., Dataset]) -> None:
     dataset = stories(val_fraction=0.2)
     by_text = {story.text: story.nats for story in Stories(0, 60).documents()}
     held_out = decoded(dataset, "val")
@@ -163,9 +163,7 @@ def test_a_tokenizer_file_is_used_as_it_is(raw: Path, cache: Path, tmp_path: Pat
     assert dataset.tokenizer.fingerprint == own.fingerprint
 
 
-def test_a_tokenizer_component_that_saves_in_its_own_way_is_built_again(
-    raw: Path, cache: Path, config: MakeConfig
-) -> None:
+def test_a_tokenizer_component_with_its_own_files_is_rebuilt(raw: Path, cache: Path, config: MakeConfig) -> None:
     class Shouting:
         name, vocab_size, eod_id, fingerprint = "shouting", 257, 256, "shouting 1"
 
@@ -233,7 +231,7 @@ def test_a_cache_that_cannot_be_written_is_named(
         prepared(config(path=str(raw)))
 
 
-def test_what_fails_half_way_leaves_no_dataset(
+def test_a_failure_half_way_leaves_no_dataset(
     raw: Path, cache: Path, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object, **named: object) -> None:
@@ -252,7 +250,7 @@ def _prepare_in_child(config: Config, results: multiprocessing.Queue[tuple[str, 
     results.put((dataset.fingerprint, said))
 
 
-def test_of_many_processes_one_prepares_and_the_others_wait(raw: Path, cache: Path, config: MakeConfig) -> None:
+def test_one_of_many_processes_prepares_and_the_others_wait(raw: Path, cache: Path, config: MakeConfig) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     settings = config(path=str(raw), tokenizer="bytes", packing="best_fit")

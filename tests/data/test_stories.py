@@ -62,13 +62,13 @@ class _Telling:
         self.position += len(part)
 
 
-def test_every_text_can_be_told_in_exactly_one_way_of_the_probability_that_is_recorded() -> None:
+def test_every_text_has_one_parse_of_the_recorded_probability() -> None:
     for story in Stories(seed=11, count=60).documents():
         assert parses(story.text) == [pytest.approx(story.nats, rel=1e-12)]
 
 
 @pytest.mark.parametrize("change", [("a ", "an "), (".", "!"), ("", " ")])
-def test_what_the_grammar_cannot_tell_has_no_parse(change: tuple[str, str]) -> None:
+def test_text_outside_the_grammar_has_no_parse(change: tuple[str, str]) -> None:
     (story,) = Stories(seed=3, count=1).documents()
     assert parses(story.text.replace(*change, 1)) == []
 

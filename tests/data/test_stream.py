@@ -77,7 +77,7 @@ def targets(made: list[StepData]) -> list[int]:
     return [i for step in made for batch in step.batches for i in batch.labels.flatten().tolist()]
 
 
-def test_rows_are_the_stream_in_its_order_without_what_is_held_out(opened: Opened) -> None:
+def test_rows_are_the_stream_without_held_out_documents(opened: Opened) -> None:
     dataset, settings = opened(on_exhaustion="halt")
     made = steps(Loader(dataset, settings))
     text = dataset.tokenizer.decode(targets(made))
@@ -96,7 +96,7 @@ def test_rows_are_the_stream_in_its_order_without_what_is_held_out(opened: Opene
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_a_resumed_run_goes_on_exactly_with_any_number_of_processes(workers: int, opened: Opened) -> None:
+def test_a_resumed_stream_goes_on_exactly_in_any_world(workers: int, opened: Opened) -> None:
     dataset, settings = opened(on_exhaustion="repeat", num_workers=workers)
     whole = targets(steps(Loader(dataset, settings), 700))
     consumed, seen = 0, []

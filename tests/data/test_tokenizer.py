@@ -122,7 +122,7 @@ def test_training_is_the_same_in_every_process() -> None:
     assert len(found) == 1
 
 
-def test_training_is_quick_on_long_runs_of_anything_and_sees_other_text_whole() -> None:
+def test_training_is_quick_on_long_runs_of_characters() -> None:
     """Uncut, each of these runs takes minutes: they are in real text as padding, genomes and encoded binaries."""
     began = time.perf_counter()
     for run in ("x" * 500_000, " " * 500_000, "".join(random.Random(0).choices("ACGT", k=500_000))):
@@ -179,7 +179,7 @@ def test_a_tokenizer_needs_an_end_of_document(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_a_foreign_tokenizer_keeps_its_own_end_and_adds_nothing_to_texts(tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_keeps_its_own_end(tmp_path: Path) -> None:
     backend = Backend(models.BPE(vocab={"▁": 0, "a": 1, "▁a": 2, "<0x0A>": 3}, merges=[("▁", "a")]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()

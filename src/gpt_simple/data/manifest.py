@@ -36,7 +36,6 @@ ALL = "all"
 """The bucket of data that have only one."""
 
 Dtype = Literal["<u2", "<u4"]
-_NAME: Mapping[Dtype, str] = {"<u2": "uint16", "<u4": "uint32"}
 
 
 @frozen
@@ -91,7 +90,7 @@ class Manifest:
     @property
     def dtype_name(self) -> str:
         """``uint16`` or ``uint32``; little-endian."""
-        return _NAME[self.dtype]
+        return "uint16" if self.dtype == "<u2" else "uint32"
 
     @cached_property
     def text(self) -> str:

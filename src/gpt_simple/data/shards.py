@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,10 @@ class DatasetWriter:
     def __init__(
         self, directory: Path, tokenizer: Tokenizer, *, buckets: Sequence[str] = (), shard_tokens: int = SHARD_TOKENS
     ) -> None:
-        self._directory, self._tokenizer, self._shard_tokens = directory, tokenizer, shard_tokens
-        self._splits = {name: {b: self._writer(name, b) for b in buckets} for name in ("train", "val")}
+        self._directory, self._tokenizer = directory, tokenizer
+        eod_id, vocab_size = tokenizer.eod_id, tokenizer.vocab_size
+        self._writer = partial(ShardWriter, directory, eod_id=eod_id, vocab_size=vocab_size, shard_tokens=shard_tokens)
+        self._splits = {name: {b: self._writer(f"{name}/{b}") for b in buckets} for name in ("train", "val")}
         self._documents, self._bytes = Counter[str](), Counter[str]()
 
     def add(
@@ -212,7 +215,7 @@ class DatasetWriter:
         for name, mine in (("train", ~held_out), ("val", held_out)):
             if mine.any():
                 if bucket not in self._splits[name]:
-                    self._splits[name][bucket] = self._writer(name, bucket)
+                    self._splits[name][bucket] = self._writer(f"{name}/{bucket}")
                 self._splits[name][bucket].extend(tokens[np.repeat(mine, sizes)], sizes[mine])
                 self._documents[name] += int(mine.sum())
                 self._bytes[name] += int(text_bytes[mine].sum())
@@ -228,8 +231,3 @@ class DatasetWriter:
         manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, source, splits)
         write_manifest(self._directory, manifest, tokenizer)
         return manifest
-
-    def _writer(self, split: str, bucket: str) -> ShardWriter:
-        eod_id, vocab_size = self._tokenizer.eod_id, self._tokenizer.vocab_size
-        prefix, shard_tokens = f"{split}/{bucket}", self._shard_tokens
-        return ShardWriter(self._directory, prefix, eod_id=eod_id, vocab_size=vocab_size, shard_tokens=shard_tokens)
