@@ -197,9 +197,9 @@ def test_a_signal_to_all_of_its_processes_ends_it_with_one_line(number: signal.S
     while not list(out.glob(".work/parts/*")) and time.monotonic() < deadline:
         time.sleep(0.005)
     os.killpg(process.pid, number)
-    _, told = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == ExitCode.STOPPED
-    assert told == f"stopped: {number.name}; what is done is kept, the same command goes on\n"
+    assert error == f"stopped: {number.name}; what is done is kept, the same command goes on\n"
 
 
 @pytest.mark.parametrize("step", range(6))
@@ -251,12 +251,12 @@ def test_bad_documents_are_skipped_counted_and_named(run: Run, raw: Path, tmp_pa
 def test_skipped_documents_beyond_the_limit_are_mentioned_once(
     run: Run, raw: Path, tmp_path: Path, bad: int, more: int
 ) -> None:
-    # Several units of work, each with fewer than are told in all.
+    # Several units of work, each with fewer than are logged in all.
     (raw / "web/z.jsonl").write_bytes((b"not json, " + b"x" * 500 + b"\n") * bad)
     _, said = run()
     assert sum(line.startswith("skipped ") for line in said) == bulk.SHOWN
-    told = [line for line in said if line.startswith("more documents are skipped")]
-    assert [f"{tmp_path / 'out/tokenize.json'} will count" in line for line in told] == [True] * more
+    mentions = [line for line in said if line.startswith("more documents are skipped")]
+    assert [f"{tmp_path / 'out/tokenize.json'} will count" in line for line in mentions] == [True] * more
 
 
 def test_strict_stops_at_a_bad_document_also_when_resumed(run: Run, raw: Path) -> None:
@@ -310,7 +310,7 @@ def test_files_that_change_while_they_are_read_make_no_dataset(
     def meanwhile(unit: corpus.Unit, settings: parts.Settings) -> corpus.Skipped:
         found = original(unit, settings)
         if unit.bucket == "books":
-            (raw / "books/d.md").write_text("what somebody wrote meanwhile")
+            (raw / "books/d.md").write_text("a new text")
         return found
 
     monkeypatch.setattr(parts, "make_part", meanwhile)

@@ -54,16 +54,16 @@ def finish(holder: subprocess.Popen[str], directory: Path) -> None:
 def test_a_process_logs_that_it_waits_for_the_lock(
     end: Callable[[subprocess.Popen[str], Path], None], tmp_path: Path
 ) -> None:
-    told: list[str] = []
+    logged: list[str] = []
     with another_process_holds(tmp_path / "cache") as holder:
 
         def log(message: str) -> None:
-            told.append(message)
+            logged.append(message)
             threading.Timer(0.3, end, (holder, tmp_path / "cache")).start()
 
         with locked(tmp_path / "cache", "it", log):
             assert (tmp_path / "cache").is_dir()
-    assert told == [f"waiting for another process that prepares {tmp_path / 'cache/it'}"]
+    assert logged == [f"waiting for another process that prepares {tmp_path / 'cache/it'}"]
 
 
 def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ WORDS = [
 @pytest.fixture(scope="module")
 def tokenizer() -> JsonTokenizer:
     rng = random.Random(1)
-    told = [document.text for document in stories.Stories(1, 300).documents()]
+    texts = [document.text for document in stories.Stories(1, 300).documents()]
     mixed = ["".join(rng.choices(WORDS, k=300)) for _ in range(30)]
-    made = bpe(evolve(DataConfig(), tokenizer_vocab_size=800), lambda: iter(told + mixed))
+    made = bpe(evolve(DataConfig(), tokenizer_vocab_size=800), lambda: iter(texts + mixed))
     assert isinstance(made, JsonTokenizer)
     return made
 

@@ -53,7 +53,7 @@ def test_every_token_but_the_first_is_a_target_once(packing: str, opened: Callab
     assert dataset.val.targets == 9
 
 
-def test_inspect_tells_what_the_files_say(directory: Path) -> None:
+def test_inspect_shows_counts_and_largest_ids(directory: Path) -> None:
     about, train, val = inspect(directory, sample_tokens=5, log=print)
     assert "nanoGPT's files of uint16 ids" in about
     assert (train, val) == (

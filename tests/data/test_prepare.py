@@ -140,10 +140,10 @@ def test_a_tokenizer_learns_from_the_train_split_only(raw: Path, cache: Path, co
     source = builtin_registry().get("source", "files").load()(settings, 0)
     found = tokenize.survey(source, settings)
     assert found.held_out.any()
-    told = list(tokenize._training_texts(source, settings, found))
+    texts = list(tokenize._training_texts(source, settings, found))
     held_out = {text.text for text, out in zip(source.documents(), found.held_out, strict=True) if out}
-    assert len(told) == 40 - len(held_out)
-    assert not held_out & set(told)
+    assert len(texts) == 40 - len(held_out)
+    assert not held_out & set(texts)
 
 
 def test_a_tokenizer_learns_from_a_bounded_amount_of_text(
@@ -152,8 +152,8 @@ def test_a_tokenizer_learns_from_a_bounded_amount_of_text(
     settings = config(path=str(raw)).data
     source = builtin_registry().get("source", "files").load()(settings, 0)
     monkeypatch.setattr(tokenize, "TRAINING_BYTES", 400)
-    told = list(tokenize._training_texts(source, settings, tokenize.survey(source, settings)))
-    assert 200 < sum(map(len, told)) < 500
+    texts = list(tokenize._training_texts(source, settings, tokenize.survey(source, settings)))
+    assert 200 < sum(map(len, texts)) < 500
 
 
 def test_a_tokenizer_file_is_used_as_it_is(raw: Path, cache: Path, tmp_path: Path, config: MakeConfig) -> None:

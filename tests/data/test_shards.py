@@ -131,8 +131,8 @@ def test_totals_that_are_not_those_of_the_shards_are_refused(directory: Path) ->
 
 def test_inspect_shows_the_first_document_that_has_text(write_dataset: WriteDataset) -> None:
     directory = write_dataset(train={"all": [[], [40], [7] * 9]}, val=VAL)
-    *_, told, text = inspect(directory, sample_tokens=5, log=print)
-    assert (told, len(text)) == ("the first document begins (1 token):", 1)
+    *_, heading, text = inspect(directory, sample_tokens=5, log=print)
+    assert (heading, len(text)) == ("the first document begins (1 token):", 1)
 
 
 def test_a_manifest_that_is_cut_off_is_refused(directory: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from gpt_simple.data.sources.stories import WORDS, Stories, tell
+from gpt_simple.data.sources.stories import WORDS, Stories, generate
 
 
 class _Fork(Exception):
@@ -19,32 +19,32 @@ class _Fork(Exception):
 
 
 class _Mismatch(Exception):
-    """What is told is not the text."""
+    """The generated text is not the given one."""
 
 
 def parses(text: str) -> list[float]:
-    """The nats of every way in which the grammar can tell exactly this text, found by trying all choices.
+    """The nats of every way in which the grammar generates exactly this text, found by trying all choices.
 
     A script is a list of choices; it is extended in every way at the first choice it does not cover, and dropped as
-    soon as what it tells differs from the text. Neither ``random`` nor what the source recorded plays a part.
+    soon as its text differs from the given one. Neither ``random`` nor what the source recorded plays a part.
     """
     found: list[float] = []
     scripts: list[tuple[int, ...]] = [()]
     while scripts:
         script = scripts.pop()
-        telling = _Telling(text, script)
+        replay = _Replay(text, script)
         try:
-            tell(telling.pick, telling.say)
+            generate(replay.pick, replay.write)
         except _Fork as fork:
             scripts += [(*script, choice) for choice in range(fork.width)]
         except _Mismatch:
             continue
         else:
-            found += [-math.log(telling.probability)] * (telling.position == len(text))
+            found += [-math.log(replay.probability)] * (replay.position == len(text))
     return found
 
 
-class _Telling:
+class _Replay:
     def __init__(self, text: str, script: tuple[int, ...]) -> None:
         self.text, self.script = text, script
         self.position, self.step, self.probability = 0, 0, 1.0
@@ -56,7 +56,7 @@ class _Telling:
         self.probability /= len(options)
         return options[self.script[self.step - 1]]
 
-    def say(self, part: str) -> None:
+    def write(self, part: str) -> None:
         if not self.text.startswith(part, self.position):
             raise _Mismatch
         self.position += len(part)

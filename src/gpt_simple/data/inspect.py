@@ -1,4 +1,4 @@
-"""What is in a dataset directory, for people: counts, lengths, a sample of text. Needs no torch."""
+"""The content of a dataset directory, for people: counts, lengths, a sample of text. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUANTILES = {"shortest": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest
 
 
 def summary(directory: Path, manifest: Manifest, max_length: int | None = None) -> list[str]:
-    """Lines with what the manifest says: the tokenizer, and each split with its buckets."""
+    """Lines about the manifest: the tokenizer, and each split with its buckets."""
     lines = [
         f"{directory}: tokens of a vocabulary of {manifest.vocab_size:,} ids as {manifest.dtype_name}, "
         f"EOD {manifest.eod_id}, tokenizer {manifest.tokenizer[:12]}"
@@ -57,8 +57,8 @@ def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
             shard.check(shard.tokens, int)
         sizes = np.concatenate([np.diff(shard.starts) for shard in shards])
         found = np.quantile(sizes, list(QUANTILES.values()), method="nearest")
-        told = ", ".join(f"{word} {int(size):,}" for word, size in zip(QUANTILES, found, strict=True))
-        lines.append(f"{name} documents in tokens, EOD included: {told}")
+        quantiles = ", ".join(f"{word} {int(size):,}" for word, size in zip(QUANTILES, found, strict=True))
+        lines.append(f"{name} documents in tokens, EOD included: {quantiles}")
     first = next((s for split in manifest.splits.values() for s in split.buckets.values()), None)
     if first and sample_tokens:
         ids = _beginning(open_shard(directory, first[0], manifest), sample_tokens)
@@ -78,5 +78,5 @@ def _beginning(shard: Shard, count: int) -> list[int]:
 
 
 def _rows(split: SplitRecord, max_length: int) -> int:
-    """Rows when the stream is cut (packing concat)."""
+    """Rows under packing ``concat``."""
     return sum(-(-shard.tokens // max_length) for shards in split.buckets.values() for shard in shards)

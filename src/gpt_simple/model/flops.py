@@ -1,6 +1,6 @@
 """How many parameters a model has and how many floating-point operations a token costs, in closed form.
 
-Both follow from the shape alone, so that they can be told before anything is built and without torch.
+Both follow from the shape alone: neither a model nor torch is needed.
 """
 
 from __future__ import annotations
