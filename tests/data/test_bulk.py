@@ -19,7 +19,7 @@ from attrs import evolve
 from backports import zstd
 
 from gpt_simple.config.schema import Config
-from gpt_simple.data import bulk, corpus, parts
+from gpt_simple.data import bulk, parts
 from gpt_simple.data.bulk import Job
 from gpt_simple.data.manifest import Manifest
 from gpt_simple.data.prepare import prepare
@@ -51,7 +51,7 @@ def raw(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(parts, "UNIT_BYTES", 5000)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_the_bytes_do_not_depend_on_processes_or_units(
 ) -> None:
     run("one")
     run("many", num_workers=2)
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 1 << 30)
+    monkeypatch.setattr(parts, "UNIT_BYTES", 1 << 30)
     run("whole")
     one = content(tmp_path / "one")
     assert one.pop("tokenize.json")
@@ -137,7 +137,7 @@ def test_finished_parts_are_reused_and_changed_ones_redone(
     made: list[str] = []
     original = parts.make_part
 
-    def dying(unit: corpus.Unit, settings: parts.Settings) -> corpus.Skipped:
+    def dying(unit: parts.Unit, settings: parts.Settings) -> parts.Skipped:
         if len(made) == 4:
             raise KeyboardInterrupt
         made.append(settings.part(unit).name)
@@ -165,7 +165,7 @@ def test_finished_parts_are_reused_and_changed_ones_redone(
 def test_the_command_resumes_after_sigkill(raw: Path, tmp_path: Path) -> None:
     (raw / "web/a.jsonl").write_bytes(json_lines(TEXTS[:200]) * 20)
     program = (
-        "import sys; from pathlib import Path; from gpt_simple.data import bulk, corpus; corpus.UNIT_BYTES = 5000\n"
+        "import sys; from pathlib import Path; from gpt_simple.data import bulk, parts; parts.UNIT_BYTES = 5000\n"
         "if __name__ == '__main__':\n"
         " raw, out, workers = sys.argv[1:]\n"
         " bulk.tokenize(bulk.Job(Path(raw), Path(out), tokenizer='bytes', num_workers=int(workers)), print, print)\n"
@@ -307,7 +307,7 @@ def test_files_that_change_while_they_are_read_make_no_dataset(
 ) -> None:
     original = parts.make_part
 
-    def meanwhile(unit: corpus.Unit, settings: parts.Settings) -> corpus.Skipped:
+    def meanwhile(unit: parts.Unit, settings: parts.Settings) -> parts.Skipped:
         found = original(unit, settings)
         if unit.bucket == "books":
             (raw / "books/d.md").write_text("a new text")

@@ -22,9 +22,20 @@ from numpy.typing import NDArray
 from gpt_simple._files import AtomicDirectory, fsync, remove_tree
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.cache import Log, locked
-from gpt_simple.data.corpus import Skipped, Unit, find_units, read
 from gpt_simple.data.manifest import FILE, WORK, Manifest, read_manifest
-from gpt_simple.data.parts import DOCUMENT, Settings, documents_of, make_parts, skipped_of, tokenizer_of, tokens_of
+from gpt_simple.data.parts import (
+    DOCUMENT,
+    Settings,
+    Skipped,
+    Unit,
+    documents_of,
+    find_units,
+    make_parts,
+    read,
+    skipped_of,
+    tokenizer_of,
+    tokens_of,
+)
 from gpt_simple.data.shards import DatasetWriter
 from gpt_simple.data.tokenize import TRAINING_BYTES, held_out_of, key_hash
 from gpt_simple.data.tokenizer import bpe, load_tokenizer

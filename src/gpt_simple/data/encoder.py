@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -22,29 +22,19 @@ from numpy.typing import NDArray
 from tiktoken import Encoding
 from tokenizers import Tokenizer as Backend
 
-from gpt_simple.data.byte_level import pieces
-
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 """How GPT-2 cuts text before merging, as `ByteLevel` of `tokenizers` does; without backtracking."""
 
 U32 = NDArray[np.uint32]
 
 
-def encoder(backend: Backend, spec: Mapping[str, Any]) -> Callable[[Sequence[str]], Iterator[list[U32]]]:
-    """A function from texts to the ids of each text, in one or more arrays. ``spec``: the tokenizer.json."""
-    plain = _is_plain(spec)
+def encoder(backend: Backend, spec: Mapping[str, Any], *, plain: bool) -> Callable[[Sequence[str]], Iterable[U32]]:
+    """A function from texts to the ids of each. ``spec``: the tokenizer.json; ``plain``: see ``is_plain``."""
     if plain and not spec["model"].get("merges"):
         byte_ids = np.array([backend.token_to_id(char) for char in _byte_alphabet()], np.uint32)
-        return lambda texts: ([byte_ids[np.frombuffer(text.encode(), np.uint8)]] for text in texts)
+        return lambda texts: (byte_ids[np.frombuffer(text.encode(), np.uint8)] for text in texts)
     encoding = tiktoken_encoding(spec) if plain else None
-    encode = partial(_library_ids, backend) if encoding is None else partial(_tiktoken_ids, encoding)
-
-    def encode_pieces(texts: Sequence[str]) -> Iterator[list[U32]]:
-        groups = [list(pieces(text)) if plain else [text] for text in texts]
-        encoded = iter(encode([piece for group in groups for piece in group]))
-        return ([next(encoded) for _ in group] for group in groups)
-
-    return encode_pieces
+    return partial(_library_ids, backend) if encoding is None else partial(_tiktoken_ids, encoding)
 
 
 def _library_ids(backend: Backend, texts: Sequence[str]) -> Iterable[U32]:
@@ -121,15 +111,3 @@ def _byte_alphabet() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def _is_plain(spec: Mapping[str, Any]) -> bool:
-    """Whether text is split by the byte-level pattern alone, as in the tokenizers that are trained here."""
-    pattern = spec["pre_tokenizer"] or {}
-    return (
-        spec["normalizer"] is None
-        and pattern.get("type") == "ByteLevel"
-        and not pattern["add_prefix_space"]
-        and pattern["use_regex"]
-        and all(token["special"] for token in spec["added_tokens"])
-    )

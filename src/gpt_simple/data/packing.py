@@ -1,9 +1,8 @@
 """How documents are cut into rows of ``max_length`` inputs and targets.
 
-A row is made of spans of a shard. A span (start, length) predicts the tokens at ``start .. start + length -
-1``, each from the token before it; what comes before a document is the EOD of the one before. What a row does
-not fill is EOD that is no target. Whatever the policy, every token of every document and every document's EOD
-is a target exactly once:
+A row is made of spans of a shard. A span (start, length) predicts the tokens at ``start .. start + length - 1``, each
+from the token before it; what comes before a document is the EOD of the one before. What a row does not fill is EOD
+that is no target. Whatever the policy, every token of every document and every document's EOD is a target exactly once:
 
 - ``concat``: row ``r`` of a shard is the one span that starts at ``1 + r * max_length``;
 - ``best_fit``: a document that fits into a row is never split (best-fit decreasing); a longer one is cut into
@@ -164,9 +163,8 @@ def _pieces(starts: I64, max_length: int, overlap: int) -> tuple[I64, I64, I64]:
 def _assign(lengths: I64, max_length: int) -> I64:
     """The row of each piece, for lengths that descend.
 
-    Rows with equal room are one class, and equal lengths are placed together: the fullest row that takes a
-    piece is still the fullest after it, so a class is filled row by row and the work is that of distinct
-    lengths, not pieces.
+    Rows with equal room are one class, and equal lengths are placed together: the fullest row that takes a piece is
+    still the fullest after it, so a class is filled row by row and the work is that of distinct lengths, not pieces.
     """
     row = np.empty(len(lengths), np.int64)
     room: list[list[I64]] = [[] for _ in range(max_length + 1)]

@@ -27,9 +27,8 @@ from gpt_simple.hooks.components import Registry
 def prepare(config: Config, registry: Registry, *, log: Log | None = None, require_val: bool = True) -> Dataset:
     """The dataset of a configuration, prepared now or before.
 
-    ``require_val``: refuse a val split that is shorter than one row (an evaluation is wanted). Raises
-    ConfigError for settings that exclude each other and DataError for anything wrong with the data; then
-    nothing was written.
+    ``require_val``: refuse a val split that is shorter than one row (an evaluation is wanted). Raises ConfigError for
+    settings that exclude each other and DataError for anything wrong with the data; then nothing was written.
     """
     log = log or (lambda message: None)
     source = check(config, registry)

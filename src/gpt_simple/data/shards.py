@@ -1,9 +1,8 @@
 """Tokens on disk: one shard is one stretch of documents that can be read at any position.
 
-``.bin`` holds ``EOD document EOD document EOD ... document EOD`` as uint16 or uint32, ``.idx`` int64
-positions, both little-endian. Document ``i`` owns the positions ``idx[i]`` to ``idx[i + 1]``: its tokens and
-the EOD that ends it. What comes before any of these positions is in the same file, so each of them is a
-target that has an input.
+``.bin`` holds ``EOD document EOD document EOD ... document EOD`` as uint16 or uint32, ``.idx`` int64 positions, both
+little-endian. Document ``i`` owns the positions ``idx[i]`` to ``idx[i + 1]``: its tokens and the EOD that ends it. What
+comes before any of these positions is in the same file, so each of them is a target that has an input.
 """
 
 from __future__ import annotations
@@ -113,34 +112,30 @@ def write_index(path: Path, starts: NDArray[np.int64]) -> FileRecord:
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
-class _OpenShard:
+class _ShardFile:
     """A shard that is being written; its tokens are hashed on the way."""
 
-    def __init__(self, root: Path, name: str, first: NDArray[Any]) -> None:
-        path = root / f"{name}.bin"
+    def __init__(self, path: Path, eod: NDArray[Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.size = 0
-        self._name, self._path, self._stream = name, path, path.open("wb")
-        self._sha256, self._starts = hashlib.sha256(), [np.array([1])]
-        self._write(first)
+        self._path, self._stream, self._sha256 = path, path.open("wb"), hashlib.sha256()
+        self._starts: list[NDArray[np.int64]] = []
+        self.extend(eod, np.array([1]))
 
     def extend(self, tokens: NDArray[Any], ends: NDArray[np.int64]) -> None:
         """Append documents that end at ``ends`` in ``tokens``."""
+        data = tokens.tobytes()
+        self._stream.write(data)
+        self._sha256.update(data)
         self._starts.append(ends + self.size)
-        self._write(tokens)
+        self.size += len(tokens)
 
-    def close(self) -> ShardRecord:
+    def close(self, name: str) -> ShardRecord:
         tokens = FileRecord(self._stream.tell(), self._sha256.hexdigest())
         self._stream.close()
         starts = np.concatenate(self._starts)
         index = write_index(self._path.with_suffix(".idx"), starts)
-        return ShardRecord(self._name, len(starts) - 1, self.size - 1, tokens, index)
-
-    def _write(self, tokens: NDArray[Any]) -> None:
-        data = tokens.tobytes()
-        self._stream.write(data)
-        self._sha256.update(data)
-        self.size += len(tokens)
+        return ShardRecord(name, len(starts) - 1, self.size - 1, tokens, index)
 
 
 class ShardWriter:
@@ -152,37 +147,36 @@ class ShardWriter:
     def __init__(
         self, root: Path, prefix: str, *, eod_id: int, vocab_size: int, shard_tokens: int = SHARD_TOKENS
     ) -> None:
-        self._root, self._prefix = root, prefix
-        self._eod_id, self._vocab_size, self._shard_tokens = eod_id, vocab_size, shard_tokens
-        self._dtype = np.dtype(token_dtype(vocab_size))
+        self._root, self._prefix, self._vocab_size, self._shard_tokens = root, prefix, vocab_size, shard_tokens
+        self._eod = np.array([eod_id], token_dtype(vocab_size))
         self._records: list[ShardRecord] = []
-        self._shard: _OpenShard | None = None
+        self._shard: _ShardFile | None = None
 
     def extend(self, tokens: NDArray[Any], sizes: NDArray[np.int64]) -> None:
         """Append documents that end in EOD already, one after another in ``tokens``, and their sizes."""
         if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size):
             raise DataError(f"the tokenizer gave an id outside its vocabulary of {self._vocab_size} ids")
-        tokens, ends = tokens.astype(self._dtype, copy=False), np.cumsum(sizes)
+        tokens, ends = tokens.astype(self._eod.dtype, copy=False), np.cumsum(sizes)
         done = begin = 0
         while done < len(ends):
-            if self._shard is None:
-                name = f"{self._prefix}/shard-{len(self._records):05d}"
-                self._shard = _OpenShard(self._root, name, np.array([self._eod_id], self._dtype))
-            room = self._shard_tokens - self._shard.size
+            shard = self._shard = self._shard or _ShardFile(self._root / f"{self._name()}.bin", self._eod)
+            room = self._shard_tokens - shard.size
             count = 1 + int(np.searchsorted(ends[done:] - begin, room, side="right"))
             taken = ends[done : done + count]
-            end = int(taken[-1])
-            self._shard.extend(tokens[begin:end], taken - begin)
-            done, begin = done + len(taken), end
-            if self._shard.size > self._shard_tokens:
+            shard.extend(tokens[begin : taken[-1]], taken - begin)
+            done, begin = done + len(taken), int(taken[-1])
+            if shard.size > self._shard_tokens:
                 self.close()
 
     def close(self) -> tuple[ShardRecord, ...]:
         """Finish the last shard; returns all."""
         if self._shard is not None:
-            self._records.append(self._shard.close())
+            self._records.append(self._shard.close(self._name()))
             self._shard = None
         return tuple(self._records)
+
+    def _name(self) -> str:
+        return f"{self._prefix}/shard-{len(self._records):05d}"
 
 
 class DatasetWriter:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.byte_level import pieces, stretches
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
 
@@ -38,6 +37,14 @@ BYTE_IDS = 257
 """Ids of `bytes`: one for each byte and one for the end of a document."""
 _IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 """The parts of a tokenizer.json that determine ids."""
+
+PIECE = 1 << 16
+"""Longer texts are encoded in pieces of about this many characters: in parallel, and in bounded memory."""
+
+STRETCH = 256
+"""Training a tokenizer takes time quadratic in the length of a word: longer words are cut for it."""
+
+_CUT = re.compile(r"[!-~](?=\n)")
 
 Train = Callable[[DataConfig, Callable[[], Iterator[str]]], Tokenizer]
 """How a tokenizer is made from the texts that the function gives."""
@@ -71,16 +78,23 @@ class JsonTokenizer:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
-    def _ids(self) -> Callable[[Sequence[str]], Iterator[list[NDArray[np.uint32]]]]:
+    def _encode(self) -> Callable[[Sequence[str]], Iterable[NDArray[np.uint32]]]:
         from gpt_simple.data.encoder import encoder  # needs numpy; loading a tokenizer does not
 
-        return encoder(self.backend, self._spec)
+        return encoder(self.backend, self._spec, plain=is_plain(self._spec))
+
+    def _arrays(self, texts: Sequence[str]) -> Iterator[list[NDArray[np.uint32]]]:
+        """The ids of each text, in one or more arrays."""
+        plain = is_plain(self._spec)
+        groups = [list(pieces(text)) if plain else [text] for text in texts]
+        encoded = iter(self._encode([piece for group in groups for piece in group]))
+        return ([next(encoded) for _ in group] for group in groups)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[index for part in parts for index in part.tolist()] for parts in self._ids(texts)]
+        return [[index for part in parts for index in part.tolist()] for parts in self._arrays(texts)]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Ids of all texts in one array, each text followed by ``eod_id``, and how many each has with it.
@@ -90,7 +104,7 @@ class JsonTokenizer:
         import numpy as np
 
         end, arrays, sizes = np.array([self.eod_id], np.uint32), [], []
-        for parts in self._ids(texts):
+        for parts in self._arrays(texts):
             arrays += [*parts, end]
             sizes.append(sum(map(len, parts)) + 1)
         return np.concatenate(arrays), np.array(sizes)
@@ -169,3 +183,38 @@ def _train(vocab_size: int, texts: Iterable[str]) -> Backend:
     parts = (part for text in texts for piece in pieces(text) for part in stretches(piece))
     backend.train_from_iterator(parts, trainer)
     return backend
+
+
+def is_plain(spec: Mapping[str, Any]) -> bool:
+    """Whether text is split by the byte-level pattern alone, as in the tokenizers that are trained here.
+
+    ``spec`` is the content of a tokenizer.json.
+    """
+    pattern = spec["pre_tokenizer"] or {}
+    return (
+        spec["normalizer"] is None
+        and pattern.get("type") == "ByteLevel"
+        and not pattern["add_prefix_space"]
+        and pattern["use_regex"]
+        and all(token["special"] for token in spec["added_tokens"])
+    )
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut where the byte-level pattern cuts anyway, before a newline that follows a printable ASCII character."""
+    start = 0
+    while len(text) - start > PIECE and (cut := _CUT.search(text, start + PIECE)):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def stretches(text: str) -> Iterator[str]:
+    """Cut runs of hundreds of characters without a space, or of nothing else, as in encoded binaries and padding."""
+    start = 0
+    for end in range(STRETCH, len(text), STRETCH):
+        block = text[end - STRETCH : end]
+        if block.split(None, 1) in ([], [block]):
+            yield text[start:end]
+            start = end
+    yield text[start:]

@@ -112,7 +112,7 @@ Write = Callable[[str], None]
 
 
 def generate(pick: Pick, write: Write) -> None:
-    """Generate a story: every choice is one call of ``pick``; every piece of text goes to ``write`` once it is chosen."""
+    """Generate a story: every choice is one call of ``pick``, and each piece of text goes to ``write`` when chosen."""
     story = _Story(pick, write)
     story.add(OPENING, BELONGING)
     plot = pick(("loss", "journey", "gift"))
@@ -130,32 +130,15 @@ def generate(pick: Pick, write: Write) -> None:
     story.add(ENDING)
 
 
-@frozen
-class _Slot:
-    """A place for a word: ``{kind1}`` keeps its word, ``{kind}`` takes a new one, ``{Kind1}`` begins a sentence."""
-
-    before: str
-    name: str
-    kind: str
-    kept: bool
-    capital: bool
-
-
 @cache
-def _parse(template: str) -> tuple[tuple[_Slot, ...], str]:
-    """The slots of a template, each with the text before it, and the text after the last."""
-    *parts, after = re.split(r"\{(\w+)\}", template)
-    slots = []
-    for before, slot in zip(parts[::2], parts[1::2], strict=True):
-        name = slot.lower()
-        kind = name.rstrip("12")
-        slots.append(_Slot(before, name, kind, kind != name, slot != name))
-    return tuple(slots), after
+def _parse(template: str) -> list[str]:
+    """Text and the names of slots in turns."""
+    return re.split(r"\{(\w+)\}", template)
 
 
 @define
 class _Story:
-    """The words of one story so far."""
+    """The words of one story so far: ``{kind1}`` keeps its word, ``{kind}`` takes a new one, ``{Kind1}`` is capital."""
 
     pick: Pick
     write: Write
@@ -167,21 +150,23 @@ class _Story:
         for templates in sentences:
             if self.kept:
                 self.write(" ")
-            slots, after = _parse(self.pick(templates))
-            for slot in slots:
-                self.write(slot.before)
-                word = self.kept.get(slot.name) or self._new_word(slot)
-                self.write(word.capitalize() if slot.capital else word)
-            self.write(after)
+            first, *rest = _parse(self.pick(templates))
+            self.write(first)
+            for slot, text in zip(rest[::2], rest[1::2], strict=True):
+                name = slot.lower()
+                word = self.kept.get(name) or self._new_word(name)
+                self.write(word if slot == name else word.capitalize())
+                self.write(text)
 
-    def _new_word(self, slot: _Slot) -> str:
-        words, used = WORDS[slot.kind], self.used.setdefault(slot.kind, [])
+    def _new_word(self, name: str) -> str:
+        kind = name.rstrip("12")
+        words, used = WORDS[kind], self.used.setdefault(kind, [])
         word = self.pick([word for word in words if word not in used] if used else words)
         used.append(word)
-        if slot.kept:
-            self.kept[slot.name] = word
-            if slot.name == "name1":
-                self.kept |= {"he": "she", "his": "her"} if word in GIRLS else {"he": "he", "his": "his"}
+        if name != kind:
+            self.kept[name] = word
+        if name == "name1":
+            self.kept |= {"he": "she", "his": "her"} if word in GIRLS else {"he": "he", "his": "his"}
         return word
 
 
