@@ -17,12 +17,11 @@ from gpt_simple.data.cache import Log, build_once, locked
 from gpt_simple.data.locate import index_of, packing_of
 from gpt_simple.data.manifest import Manifest, SplitRecord, verify_checksums
 from gpt_simple.data.mixture import Mixture, mixture
+from gpt_simple.data.order import I64
 from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
 from gpt_simple.data.shards import Shard, open_shard
 from gpt_simple.data.stream import StreamRows
 from gpt_simple.hooks.batch import Tokenizer
-
-I64 = NDArray[np.int64]
 
 IGNORED = -100
 """The label of a position that is no target."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from gpt_simple.config.schema import Config
 from gpt_simple.data.dataset import IGNORED, Dataset, Split
 from gpt_simple.data.locate import order_seed
-from gpt_simple.data.order import key, permute
+from gpt_simple.data.order import I64, key, permute
 from gpt_simple.hooks.batch import Batch
 
 CHUNK_TOKENS = 1 << 17
@@ -40,7 +40,6 @@ EVALUATION_STREAM = 3
 PADDING = -1
 """The number of a row that only fills a batch."""
 
-I64 = NDArray[np.int64]
 T = TypeVar("T")
 
 Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

@@ -25,15 +25,13 @@ from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import Phase
-from gpt_simple.data.order import key, permute, subkeys
+from gpt_simple.data.order import I64, key, permute, subkeys
 from gpt_simple.errors import ConfigError, DataError
 
 SLOTS = 1 << 16
 
 ROWS_STREAM, SLOTS_STREAM = 1, 2
 """Keys of the two kinds of permutation, so that they never share one."""
-
-I64 = NDArray[np.int64]
 
 
 @frozen

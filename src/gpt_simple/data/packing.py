@@ -12,16 +12,16 @@ that is no target. Whatever the policy, every token of every document and every 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from attrs import frozen
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from gpt_simple.data.order import I64
 from gpt_simple.data.shards import Shard
 
-I64 = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
@@ -37,20 +37,6 @@ class Block:
     """Where a document, a window of one or the padding begins; always in column 0. None unless asked for."""
 
 
-class Rows(Protocol):
-    """The rows of a shard under a packing."""
-
-    @property
-    def shard(self) -> Shard: ...
-
-    def __len__(self) -> int: ...
-
-    def targets(self, rows: I64) -> I64:
-        """Number of targets of each row."""
-
-    def read(self, rows: I64, *, starts: bool) -> Block: ...
-
-
 @frozen(eq=False)
 class ConcatRows:
     """The stream, cut every ``max_length`` tokens; only the last row may not be full."""
@@ -62,6 +48,7 @@ class ConcatRows:
         return -(-self.shard.targets // self.max_length)
 
     def targets(self, rows: I64) -> I64:
+        """Number of targets of each row."""
         return np.minimum(self.shard.targets - rows * self.max_length, self.max_length)
 
     def read(self, rows: I64, *, starts: bool) -> Block:
@@ -102,6 +89,7 @@ class BestFitRows:
         return len(self.row_targets)
 
     def targets(self, rows: I64) -> I64:
+        """Number of targets of each row."""
         return self.row_targets[rows]
 
     def read(self, rows: I64, *, starts: bool) -> Block:
@@ -135,6 +123,10 @@ class BestFitRows:
         padded = np.flatnonzero(filled < self.max_length)
         begins[padded, filled[padded]] = True
         return Block(inputs, labels, scored, begins)
+
+
+Rows = ConcatRows | BestFitRows
+"""The rows of a shard under a packing."""
 
 
 def best_fit(shard: Shard, max_length: int, overlap: int) -> BestFitRows:

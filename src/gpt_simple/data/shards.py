@@ -44,11 +44,12 @@ class Shard:
     vocab_size: int
     eod_id: int
     record: ShardRecord
-    _seen: dict[Path, tuple[int, int]] = field(factory=dict, init=False, repr=False)
-    """Size and time (ns) of each file when its content was known to be that of ``record``."""
+    _seen: dict[Path, tuple[int, int]] = field(init=False, repr=False)
+    """Size and time (ns) of each file when its content was that of ``record``."""
 
-    def __attrs_post_init__(self) -> None:
-        self._seen.update((path, _state(path)) for path in self._files())
+    @_seen.default
+    def _seen_now(self) -> dict[Path, tuple[int, int]]:
+        return {path: _state(path) for path in self._files()}
 
     @property
     def targets(self) -> int:

@@ -17,6 +17,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import DataConfig
+from gpt_simple.data.order import I64
 from gpt_simple.data.sources import Document, Stream
 from gpt_simple.data.tokenize import BATCH_BYTES, batches, encode_documents, key_hash, survey
 from gpt_simple.errors import DataError
@@ -24,8 +25,6 @@ from gpt_simple.hooks.batch import Tokenizer
 
 HEAD_BYTES = 1 << 24
 """The val split is held out of this much text at the beginning, and a tokenizer is trained on the rest of that."""
-
-I64 = NDArray[np.int64]
 
 
 @frozen
