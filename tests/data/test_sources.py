@@ -61,7 +61,7 @@ def test_what_cannot_be_listed_is_an_error_and_never_left_out(tmp_path: Path, mo
         with pytest.raises(DataError, match=r"closed: cannot be read \(.*Permission denied"):
             texts(tmp_path)
     (tmp_path / "web").symlink_to("nowhere")
-    with pytest.raises(DataError, match="web: leads to nowhere, and there is nothing"):
+    with pytest.raises(DataError, match="web: links to nowhere, which does not exist"):
         texts(tmp_path)
 
 

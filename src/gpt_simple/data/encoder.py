@@ -79,7 +79,7 @@ def tiktoken_encoding(spec: Mapping[str, Any]) -> Encoding | None:
         return None
     if not _equivalent(ranks, pairs):
         return None
-    # Without a special token tiktoken would look for the empty one at every byte; no text becomes it.
+    # Without a special token tiktoken would search for the empty one at every byte. No text becomes a special token.
     special = added or {"<|endoftext|>": max(ranks.values()) + 1}
     return Encoding("merges", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 

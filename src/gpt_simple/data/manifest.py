@@ -1,4 +1,4 @@
-"""The manifest of a dataset directory: what is in it, and how it is known to be whole.
+"""The manifest of a dataset directory: its content, with counts and checksums.
 
 ::
 
@@ -71,6 +71,11 @@ class SplitRecord:
     nats: float | None
     buckets: Mapping[str, tuple[ShardRecord, ...]]
 
+    @property
+    def shards(self) -> list[ShardRecord]:
+        """The shards of all buckets."""
+        return [shard for shards in self.buckets.values() for shard in shards]
+
 
 @frozen
 class Manifest:
@@ -104,12 +109,11 @@ class Manifest:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def files(self) -> Iterator[tuple[str, FileRecord]]:
-        """Every file of the shards: path relative to the dataset, and what is known of it."""
+        """Every file of the shards: its path relative to the dataset, and its record."""
         for split in self.splits.values():
-            for shards in split.buckets.values():
-                for shard in shards:
-                    yield f"{shard.name}.bin", shard.bin
-                    yield f"{shard.name}.idx", shard.idx
+            for shard in split.shards:
+                yield f"{shard.name}.bin", shard.bin
+                yield f"{shard.name}.idx", shard.idx
 
 
 def token_dtype(vocab_size: int) -> Dtype:
@@ -155,7 +159,7 @@ def read_manifest(directory: Path) -> Manifest:
     for name, split in manifest.splits.items():
         for total in ("documents", "tokens"):
             expected = getattr(split, total)
-            found = sum(getattr(shard, total) for shards in split.buckets.values() for shard in shards)
+            found = sum(getattr(shard, total) for shard in split.shards)
             if expected != found:
                 where = f"splits.{name}.{total}"
                 raise _damaged(directory, f"{file}: damaged ({where} is {expected:,}, but its shards have {found:,})")

@@ -36,7 +36,7 @@ ROWS_STREAM, SLOTS_STREAM = 1, 2
 
 @frozen
 class Segment:
-    """A stretch of samples with one set of weights: slots per bucket, and what each bucket gave before ``begin``."""
+    """A stretch of samples with one set of weights: slots per bucket, and each bucket's samples before ``begin``."""
 
     number: int
     begin: int
@@ -114,8 +114,8 @@ def mixture(
                     break
             segment = Segment(len(segments), begin, end, _slots(weights), tuple(given.tolist()))
             if on_exhaustion != "repeat":
-                dry = begin + _exhausted(segment, seed, rows)
-                segment = evolve(segment, end=dry if end is None else min(dry, end))
+                exhausted = begin + _exhausted(segment, seed, rows)
+                segment = evolve(segment, end=exhausted if end is None else min(exhausted, end))
             segments.append(segment)
             if segment.end is None or (on_exhaustion == "halt" and segment.end != end):
                 return Mixture(rows, seed, tuple(segments), segment.end)
@@ -196,10 +196,10 @@ def _dealt(segment: Segment, seed: int, samples: int) -> I64:
 
 def _exhausted(segment: Segment, seed: int, rows: Sequence[int]) -> int:
     """The segment's first sample for which its bucket has no unread row."""
-    dry: list[int] = []
+    firsts: list[int] = []
     for b, (slots, left) in enumerate(zip(segment.slots, np.subtract(rows, segment.given).tolist(), strict=True)):
         if slots:
             periods, rest = divmod(left, slots)
             bucket, _ = _period(segment.slots, seed, segment.number, periods)
-            dry.append(periods * SLOTS + int(np.flatnonzero(bucket == b)[rest]))
-    return min(dry)
+            firsts.append(periods * SLOTS + int(np.flatnonzero(bucket == b)[rest]))
+    return min(firsts)

@@ -34,7 +34,7 @@ class Block:
     scored: Bools | None
     """Which labels are targets; None: all."""
     starts: Bools | None = None
-    """Where a document, a window of one or the padding begins; always in column 0. None unless asked for."""
+    """Where a document, a window of one or the padding begins; always in column 0. None if ``read`` omits them."""
 
 
 @frozen(eq=False)

@@ -54,7 +54,7 @@ class Piece:
     begin: int
     end: int
     state: str
-    """Name, size and time of the file, ``begin`` and ``end``: changes when the text does."""
+    """Name, size and time of the file, with ``begin`` and ``end``: changes when the text does."""
 
     @property
     def size(self) -> int:
@@ -222,7 +222,7 @@ def make_parts(units: Sequence[Unit], settings: Settings, workers: int) -> Gener
             yield jobs[job], job.result()
     except BrokenProcessPool as error:
         raise GptSimpleError(
-            "a process that tokenizes has died, perhaps for want of memory",
+            "a process that tokenizes has died, perhaps because memory ran out",
             hint="what is done is kept: run the command again, with a lower --num_workers if need be",
         ) from error
     finally:

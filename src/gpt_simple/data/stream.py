@@ -65,7 +65,7 @@ class StreamRows:
         skip, held = consumed * length, np.array([self.tokenizer.eod_id])
         for tokens in self._tokens():
             if skip >= len(tokens):
-                # Of what is skipped, the last token is the input of the first target after it.
+                # The last skipped token is the input of the first target.
                 skip, held = skip - len(tokens), tokens[-1:]
                 continue
             held = np.concatenate([held, tokens], dtype=np.int64)[skip:]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
-"""What tokenizers of the field call the end of a document, in the order in which they are looked for."""
+"""Names that known tokenizers give the end of a document, in the order of their precedence."""
 
 FILE = "tokenizer.json"
 BYTE_IDS = 257

@@ -1,6 +1,6 @@
 """The model component ``gpt``: a pre-norm decoder that covers the GPT-2 and the Llama shapes and what lies between.
 
-In training it returns the summed loss and never logits: whoever wraps the model would copy those.
+In training it returns the summed loss and never logits: a wrapper of the model would copy those.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class GPT(nn.Module):
         """Logits ``[B, V]`` of the token that follows ``input_ids`` ``[B, T]``, given what the cache has seen.
 
         The first call takes the whole prompt, each later one a single token. Blocks are run as written, also
-        when they are compiled: a growing cache would compile them anew for every length.
+        when they are compiled: a growing cache would compile them again for every length.
         """
         start = cache[0].length
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
@@ -162,7 +162,7 @@ class GPT(nn.Module):
         0.023 at a width of 768, and enough for narrow models to learn to copy. The two that write into the residual
         stream of each block have 1 / sqrt(2 n_layer) of it, so that the stream's variance does not grow with depth
         (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"). Biases are 0, norms 1. Rows that
-        pad the vocabulary are drawn like the others: training pushes their logits down, and nothing looks them up.
+        pad the vocabulary are drawn like the others: training pushes their logits down, and no id selects them.
         """
         plain_std = math.sqrt(2 / (5 * self.shape.n_embd))
         residual_std = plain_std / math.sqrt(2 * self.shape.n_layer)
@@ -192,7 +192,7 @@ class GPT(nn.Module):
         return flops.parameter_count(self.shape, non_embedding=non_embedding)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Operations of a token's forward and backward pass; ``model.flops`` says what is counted."""
+        """Operations of a token's forward and backward pass; see ``model.flops``."""
         return flops.flops_per_token(self.shape, seq_len)
 
 

@@ -185,7 +185,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except known as error:
-        raise DataError(f"{file}: cannot be read ({error})", hint="mend it, or take it out of the data") from error
+        raise DataError(f"{file}: cannot be read ({error})", hint="repair it, or take it out of the data") from error
 
 
 def build(config: DataConfig, seed: int) -> Files:
@@ -246,7 +246,7 @@ def _walk(directory: Path, suffixes: tuple[str, ...], above: frozenset[Path]) ->
             yield from _walk(entry, suffixes, above | {here})
         elif not entry.exists():
             raise DataError(
-                f"{entry}: leads to {os.readlink(entry)}, and there is nothing", hint="mend the link or remove it"
+                f"{entry}: links to {os.readlink(entry)}, which does not exist", hint="repair the link or remove it"
             )
         elif entry.name.endswith(suffixes) and entry.is_file():
             yield entry

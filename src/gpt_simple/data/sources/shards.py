@@ -105,7 +105,9 @@ def _tokens(file: Path) -> NDArray[np.uint16]:
 
     size = file.stat().st_size
     if size % 2 or size < 4:
-        raise DataError(f"{file}: {size:,} bytes are no row of uint16 ids", hint="the file was cut off, copy it again")
+        raise DataError(
+            f"{file}: {size:,} bytes are not a list of uint16 ids", hint="the file was cut off, copy it again"
+        )
     return np.asarray(np.memmap(file, "<u2", "r"))
 
 
