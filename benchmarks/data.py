@@ -37,6 +37,7 @@ from attrs import evolve
 
 from gpt_simple import Config, DataConfig
 from gpt_simple.config.schema import Phase
+from gpt_simple.data.encoder import tiktoken_encoding
 from gpt_simple.data.loader import Loader
 from gpt_simple.data.mixture import _period, mixture
 from gpt_simple.data.prepare import order_seed, prepare
@@ -87,12 +88,12 @@ def tokenizing(root: Path) -> dict[str, float]:
     size = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = bpe(evolve(DataConfig(), tokenizer_vocab_size=8192), lambda: iter(texts[:100]))
     assert isinstance(tokenizer, JsonTokenizer)
-    assert tokenizer.encoder.merges is not None
     raw, out = root / "raw", root / "out"
     raw.mkdir()
     (raw / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer.save(root / "tokenizer")
-    bare = tokenizer.encoder.merges.encoding
+    bare = tiktoken_encoding(json.loads(tokenizer.backend.to_str()))
+    assert bare is not None
     command = [sys.executable, "-m", "gpt_simple", "tokenize", f"--input_dir={raw}", f"--output_dir={out}"]
 
     def ours(workers: int) -> None:

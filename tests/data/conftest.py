@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from attrs import evolve
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.dataset import Dataset
-from gpt_simple.data.manifest import ALL, FILE, TOKENIZER, Manifest, SplitRecord
+from gpt_simple.data.manifest import ALL, FILE, Manifest
 from gpt_simple.data.prepare import prepare
-from gpt_simple.data.shards import Shard, ShardWriter, open_shard
+from gpt_simple.data.shards import DatasetWriter, Shard, ShardWriter, open_shard
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.hooks.components import builtin_registry
 
@@ -51,22 +52,14 @@ def write_dataset(tmp_path: Path) -> Callable[..., Path]:
 
     def make(shard_tokens: int = 1 << 20, **splits: dict[str, Documents]) -> Path:
         directory = tmp_path / "dataset"
-        tokenizer = byte_tokenizer(Config().data, lambda: iter(()))
-        manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, "test", {})
-        records = {}
+        writer = DatasetWriter(directory, byte_tokenizer(Config().data, lambda: iter(())), shard_tokens=shard_tokens)
         for name, buckets in splits.items():
-            shards = {}
             for bucket, documents in buckets.items():
-                vocabulary, eod = manifest.vocab_size, manifest.eod_id
-                prefix = f"{name}/{bucket}"
-                writer = ShardWriter(directory, prefix, manifest.dtype, eod, vocabulary, shard_tokens)
                 for document in documents:
-                    writer.add(document)
-                shards[bucket] = writer.close()
-            count = sum(shard.documents for each in shards.values() for shard in each)
-            tokens = sum(shard.tokens for each in shards.values() for shard in each)
-            records[name] = SplitRecord(count, tokens, None, None, shards)
-        tokenizer.save(directory / TOKENIZER)
+                    tokens, held_out = np.array([*document, 0]), np.array([name == "val"])
+                    writer.add(bucket, tokens, np.array([len(tokens)]), np.array([0]), held_out)
+        manifest = writer.close("test")
+        records = {name: evolve(manifest.splits[name], bytes=None) for name in splits}
         (directory / FILE).write_text(evolve(manifest, splits=records).text)
         return directory
 
@@ -79,9 +72,9 @@ def write_shard(tmp_path: Path) -> Callable[[Documents], Shard]:
 
     def make(documents: Documents) -> Shard:
         manifest = Manifest("test", 100, 0, "test", {})
-        writer = ShardWriter(tmp_path / "shards", ALL, manifest.dtype, 0, 100)
+        writer = ShardWriter(tmp_path / "shards", ALL, eod_id=0, vocab_size=100)
         for document in documents:
-            writer.add(document)
+            writer.extend(np.array([*document, 0]), np.array([len(document) + 1]))
         return open_shard(tmp_path / "shards", writer.close()[0], manifest)
 
     return make

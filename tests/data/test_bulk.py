@@ -19,7 +19,7 @@ from attrs import evolve
 from backports import zstd
 
 from gpt_simple.config.schema import Config
-from gpt_simple.data import bulk, corpus, parts
+from gpt_simple.data import bulk, parts
 from gpt_simple.data.bulk import Job
 from gpt_simple.data.manifest import Manifest
 from gpt_simple.data.prepare import prepare
@@ -51,7 +51,7 @@ def raw(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(parts, "UNIT_BYTES", 5000)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def _documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
         yield tokens[begin:end]
 
 
-def test_buckets_keep_the_order_of_files_and_every_document_is_on_one_side(run: Run, tmp_path: Path) -> None:
+def test_buckets_keep_the_order_of_files_and_splits_are_disjoint(run: Run, tmp_path: Path) -> None:
     manifest, _ = run()
     assert sorted(manifest.splits["train"].buckets) == ["all", "books", "web"]
     out = tmp_path / "out"
@@ -112,7 +112,7 @@ def test_the_bytes_do_not_depend_on_processes_or_units(
 ) -> None:
     run("one")
     run("many", num_workers=2)
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 1 << 30)
+    monkeypatch.setattr(parts, "UNIT_BYTES", 1 << 30)
     run("whole")
     one = content(tmp_path / "one")
     assert one.pop("tokenize.json")
@@ -131,16 +131,16 @@ def test_a_trained_tokenizer_is_the_same_too(run: Run, tmp_path: Path) -> None:
         prepare(evolve(config, data=evolve(config.data, tokenizer="bytes")), builtin_registry())
 
 
-def test_what_a_kill_left_is_used_and_what_changed_is_made_again(
+def test_finished_parts_are_reused_and_changed_ones_redone(
     run: Run, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
     original = parts.make_part
 
-    def dying(unit: corpus.Unit, settings: parts.Settings) -> corpus.Skipped:
+    def dying(unit: parts.Unit, settings: parts.Settings) -> parts.Skipped:
         if len(made) == 4:
             raise KeyboardInterrupt
-        made.append(settings.key(unit))
+        made.append(settings.part(unit).name)
         return original(unit, settings)
 
     monkeypatch.setattr(parts, "make_part", dying)
@@ -150,7 +150,7 @@ def test_what_a_kill_left_is_used_and_what_changed_is_made_again(
     first, made[:] = list(made), []
     (raw / "e.txt").write_text("another text")
     monkeypatch.setattr(
-        parts, "make_part", lambda unit, settings: (made.append(settings.key(unit)), original(unit, settings))[1]
+        parts, "make_part", lambda unit, settings: (made.append(settings.part(unit).name), original(unit, settings))[1]
     )
     run()
     assert not set(first) & set(made)
@@ -162,10 +162,10 @@ def test_what_a_kill_left_is_used_and_what_changed_is_made_again(
     assert not (tmp_path / "out/.work").exists()
 
 
-def test_killed_for_real_it_goes_on(raw: Path, tmp_path: Path) -> None:
+def test_the_command_resumes_after_sigkill(raw: Path, tmp_path: Path) -> None:
     (raw / "web/a.jsonl").write_bytes(json_lines(TEXTS[:200]) * 20)
     program = (
-        "import sys; from pathlib import Path; from gpt_simple.data import bulk, corpus; corpus.UNIT_BYTES = 5000\n"
+        "import sys; from pathlib import Path; from gpt_simple.data import bulk, parts; parts.UNIT_BYTES = 5000\n"
         "if __name__ == '__main__':\n"
         " raw, out, workers = sys.argv[1:]\n"
         " bulk.tokenize(bulk.Job(Path(raw), Path(out), tokenizer='bytes', num_workers=int(workers)), print, print)\n"
@@ -197,13 +197,13 @@ def test_a_signal_to_all_of_its_processes_ends_it_with_one_line(number: signal.S
     while not list(out.glob(".work/parts/*")) and time.monotonic() < deadline:
         time.sleep(0.005)
     os.killpg(process.pid, number)
-    _, told = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == ExitCode.STOPPED
-    assert told == f"stopped: {number.name}; what is done is kept, the same command goes on\n"
+    assert error == f"stopped: {number.name}; what is done is kept, the same command goes on\n"
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_killed_while_it_publishes_it_goes_on(
+def test_the_command_resumes_after_a_kill_while_publishing(
     step: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, left = Path.rename, [step]
@@ -248,18 +248,18 @@ def test_bad_documents_are_skipped_counted_and_named(run: Run, raw: Path, tmp_pa
 
 
 @pytest.mark.parametrize(("bad", "more"), [(bulk.SHOWN, 0), (bulk.SHOWN + 1, 1), (3 * bulk.SHOWN, 1)])
-def test_that_more_documents_are_skipped_than_are_told_is_told_once(
+def test_skipped_documents_beyond_the_limit_are_mentioned_once(
     run: Run, raw: Path, tmp_path: Path, bad: int, more: int
 ) -> None:
-    # Several units of work, each with fewer than are told in all.
+    # Several units of work, each with fewer than are logged in all.
     (raw / "web/z.jsonl").write_bytes((b"not json, " + b"x" * 500 + b"\n") * bad)
     _, said = run()
     assert sum(line.startswith("skipped ") for line in said) == bulk.SHOWN
-    told = [line for line in said if line.startswith("more documents are skipped")]
-    assert [f"{tmp_path / 'out/tokenize.json'} will count" in line for line in told] == [True] * more
+    mentions = [line for line in said if line.startswith("more documents are skipped")]
+    assert [f"{tmp_path / 'out/tokenize.json'} will count" in line for line in mentions] == [True] * more
 
 
-def test_strict_stops_at_a_bad_document_also_at_one_that_was_skipped_before(run: Run, raw: Path) -> None:
+def test_strict_stops_at_a_bad_document_also_when_resumed(run: Run, raw: Path) -> None:
     (raw / "web/a.jsonl").write_bytes(json_lines(TEXTS[:3]) + b"{\n")
     for _ in range(2):
         with pytest.raises(DataError, match=r"a\.jsonl:4: not JSON"):
@@ -307,10 +307,10 @@ def test_files_that_change_while_they_are_read_make_no_dataset(
 ) -> None:
     original = parts.make_part
 
-    def meanwhile(unit: corpus.Unit, settings: parts.Settings) -> corpus.Skipped:
+    def meanwhile(unit: parts.Unit, settings: parts.Settings) -> parts.Skipped:
         found = original(unit, settings)
         if unit.bucket == "books":
-            (raw / "books/d.md").write_text("what somebody wrote meanwhile")
+            (raw / "books/d.md").write_text("a new text")
         return found
 
     monkeypatch.setattr(parts, "make_part", meanwhile)
@@ -342,7 +342,7 @@ def test_inspect_finds_ids_beyond_the_vocabulary(run: Run, tmp_path: Path, shell
     assert (seen.code, "token 4000 at position 777 is beyond the vocabulary of 257" in seen.err) == (3, True)
 
 
-def test_a_finished_dataset_is_left_alone_and_another_one_is_not_overwritten(run: Run, raw: Path) -> None:
+def test_a_finished_dataset_is_reused_or_refused(run: Run, raw: Path) -> None:
     manifest, _ = run()
     again, said = run()
     assert again == manifest
@@ -397,7 +397,7 @@ def test_the_command_and_inspect_tell_what_there_is(raw: Path, shell: Shell, tmp
     assert (damaged.code, "its content is not what was prepared" in damaged.err) == (3, True)
 
 
-def test_a_split_without_a_row_is_refused_before_anything_is_published(run: Run, tmp_path: Path) -> None:
+def test_a_split_without_a_row_is_refused_before_publishing(run: Run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the val split is shorter than one row: .*10,000; raise --val_fraction"):
         run(max_length=10_000, val_fraction=1e-9)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_simple.data.cache import building, locked
+from gpt_simple.data.cache import build_once, locked
 from gpt_simple.errors import DataError
 
 HOLDER = """
@@ -51,19 +51,19 @@ def finish(holder: subprocess.Popen[str], directory: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [kill, finish])
-def test_a_process_says_that_it_waits_and_goes_on_when_the_other_one_ends(
+def test_a_process_logs_that_it_waits_for_the_lock(
     end: Callable[[subprocess.Popen[str], Path], None], tmp_path: Path
 ) -> None:
-    told: list[str] = []
+    logged: list[str] = []
     with another_process_holds(tmp_path / "cache") as holder:
 
         def log(message: str) -> None:
-            told.append(message)
+            logged.append(message)
             threading.Timer(0.3, end, (holder, tmp_path / "cache")).start()
 
         with locked(tmp_path / "cache", "it", log):
             assert (tmp_path / "cache").is_dir()
-    assert told == [f"waiting for another process that prepares {tmp_path / 'cache/it'}"]
+    assert logged == [f"waiting for another process that prepares {tmp_path / 'cache/it'}"]
 
 
 def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
@@ -77,17 +77,17 @@ def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
 def test_a_directory_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "cache/it"
 
-    def fill(part: str) -> None:
-        with building(target, print) as directory:
-            assert directory is not None
+    def build(part: str) -> None:
+        def fill(directory: Path) -> None:
             (directory / "first").write_text("text")
             (directory / part).write_text("text")
             assert not target.exists()
 
+        build_once(target, fill, print)
+
     with pytest.raises(DataError, match="cannot be written"):
-        fill("no/such/directory")
+        build("no/such/directory")
     assert [path.name for path in target.parent.iterdir()] == [".it.lock"]
-    fill("second")
+    build("second")
+    build("third")
     assert sorted(path.name for path in target.iterdir()) == ["first", "second"]
-    with building(target, print) as directory:
-        assert directory is None

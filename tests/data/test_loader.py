@@ -65,7 +65,7 @@ CURRICULUM = (Phase(40 * T, {"a": 3.0, "b": 1.0}), Phase(80 * T, {"b": 1.0}), Ph
 
 @pytest.mark.parametrize("curriculum", [(), CURRICULUM])
 @pytest.mark.parametrize("seed", range(4))
-def test_over_any_stops_and_worlds_the_samples_are_the_order_without_gap_or_repetition(
+def test_any_stops_and_world_sizes_give_the_samples_in_order(
     seed: int, curriculum: tuple[Phase, ...], opened: Callable[..., tuple[Dataset, Config]]
 ) -> None:
     rng = random.Random(seed)
@@ -108,7 +108,7 @@ def test_inputs_are_the_labels_one_later(opened: Callable[..., tuple[Dataset, Co
         assert torch.equal(batch.input_ids[:, 1:][inside], batch.labels[:, :-1][inside])
 
 
-def test_what_was_handed_out_is_never_overwritten(opened: Callable[..., tuple[Dataset, Config]]) -> None:
+def test_returned_batches_are_never_overwritten(opened: Callable[..., tuple[Dataset, Config]]) -> None:
     dataset, config = opened(num_workers=2)
     loader = Loader(dataset, config)
     held = []
@@ -193,7 +193,7 @@ def test_data_that_are_read_once_end_with_the_last_whole_step(
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_with_a_document_mask_positions_restart_in_every_document(
+def test_a_document_mask_restarts_positions_in_every_document(
     packing: str, opened: Callable[..., tuple[Dataset, Config]]
 ) -> None:
     dataset, config = opened(B=8, packing=packing, document_mask=True)
@@ -221,7 +221,7 @@ def test_with_a_document_mask_positions_restart_in_every_document(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_goes_wrong_in_a_thread_is_raised_where_the_step_is_asked_for(
+def test_an_error_in_a_thread_is_raised_by_next_step(
     workers: int, directory: Path, opened: Callable[..., tuple[Dataset, Config]]
 ) -> None:
     dataset, config = opened(num_workers=workers)
@@ -266,7 +266,7 @@ def test_a_file_that_changes_while_a_run_reads_it_is_named(
         steps(loader, 50)
 
 
-def test_closing_never_waits_for_data_that_nobody_will_take(
+def test_closing_never_waits_for_queued_reads(
     opened: Callable[..., tuple[Dataset, Config]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, config = opened(num_workers=3)

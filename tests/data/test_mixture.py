@@ -29,7 +29,7 @@ def bucket_of(rows: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.cumsum(list(BUCKETS.values())), rows, side="right")
 
 
-def test_without_a_curriculum_every_row_comes_once_an_epoch_in_a_new_order() -> None:
+def test_without_a_curriculum_every_epoch_has_a_new_order() -> None:
     rows = order().locate(np.arange(450)).reshape(3, 150)
     assert [sorted(epoch) for epoch in rows.tolist()] == [list(range(150))] * 3
     assert not np.array_equal(rows[0], rows[1])
@@ -49,7 +49,7 @@ def test_shares_are_exact_over_a_period() -> None:
     assert counts == {0: SLOTS // 4, 1: SLOTS // 2, 2: SLOTS // 4}
 
 
-def test_after_any_number_of_samples_and_at_the_end_of_any_phase_every_bucket_has_its_share() -> None:
+def test_after_any_number_of_samples_every_bucket_has_its_share() -> None:
     """Off by less than 1.5 (1 + w (B - 2)) for a share w among B buckets."""
     phases = (phase(100, books=0.5, code=0.3, wiki=0.2), phase(37, books=1, wiki=9), phase(1, books=1, code=1, wiki=1))
     mixed = order(*phases)
@@ -72,13 +72,13 @@ def test_no_rank_and_no_place_in_a_batch_sees_a_pattern(mix: tuple[int, ...]) ->
         assert np.abs(np.array(seen) - np.array(mix) / sum(mix)).max() < 0.02 + noise
 
 
-def test_weights_that_do_not_divide_the_slots_are_off_by_less_than_one_slot() -> None:
+def test_uneven_weights_are_off_by_less_than_one_slot() -> None:
     (segment,) = order(phase(1, books=1, code=1, wiki=1)).segments
     assert sum(segment.slots) == SLOTS
     assert max(segment.slots) - min(segment.slots) == 1
 
 
-def test_a_phase_goes_on_in_each_bucket_where_the_last_one_stopped() -> None:
+def test_a_phase_continues_each_bucket_where_the_last_stopped() -> None:
     mixed = order(phase(70, books=1, wiki=3), phase(90, code=1, wiki=1), phase(1, books=1, code=1, wiki=1))
     rows = mixed.locate(np.arange(600))
     for number, name in enumerate(BUCKETS):
@@ -117,7 +117,7 @@ def test_halt_may_come_in_an_earlier_phase_than_the_last() -> None:
     assert halting.total == 30
 
 
-def test_renormalise_reads_every_row_once_and_keeps_the_proportions_of_the_rest() -> None:
+def test_renormalise_reads_every_row_once_in_proportion() -> None:
     mixed = order(phase(1, books=4, code=1, wiki=1), on_exhaustion="renormalise")
     assert mixed.total == 150
     rows = mixed.locate(np.arange(150))
@@ -164,7 +164,7 @@ def test_an_empty_bucket_is_named() -> None:
         order(phase(1, code=1), buckets={"code": 0, "wiki": 3})
 
 
-def test_weights_whose_sum_is_beyond_a_float_are_weights_like_others() -> None:
+def test_weights_may_have_a_sum_beyond_a_float() -> None:
     (segment,) = order(phase(1, books=1e308, wiki=1e308)).segments
     assert segment.slots == (SLOTS // 2, 0, SLOTS // 2)
 

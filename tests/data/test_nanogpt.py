@@ -53,7 +53,7 @@ def test_every_token_but_the_first_is_a_target_once(packing: str, opened: Callab
     assert dataset.val.targets == 9
 
 
-def test_inspect_tells_what_the_files_say(directory: Path) -> None:
+def test_inspect_shows_counts_and_largest_ids(directory: Path) -> None:
     about, train, val = inspect(directory, sample_tokens=5, log=print)
     assert "nanoGPT's files of uint16 ids" in about
     assert (train, val) == (
@@ -61,7 +61,7 @@ def test_inspect_tells_what_the_files_say(directory: Path) -> None:
         "val.bin: 10 tokens, the largest id is 9",
     )
     (directory / "val.bin").write_bytes(b"abc")
-    with pytest.raises(DataError, match=r"val\.bin: 3 bytes are no row of uint16 ids"):
+    with pytest.raises(DataError, match=r"val\.bin: 3 bytes are not a list of uint16 ids"):
         inspect(directory, sample_tokens=5, log=print)
 
 
@@ -88,8 +88,8 @@ def test_the_files_are_neither_copied_nor_changed_and_read_once(
     [
         (ConfigError, r"do not say what their ids mean; expected the path", None, "bpe"),
         (DataError, r"token 300 at position 8 is beyond the 257 ids of the tokenizer bytes", None, "bytes"),
-        (DataError, r"train\.bin: 5 bytes are no row of uint16 ids", b"12345", None),
-        (DataError, r"train\.bin: 0 bytes are no row of uint16 ids", b"", None),
+        (DataError, r"train\.bin: 5 bytes are not a list of uint16 ids", b"12345", None),
+        (DataError, r"train\.bin: 0 bytes are not a list of uint16 ids", b"", None),
     ],
 )
 def test_what_is_wrong_is_named(

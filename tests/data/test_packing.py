@@ -34,7 +34,7 @@ def stream(documents: list[list[int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_concat_predicts_the_stream_each_token_from_the_one_before(seed: int, write_shard: WriteShard) -> None:
+def test_concat_predicts_each_token_from_the_one_before(seed: int, write_shard: WriteShard) -> None:
     documents = random_documents(seed, 30)
     rows = ConcatRows(write_shard(documents), 7 + seed % 3)
     block = read_all(rows)
@@ -82,7 +82,7 @@ def test_best_fit_never_splits_a_document_that_fits(write_shard: WriteShard) -> 
     assert sorted(found) == sorted([*document, 0] for document in documents)
 
 
-def test_windows_of_a_long_document_see_what_they_share_but_score_it_once(write_shard: WriteShard) -> None:
+def test_windows_of_a_long_document_score_shared_tokens_once(write_shard: WriteShard) -> None:
     document = list(range(1, 20))
     rows = best_fit(write_shard([document]), 8, 3)
     block = read_all(rows)
@@ -126,7 +126,7 @@ def test_starts_mark_documents_and_the_padding_once(policy: str, write_shard: Wr
 
 
 @pytest.mark.parametrize("policy", ["concat", "best_fit"])
-def test_an_id_beyond_the_vocabulary_is_named_with_file_and_position(policy: str, write_shard: WriteShard) -> None:
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(policy: str, write_shard: WriteShard) -> None:
     shard = write_shard([[1, 2, 3, 4, 5, 6, 7, 8], [9]])
     damaged = np.array(shard.tokens)
     damaged[6] = 100

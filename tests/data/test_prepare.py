@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gpt_simple.config.schema import Config, Phase
-from gpt_simple.data import tokenize
+from gpt_simple.data import shards, tokenize
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.prepare import prepare
 from gpt_simple.data.sources.stories import Stories
@@ -96,7 +96,7 @@ def test_equal_texts_are_never_on_both_sides(tmp_path: Path, cache: Path, config
     assert not set(decoded(dataset, "train")) & set(decoded(dataset, "val"))
 
 
-def test_the_floor_is_the_sources_own_cross_entropy_on_the_held_out_text(stories: Callable[..., Dataset]) -> None:
+def test_the_floor_is_the_cross_entropy_of_the_source_on_val(stories: Callable[..., Dataset]) -> None:
     dataset = stories(val_fraction=0.2)
     by_text = {story.text: story.nats for story in Stories(0, 60).documents()}
     held_out = decoded(dataset, "val")
@@ -140,10 +140,10 @@ def test_a_tokenizer_learns_from_the_train_split_only(raw: Path, cache: Path, co
     source = builtin_registry().get("source", "files").load()(settings, 0)
     found = tokenize.survey(source, settings)
     assert found.held_out.any()
-    told = list(tokenize._training_texts(source, settings, found))
+    texts = list(tokenize._training_texts(source, settings, found))
     held_out = {text.text for text, out in zip(source.documents(), found.held_out, strict=True) if out}
-    assert len(told) == 40 - len(held_out)
-    assert not held_out & set(told)
+    assert len(texts) == 40 - len(held_out)
+    assert not held_out & set(texts)
 
 
 def test_a_tokenizer_learns_from_a_bounded_amount_of_text(
@@ -152,8 +152,8 @@ def test_a_tokenizer_learns_from_a_bounded_amount_of_text(
     settings = config(path=str(raw)).data
     source = builtin_registry().get("source", "files").load()(settings, 0)
     monkeypatch.setattr(tokenize, "TRAINING_BYTES", 400)
-    told = list(tokenize._training_texts(source, settings, tokenize.survey(source, settings)))
-    assert 200 < sum(map(len, told)) < 500
+    texts = list(tokenize._training_texts(source, settings, tokenize.survey(source, settings)))
+    assert 200 < sum(map(len, texts)) < 500
 
 
 def test_a_tokenizer_file_is_used_as_it_is(raw: Path, cache: Path, tmp_path: Path, config: MakeConfig) -> None:
@@ -163,9 +163,7 @@ def test_a_tokenizer_file_is_used_as_it_is(raw: Path, cache: Path, tmp_path: Pat
     assert dataset.tokenizer.fingerprint == own.fingerprint
 
 
-def test_a_tokenizer_component_that_saves_in_its_own_way_is_built_again(
-    raw: Path, cache: Path, config: MakeConfig
-) -> None:
+def test_a_tokenizer_component_with_its_own_files_is_rebuilt(raw: Path, cache: Path, config: MakeConfig) -> None:
     class Shouting:
         name, vocab_size, eod_id, fingerprint = "shouting", 257, 256, "shouting 1"
 
@@ -233,14 +231,14 @@ def test_a_cache_that_cannot_be_written_is_named(
         prepared(config(path=str(raw)))
 
 
-def test_what_fails_half_way_leaves_no_dataset(
+def test_a_failure_half_way_leaves_no_dataset(
     raw: Path, cache: Path, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(tokenize, "evolve", fail)
+        patched.setattr(shards, "write_manifest", fail)
         with pytest.raises(KeyboardInterrupt):
             prepared(config(path=str(raw)))
     assert [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
@@ -252,7 +250,7 @@ def _prepare_in_child(config: Config, results: multiprocessing.Queue[tuple[str, 
     results.put((dataset.fingerprint, said))
 
 
-def test_of_many_processes_one_prepares_and_the_others_wait(raw: Path, cache: Path, config: MakeConfig) -> None:
+def test_one_of_many_processes_prepares_and_the_others_wait(raw: Path, cache: Path, config: MakeConfig) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     settings = config(path=str(raw), tokenizer="bytes", packing="best_fit")

@@ -58,18 +58,18 @@ def test_documents_of_many_shards_are_all_targets_once(
 
 def test_big_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     manifest = Manifest("test", 70_000, 0, "test", {})
-    writer = ShardWriter(tmp_path, "all", manifest.dtype, 0, 70_000)
-    writer.add([69_999, 1])
+    writer = ShardWriter(tmp_path, "all", eod_id=0, vocab_size=70_000)
+    writer.extend(np.array([69_999, 1, 0]), np.array([3]))
     shard = open_shard(tmp_path, writer.close()[0], manifest)
     assert shard.tokens.tolist() == [0, 69_999, 1, 0]
     assert shard.tokens.dtype == np.uint32
 
 
 @pytest.mark.parametrize("token", [-1, 257])
-def test_a_tokenizer_that_breaks_its_promise_is_caught_when_writing(token: int, tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "all", np.dtype("<u2"), 0, 257)
+def test_ids_outside_the_vocabulary_are_refused_when_writing(token: int, tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "all", eod_id=0, vocab_size=257)
     with pytest.raises(DataError, match="outside its vocabulary of 257"):
-        writer.add([1, token])
+        writer.extend(np.array([1, token, 0]), np.array([3]))
 
 
 def test_a_flipped_bit_is_found_at_the_first_use(directory: Path, opened: Callable[..., Dataset]) -> None:
@@ -81,9 +81,7 @@ def test_a_flipped_bit_is_found_at_the_first_use(directory: Path, opened: Callab
         opened(directory)
 
 
-def test_a_file_that_changed_after_it_was_verified_is_verified_again(
-    directory: Path, opened: Callable[..., Dataset]
-) -> None:
+def test_a_file_that_changed_is_verified_again(directory: Path, opened: Callable[..., Dataset]) -> None:
     opened(directory)
     file = directory / "val/all/shard-00000.bin"
     data = bytearray(file.read_bytes())
@@ -133,8 +131,8 @@ def test_totals_that_are_not_those_of_the_shards_are_refused(directory: Path) ->
 
 def test_inspect_shows_the_first_document_that_has_text(write_dataset: WriteDataset) -> None:
     directory = write_dataset(train={"all": [[], [40], [7] * 9]}, val=VAL)
-    *_, told, text = inspect(directory, sample_tokens=5, log=print)
-    assert (told, len(text)) == ("the first document begins (1 token):", 1)
+    *_, heading, text = inspect(directory, sample_tokens=5, log=print)
+    assert (heading, len(text)) == ("the first document begins (1 token):", 1)
 
 
 def test_a_manifest_that_is_cut_off_is_refused(directory: Path) -> None:
@@ -165,9 +163,7 @@ def test_a_tokenizer_that_is_gone_is_named(directory: Path, opened: Callable[...
         opened(directory)
 
 
-def test_a_dataset_without_val_trains_when_no_evaluation_is_wanted(
-    write_dataset: WriteDataset, config: MakeConfig
-) -> None:
+def test_a_dataset_without_val_trains_without_evaluation(write_dataset: WriteDataset, config: MakeConfig) -> None:
     settings = config(path=str(write_dataset(train=TRAIN)))
     assert prepare(settings, builtin_registry(), require_val=False).val.rows == 0
     with pytest.raises(
@@ -200,7 +196,7 @@ def test_a_packing_of_other_tokens_is_not_used(
     assert sorted(dataset.train.targets_of(np.arange(2)).tolist()) == [2, 8]
 
 
-def test_a_dataset_that_cannot_be_written_keeps_its_index_in_the_cache(
+def test_a_read_only_dataset_keeps_its_index_in_the_cache(
     directory: Path, opened: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpt_simple.data.locate.os.access", lambda path, mode: False)

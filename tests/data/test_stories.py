@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from gpt_simple.data.sources.stories import WORDS, Stories, tell
+from gpt_simple.data.sources.stories import WORDS, Stories, generate
 
 
 class _Fork(Exception):
@@ -19,32 +19,32 @@ class _Fork(Exception):
 
 
 class _Mismatch(Exception):
-    """What is told is not the text."""
+    """The generated text is not the given one."""
 
 
 def parses(text: str) -> list[float]:
-    """The nats of every way in which the grammar can tell exactly this text, found by trying all choices.
+    """The nats of every way in which the grammar generates exactly this text, found by trying all choices.
 
     A script is a list of choices; it is extended in every way at the first choice it does not cover, and dropped as
-    soon as what it tells differs from the text. Neither ``random`` nor what the source recorded plays a part.
+    soon as its text differs from the given one. Neither ``random`` nor what the source recorded plays a part.
     """
     found: list[float] = []
     scripts: list[tuple[int, ...]] = [()]
     while scripts:
         script = scripts.pop()
-        telling = _Telling(text, script)
+        replay = _Replay(text, script)
         try:
-            tell(telling.pick, telling.say)
+            generate(replay.pick, replay.write)
         except _Fork as fork:
             scripts += [(*script, choice) for choice in range(fork.width)]
         except _Mismatch:
             continue
         else:
-            found += [-math.log(telling.probability)] * (telling.position == len(text))
+            found += [-math.log(replay.probability)] * (replay.position == len(text))
     return found
 
 
-class _Telling:
+class _Replay:
     def __init__(self, text: str, script: tuple[int, ...]) -> None:
         self.text, self.script = text, script
         self.position, self.step, self.probability = 0, 0, 1.0
@@ -56,19 +56,19 @@ class _Telling:
         self.probability /= len(options)
         return options[self.script[self.step - 1]]
 
-    def say(self, part: str) -> None:
+    def write(self, part: str) -> None:
         if not self.text.startswith(part, self.position):
             raise _Mismatch
         self.position += len(part)
 
 
-def test_every_text_can_be_told_in_exactly_one_way_of_the_probability_that_is_recorded() -> None:
+def test_every_text_has_one_parse_of_the_recorded_probability() -> None:
     for story in Stories(seed=11, count=60).documents():
         assert parses(story.text) == [pytest.approx(story.nats, rel=1e-12)]
 
 
 @pytest.mark.parametrize("change", [("a ", "an "), (".", "!"), ("", " ")])
-def test_what_the_grammar_cannot_tell_has_no_parse(change: tuple[str, str]) -> None:
+def test_text_outside_the_grammar_has_no_parse(change: tuple[str, str]) -> None:
     (story,) = Stories(seed=3, count=1).documents()
     assert parses(story.text.replace(*change, 1)) == []
 

@@ -26,9 +26,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def test_training_approaches_the_floor_and_a_broken_mask_is_caught_below_it(
-    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_approaches_the_floor_and_leaks_go_below_it(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = tiny("honest", **OPTIONS)
     attend = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(

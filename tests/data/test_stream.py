@@ -25,11 +25,11 @@ MakeConfig = Callable[..., Config]
 
 
 @define
-class Told:
+class ListStream:
     """Documents of words; an empty one among them."""
 
     texts: tuple[str, ...]
-    name: str = "told"
+    name: str = "listed"
 
     def fingerprint(self) -> str:
         return f"{self.name} {hash(self.texts)}"
@@ -49,7 +49,7 @@ def small_head(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def opened(config: MakeConfig) -> Callable[..., tuple[Dataset, Config]]:
     def make(texts: tuple[str, ...] = TEXTS, **data: Any) -> tuple[Dataset, Config]:
-        settings = config(source="told", val_fraction=0.2, **data)
+        settings = config(source="listed", val_fraction=0.2, **data)
         return prepare(settings, registry(texts)), settings
 
     return make
@@ -57,7 +57,7 @@ def opened(config: MakeConfig) -> Callable[..., tuple[Dataset, Config]]:
 
 def registry(texts: tuple[str, ...] = TEXTS) -> Registry:
     made = builtin_registry()
-    made.add("source", "told", lambda config, seed: Told(texts))
+    made.add("source", "listed", lambda config, seed: ListStream(texts))
     return made
 
 
@@ -77,16 +77,16 @@ def targets(made: list[StepData]) -> list[int]:
     return [i for step in made for batch in step.batches for i in batch.labels.flatten().tolist()]
 
 
-def test_rows_are_the_stream_in_its_order_without_what_is_held_out(opened: Opened) -> None:
+def test_rows_are_the_stream_without_held_out_documents(opened: Opened) -> None:
     dataset, settings = opened(on_exhaustion="halt")
     made = steps(Loader(dataset, settings))
     text = dataset.tokenizer.decode(targets(made))
     # Of a held-out document nothing is trained on; the others come whole, but for what does not fill the last step.
     assert dataset.stream is not None
-    told = list(dataset.stream._texts())
-    assert "".join(told).startswith(text)
-    assert len("".join(told)) - len(text) < 3 * T
-    held = [text for text in TEXTS if text and text not in told]
+    read = list(dataset.stream._texts())
+    assert "".join(read).startswith(text)
+    assert len("".join(read)) - len(text) < 3 * T
+    held = [text for text in TEXTS if text and text not in read]
     assert len(held) > 10
     assert dataset.val.documents == sum(int(out) for out in dataset.stream.held_out) > 0
     assert all(batch.targets == 2 * T and step.targets == 2 * T for step in made for batch in step.batches)
@@ -96,7 +96,7 @@ def test_rows_are_the_stream_in_its_order_without_what_is_held_out(opened: Opene
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_a_resumed_run_goes_on_exactly_with_any_number_of_processes(workers: int, opened: Opened) -> None:
+def test_a_resumed_stream_goes_on_exactly_in_any_world(workers: int, opened: Opened) -> None:
     dataset, settings = opened(on_exhaustion="repeat", num_workers=workers)
     whole = targets(steps(Loader(dataset, settings), 700))
     consumed, seen = 0, []
@@ -116,9 +116,9 @@ def test_a_resumed_run_goes_on_exactly_with_any_number_of_processes(workers: int
 def test_max_documents_ends_a_stream(opened: Opened) -> None:
     dataset, _ = opened(max_documents=40)
     assert dataset.stream is not None
-    told = list(dataset.stream._texts())
-    assert told == [text for text in TEXTS[:40] if text in told]
-    assert 20 < len(told) < 40
+    read = list(dataset.stream._texts())
+    assert read == [text for text in TEXTS[:40] if text in read]
+    assert 20 < len(read) < 40
 
 
 def test_documents_are_masked_as_in_shards(opened: Opened) -> None:
@@ -148,8 +148,8 @@ def test_the_val_split_is_that_of_the_head_and_kept(opened: Opened) -> None:
     ],
 )
 def test_what_needs_an_index_is_refused(field: str, value: object, config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.{field}: the source told has no index; expected "):
-        prepare(config(source="told", **{field: value}), registry())
+    with pytest.raises(ConfigError, match=rf"data\.{field}: the source listed has no index; expected "):
+        prepare(config(source="listed", **{field: value}), registry())
 
 
 def test_a_stream_of_nothing_is_named(opened: Opened, config: MakeConfig) -> None:
@@ -168,17 +168,17 @@ def test_a_document_that_ends_as_a_block_does_loses_nothing(opened: Opened) -> N
         assert np.array_equal(again, rows[consumed : consumed + 5])
 
 
-def test_a_long_stream_tells_each_document_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_stream_yields_each_document_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than what is tokenized at once; a run that is resumed in the middle goes on there."""
     monkeypatch.setattr(module, "HEAD_BYTES", 50_000)
     texts = tuple(f"<{i}>" + "a" * 2000 for i in range(400))
     dataset, settings = opened(texts, max_length=512, on_exhaustion="halt")
     assert dataset.stream is not None
-    told = list(dataset.stream._texts())
+    read = list(dataset.stream._texts())
     whole = steps(Loader(dataset, settings))
     text = dataset.tokenizer.decode(targets(whole))
     assert len(text) > 600_000
-    assert "".join(told).startswith(text)
+    assert "".join(read).startswith(text)
     middle = len(whole) // 2
     rest = steps(Loader(dataset, settings, consumed=sum(step.samples for step in whole[:middle])))
     assert targets(rest) == targets(whole[middle:])

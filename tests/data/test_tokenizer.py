@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data import byte_level
+from gpt_simple.data import tokenizer as module
 from gpt_simple.data.tokenizer import JsonTokenizer, bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.errors import DataError
@@ -89,7 +89,7 @@ def test_documents_in_one_array_are_the_ids_of_each_and_its_end(
     make: type, threads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", threads)
-    monkeypatch.setattr(byte_level, "PIECE", 5)
+    monkeypatch.setattr(module, "PIECE", 5)
     tokenizer: JsonTokenizer = make()
     documents = [*TEXTS, "x<|endoftext|>y", "\U0001f642" * 20]
     ids, sizes = tokenizer.encode_documents(documents)
@@ -122,7 +122,7 @@ def test_training_is_the_same_in_every_process() -> None:
     assert len(found) == 1
 
 
-def test_training_is_quick_on_long_runs_of_anything_and_sees_other_text_whole() -> None:
+def test_training_is_quick_on_long_runs_of_characters() -> None:
     """Uncut, each of these runs takes minutes: they are in real text as padding, genomes and encoded binaries."""
     began = time.perf_counter()
     for run in ("x" * 500_000, " " * 500_000, "".join(random.Random(0).choices("ACGT", k=500_000))):
@@ -155,7 +155,7 @@ def test_long_texts_encode_in_pieces_as_they_do_whole(piece: int, monkeypatch: p
     documents = ["".join(rng.choices(alphabet, k=200)) for _ in range(30)]
     tokenizer = trained()
     whole = tokenizer.encode_batch(documents)
-    monkeypatch.setattr(byte_level, "PIECE", piece)
+    monkeypatch.setattr(module, "PIECE", piece)
     assert tokenizer.encode_batch(documents) == whole
 
 
@@ -179,7 +179,7 @@ def test_a_tokenizer_needs_an_end_of_document(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_a_foreign_tokenizer_keeps_its_own_end_and_adds_nothing_to_texts(tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_keeps_its_own_end(tmp_path: Path) -> None:
     backend = Backend(models.BPE(vocab={"▁": 0, "a": 1, "▁a": 2, "<0x0A>": 3}, merges=[("▁", "a")]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()

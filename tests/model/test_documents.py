@@ -55,7 +55,7 @@ def gradients(model: GPT, loss: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_flex_attention_gives_packed_documents_what_they_get_alone(shape: dict[str, Any], flex_here: None) -> None:
+def test_flex_attention_separates_packed_documents(shape: dict[str, Any], flex_here: None) -> None:
     model, arguments = tiny(**shape), packed()
     del arguments["labels"]
     expected = logits_alone(model, arguments["input_ids"])
@@ -63,7 +63,7 @@ def test_flex_attention_gives_packed_documents_what_they_get_alone(shape: dict[s
 
 
 @pytest.mark.parametrize(("scope", "shape"), [("model", "gqa"), ("blocks", "default")])
-def test_flex_attention_in_compiled_graphs_gives_the_gradients_of_the_dense_mask(
+def test_compiled_flex_attention_has_the_dense_mask_gradients(
     scope: str, shape: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     batches = packed(), packed(lengths=LENGTHS[::-1])
@@ -83,7 +83,7 @@ def test_flex_attention_in_compiled_graphs_gives_the_gradients_of_the_dense_mask
 
 
 @pytest.mark.parametrize("length", [100, 128, 300, 1024])
-def test_the_blocks_are_those_that_torch_finds_element_by_element(length: int) -> None:
+def test_the_block_mask_equals_the_one_made_by_torch(length: int) -> None:
     generator = torch.Generator().manual_seed(length)
     starts = torch.rand(4, length, generator=generator) < torch.tensor([0.0, 0.004, 0.02, 1.0])[:, None]
     ids = starts.long().cumsum(1)
@@ -134,9 +134,7 @@ def test_a_cpu_and_dropout_and_narrow_heads_take_the_dense_mask(monkeypatch: pyt
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu_the_generated_kernel_gives_the_numbers_of_the_dense_mask(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_gpu_the_kernel_equals_the_dense_mask(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     model = tiny(n_embd=64, n_kv_head=2).train().cuda()
     batch = {name: tensor.cuda() for name, tensor in packed().items()}

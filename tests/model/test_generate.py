@@ -61,7 +61,7 @@ def test_logits_with_a_cache_equal_those_without(shape: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("new", [5, 3 * LENGTH])
-def test_text_with_a_cache_equals_text_without_also_beyond_the_context(new: int) -> None:
+def test_cached_text_equals_uncached_also_beyond_the_context(new: int) -> None:
     model = tiny()
     with_cache = sample(model, max_new_tokens=new, temperature=5.0)
     assert len(with_cache) == 4 + new
@@ -84,7 +84,7 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_mode_of_the_model_is_restored_and_dropout_is_off_meanwhile() -> None:
+def test_generate_runs_in_eval_mode_and_restores_the_mode() -> None:
     model = tiny(dropout=0.9).train()
     assert sample(model, temperature=0) == sample(model, temperature=0)
     assert model.training

@@ -10,22 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 
 from gpt_simple._files import AtomicDirectory, fsync, remove_tree
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.cache import Log, locked
-from gpt_simple.data.corpus import Skipped, Unit, find_units, read
-from gpt_simple.data.manifest import FILE, TOKENIZER, WORK, Manifest, SplitRecord, read_manifest
-from gpt_simple.data.parts import DOCUMENT, Part, Settings, is_made, make_parts, open_part, tokenizer_of
-from gpt_simple.data.shards import ShardWriter
+from gpt_simple.data.manifest import FILE, WORK, Manifest, read_manifest
+from gpt_simple.data.parts import (
+    DOCUMENT,
+    Settings,
+    Skipped,
+    Unit,
+    documents_of,
+    find_units,
+    make_parts,
+    read,
+    skipped_of,
+    tokenizer_of,
+    tokens_of,
+)
+from gpt_simple.data.shards import DatasetWriter
 from gpt_simple.data.tokenize import TRAINING_BYTES, held_out_of, key_hash
 from gpt_simple.data.tokenizer import bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
@@ -34,10 +45,10 @@ from gpt_simple.hooks.batch import Tokenizer
 
 REPORT = "tokenize.json"
 SHOWN = 20
-"""So many skipped documents are told; the report has more."""
+"""How many skipped documents are logged; the report has more."""
 
 Progress = Callable[[int, int], None]
-"""Told the bytes that are done, and those of all files."""
+"""Called with the bytes that are done, and those of all files."""
 
 
 @frozen
@@ -61,8 +72,8 @@ class Job:
 def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
     """Make the dataset, or go on with one that was begun; a finished one of the same input is left as it is.
 
-    Documents that cannot be read are skipped, told and counted in ``tokenize.json``; ``strict`` makes the first of them
-    a DataError. DataError too if the output belongs to something else. After an error nothing was published.
+    Documents that cannot be read are skipped, logged and counted in ``tokenize.json``; ``strict`` makes the first of
+    them a DataError. DataError too if the output belongs to something else. After an error nothing was published.
     """
     units = find_units(job.input_dir)
     identity = _identity(job, units)
@@ -70,17 +81,15 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
     with locked(work, "work", log):
         if (job.output_dir / FILE).exists():
             return _finished(job, identity, log)
-        settings = _settings(job, units, work, log)
+        settings = _settings(job, units, work, identity, log)
         skipped = _make_parts(job, units, settings, log, progress)
-        if skipped.errors and not any(len(part.documents) for part in _parts(units, settings)):
-            raise DataError(f"no document could be read, {skipped.bad:,} were skipped; the first: {skipped.errors[0]}")
         if _identity(job, find_units(job.input_dir)) != identity:
             raise DataError(
                 "files have changed while they were read",
                 location=f"--input_dir {job.input_dir}",
                 hint="run the command again (what has not changed is not done again)",
             )
-        manifest = _assemble(work / "build", job, units, settings)
+        manifest = _assemble(work / "build", job, units, settings, skipped)
         _require_rows(job, manifest)
         report = {
             "identity": identity,
@@ -96,7 +105,7 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
 
 
 def _claim(job: Job) -> Path:
-    """The directory of what is not finished; an output that holds anything else is refused."""
+    """The directory of unfinished work; an output that holds anything else is refused."""
     output, work = job.output_dir, job.output_dir / WORK
     if output.exists() and not output.is_dir():
         raise DataError(f"--output_dir {output} is a file", hint="name a directory")
@@ -107,7 +116,7 @@ def _claim(job: Job) -> Path:
 
 
 def _identity(job: Job, units: Sequence[Unit]) -> str:
-    """Of all that decides the result: the options, and the names, sizes and times of the files."""
+    """A hash of all that decides the result: the options, and the names, sizes and times of the files."""
     tokenizer = job.tokenizer
     if tokenizer not in ("bpe", "bytes"):
         tokenizer = load_tokenizer(Path(tokenizer)).fingerprint
@@ -145,30 +154,25 @@ def _require_rows(job: Job, manifest: Manifest) -> None:
             )
 
 
-def _settings(job: Job, units: Sequence[Unit], work: Path, log: Log) -> Settings:
-    """The tokenizer, trained if that was asked for and not done before, where all processes find it."""
-    if job.tokenizer == "bpe":
-        name = hashlib.sha256("|".join(_identity(job, [unit]) for unit in units).encode()).hexdigest()[:24]
-        directory = work / f"tokenizer-{name}"
-        if not directory.exists():
-            log(f"training a tokenizer of {job.tokenizer_vocab_size:,} ids")
-            config = DataConfig(tokenizer_vocab_size=job.tokenizer_vocab_size)
-            _save(bpe(config, lambda: _training_texts(job, units)), directory)
-    else:
-        directory = work / "tokenizer-given"
-        is_bytes = job.tokenizer == "bytes"
-        given = byte_tokenizer(DataConfig(), lambda: iter(())) if is_bytes else load_tokenizer(Path(job.tokenizer))
-        _save(given, directory)
+def _settings(job: Job, units: Sequence[Unit], work: Path, identity: str, log: Log) -> Settings:
+    """The tokenizer, trained if need be, in a directory where all processes find it."""
+    directory = work / f"tokenizer-{identity[:24]}"
+    if not directory.exists():
+        with AtomicDirectory(directory.with_suffix(".tmp")) as new:
+            _tokenizer(job, units, log).save(new.path)
+            new.rename(directory)
     parts = work / "parts"
     parts.mkdir(exist_ok=True)
     return Settings(parts, directory, load_tokenizer(directory).fingerprint, job.text_key)
 
 
-def _save(tokenizer: Tokenizer, directory: Path) -> None:
-    """Whole or not at all: a kill must not leave half of a tokenizer."""
-    with AtomicDirectory(directory.with_suffix(".tmp")) as new:
-        tokenizer.save(new.path)
-        new.rename(directory, aside=directory.with_suffix(".old"))
+def _tokenizer(job: Job, units: Sequence[Unit], log: Log) -> Tokenizer:
+    if job.tokenizer == "bytes":
+        return byte_tokenizer(DataConfig(), lambda: iter(()))
+    if job.tokenizer != "bpe":
+        return load_tokenizer(Path(job.tokenizer))
+    log(f"training a tokenizer of {job.tokenizer_vocab_size:,} ids")
+    return bpe(DataConfig(tokenizer_vocab_size=job.tokenizer_vocab_size), lambda: _training_texts(job, units))
 
 
 def _training_texts(job: Job, units: Sequence[Unit]) -> Iterator[str]:
@@ -188,114 +192,72 @@ def _training_texts(job: Job, units: Sequence[Unit]) -> Iterator[str]:
 
 def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, progress: Progress) -> Skipped:
     """Make the parts that are missing. Returns all that was left out."""
+    missing = [unit for unit in units if skipped_of(unit, settings) is None]
     total = sum(unit.size for unit in units)
-    missing = [unit for unit in units if not is_made(unit, settings)]
     done = total - sum(unit.size for unit in missing)
     if done:
         log(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB were tokenized before")
     progress(done, total)
-    told = 0
+    count = 0
     with closing(make_parts(missing, settings, job.num_workers)) as made:
         for unit, skipped in made:
             done += unit.size
             progress(done, total)
             if job.strict and skipped.errors:
                 break
-            places = [*skipped.errors, *skipped.without_text]
-            for place in places[: max(0, SHOWN - told)]:
-                log(f"skipped {place}")
-            told += len(places)
-            if told > SHOWN >= told - len(places):
-                log(f"more documents are skipped, and not told here; {job.output_dir / REPORT} will count all of them")
-    every = Skipped()
+            for place in (*skipped.errors, *skipped.without_text):
+                count += 1
+                if count <= SHOWN:
+                    log(f"skipped {place}")
+                elif count == SHOWN + 1:
+                    log(f"more documents are skipped, and not shown; {job.output_dir / REPORT} will count all of them")
+    result = Skipped()
     for unit in units:
-        part = open_part(unit, settings)
-        found = Skipped() if part is None else part.skipped
+        found = skipped_of(unit, settings) or Skipped()
         if job.strict and found.errors:
             raise DataError(found.errors[0])
-        every.empty, every.bad = every.empty + found.empty, every.bad + found.bad
-        every.errors += found.errors
-        every.without_text += found.without_text
-    return every
+        result.extend(found)
+    return result
 
 
-def _parts(units: Sequence[Unit], settings: Settings) -> Iterator[Part]:
-    for unit in units:
-        part = open_part(unit, settings)
-        assert part is not None
-        yield part
-
-
-def _assemble(directory: Path, job: Job, units: Sequence[Unit], settings: Settings) -> Manifest:
+def _assemble(directory: Path, job: Job, units: Sequence[Unit], settings: Settings, skipped: Skipped) -> Manifest:
     """Write the shards of both splits, the tokenizer and the manifest into a new directory."""
-    remove_tree(directory)
-    directory.mkdir()
-    tokenizer = tokenizer_of(settings)
-    manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, "", {})
     content = hashlib.sha256()
-    lowest, highest, documents = 2**64, 0, 0
-    for part in _parts(units, settings):
-        hashes = part.documents["hash"]
+    lowest, highest, count = 2**64 - 1, 0, 0
+    for unit in units:
+        hashes = documents_of(unit, settings)["hash"]
         content.update(hashes.tobytes())
-        if len(hashes):
-            documents += len(hashes)
-            lowest, highest = min(lowest, int(hashes.min())), max(highest, int(hashes.max()))
-    if not documents:
+        count += len(hashes)
+        lowest, highest = int(hashes.min(initial=lowest)), int(hashes.max(initial=highest))
+    if not count and skipped.errors:
+        raise DataError(f"no document could be read, {skipped.bad:,} were skipped; the first: {skipped.errors[0]}")
+    if not count:
         raise DataError(
             "no document has any text", location=f"--input_dir {job.input_dir}", hint="there is nothing to tokenize"
         )
-    writers = {name: _SplitWriter(directory, name, manifest) for name in ("train", "val")}
-    for unit, part in zip(units, _parts(units, settings), strict=True):
-        if documents == 1 and job.val_fraction:
-            _cut(unit.bucket, part, job.val_fraction, tokenizer, writers)
-            continue
-        held_out = held_out_of(part.documents["hash"], lowest, highest, job.val_fraction)
-        for writer, mine in ((writers["train"], ~held_out), (writers["val"], held_out)):
-            chosen = part.documents[mine]
-            writer.extend(unit.bucket, part.tokens[np.repeat(mine, part.documents["tokens"])], chosen)
-    splits = {name: writer.close() for name, writer in writers.items()}
-    manifest = evolve(manifest, source=content.hexdigest(), splits=splits)
-    tokenizer.save(directory / TOKENIZER)
-    (directory / FILE).write_text(manifest.text, encoding="utf-8")
-    return manifest
+    remove_tree(directory)
+    directory.mkdir()
+    tokenizer = tokenizer_of(settings)
+    writer = DatasetWriter(directory, tokenizer)
+    for unit in units:
+        tokens, documents = tokens_of(unit, settings), documents_of(unit, settings)
+        held_out = held_out_of(documents["hash"], lowest, highest, job.val_fraction)
+        if count == 1 and len(documents) and job.val_fraction:
+            tokens, documents, held_out = _cut(tokens, job.val_fraction, tokenizer.token_bytes())
+        writer.add(unit.bucket, tokens, documents["tokens"], documents["bytes"], held_out)
+    return writer.close(content.hexdigest())
 
 
 def _cut(
-    bucket: str, part: Part, val_fraction: float, tokenizer: Tokenizer, writers: Mapping[str, _SplitWriter]
-) -> None:
-    """Hold out the end of the only document."""
-    ids = part.tokens[:-1]
+    tokens: NDArray[Any], val_fraction: float, token_bytes: NDArray[np.int32]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+    """Two documents made of the only one, the end of which is held out: tokens, DOCUMENTs, and which is held out."""
+    ids, eod = tokens[:-1], tokens[-1:]
     at = max(1, min(len(ids) - 1, round(len(ids) * (1 - val_fraction))))
-    sizes = tokenizer.token_bytes()
-    for name, half in (("train", ids[:at]), ("val", ids[at:])):
-        if len(half):
-            document = np.array([(0, len(half) + 1, sizes[half].sum())], DOCUMENT)
-            writers[name].extend(bucket, np.append(half, part.tokens[-1:]), document)
-
-
-class _SplitWriter:
-    """The shards of a split, bucket by bucket, and its totals."""
-
-    def __init__(self, directory: Path, name: str, manifest: Manifest) -> None:
-        self._directory, self._name, self._manifest = directory, name, manifest
-        self._buckets: dict[str, ShardWriter] = {}
-        self._documents = self._bytes = 0
-
-    def extend(self, bucket: str, tokens: NDArray[Any], documents: NDArray[Any]) -> None:
-        manifest = self._manifest
-        if bucket not in self._buckets:
-            prefix = f"{self._name}/{bucket}"
-            self._buckets[bucket] = ShardWriter(
-                self._directory, prefix, manifest.dtype, manifest.eod_id, manifest.vocab_size
-            )
-        self._buckets[bucket].extend(tokens, documents["tokens"])
-        self._documents += len(documents)
-        self._bytes += int(documents["bytes"].sum())
-
-    def close(self) -> SplitRecord:
-        buckets = {name: writer.close() for name, writer in self._buckets.items()}
-        tokens = sum(shard.tokens for shards in buckets.values() for shard in shards)
-        return SplitRecord(self._documents, tokens, self._bytes, None, {k: v for k, v in buckets.items() if v})
+    halves = [half for half in (ids[:at], ids[at:]) if len(half)]
+    documents = np.array([(0, len(half) + 1, token_bytes[half].sum()) for half in halves], DOCUMENT)
+    ended = np.concatenate([part for half in halves for part in (half, eod)])
+    return ended, documents, np.arange(len(halves)) == 1
 
 
 def _publish(build: Path, output: Path) -> None:
@@ -304,8 +266,7 @@ def _publish(build: Path, output: Path) -> None:
         fsync(path)
     for path in sorted(build.iterdir(), key=lambda path: path.name == FILE):
         target = output / path.name
-        if target.is_dir():
-            # Of an attempt that was killed while it published: there is no manifest yet.
+        if target.is_dir():  # left by an attempt that was killed while it published: there is no manifest yet
             shutil.rmtree(target)
         if path.name == FILE:
             fsync(output)

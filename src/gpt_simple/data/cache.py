@@ -22,7 +22,7 @@ def cache_root() -> Path:
 
 @contextmanager
 def locked(directory: Path, name: str, log: Log) -> Iterator[None]:
-    """Hold the lock ``name`` of a directory, which is made if need be; the lock dies with its process."""
+    """Hold the lock ``name`` of a directory, which is made if need be; the end of the process releases it."""
     from filelock import FileLock, Timeout  # only where something is written: importing it takes a while
 
     lock, waits = FileLock(directory / f".{name}.lock"), False
@@ -42,19 +42,19 @@ def locked(directory: Path, name: str, log: Log) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def building(target: Path, log: Log) -> Iterator[Path | None]:
-    """A directory to fill that becomes ``target`` at the end, or None if another process made it meanwhile.
+def build_once(target: Path, fill: Callable[[Path], None], log: Log) -> None:
+    """Make the directory ``target`` with ``fill``, unless it exists already.
 
-    After an error nothing of it is left, nor of what a process that was killed had begun.
+    Of several processes one calls ``fill`` while the others wait. After an error nothing of the directory is left, nor
+    of one that was begun by a process that was killed.
     """
+    if target.exists():
+        return
     with locked(target.parent, target.name, log):
-        if target.exists():
-            yield None
-            return
-        with _writing(target.parent), AtomicDirectory(target.parent / f".{target.name}.tmp") as directory:
-            yield directory.path
-            directory.rename(target)
+        if not target.exists():
+            with _writing(target.parent), AtomicDirectory(target.parent / f".{target.name}.tmp") as directory:
+                fill(directory.path)
+                directory.rename(target)
 
 
 @contextmanager

@@ -13,16 +13,15 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.cache import Log, building, locked
+from gpt_simple.data.cache import Log, build_once, locked
 from gpt_simple.data.locate import index_of, packing_of
 from gpt_simple.data.manifest import Manifest, SplitRecord, verify_checksums
 from gpt_simple.data.mixture import Mixture, mixture
+from gpt_simple.data.order import I64
 from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
 from gpt_simple.data.shards import Shard, open_shard
 from gpt_simple.data.stream import StreamRows
 from gpt_simple.hooks.batch import Tokenizer
-
-I64 = NDArray[np.int64]
 
 IGNORED = -100
 """The label of a position that is no target."""
@@ -32,15 +31,18 @@ IGNORED = -100
 class Split:
     """Rows of ``max_length`` positions, numbered through all buckets.
 
-    ``targets`` counts the positions that are in the loss, ``bytes`` the text they stand for (UTF-8; None if
-    unknown).
+    ``targets`` counts the positions that are in the loss, ``bytes`` the text they stand for (UTF-8), ``nats`` is minus
+    its log-probability under the source; both are None where unknown.
     """
 
     max_length: int
-    record: SplitRecord
     parts: tuple[Rows, ...]
     buckets: Mapping[str, int]
     """Rows of each bucket, in the order of their numbers."""
+    documents: int
+    targets: int
+    bytes: int | None
+    nats: float | None
 
     @cached_property
     def _offsets(self) -> I64:
@@ -49,23 +51,6 @@ class Split:
     @property
     def rows(self) -> int:
         return int(self._offsets[-1])
-
-    @property
-    def targets(self) -> int:
-        return self.record.tokens
-
-    @property
-    def tokens(self) -> int:
-        """Positions: rows times ``max_length``."""
-        return self.rows * self.max_length
-
-    @property
-    def bytes(self) -> int | None:
-        return self.record.bytes
-
-    @property
-    def documents(self) -> int:
-        return self.record.documents
 
     def targets_of(self, rows: I64) -> I64:
         """Number of targets in each of these rows, shape [n]."""
@@ -100,7 +85,7 @@ class Split:
 class Dataset:
     """Prepared data. ``fingerprint`` (sha256) changes whenever a token, the tokenizer or the format does.
 
-    With a ``stream``, training reads that; ``train`` is then only the beginning that was looked at before.
+    With a ``stream``, training reads that; ``train`` is then only its beginning, which was read before.
     """
 
     directory: Path
@@ -117,7 +102,7 @@ class Dataset:
     @property
     def floor(self) -> float | None:
         """The source's own cross-entropy on the val split in nats per target; None where the source is unknown."""
-        nats = self.val.record.nats
+        nats = self.val.nats
         return None if nats is None or not self.val.targets else nats / self.val.targets
 
     def order(self, config: DataConfig, seed: int) -> Mixture:
@@ -127,7 +112,7 @@ class Dataset:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What there is, in numbers, for people. Of a stream, ``train`` counts what was looked at before."""
+        """Counts of both splits, for people. Of a stream, ``train`` counts the beginning."""
         split = {
             name: {"documents": part.documents, "rows": part.rows, "targets": part.targets, "bytes": part.bytes}
             for name, part in (("train", self.train), ("val", self.val))
@@ -167,24 +152,26 @@ def _open_split(directory: Path, manifest: Manifest, record: SplitRecord, config
         ]
         buckets[bucket] = sum(map(len, rows))
         parts += rows
-    return Split(config.max_length, record, tuple(parts), buckets)
+    totals = record.documents, record.tokens, record.bytes, record.nats
+    return Split(config.max_length, tuple(parts), buckets, *totals)
 
 
 def _cached_best_fit(shard: Shard, target: Path, config: DataConfig, log: Log) -> BestFitRows:
     """The packing of a shard, which is computed once and then mapped into memory."""
     fields = ("spans", "offsets", "row_targets")
-    if not target.exists():
-        with building(target, log) as temporary:
-            if temporary is not None:
-                packed = best_fit(shard, config.max_length, config.overlap_size)
-                for field in fields:
-                    np.save(temporary / f"{field}.npy", getattr(packed, field), allow_pickle=False)
+
+    def fill(directory: Path) -> None:
+        packed = best_fit(shard, config.max_length, config.overlap_size)
+        for field in fields:
+            np.save(directory / f"{field}.npy", getattr(packed, field), allow_pickle=False)
+
+    build_once(target, fill, log)
     arrays = {field: np.load(target / f"{field}.npy", mmap_mode="r", allow_pickle=False) for field in fields}
     return BestFitRows(shard, config.max_length, **arrays)
 
 
 def _verify_once(directory: Path, manifest: Manifest, index: Path, log: Log) -> None:
-    """Read all files and compare their checksums, unless size and time say that this was done."""
+    """Compare the checksums of all files, but for those that have the size and time of an earlier comparison."""
     stamp = index / f"verified-{manifest.fingerprint[:16]}.json"
     with locked(index, "verified", log):
         seen = json.loads(stamp.read_text()) if stamp.exists() else {}

@@ -1,4 +1,4 @@
-"""What is in a dataset directory, for people: counts, lengths, a sample of text. Needs no torch."""
+"""The content of a dataset directory, for people: counts, lengths, a sample of text. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from gpt_simple.data.cache import Log
-from gpt_simple.data.manifest import FILE, TOKENIZER, Manifest, SplitRecord, read_manifest, verify_checksums
-from gpt_simple.data.nanogpt import TRAIN, NanoGpt
+from gpt_simple.data.manifest import FILE, TOKENIZER, Manifest, read_manifest, verify_checksums
 from gpt_simple.data.shards import Shard, open_shard
+from gpt_simple.data.sources.shards import TRAIN, NanoGpt
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.errors import DataError
 
@@ -17,14 +17,17 @@ QUANTILES = {"shortest": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest
 
 
 def summary(directory: Path, manifest: Manifest, max_length: int | None = None) -> list[str]:
-    """Lines with what the manifest says: the tokenizer, and each split with its buckets."""
+    """Lines about the manifest: the tokenizer, and each split with its buckets."""
     lines = [
         f"{directory}: tokens of a vocabulary of {manifest.vocab_size:,} ids as {manifest.dtype_name}, "
         f"EOD {manifest.eod_id}, tokenizer {manifest.tokenizer[:12]}"
     ]
     for name, split in manifest.splits.items():
         size = "" if not split.bytes else f", {split.bytes:,} bytes ({split.bytes / max(1, split.tokens):.2f} a token)"
-        rows = "" if max_length is None else f", {_rows(split, max_length):,} rows of {max_length:,}"
+        rows = ""
+        if max_length is not None:  # rows under packing concat
+            count = sum(-(-shard.tokens // max_length) for shard in split.shards)
+            rows = f", {count:,} rows of {max_length:,}"
         lines.append(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens{size}{rows}")
         lines += [
             f"  {bucket}: {sum(s.documents for s in shards):,} documents, {sum(s.tokens for s in shards):,} tokens"
@@ -50,18 +53,18 @@ def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
     count = len(verify_checksums(directory, manifest, {}))
     lines = [*summary(directory, manifest), f"checksums: all {count} files are as they were written"]
     for name, split in manifest.splits.items():
-        shards = [open_shard(directory, record, manifest) for records in split.buckets.values() for record in records]
+        shards = [open_shard(directory, record, manifest) for record in split.shards]
         if not shards:
             continue
         for shard in shards:
             shard.check(shard.tokens, int)
         sizes = np.concatenate([np.diff(shard.starts) for shard in shards])
         found = np.quantile(sizes, list(QUANTILES.values()), method="nearest")
-        told = ", ".join(f"{word} {int(size):,}" for word, size in zip(QUANTILES, found, strict=True))
-        lines.append(f"{name} documents in tokens, EOD included: {told}")
-    first = next((s for split in manifest.splits.values() for s in split.buckets.values()), None)
+        quantiles = ", ".join(f"{word} {int(size):,}" for word, size in zip(QUANTILES, found, strict=True))
+        lines.append(f"{name} documents in tokens, EOD included: {quantiles}")
+    first = next((shard for split in manifest.splits.values() for shard in split.shards), None)
     if first and sample_tokens:
-        ids = _beginning(open_shard(directory, first[0], manifest), sample_tokens)
+        ids = _beginning(open_shard(directory, first, manifest), sample_tokens)
         lines += [
             f"the first document begins ({len(ids):,} token{'s' if len(ids) != 1 else ''}):",
             tokenizer.decode(ids),
@@ -75,8 +78,3 @@ def _beginning(shard: Shard, count: int) -> list[int]:
     begin, end = shard.starts[first : first + 2].tolist()
     ids: list[int] = shard.tokens[begin : min(end, begin + count)].tolist()
     return ids[:-1] if ids[-1] == shard.eod_id else ids
-
-
-def _rows(split: SplitRecord, max_length: int) -> int:
-    """Rows when the stream is cut (packing concat)."""
-    return sum(-(-shard.tokens // max_length) for shards in split.buckets.values() for shard in shards)

@@ -1,9 +1,8 @@
 """Batches on the device, from a dataset and one integer: the samples consumed.
 
-The row of micro-batch ``a``, rank ``r`` of ``W`` and position ``b`` of ``B`` is sample ``consumed + (a * W +
-r) * B + b`` of the order, so a run goes on with any number of processes where it stopped. The number of
-targets of a step is known on every rank without asking the others. Several steps are read at once, by threads
-that stay ahead: what a step costs the training thread is handing out views.
+Row ``b`` of ``B`` in micro-batch ``a`` of rank ``r`` of ``W`` is sample ``consumed + (a * W + r) * B + b`` of the
+order, so a run goes on with any number of processes where it stopped. Every rank computes the number of targets of a
+step without communication. Threads read several steps at once and ahead: the training thread only takes views.
 """
 
 from __future__ import annotations
@@ -25,24 +24,26 @@ from torch import Tensor
 from gpt_simple.config.schema import Config
 from gpt_simple.data.dataset import IGNORED, Dataset, Split
 from gpt_simple.data.locate import order_seed
-from gpt_simple.data.order import key, permute
+from gpt_simple.data.order import I64, key, permute
 from gpt_simple.hooks.batch import Batch
 
 CHUNK_TOKENS = 1 << 17
 CHUNK_STEPS = 64
-"""Steps that are read at once: as many as hold about ``CHUNK_TOKENS`` tokens, at most ``CHUNK_STEPS``."""
+"""A chunk is as many steps as hold about ``CHUNK_TOKENS`` tokens of this process, at most ``CHUNK_STEPS``."""
 
 LOCATED = 1 << 12
-"""Samples whose rows are found at once."""
+"""Samples whose rows are located at once."""
 
 EVALUATION_STREAM = 3
 """Key of the choice of rows when not the whole val split is evaluated: the same for every run."""
 
 PADDING = -1
-"""A row that stands for none."""
+"""The number of a row that only fills a batch."""
 
-I64 = NDArray[np.int64]
 T = TypeVar("T")
+
+Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Inputs, labels, positions and documents of some rows, [n, T] each; the last two only with a document mask."""
 
 
 class DataExhausted(Exception):
@@ -61,39 +62,10 @@ class StepData:
 
 
 @frozen(eq=False)
-class _Rows:
-    """Rows in memory, [n, T] each; ``positions`` and ``documents`` only with a document mask."""
-
-    inputs: Tensor
-    labels: Tensor
-    positions: Tensor | None
-    documents: Tensor | None
-
-    def to(self, device: torch.device) -> _Rows:
-        """On the device; the copy does not wait."""
-
-        def move(rows: Tensor) -> Tensor:
-            return rows.to(device, non_blocking=True)
-
-        positions = None if self.positions is None else move(self.positions)
-        documents = None if self.documents is None else move(self.documents)
-        return _Rows(move(self.inputs), move(self.labels), positions, documents)
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-        """Views of ``size`` rows each."""
-        tensors = (self.inputs, self.labels, self.positions, self.documents)
-        count = len(self.inputs) // size
-        parts = (
-            itertools.repeat(None, count) if each is None else each.view(count, size, -1).unbind() for each in tensors
-        )
-        return zip(*parts, strict=True)
-
-
-@frozen(eq=False)
 class _Chunk:
     """Some steps of this process, and the targets of each micro-batch [steps, A] and of each step [steps]."""
 
-    rows: _Rows
+    rows: Rows
     first_sample: int
     targets: list[list[int]]
     step_targets: list[int]
@@ -122,9 +94,11 @@ class Loader:
         self._batch = config.training.per_device_batch_size
         self._accumulation = config.training.gradient_accumulation_steps
         self._samples = self._accumulation * world_size * self._batch
+        own_tokens = self._accumulation * self._batch * config.data.max_length
+        self._chunk_steps = min(max(CHUNK_TOKENS // own_tokens, 1), CHUNK_STEPS)
         self._order = None if dataset.stream else dataset.order(config.data, order_seed(config))
         self._located = lru_cache(maxsize=8)(self._locate)
-        # A stream is read by one after another.
+        # The blocks of a stream come one after another.
         workers = min(config.data.num_workers, 1) if dataset.stream else config.data.num_workers
         self._pool = ThreadPoolExecutor(workers, "data") if workers else None
         self._ahead = workers + 1
@@ -150,9 +124,8 @@ class Loader:
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         """This process's share of the val split: every row once over all processes.
 
-        Every process gets as many batches; what is missing to the last ones are rows without a target.
-        ``max_batches`` caps the rows of the whole world at that number times the batch size: a fixed sample, whatever
-        the number of processes.
+        Every process gets as many batches; the last ones are filled with rows without a target. ``max_batches`` caps
+        the rows of all processes at that number times the batch size: a fixed sample, whatever their number.
         """
         split, size = self._dataset.val, self._batch
         chosen = np.arange(split.rows)
@@ -166,25 +139,23 @@ class Loader:
         jobs = (partial(self._read, split, mine[i : i + per_chunk].reshape(-1)) for i in range(0, rounds, per_chunk))
         first = self._rank * size
         for rows in self._prefetched(jobs):
-            targets = (rows.labels != IGNORED).view(-1, size * split.max_length).sum(1).tolist()
-            for tensors, count in zip(rows.to(self._device).batches(size), targets, strict=True):
+            targets = (rows[1] != IGNORED).view(-1, size * split.max_length).sum(1).tolist()
+            for tensors, count in zip(self._batches(rows), targets, strict=True):
                 yield Batch(*tensors, first, count)
                 first += self._world_size * size
 
     def close(self) -> None:
-        """Stop the threads. Waits for what they are reading, not for what they were asked to read."""
+        """Stop the threads. Waits for the reads that have begun, not for those that are queued."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def _make_steps(self, consumed: int) -> Iterator[StepData]:
         tokens = self._samples * self._config.data.max_length
         stride = self._world_size * self._batch
-        jobs = self._chunks(consumed) if self._dataset.stream is None else self._stream_chunks(consumed)
-        for chunk in self._prefetched(jobs):
+        for chunk in self._prefetched(self._chunks(consumed)):
             if chunk is None:
                 return
-            batches = chunk.rows.to(self._device).batches(self._batch)
-            first = chunk.first_sample
+            first, batches = chunk.first_sample, self._batches(chunk.rows)
             for targets, step_targets in zip(chunk.targets, chunk.step_targets, strict=True):
                 begin = first + self._rank * self._batch
                 step = tuple(
@@ -194,46 +165,28 @@ class Loader:
                 yield StepData(step, first, self._samples, tokens, step_targets)
                 first += self._samples
 
-    def _steps_of_chunk(self) -> int:
-        per_chunk = CHUNK_TOKENS // (self._accumulation * self._batch * self._config.data.max_length)
-        return min(max(per_chunk, 1), CHUNK_STEPS)
+    def _batches(self, rows: Rows) -> Iterator[Rows]:
+        """Views of one batch each, on the device; the copy does not wait."""
+        count = len(rows[0]) // self._batch
+        views = (
+            itertools.repeat(None, count)
+            if tensor is None
+            else tensor.to(self._device, non_blocking=True).view(count, self._batch, -1).unbind()
+            for tensor in rows
+        )
+        return zip(*views, strict=True)
 
     def _chunks(self, first: int) -> Iterator[Callable[[], _Chunk | None]]:
+        """Reads chunk after chunk from sample ``first`` on; at the end of a stream the chunk is None."""
+        stream = self._dataset.stream
+        blocks = None if stream is None else stream.blocks(first, self._chunk_steps * self._samples)
         while True:
-            steps, left = self._steps_of_chunk(), self.steps_after(first)
-            if left is not None:
-                steps = min(steps, left)
+            left = self.steps_after(first)
+            steps = self._chunk_steps if left is None else min(self._chunk_steps, left)
             if not steps:
                 return
-            yield partial(self._chunk, first, steps)
+            yield partial(self._chunk, first, steps) if blocks is None else partial(self._stream_chunk, blocks, first)
             first += steps * self._samples
-
-    def _stream_chunks(self, first: int) -> Iterator[Callable[[], _Chunk | None]]:
-        """Chunks of a stream until its end, where they are None."""
-        assert self._dataset.stream is not None
-        blocks = self._dataset.stream.blocks(first, self._steps_of_chunk() * self._samples)
-        for number in itertools.count():
-            yield partial(self._stream_chunk, blocks, first + number * self._steps_of_chunk() * self._samples)
-
-    def _stream_chunk(self, blocks: Iterator[I64], first: int) -> _Chunk | None:
-        block = next(blocks, None)
-        steps = 0 if block is None else len(block) // self._samples
-        if block is None or not steps:
-            return None
-        shape = (steps, self._accumulation, self._world_size, self._batch, block.shape[1])
-        mine = block[: steps * self._samples].reshape(shape)[:, :, self._rank].reshape(-1, block.shape[1])
-        eod = self._dataset.tokenizer.eod_id
-
-        def fill(inputs: I64, labels: I64, starts: NDArray[np.bool_] | None) -> None:
-            inputs[:], labels[:] = mine[:, :-1], mine[:, 1:]
-            if starts is not None:
-                np.equal(inputs, eod, out=starts)
-                starts[:, 0] = True
-
-        of_batch = self._batch * (block.shape[1] - 1)
-        targets = [[of_batch] * self._accumulation] * steps
-        rows = self._filled(len(mine), fill)
-        return _Chunk(rows, first, targets, [of_batch * self._accumulation * self._world_size] * steps)
 
     def _chunk(self, first: int, steps: int) -> _Chunk:
         split = self._dataset.train
@@ -242,6 +195,23 @@ class Loader:
         targets = split.targets_of(rows).reshape(shape).sum(3)
         mine = self._read(split, rows.reshape(shape)[:, :, self._rank].reshape(-1))
         return _Chunk(mine, first, targets[:, :, self._rank].tolist(), targets.sum((1, 2)).tolist())
+
+    def _stream_chunk(self, blocks: Iterator[I64], first: int) -> _Chunk | None:
+        block = next(blocks, None)
+        steps = 0 if block is None else len(block) // self._samples
+        if block is None or not steps:
+            return None
+        shape = (steps, self._accumulation, self._world_size, self._batch, block.shape[1])
+        mine = block[: steps * self._samples].reshape(shape)[:, :, self._rank].reshape(-1, block.shape[1])
+        inputs, labels, starts = self._empty(len(mine))
+        inputs.numpy()[:], labels.numpy()[:] = mine[:, :-1], mine[:, 1:]
+        if starts is not None:
+            np.equal(mine[:, :-1], self._dataset.tokenizer.eod_id, out=starts)
+            starts[:, 0] = True
+        per_batch = self._batch * (block.shape[1] - 1)
+        targets = [[per_batch] * self._accumulation] * steps
+        per_step = per_batch * self._accumulation * self._world_size
+        return _Chunk(self._with_documents(inputs, labels, starts), first, targets, [per_step] * steps)
 
     def _rows_of(self, first: int, count: int) -> I64:
         """The rows of samples, which are located many at once: one by one they cost several times as much."""
@@ -254,32 +224,35 @@ class Loader:
         end, total = (block + 1) * LOCATED, self._order.total
         return self._order.locate(np.arange(block * LOCATED, end if total is None else min(end, total)))
 
-    def _read(self, split: Split, rows: I64) -> _Rows:
+    def _read(self, split: Split, rows: I64) -> Rows:
         """Rows as tensors of their own; those that are ``PADDING`` have no target."""
+        inputs, labels, starts = self._empty(len(rows))
+        split.read(np.maximum(rows, 0), inputs.numpy(), labels.numpy(), starts)
+        labels.numpy()[rows == PADDING] = IGNORED
+        return self._with_documents(inputs, labels, starts)
 
-        def fill(inputs: I64, labels: I64, starts: NDArray[np.bool_] | None) -> None:
-            split.read(np.maximum(rows, 0), inputs, labels, starts)
-            labels[rows == PADDING] = IGNORED
+    def _empty(self, count: int) -> tuple[Tensor, Tensor, NDArray[np.bool_] | None]:
+        """New inputs and labels of ``count`` rows, and, with a document mask, where documents start."""
+        starts = np.empty((count, self._config.data.max_length), bool) if self._config.data.document_mask else None
+        return self._tensor(count), self._tensor(count), starts
 
-        return self._filled(len(rows), fill)
+    def _tensor(self, count: int) -> Tensor:
+        pinned = self._device.type == "cuda"
+        return torch.empty((count, self._config.data.max_length), dtype=torch.int64, pin_memory=pinned)
 
-    def _filled(self, count: int, fill: Callable[[I64, I64, NDArray[np.bool_] | None], None]) -> _Rows:
-        """``count`` rows in new tensors; ``fill`` writes inputs, labels and, if there are, where documents start."""
-        shape, pinned = (count, self._config.data.max_length), self._device.type == "cuda"
-        inputs, labels = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
-        if not self._config.data.document_mask:
-            fill(inputs.numpy(), labels.numpy(), None)
-            return _Rows(inputs, labels, None, None)
-        starts = np.empty(shape, bool)
-        fill(inputs.numpy(), labels.numpy(), starts)
-        positions, documents = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
+    def _with_documents(self, inputs: Tensor, labels: Tensor, starts: NDArray[np.bool_] | None) -> Rows:
+        """The rows with positions that restart, and numbers that rise by one, where a document starts."""
+        if starts is None:
+            return inputs, labels, None, None
+        count, length = starts.shape
+        positions, documents = self._tensor(count), self._tensor(count)
         begin = np.flatnonzero(starts)
-        length = np.diff(begin, append=starts.size)
-        first = np.searchsorted(begin, np.arange(count) * shape[1])
+        sizes = np.diff(begin, append=starts.size)
+        first = np.searchsorted(begin, np.arange(count) * length)
         number = np.arange(len(begin)) - np.repeat(first, np.diff(first, append=len(begin)))
-        documents.numpy().reshape(-1)[:] = np.repeat(number, length)
-        positions.numpy().reshape(-1)[:] = np.arange(starts.size) - np.repeat(begin, length)
-        return _Rows(inputs, labels, positions, documents)
+        documents.numpy().reshape(-1)[:] = np.repeat(number, sizes)
+        positions.numpy().reshape(-1)[:] = np.arange(starts.size) - np.repeat(begin, sizes)
+        return inputs, labels, positions, documents
 
     def _prefetched(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
         """The results of jobs in their order, some of them ahead in the threads."""

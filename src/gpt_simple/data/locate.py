@@ -1,4 +1,4 @@
-"""What ``[data]`` names, and where it is: looking reads no text, writes nothing, and needs neither torch nor numpy."""
+"""What ``[data]`` names, and where it is. Reads no text, writes nothing, and needs neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 from gpt_simple.config.schema import Config, DataConfig
 from gpt_simple.data.cache import cache_root
 from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, WORK, Manifest, read_manifest
-from gpt_simple.data.nanogpt import TRAIN
 from gpt_simple.data.sources import Source, Stream
-from gpt_simple.data.sources.shards import Shards
+from gpt_simple.data.sources.shards import TRAIN, NanoGpt, Shards
 from gpt_simple.data.tokenizer import BYTE_IDS, Train, load_tokenizer
 from gpt_simple.data.tokenizer import FILE as TOKENIZER_FILE
 from gpt_simple.errors import ConfigError, DataError
@@ -21,7 +20,7 @@ from gpt_simple.hooks.components import Registry
 
 
 def check(config: Config, registry: Registry) -> Source | Shards:
-    """The source of the data, after everything that can be refused without reading the text was refused."""
+    """The source of the data. Raises for everything that can be refused without reading the text."""
     data = config.data
     if data.overlap_size and data.packing != "best_fit":
         raise ConfigError(
@@ -36,7 +35,7 @@ def check(config: Config, registry: Registry) -> Source | Shards:
             hint="expected less than data.max_length",
         )
     source: Source | Shards = registry.get("source", _source_name(data)).build(data, data.seed or 0)
-    if isinstance(source, Shards) and source.nanogpt is not None and data.tokenizer == "bpe":
+    if isinstance(source, NanoGpt) and data.tokenizer == "bpe":
         raise ConfigError(
             f"{source.directory} holds nanoGPT's files, which do not say what their ids mean",
             key="data.tokenizer",
@@ -49,15 +48,14 @@ def check(config: Config, registry: Registry) -> Source | Shards:
 
 
 def find(source: Source | Shards, config: Config, registry: Registry) -> tuple[Path, Manifest] | None:
-    """The dataset of a source if it is there already, after its sizes and its tokenizer were checked.
+    """The dataset of a source if it exists, after its sizes and its tokenizer were checked. A stream has none.
 
-    Reads what the source's fingerprint depends on, writes nothing. A stream has none.
+    Reads what the source's fingerprint depends on.
     """
     if isinstance(source, Stream):
         return None
-    if isinstance(source, Shards):
-        nanogpt = source.nanogpt
-        directory = source.directory if nanogpt is None else cached(nanogpt.state(), config.data, registry)
+    if isinstance(source, Shards) and not isinstance(source, NanoGpt):
+        directory = source.directory
     else:
         directory = cached(source.fingerprint(), config.data, registry)
     if not directory.exists():
@@ -68,14 +66,14 @@ def find(source: Source | Shards, config: Config, registry: Registry) -> tuple[P
 
 
 def cached(fingerprint: str, data: DataConfig, registry: Registry) -> Path:
-    """Where documents of this fingerprint are kept once they are prepared as ``data`` says."""
+    """Where documents of this fingerprint are kept once they are prepared."""
     settings, _ = tokenizer_choice(data, registry)
     name = json.dumps([VERSION, fingerprint, settings, data.val_fraction, data.max_documents])
     return cache_root() / "datasets" / hashlib.sha256(name.encode()).hexdigest()[:24]
 
 
 def tokenizer_choice(data: DataConfig, registry: Registry) -> tuple[str, Train]:
-    """What determines the tokenizer beside the data, and how to make it."""
+    """A text of all that determines the tokenizer beside the documents, and the function that makes it."""
     name = data.tokenizer
     if name in registry.names("tokenizer"):
         settings = f"{name} {data.tokenizer_vocab_size}" if name != "bytes" else name
@@ -142,7 +140,7 @@ def _source_name(data: DataConfig) -> str:
 
 
 def _refuse_what_needs_an_index(data: DataConfig) -> None:
-    """Raise ConfigError for settings that need to know all documents before the first step."""
+    """Raise ConfigError for settings that need all documents before the first step."""
     for field, unwanted, instead in (
         ("packing", data.packing == "best_fit", '"concat"'),
         ("on_exhaustion", data.on_exhaustion == "renormalise", '"repeat" or "halt"'),

@@ -1,4 +1,4 @@
-"""The manifest of a dataset directory: what is in it, and how it is known to be whole.
+"""The manifest of a dataset directory: its content, with counts and checksums.
 
 ::
 
@@ -23,6 +23,7 @@ from attrs import frozen
 
 from gpt_simple.config.convert import converter, errors_of
 from gpt_simple.errors import DataError
+from gpt_simple.hooks.batch import Tokenizer
 
 FILE = "dataset.json"
 TOKENIZER = "tokenizer"
@@ -35,7 +36,6 @@ ALL = "all"
 """The bucket of data that have only one."""
 
 Dtype = Literal["<u2", "<u4"]
-_NAME: Mapping[Dtype, str] = {"<u2": "uint16", "<u4": "uint32"}
 
 
 @frozen
@@ -62,7 +62,7 @@ class SplitRecord:
     """Totals of a split, and the shards of each bucket.
 
     ``tokens`` counts targets: the tokens of all documents and one EOD each. ``bytes`` is the size of the text
-    in UTF-8, ``nats`` minus its log-probability under the source that told it; both are None where unknown.
+    in UTF-8, ``nats`` minus its log-probability under the source; both are None where unknown.
     """
 
     documents: int
@@ -70,6 +70,11 @@ class SplitRecord:
     bytes: int | None
     nats: float | None
     buckets: Mapping[str, tuple[ShardRecord, ...]]
+
+    @property
+    def shards(self) -> list[ShardRecord]:
+        """The shards of all buckets."""
+        return [shard for shards in self.buckets.values() for shard in shards]
 
 
 @frozen
@@ -90,7 +95,7 @@ class Manifest:
     @property
     def dtype_name(self) -> str:
         """``uint16`` or ``uint32``; little-endian."""
-        return _NAME[self.dtype]
+        return "uint16" if self.dtype == "<u2" else "uint32"
 
     @cached_property
     def text(self) -> str:
@@ -104,15 +109,11 @@ class Manifest:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def files(self) -> Iterator[tuple[str, FileRecord]]:
-        """Every file of the shards: path relative to the dataset, and what is known of it."""
+        """Every file of the shards: its path relative to the dataset, and its record."""
         for split in self.splits.values():
-            for shards in split.buckets.values():
-                for shard in shards:
-                    yield f"{shard.name}.bin", shard.bin
-                    yield f"{shard.name}.idx", shard.idx
-
-
-_FIELDS = [field.name for field in attrs.fields(Manifest)]
+            for shard in split.shards:
+                yield f"{shard.name}.bin", shard.bin
+                yield f"{shard.name}.idx", shard.idx
 
 
 def token_dtype(vocab_size: int) -> Dtype:
@@ -120,8 +121,14 @@ def token_dtype(vocab_size: int) -> Dtype:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
+def write_manifest(directory: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """Finish a dataset directory that holds its shards: the manifest is written last."""
+    tokenizer.save(directory / TOKENIZER)
+    (directory / FILE).write_text(manifest.text, encoding="utf-8")
+
+
 def unfinished(directory: Path) -> DataError:
-    """What is wrong with a directory that holds ``WORK`` and no manifest."""
+    """The error of a directory that holds ``WORK`` and no manifest."""
     return DataError(f"{directory}: is not finished", hint="run the `gpt-simple tokenize` that began it again")
 
 
@@ -143,39 +150,30 @@ def read_manifest(directory: Path) -> Manifest:
             f"{file}: version {record.get('version')} of the format, this program reads {VERSION}",
             hint="prepare the data again",
         )
-    mend = f"copy it again, or delete {directory} and prepare the data again"
+    fields = {field.name: record.get(field.name) for field in attrs.fields(Manifest)}
     try:
-        manifest = converter().structure({key: record.get(key) for key in _FIELDS}, Manifest)
+        manifest = converter().structure(fields, Manifest)
     except Exception as error:  # cattrs raises groups of many types
         wrong = "; ".join(f"{path}: {single}" for path, single in islice(errors_of(error, ""), 3))
-        raise DataError(f"{file}: damaged ({wrong})", hint=mend) from error
+        raise _damaged(directory, f"{file}: damaged ({wrong})") from error
     for name, split in manifest.splits.items():
-        shards = [shard for bucket in split.buckets.values() for shard in bucket]
-        for what, told, there in (
-            ("documents", split.documents, sum(shard.documents for shard in shards)),
-            ("tokens", split.tokens, sum(shard.tokens for shard in shards)),
-        ):
-            if told != there:
-                raise DataError(
-                    f"{file}: damaged (splits.{name}.{what} is {told:,}, but its shards have {there:,})", hint=mend
-                )
+        for total in ("documents", "tokens"):
+            expected = getattr(split, total)
+            found = sum(getattr(shard, total) for shard in split.shards)
+            if expected != found:
+                where = f"splits.{name}.{total}"
+                raise _damaged(directory, f"{file}: damaged ({where} is {expected:,}, but its shards have {found:,})")
     if record.get("dtype") != manifest.dtype_name:
         raise DataError(
             f"{file}: dtype {record.get('dtype')}, but {manifest.vocab_size} ids are stored as {manifest.dtype_name}"
         )
-    for name, expected in manifest.files():
+    for name, known in manifest.files():
         path = directory / name
         size = path.stat().st_size if path.is_file() else None
-        if size != expected.size:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise DataError(f"{path}: {found}, {FILE} says {expected.size}", hint=mend)
+        if size != known.size:
+            state = "is missing" if size is None else f"has {size} bytes"
+            raise _damaged(directory, f"{path}: {state}, {FILE} says {known.size}")
     return manifest
-
-
-def content(path: Path) -> str:
-    """sha256 (hex) of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def verify_checksums(directory: Path, manifest: Manifest, seen: Mapping[str, list[int]]) -> dict[str, list[int]]:
@@ -188,13 +186,20 @@ def verify_checksums(directory: Path, manifest: Manifest, seen: Mapping[str, lis
         path = directory / name
         stat = path.stat()
         now[name] = [stat.st_size, stat.st_mtime_ns]
-        if seen.get(name) == now[name]:
-            continue
-        found = content(path)
-        if found != expected.sha256:
-            raise DataError(
+        if seen.get(name) != now[name] and (found := content(path)) != expected.sha256:
+            raise _damaged(
+                directory,
                 f"{path}: its content is not what was prepared (sha256 {found[:12]}..., {FILE} says "
                 f"{expected.sha256[:12]}...)",
-                hint=f"copy it again, or delete {directory} and prepare the data again",
             )
     return now
+
+
+def content(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _damaged(directory: Path, message: str) -> DataError:
+    return DataError(message, hint=f"copy it again, or delete {directory} and prepare the data again")

@@ -1,12 +1,12 @@
-"""Which row is sample number ``i`` of a run: a pure function, whatever came before.
+"""Which row is sample number ``i`` of a run: a pure function, without state.
 
-Without a curriculum, all rows of all buckets are one permuted epoch after another. With one, samples are
-dealt to buckets by their weights, in periods of 65,536 slots. The ``k``-th of a bucket's ``c`` slots in a period is put
-at ``(k + u) / c`` of it, with ``u`` drawn anew for every slot from -1/2 to 3/2 (what is outside of the period is folded
-back), and samples come in the order of these places. So before any place in a period a bucket is less than 1.5 samples
-off its due. Counted in samples: after any number of them, wherever a phase ends, a bucket with share ``w`` among
-``B`` >= 2 is off by less than ``1.5 * (1 + w * (B - 2))``, and by nothing at the end of a period. The draws of
-neighbours overlap because with ``u`` from 0 to 1, weights like 1:3 would make each of 4 ranks see other shares.
+Without a curriculum, all rows of all buckets are one permuted epoch after another. With one, samples are dealt to
+buckets by their weights, in periods of 65,536 slots. The ``k``-th of a bucket's ``c`` slots in a period is put at
+``(k + u) / c`` of it, with ``u`` drawn for every slot from -1/2 to 3/2 (places outside of the period are folded back),
+and samples come in the order of these places. So before any place in a period a bucket is less than 1.5 samples off its
+due. After any number of samples, wherever a phase ends, a bucket with share ``w`` among ``B`` >= 2 is off by less than
+``1.5 * (1 + w * (B - 2))``, and by nothing at the end of a period. The draws of neighbours overlap because with ``u``
+from 0 to 1, weights like 1:3 would give each of 4 ranks other shares.
 
 A sample's number inside its bucket is the period times the bucket's slots plus the slots before it: buckets are read in
 their own permuted epochs and the next phase goes on where the last one stopped. When a bucket ends, or the run does,
@@ -25,7 +25,7 @@ from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import Phase
-from gpt_simple.data.order import key, permute, subkeys
+from gpt_simple.data.order import I64, key, permute, subkeys
 from gpt_simple.errors import ConfigError, DataError
 
 SLOTS = 1 << 16
@@ -33,12 +33,10 @@ SLOTS = 1 << 16
 ROWS_STREAM, SLOTS_STREAM = 1, 2
 """Keys of the two kinds of permutation, so that they never share one."""
 
-I64 = NDArray[np.int64]
-
 
 @frozen
 class Segment:
-    """A stretch of samples with one set of weights: slots per bucket, and what each bucket gave before ``begin``."""
+    """A stretch of samples with one set of weights: slots per bucket, and each bucket's samples before ``begin``."""
 
     number: int
     begin: int
@@ -115,15 +113,13 @@ def mixture(
                 if not weights.any():
                     break
             segment = Segment(len(segments), begin, end, _slots(weights), tuple(given.tolist()))
-            stop, exhausted = end, False
             if on_exhaustion != "repeat":
-                dry = begin + _exhausted(segment, seed, rows)
-                exhausted = end is None or dry < end
-                stop = dry if exhausted else end
-            segments.append(evolve(segment, end=stop))
-            if stop is None or (exhausted and on_exhaustion == "halt"):
-                return Mixture(rows, seed, tuple(segments), stop)
-            given, begin = given + _dealt(segment, seed, stop - begin), stop
+                exhausted = begin + _exhausted(segment, seed, rows)
+                segment = evolve(segment, end=exhausted if end is None else min(exhausted, end))
+            segments.append(segment)
+            if segment.end is None or (on_exhaustion == "halt" and segment.end != end):
+                return Mixture(rows, seed, tuple(segments), segment.end)
+            given, begin = given + _dealt(segment, seed, segment.end - begin), segment.end
     return Mixture(rows, seed, tuple(segments), begin)
 
 
@@ -200,10 +196,10 @@ def _dealt(segment: Segment, seed: int, samples: int) -> I64:
 
 def _exhausted(segment: Segment, seed: int, rows: Sequence[int]) -> int:
     """The segment's first sample for which its bucket has no unread row."""
-    dry: list[int] = []
+    firsts: list[int] = []
     for b, (slots, left) in enumerate(zip(segment.slots, np.subtract(rows, segment.given).tolist(), strict=True)):
         if slots:
             periods, rest = divmod(left, slots)
             bucket, _ = _period(segment.slots, seed, segment.number, periods)
-            dry.append(periods * SLOTS + int(np.flatnonzero(bucket == b)[rest]))
-    return min(dry)
+            firsts.append(periods * SLOTS + int(np.flatnonzero(bucket == b)[rest]))
+    return min(firsts)

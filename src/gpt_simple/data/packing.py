@@ -1,9 +1,8 @@
 """How documents are cut into rows of ``max_length`` inputs and targets.
 
-A row is made of spans of a shard. A span (start, length) predicts the tokens at ``start .. start + length -
-1``, each from the token before it; what comes before a document is the EOD of the one before. What a row does
-not fill is EOD that is no target. Whatever the policy, every token of every document and every document's EOD
-is a target exactly once:
+A row is made of spans of a shard. A span (start, length) predicts the tokens at ``start .. start + length - 1``, each
+from the token before it; what comes before a document is the EOD of the one before. What a row does not fill is EOD
+that is no target. Whatever the policy, every token of every document and every document's EOD is a target exactly once:
 
 - ``concat``: row ``r`` of a shard is the one span that starts at ``1 + r * max_length``;
 - ``best_fit``: a document that fits into a row is never split (best-fit decreasing); a longer one is cut into
@@ -13,16 +12,16 @@ is a target exactly once:
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from attrs import frozen
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from gpt_simple.data.order import I64
 from gpt_simple.data.shards import Shard
 
-I64 = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
@@ -35,21 +34,7 @@ class Block:
     scored: Bools | None
     """Which labels are targets; None: all."""
     starts: Bools | None = None
-    """Where a document, a window of one or the padding begins; always in column 0. None unless asked for."""
-
-
-class Rows(Protocol):
-    """The rows of a shard under a packing."""
-
-    @property
-    def shard(self) -> Shard: ...
-
-    def __len__(self) -> int: ...
-
-    def targets(self, rows: I64) -> I64:
-        """Number of targets of each row."""
-
-    def read(self, rows: I64, *, starts: bool) -> Block: ...
+    """Where a document, a window of one or the padding begins; always in column 0. None if ``read`` omits them."""
 
 
 @frozen(eq=False)
@@ -63,6 +48,7 @@ class ConcatRows:
         return -(-self.shard.targets // self.max_length)
 
     def targets(self, rows: I64) -> I64:
+        """Number of targets of each row."""
         return np.minimum(self.shard.targets - rows * self.max_length, self.max_length)
 
     def read(self, rows: I64, *, starts: bool) -> Block:
@@ -103,6 +89,7 @@ class BestFitRows:
         return len(self.row_targets)
 
     def targets(self, rows: I64) -> I64:
+        """Number of targets of each row."""
         return self.row_targets[rows]
 
     def read(self, rows: I64, *, starts: bool) -> Block:
@@ -138,6 +125,10 @@ class BestFitRows:
         return Block(inputs, labels, scored, begins)
 
 
+Rows = ConcatRows | BestFitRows
+"""The rows of a shard under a packing."""
+
+
 def best_fit(shard: Shard, max_length: int, overlap: int) -> BestFitRows:
     """Pack the documents of a shard: the longest piece first, each into the fullest row that has room for it."""
     start, length, masked = _pieces(np.asarray(shard.starts), max_length, overlap)
@@ -164,9 +155,8 @@ def _pieces(starts: I64, max_length: int, overlap: int) -> tuple[I64, I64, I64]:
 def _assign(lengths: I64, max_length: int) -> I64:
     """The row of each piece, for lengths that descend.
 
-    Rows with equal room are one class, and equal lengths are placed together: the fullest row that takes a
-    piece is still the fullest after it, so a class is filled row by row and the work is that of distinct
-    lengths, not pieces.
+    Rows with equal room are one class, and equal lengths are placed together: the fullest row that takes a piece is
+    still the fullest after it, so a class is filled row by row and the work is that of distinct lengths, not pieces.
     """
     row = np.empty(len(lengths), np.int64)
     room: list[list[I64]] = [[] for _ in range(max_length + 1)]

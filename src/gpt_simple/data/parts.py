@@ -1,11 +1,14 @@
-"""Units of raw text as tokens on disk: encoded by several processes, each part written whole or not at all.
+"""A directory of raw text as units of work, and each unit as tokens on disk.
 
-A part is ``KEY.tokens`` (documents, each ended by EOD), ``KEY.documents`` (what is known of each) and, written last,
-``KEY.json``. Its key says what it was made from, so whoever finds it after a kill can use it.
+The content of a unit depends on the files alone, never on the number of processes. Several processes encode units; each
+part is written whole or not at all. A part is ``KEY.tokens`` (documents, each ended by EOD), ``KEY.documents`` (a
+DOCUMENT of each) and, written last, ``KEY.json``. The key is a hash of all that the part was made from, so a part that
+is found after a kill can be used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,70 +24,177 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import asdict, define, field, frozen
 from numpy.typing import NDArray
 
 from gpt_simple._files import fsync
-from gpt_simple.data.corpus import Skipped, Unit, read
-from gpt_simple.data.manifest import token_dtype
-from gpt_simple.data.tokenize import BATCH_BYTES, key_hash
+from gpt_simple.data.manifest import ALL, token_dtype
+from gpt_simple.data.sources import files
+from gpt_simple.data.tokenize import batches, key_hash
 from gpt_simple.data.tokenizer import JsonTokenizer, load_tokenizer
-from gpt_simple.errors import GptSimpleError
+from gpt_simple.errors import DataError, GptSimpleError
+
+UNIT_BYTES = 1 << 22
+"""A unit is about this much of files on disk; more if that made more than ``MOST_UNITS``."""
+
+MOST_UNITS = 1 << 12
+
+SHOWN = 100
+"""How many skipped documents of a unit are named; the others are counted."""
 
 DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<i8"), ("bytes", "<i8")])
-"""Of each document: the hash of its text, how many tokens it has with its EOD, how many bytes of UTF-8."""
+"""Of each document: the hash of its text, its tokens with the EOD, its bytes of UTF-8."""
+
+
+@frozen
+class Piece:
+    """A file, or the JSON lines of it that begin at bytes ``begin`` to ``end``."""
+
+    file: Path
+    begin: int
+    end: int
+    state: str
+    """Name, size and time of the file, with ``begin`` and ``end``: changes when the text does."""
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+
+@frozen
+class Unit:
+    """Some pieces of one bucket, in order."""
+
+    bucket: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    @property
+    def state(self) -> str:
+        return "|".join(piece.state for piece in self.pieces)
+
+
+@define
+class Skipped:
+    """Documents that were left out: those without text, and those that could not be read, some with their places."""
+
+    empty: int = 0
+    bad: int = 0
+    errors: list[str] = field(factory=list)
+    without_text: list[str] = field(factory=list)
+
+    def add(self, error: DataError) -> None:
+        self.bad += 1
+        if len(self.errors) < SHOWN:
+            self.errors.append(str(error))
+
+    def add_empty(self, place: files.Place) -> None:
+        self.empty += 1
+        if len(self.without_text) < SHOWN:
+            self.without_text.append(f"{place()}: no text")
+
+    def extend(self, other: Skipped) -> None:
+        self.empty += other.empty
+        self.bad += other.bad
+        self.errors += other.errors
+        self.without_text += other.without_text
+
+
+def find_units(root: Path) -> list[Unit]:
+    """All text below a directory. Its sub-directories are the buckets; files beside them are in ``all``."""
+    if not root.is_dir():
+        raise DataError("no such directory", location=f"--input_dir {root}")
+    found = [(file, file.stat()) for file in files.find(root, option="--input_dir")]
+    total = sum(stat.st_size for _, stat in found)
+    if not total:
+        raise DataError(
+            f"all {len(found)} files are empty", location=f"--input_dir {root}", hint="there is nothing to tokenize"
+        )
+    wanted = max(UNIT_BYTES, -(-total // MOST_UNITS))
+    buckets: dict[str, list[Piece]] = {}
+    for file, stat in found:
+        name = file.relative_to(root)
+        bucket = name.parts[0] if len(name.parts) > 1 else ALL
+        step = wanted if file.name.endswith(".jsonl") else max(1, stat.st_size)
+        for begin in range(0, max(1, stat.st_size), step):
+            end = min(begin + step, stat.st_size)
+            state = json.dumps([name.as_posix(), stat.st_size, stat.st_mtime_ns, begin, end])
+            buckets.setdefault(bucket, []).append(Piece(file, begin, end, state))
+    return [unit for bucket in sorted(buckets) for unit in _units(bucket, buckets[bucket], wanted)]
+
+
+def read(unit: Unit, text_key: str, skipped: Skipped) -> Iterator[str]:
+    """The texts of a unit's documents, without those that are empty or cannot be read."""
+    for piece in unit.pieces:
+        # A file of 0 bytes holds one document without text, whatever its suffix.
+        lines = files.holds_json_lines(piece.file) and piece.end > 0
+        # Positions in a compressed file are not those of its text; it is one piece.
+        begin, end = (piece.begin, piece.end) if piece.file.name.endswith(".jsonl") else (0, None)
+        for text, place in files.read(
+            piece.file, text_key, json_lines=lines, bad=skipped.add, option="--text_key", begin=begin, end=end
+        ):
+            if text:
+                yield text
+            else:
+                skipped.add_empty(place)
+
+
+def _units(bucket: str, pieces: list[Piece], wanted: int) -> Iterator[Unit]:
+    """The pieces of a bucket in groups of about ``wanted`` bytes."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if group and size + piece.size > wanted:
+            yield Unit(bucket, tuple(group))
+            group, size = [], 0
+        group.append(piece)
+        size += piece.size
+    yield Unit(bucket, tuple(group))
 
 
 @frozen
 class Settings:
-    """What a part depends on beside its unit, and where parts are."""
+    """What a part depends on beside its unit, and the directory of parts."""
 
     directory: Path
     tokenizer: Path
     fingerprint: str
     text_key: str
 
-    def key(self, unit: Unit) -> str:
-        return unit.key(f"{self.fingerprint}|{self.text_key}")
+    def part(self, unit: Unit) -> Path:
+        """The ``.json`` of the unit's part."""
+        made_from = f"{self.fingerprint}|{self.text_key}|{unit.state}"
+        return self.directory / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.json"
 
 
-@frozen(eq=False)
-class Part:
-    """The tokens of a unit's documents and what is known of each (DOCUMENT), mapped into memory."""
-
-    tokens: NDArray[Any]
-    documents: NDArray[Any]
-    skipped: Skipped
+def documents_of(unit: Unit, settings: Settings) -> NDArray[Any]:
+    """A DOCUMENT of each of a unit's documents."""
+    return np.fromfile(settings.part(unit).with_suffix(".documents"), DOCUMENT)
 
 
-def open_part(unit: Unit, settings: Settings) -> Part | None:
-    """The part of a unit; None if it has not been made."""
-    path = settings.directory / f"{settings.key(unit)}.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    dtype = token_dtype(tokenizer_of(settings).vocab_size)
-    tokens = np.fromfile(path.with_suffix(".tokens"), dtype)
-    documents = np.fromfile(path.with_suffix(".documents"), DOCUMENT)
-    return Part(tokens, documents, Skipped(**record))
+def tokens_of(unit: Unit, settings: Settings) -> NDArray[Any]:
+    """The tokens of all of a unit's documents, each ended by EOD."""
+    return np.fromfile(settings.part(unit).with_suffix(".tokens"), token_dtype(tokenizer_of(settings).vocab_size))
 
 
-def is_made(unit: Unit, settings: Settings) -> bool:
-    return (settings.directory / f"{settings.key(unit)}.json").exists()
+def skipped_of(unit: Unit, settings: Settings) -> Skipped | None:
+    """What was left out of the part of a unit; None if it has not been made."""
+    path = settings.part(unit)
+    return Skipped(**json.loads(path.read_text())) if path.exists() else None
 
 
 def make_part(unit: Unit, settings: Settings) -> Skipped:
     """Encode a unit; returns what of it was left out."""
-    tokenizer, skipped = tokenizer_of(settings), Skipped()
-    path = settings.directory / settings.key(unit)
+    tokenizer, skipped, path = tokenizer_of(settings), Skipped(), settings.part(unit)
     dtype = token_dtype(tokenizer.vocab_size)
     with path.with_suffix(".tokens").open("wb") as tokens, path.with_suffix(".documents").open("wb") as documents:
-        for texts in _batches(read(unit, settings.text_key, skipped)):
+        for texts in batches(read(unit, settings.text_key, skipped), str):
             ids, sizes = tokenizer.encode_documents(texts)
             tokens.write(ids.astype(dtype).data)
-            known = [
-                (key_hash(text), size, len(text.encode())) for text, size in zip(texts, sizes.tolist(), strict=True)
-            ]
+            known = [(key_hash(t), size, len(t.encode())) for t, size in zip(texts, sizes.tolist(), strict=True)]
             documents.write(np.array(known, DOCUMENT).data)
         for file in (tokens, documents):
             file.flush()
@@ -92,7 +202,7 @@ def make_part(unit: Unit, settings: Settings) -> Skipped:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(skipped)))
     fsync(temporary)
-    temporary.replace(path.with_suffix(".json"))
+    temporary.replace(path)
     return skipped
 
 
@@ -112,11 +222,11 @@ def make_parts(units: Sequence[Unit], settings: Settings, workers: int) -> Gener
             yield jobs[job], job.result()
     except BrokenProcessPool as error:
         raise GptSimpleError(
-            "a process that tokenizes has died, perhaps for want of memory",
+            "a process that tokenizes has died, perhaps because memory ran out",
             hint="what is done is kept: run the command again, with a lower --num_workers if need be",
         ) from error
     finally:
-        # A part is whole or not there, so nothing is lost; and to wait for the end leaves no semaphore behind.
+        # A part is whole or not there, so nothing is lost. Waiting for the end leaves no semaphore behind.
         for process in multiprocessing.active_children():
             if process not in others:
                 process.kill()
@@ -125,7 +235,7 @@ def make_parts(units: Sequence[Unit], settings: Settings, workers: int) -> Gener
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes that are started meanwhile hear no signal that a terminal or a scheduler sends to all of them."""
+    """Processes that are started meanwhile ignore the signals that a terminal or a scheduler sends to all of them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         yield
@@ -134,31 +244,19 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _start() -> None:
-    """In a new process: one thread of encoding, and no life after the parent's death."""
+    """In a new process: encode in one thread, and exit when the parent ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def leave_with_parent(sentinel: int = parent.sentinel) -> None:
+    def exit_with_parent(sentinel: int = parent.sentinel) -> None:
         wait([sentinel])
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 @lru_cache(maxsize=1)
 def tokenizer_of(settings: Settings) -> JsonTokenizer:
     """The tokenizer of all parts, loaded once in each process."""
     return load_tokenizer(settings.tokenizer)
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -1,8 +1,8 @@
 """From what ``[data]`` names to a dataset that can be trained on.
 
-Raw text is tokenised once into the cache, under a name made of everything that it depends on: the content of
-the documents, the tokenizer, the split. Nothing is written before all documents were read and found good, and
-a dataset appears whole or not at all. This module needs no torch.
+Raw text is tokenized once into the cache, under a name made of everything that it depends on: the content of the
+documents, the tokenizer, the split. Nothing is written before all documents were read and found good, and a dataset
+appears whole or not at all. This module needs no torch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from pathlib import Path
 from attrs import evolve
 
 from gpt_simple.config.schema import Config, DataConfig
-from gpt_simple.data.cache import Log, building
+from gpt_simple.data.cache import Log, build_once
 from gpt_simple.data.dataset import Dataset, open_dataset
 from gpt_simple.data.locate import cached, check, order_seed, tokenizer_choice, tokenizer_of
 from gpt_simple.data.manifest import read_manifest
-from gpt_simple.data.nanogpt import NanoGpt
 from gpt_simple.data.sources import Source, Stream
-from gpt_simple.data.sources.shards import Shards
+from gpt_simple.data.sources.shards import NanoGpt, Shards
 from gpt_simple.data.stream import Head, stream_rows
 from gpt_simple.data.tokenize import survey, write
 from gpt_simple.errors import DataError
@@ -28,47 +27,47 @@ from gpt_simple.hooks.components import Registry
 def prepare(config: Config, registry: Registry, *, log: Log | None = None, require_val: bool = True) -> Dataset:
     """The dataset of a configuration, prepared now or before.
 
-    ``require_val``: refuse a val split that is shorter than one row (an evaluation is wanted). Raises
-    ConfigError for settings that exclude each other and DataError for anything wrong with the data; then
-    nothing was written.
+    ``require_val``: refuse a val split that is shorter than one row (an evaluation is wanted). Raises ConfigError for
+    settings that exclude each other and DataError for anything wrong with the data; then nothing was written.
     """
     log = log or (lambda message: None)
     source = check(config, registry)
     data = config.data
-    if isinstance(source, Shards):
-        nanogpt = source.nanogpt
-        directory = source.directory if nanogpt is None else _linked(nanogpt, data, registry, log)
+    if isinstance(source, NanoGpt):
+        directory = _linked(source, data, registry, log)
+    elif isinstance(source, Shards):
+        directory = source.directory
     else:
-        raw = Head(source) if isinstance(source, Stream) else source
-        directory = _prepared(raw, data, registry, log, require_val)
+        documents = Head(source) if isinstance(source, Stream) else source
+        directory = _prepared(documents, data, registry, log, require_val)
     manifest = read_manifest(directory)
     tokenizer = tokenizer_of(directory, manifest, data, registry, raw=not isinstance(source, Shards))
     dataset = open_dataset(directory, tokenizer, manifest, data, log)
     if not dataset.train.targets:
         raise DataError(f"{directory}: the train split is empty", hint="lower data.val_fraction or add text")
     if require_val:
-        documents = dataset.val.documents + dataset.train.documents
-        _require_val(dataset.val.targets, dataset.val.documents, documents, data, given=isinstance(source, Shards))
+        val, count = dataset.val, dataset.val.documents + dataset.train.documents
+        _require_val(val.targets, val.documents, count, data, prepared=isinstance(source, Shards))
     if isinstance(source, Stream):
         return evolve(dataset, stream=stream_rows(source, data, tokenizer))
-    dataset.order(data, order_seed(config))
+    dataset.order(data, order_seed(config))  # raises for a curriculum that the buckets do not allow
     return dataset
 
 
 def _linked(source: NanoGpt, data: DataConfig, registry: Registry, log: Log) -> Path:
     """A cached dataset that stands for nanoGPT's files."""
-    target = cached(source.state(), data, registry)
-    if not target.exists():
-        with building(target, log) as directory:
-            if directory is not None:
-                log(f"reading {source.directory} once, for counts and checksums")
-                source.link(directory, tokenizer_choice(data, registry)[1](data, lambda: iter(())))
+
+    def fill(directory: Path) -> None:
+        log(f"reading {source.directory} once, for counts and checksums")
+        source.link(directory, tokenizer_choice(data, registry)[1](data, lambda: iter(())))
+
+    target = cached(source.fingerprint(), data, registry)
+    build_once(target, fill, log)
     return target
 
 
 def _prepared(source: Source, data: DataConfig, registry: Registry, log: Log, require_val: bool) -> Path:
     """The cached dataset of raw documents."""
-    _, train = tokenizer_choice(data, registry)
     fingerprint = source.fingerprint()
     target = cached(fingerprint, data, registry)
     if target.exists():
@@ -81,24 +80,29 @@ def _prepared(source: Source, data: DataConfig, registry: Registry, log: Log, re
         # A token stands for at least a byte: a split that is too short even so is refused before anything is written.
         longest = found.val_bytes + 2 * found.val_documents
         _require_val(longest, found.val_documents, found.documents, data, "at most ")
-    with building(target, log) as directory:
-        if directory is not None:
-            size = f"{found.bytes / 1e6:.1f} MB of text"
-            log(f"preparing {found.documents:,} documents, {size}, tokenizer {data.tokenizer}")
-            manifest = write(directory, source, data, found, train, fingerprint)
-            val = manifest.splits["val"]
-            if require_val:
-                _require_val(val.tokens, val.documents, found.documents, data)
-            log(f"prepared {manifest.splits['train'].tokens + val.tokens:,} tokens in {target}")
+
+    def fill(directory: Path) -> None:
+        size = f"{found.bytes / 1e6:.1f} MB of text"
+        log(f"preparing {found.documents:,} documents, {size}, tokenizer {data.tokenizer}")
+        train_tokenizer = tokenizer_choice(data, registry)[1]
+        splits = write(directory, source, data, found, train_tokenizer, fingerprint).splits
+        val = splits["val"]
+        if require_val:
+            _require_val(val.tokens, val.documents, found.documents, data)
+        log(f"prepared {splits['train'].tokens + val.tokens:,} tokens in {target}")
+
+    build_once(target, fill, log)
     return target
 
 
 def _require_val(
-    tokens: int, documents: int, of_documents: int, data: DataConfig, bound: str = "", *, given: bool = False
+    tokens: int, documents: int, of_documents: int, data: DataConfig, bound: str = "", *, prepared: bool = False
 ) -> None:
-    """Refuse a val split without a whole row. ``given``: the dataset brings it, no setting changes what is in it."""
+    """Refuse a val split without a whole row. ``prepared``: the dataset brings it, no setting changes its content."""
     if tokens < data.max_length:
-        share, remedy = ("", "") if given else (f" (data.val_fraction {data.val_fraction:g})", "raise val_fraction, ")
+        share, remedy = (
+            ("", "") if prepared else (f" (data.val_fraction {data.val_fraction:g})", "raise val_fraction, ")
+        )
         raise DataError(
             f"the validation split is shorter than one sample: {bound}{tokens:,} tokens in {documents:,} of "
             f"{of_documents:,} documents{share}, and a sample is data.max_length {data.max_length:,}",

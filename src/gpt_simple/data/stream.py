@@ -1,30 +1,30 @@
-"""Rows from a source without number or index: it is tokenized while training goes on, and nothing of it is kept.
+"""Rows from a source without length or index: it is tokenized during training, and nothing of it is kept.
 
-What a stream promises: documents come in its order, cut as packing ``concat`` cuts them, and a resumed run goes on with
-exactly the row that comes next, whatever the number of processes, as long as the stream tells the same documents in the
-same order. What it costs: every process reads and tokenizes the whole stream, and a resume does so again from the
-beginning up to where it stopped. Documents are not shuffled: the order is the source's.
+Documents come in the order of the stream and are cut as packing ``concat`` cuts them. A resumed run goes on with the
+row that comes next, whatever the number of processes, as long as the stream yields the same documents in the same
+order. The cost: every process reads and tokenizes the whole stream, and a resume does so again from the beginning up to
+where the run stopped. Documents are not shuffled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import DataConfig
+from gpt_simple.data.order import I64
 from gpt_simple.data.sources import Document, Stream
-from gpt_simple.data.tokenize import BATCH_BYTES, key_hash, survey
+from gpt_simple.data.tokenize import BATCH_BYTES, batches, encode_documents, key_hash, survey
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
 
 HEAD_BYTES = 1 << 24
 """The val split is held out of this much text at the beginning, and a tokenizer is trained on the rest of that."""
-
-I64 = NDArray[np.int64]
 
 
 @frozen
@@ -65,10 +65,10 @@ class StreamRows:
         skip, held = consumed * length, np.array([self.tokenizer.eod_id])
         for tokens in self._tokens():
             if skip >= len(tokens):
-                # Of what is skipped, the last token is the input of the first target after it.
+                # The last skipped token is the input of the first target.
                 skip, held = skip - len(tokens), tokens[-1:]
                 continue
-            held = np.concatenate([held, tokens])[skip:]
+            held = np.concatenate([held, tokens], dtype=np.int64)[skip:]
             skip = 0
             while len(held) > count * length:
                 yield _rows(held, count, length)
@@ -76,13 +76,12 @@ class StreamRows:
         if rest := (len(held) - 1) // length:
             yield _rows(held, rest, length)
 
-    def _tokens(self) -> Iterator[I64]:
+    def _tokens(self) -> Iterator[NDArray[Any]]:
         """The tokens of documents, each with its EOD, some documents at a time."""
         while True:
             total = 0
-            for texts in _batches(self._texts()):
-                parts = [[*ids, self.tokenizer.eod_id] for ids in self.tokenizer.encode_batch(texts)]
-                tokens = np.concatenate([np.array(part, np.int64) for part in parts])
+            for texts in batches(self._texts(), str, BATCH_BYTES // 16):
+                tokens, _ = encode_documents(self.tokenizer, texts)
                 total += len(tokens)
                 yield tokens
             if not total:
@@ -91,8 +90,7 @@ class StreamRows:
                 return
 
     def _texts(self) -> Iterator[str]:
-        told = islice(self.stream.stream(), self.data.max_documents)
-        documents = (document for document in told if document.text)
+        documents = (each for each in islice(self.stream.stream(), self.data.max_documents) if each.text)
         head = islice(documents, len(self.held_out))
         yield from (document.text for document, out in zip(head, self.held_out, strict=False) if not out)
         limit = int(self.data.val_fraction * 2**64)
@@ -100,7 +98,7 @@ class StreamRows:
 
 
 def stream_rows(stream: Stream, data: DataConfig, tokenizer: Tokenizer) -> StreamRows:
-    """The rows of a stream, after its head was read to see again what is held out."""
+    """The rows of a stream, after a reading of its head that finds what is held out."""
     found = survey(Head(stream), data)
     if found.documents == 1 and data.val_fraction:
         raise DataError(
@@ -113,15 +111,3 @@ def stream_rows(stream: Stream, data: DataConfig, tokenizer: Tokenizer) -> Strea
 
 def _rows(tokens: I64, count: int, length: int) -> I64:
     return np.lib.stride_tricks.sliding_window_view(tokens[: count * length + 1], length + 1)[::length]
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES // 16:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.manifest import ALL, FILE, TOKENIZER, Manifest, SplitRecord
-from gpt_simple.data.shards import ShardWriter
+from gpt_simple.data.manifest import ALL, Manifest
+from gpt_simple.data.shards import DatasetWriter
 from gpt_simple.data.sources import Document, Source
-from gpt_simple.data.tokenizer import Train
+from gpt_simple.data.tokenizer import JsonTokenizer, Train
 from gpt_simple.errors import DataError
+from gpt_simple.hooks.batch import Tokenizer
 
 TRAINING_BYTES = 1 << 27
 """A tokenizer is trained on a sample of about this much text."""
@@ -27,10 +29,12 @@ TRAINING_BYTES = 1 << 27
 BATCH_BYTES = 1 << 22
 """Text that is encoded in one call."""
 
+T = TypeVar("T")
+
 
 @frozen(eq=False)
 class Survey:
-    """What one reading of all documents tells. Sizes are in bytes of UTF-8; documents without text do not count."""
+    """The result of reading all documents once. Sizes are in bytes of UTF-8; documents without text do not count."""
 
     held_out: NDArray[np.bool_]
     """Of each document, whether it goes to the val split."""
@@ -61,7 +65,7 @@ def survey(source: Source, data: DataConfig) -> Survey:
     held_out = held_out_of(share, int(share.min()), int(share.max()), data.val_fraction)
     if len(share) == 1 and data.val_fraction:
         val = len(text[_cut(text, data.val_fraction) :].encode())
-        return Survey(np.array([False]), sizes[0], val, 1, empty)
+        return Survey(held_out, sizes[0], val, 1, empty)
     val = int(np.array(sizes)[held_out].sum())
     return Survey(held_out, sum(sizes), val, int(held_out.sum()), empty)
 
@@ -87,50 +91,52 @@ def held_out_of(hashes: NDArray[np.uint64], lowest: int, highest: int, val_fract
 def write(directory: Path, source: Source, data: DataConfig, found: Survey, train: Train, fingerprint: str) -> Manifest:
     """Fill a directory with the shards of both splits, the tokenizer and, last, the manifest."""
     tokenizer = train(data, lambda: _training_texts(source, data, found))
-    manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, fingerprint, {})
-    splits = {name: _SplitWriter(directory, name, manifest) for name in ("train", "val")}
-    for batch in _batches(_documents(source, data, found)):
-        encoded = tokenizer.encode_batch([document.text for _, document in batch])
-        for (name, document), ids in zip(batch, encoded, strict=True):
-            splits[name].add(document, ids)
-    manifest = evolve(manifest, splits={name: split.close() for name, split in splits.items()})
-    tokenizer.save(directory / TOKENIZER)
-    (directory / FILE).write_text(manifest.text, encoding="utf-8")
-    return manifest
+    writer = DatasetWriter(directory, tokenizer, buckets=(ALL,))
+    nats: dict[str, float | None] = {"train": 0.0, "val": 0.0}
+    for batch in batches(_documents(source, data, found), lambda pair: pair[1].text):
+        texts = [document.text for _, document in batch]
+        tokens, sizes = encode_documents(tokenizer, texts)
+        text_bytes = np.array([len(text.encode()) for text in texts])
+        writer.add(ALL, tokens, sizes, text_bytes, np.array([held_out for held_out, _ in batch]))
+        for held_out, document in batch:
+            split = "val" if held_out else "train"
+            total = nats[split]
+            nats[split] = None if total is None or document.nats is None else total + document.nats
+    return writer.close(fingerprint, nats)
 
 
-class _SplitWriter:
-    """The shards of a split and its totals."""
-
-    def __init__(self, directory: Path, name: str, manifest: Manifest) -> None:
-        self.shards = ShardWriter(directory, f"{name}/{ALL}", manifest.dtype, manifest.eod_id, manifest.vocab_size)
-        self.documents, self.bytes = 0, 0
-        self.nats: float | None = 0.0
-
-    def add(self, document: Document, ids: list[int]) -> None:
-        self.shards.add(ids)
-        self.documents += 1
-        self.bytes += len(document.text.encode())
-        self.nats = None if self.nats is None or document.nats is None else self.nats + document.nats
-
-    def close(self) -> SplitRecord:
-        shards = self.shards.close()
-        tokens = sum(shard.tokens for shard in shards)
-        return SplitRecord(self.documents, tokens, self.bytes, self.nats, {ALL: shards})
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Ids of all texts in one array, each text followed by EOD, and how many each has with it."""
+    if isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.encode_documents(texts)
+    ended = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
+    return np.array(list(itertools.chain.from_iterable(ended)), np.int64), np.array([len(ids) for ids in ended])
 
 
-def _documents(source: Source, data: DataConfig, found: Survey) -> Iterator[tuple[str, Document]]:
-    """Documents with the name of their split. Of a single document, the end is held out."""
-    told = itertools.islice(source.documents(), data.max_documents)
-    documents = (document for document in told if document.text)
+def batches(items: Iterable[T], text_of: Callable[[T], str], limit: int = BATCH_BYTES) -> Iterator[list[T]]:
+    """Groups of items that hold about ``limit`` characters of text each."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += len(text_of(item))
+        if size >= limit:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _documents(source: Source, data: DataConfig, found: Survey) -> Iterator[tuple[bool, Document]]:
+    """Documents, and whether each is held out. Of a single document, the end is held out."""
+    documents = (each for each in itertools.islice(source.documents(), data.max_documents) if each.text)
     if found.documents == 1 and data.val_fraction:
         text = next(documents).text
         cut = _cut(text, data.val_fraction)
-        parts = (("train", text[:cut]), ("val", text[cut:]))
-        yield from ((name, Document(part, key=name)) for name, part in parts if part)
-        return
-    for held_out, document in zip(found.held_out, documents, strict=True):
-        yield "val" if held_out else "train", document
+        halves = ((False, text[:cut]), (True, text[cut:]))
+        yield from ((held_out, Document(half, key="")) for held_out, half in halves if half)
+    else:
+        yield from zip(found.held_out.tolist(), documents, strict=True)
 
 
 def _cut(text: str, val_fraction: float) -> int:
@@ -141,21 +147,9 @@ def _cut(text: str, val_fraction: float) -> int:
 def _training_texts(source: Source, data: DataConfig, found: Survey) -> Iterator[str]:
     """The train split, thinned evenly to ``TRAINING_BYTES``; the first document always."""
     share, owed = min(1.0, TRAINING_BYTES / found.bytes), 1.0
-    for name, document in _documents(source, data, found):
-        if name == "train":
+    for held_out, document in _documents(source, data, found):
+        if not held_out:
             owed += share
             if owed >= 1.0:
                 owed -= 1.0
                 yield document.text[:TRAINING_BYTES]
-
-
-def _batches(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    batch, size = [], 0
-    for item in documents:
-        batch.append(item)
-        size += len(item[1].text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -3,9 +3,7 @@
 A tokenizer is a byte-level BPE trained on the data, plain bytes (the same thing without merges), or a tokenizer.json.
 All are one class over the `tokenizers` library and one file on disk, so that what a run trained with can be loaded
 anywhere; where it gives the same ids, text goes through tiktoken. Text never becomes a special token, whatever it
-contains: only the end of a document does.
-
-Loading one, to see what it is, needs no numpy; encoding does (encoder.py).
+contains: only the end of a document does. Encoding needs numpy (encoder.py), loading does not.
 """
 
 from __future__ import annotations
@@ -13,17 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import frozen
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.byte_level import pieces, stretches
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
 
@@ -31,17 +28,23 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from gpt_simple.data.encoder import Encoder
-
 END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
-"""What tokenizers of the field call the end of a document, in the order in which they are looked for."""
+"""Names that known tokenizers give the end of a document, in the order of their precedence."""
 
 FILE = "tokenizer.json"
 BYTE_IDS = 257
 """Ids of `bytes`: one for each byte and one for the end of a document."""
 _IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+"""The parts of a tokenizer.json that determine ids."""
 
+PIECE = 1 << 16
+"""Longer texts are encoded in pieces of about this many characters: in parallel, and in bounded memory."""
+
+STRETCH = 256
+"""Training a tokenizer takes time quadratic in the length of a word: longer words are cut for it."""
+
+_CUT = re.compile(r"[!-~](?=\n)")
 
 Train = Callable[[DataConfig, Callable[[], Iterator[str]]], Tokenizer]
 """How a tokenizer is made from the texts that the function gives."""
@@ -54,39 +57,57 @@ class JsonTokenizer:
     name: str
     backend: Backend
     eod_id: int
-    vocab_size: int = field(init=False)
-    fingerprint: str = field(init=False)
-    _spec: dict[str, Any] = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
-        spec = json.loads(self.backend.to_str())
-        text = json.dumps({key: spec[key] for key in _IDS}, sort_keys=True)
-        object.__setattr__(self, "_spec", spec)
-        object.__setattr__(self, "vocab_size", max(self.backend.get_vocab().values()) + 1)
-        object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest())
 
     @cached_property
-    def encoder(self) -> Encoder:
-        """Made when text is encoded: checking how that may be done takes longer than loading the tokenizer."""
-        from gpt_simple.data.encoder import Encoder
+    def _spec(self) -> dict[str, Any]:
+        spec: dict[str, Any] = json.loads(self.backend.to_str())
+        return spec
 
-        return Encoder.of(self.backend, self._spec)
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self.backend.get_vocab().values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        text = json.dumps({key: self._spec[key] for key in _IDS}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def _encode(self) -> Callable[[Sequence[str]], Iterable[NDArray[np.uint32]]]:
+        from gpt_simple.data.encoder import encoder  # needs numpy; loading a tokenizer does not
+
+        return encoder(self.backend, self._spec, plain=is_plain(self._spec))
+
+    def _arrays(self, texts: Sequence[str]) -> Iterator[list[NDArray[np.uint32]]]:
+        """The ids of each text, in one or more arrays."""
+        plain = is_plain(self._spec)
+        groups = [list(pieces(text)) if plain else [text] for text in texts]
+        encoded = iter(self._encode([piece for group in groups for piece in group]))
+        return ([next(encoded) for _ in group] for group in groups)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[index for part in parts for index in part.tolist()] for parts in self.encoder.encode(texts)]
+        return [[index for part in parts for index in part.tolist()] for parts in self._arrays(texts)]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Ids of all texts in one array, each text followed by ``eod_id``, and how many each has with it.
 
         Faster than lists of Python's numbers.
         """
-        return self.encoder.documents(texts, self.eod_id)
+        import numpy as np
+
+        end, arrays, sizes = np.array([self.eod_id], np.uint32), [], []
+        for parts in self._arrays(texts):
+            arrays += [*parts, end]
+            sizes.append(sum(map(len, parts)) + 1)
+        return np.concatenate(arrays), np.array(sizes)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
@@ -162,3 +183,38 @@ def _train(vocab_size: int, texts: Iterable[str]) -> Backend:
     parts = (part for text in texts for piece in pieces(text) for part in stretches(piece))
     backend.train_from_iterator(parts, trainer)
     return backend
+
+
+def is_plain(spec: Mapping[str, Any]) -> bool:
+    """Whether text is split by the byte-level pattern alone, as in the tokenizers that are trained here.
+
+    ``spec`` is the content of a tokenizer.json.
+    """
+    pattern = spec["pre_tokenizer"] or {}
+    return (
+        spec["normalizer"] is None
+        and pattern.get("type") == "ByteLevel"
+        and not pattern["add_prefix_space"]
+        and pattern["use_regex"]
+        and all(token["special"] for token in spec["added_tokens"])
+    )
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut where the byte-level pattern cuts anyway, before a newline that follows a printable ASCII character."""
+    start = 0
+    while len(text) - start > PIECE and (cut := _CUT.search(text, start + PIECE)):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def stretches(text: str) -> Iterator[str]:
+    """Cut runs of hundreds of characters without a space, or of nothing else, as in encoded binaries and padding."""
+    start = 0
+    for end in range(STRETCH, len(text), STRETCH):
+        block = text[end - STRETCH : end]
+        if block.split(None, 1) in ([], [block]):
+            yield text[start:end]
+            start = end
+    yield text[start:]

@@ -1,8 +1,7 @@
 """Causal self-attention with any number of key/value heads, in one call of ``scaled_dot_product_attention``.
 
-That call stays one opaque kernel under Inductor: the compiler fuses what is around it and never looks inside,
-so memory stays linear in the sequence length. Documents that share a row may have a kernel of their own: see
-documents.py.
+That call stays one opaque kernel under Inductor: the compiler fuses only the code around it, so memory stays linear in
+the sequence length. Documents that share a row may have a kernel of their own: see documents.py.
 """
 
 from __future__ import annotations

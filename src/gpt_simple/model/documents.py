@@ -1,10 +1,9 @@
 """Attention that stays inside documents when several of them share a row.
 
-Torch has two ways for it. On a GPU, flex attention: a generated kernel that never visits blocks in which no query may
-look at a key, so that a row of many documents costs less than a row of one, and nothing of the size of all scores
-exists. It has no backward pass on a CPU, no dropout, and needs triton; elsewhere the rule is a dense mask for
-``scaled_dot_product_attention``. Its kernel for variable lengths would do too, but wants 16-bit numbers, and the number
-of documents as a size that changes with every batch.
+On a GPU: flex attention, a generated kernel that skips blocks in which no query attends to a key. A row of many
+documents costs less than a row of one, and no tensor of the size of all scores exists. It has no backward pass on a
+CPU, no dropout, and needs triton. Elsewhere: a dense mask for ``scaled_dot_product_attention``. The kernel of torch for
+variable lengths is not used: it needs 16-bit numbers, and the number of documents is a size that changes every batch.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def document_kernel(device: torch.device, head_dim: int, dropout: float) -> Kern
 
 
 def document_mask(document_ids: Tensor, kernel: Kernel) -> Tensor | BlockMask:
-    """Where a query may look: back, and inside its own document.
+    """Where a query attends: to earlier positions of its own document.
 
     ``document_ids`` is an integer tensor ``[B, T]``; equal ids are one document. The dense mask is bool ``[B, 1, T,
     T]``; the other kind is what ``flex`` takes.
@@ -52,7 +51,7 @@ def document_mask(document_ids: Tensor, kernel: Kernel) -> Tensor | BlockMask:
 
 
 def dense_mask(document_ids: Tensor) -> Tensor:
-    """Bool ``[B, 1, T, T]``, true where a query may look."""
+    """Bool ``[B, 1, T, T]``, true where a query attends to a key."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device)
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return (same & (index[:, None] >= index)).unsqueeze(1)

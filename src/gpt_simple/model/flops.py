@@ -1,6 +1,6 @@
 """How many parameters a model has and how many floating-point operations a token costs, in closed form.
 
-Both follow from the shape alone, so that they can be told before anything is built and without torch.
+Both follow from the shape alone: neither a model nor torch is needed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,10 @@ def tensor_count(shape: Shape) -> int:
 def flops_per_token(shape: Shape, seq_len: int) -> float:
     """Floating-point operations of one token's forward and backward pass in rows of ``seq_len`` tokens.
 
-    A multiply-add is two operations, and the backward pass costs twice the forward: three times the forward
-    in all, 6 per matrix element. Causal attention is counted **in full**, as if no score were masked (the
-    convention of PaLM, Chowdhery et al. 2022, appendix B, and of torch's own counter). Recomputation under
-    activation checkpointing is not counted: it is no progress. Norms, rotations, activations and the softmax
-    are left out.
+    A multiply-add is two operations, and the backward pass costs twice the forward: three times the forward in all, 6
+    per matrix element. Causal attention is counted **in full**, as if no score were masked (the convention of PaLM,
+    Chowdhery et al. 2022, appendix B, and of torch's own counter). Recomputation under activation checkpointing is not
+    counted: it is no progress. Norms, rotations, activations and the softmax are left out.
     """
     scores_and_values = 2 * shape.n_layer * seq_len * shape.n_head * shape.head_dim
     matrices = shape.n_layer * _block_matrices(shape) + shape.vocab_size * shape.n_embd

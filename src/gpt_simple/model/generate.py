@@ -36,7 +36,7 @@ def generate(
 
     ``temperature`` 0 takes the likeliest token. ``top_k`` keeps the k likeliest, ``top_p`` the fewest that
     together hold that probability; None keeps all. Ids that the tokenizer does not have are never drawn.
-    ``context`` is how many tokens the model can look back on, by default its ``n_positions`` if it has that
+    ``context`` is how many tokens the model can read, by default its ``n_positions`` if it has that
     attribute; text that outgrows it goes on from its newest half.
 
     Any model whose ``forward(input_ids)`` returns logits ``[B, T, V]`` will do; ``GPT`` is run with a cache.

@@ -1,7 +1,6 @@
-"""The model component ``gpt``: a pre-norm decoder that covers the GPT-2 and the Llama shapes and what lies
-between.
+"""The model component ``gpt``: a pre-norm decoder that covers the GPT-2 and the Llama shapes and what lies between.
 
-In training it returns the summed loss and never logits: whoever wraps the model would copy those.
+In training it returns the summed loss and never logits: a wrapper of the model would copy those.
 """
 
 from __future__ import annotations
@@ -83,8 +82,7 @@ class GPT(nn.Module):
         (nothing is shifted here), or -100 for a position that is not in the loss. ``position_ids`` default to
         0..T-1. With ``document_ids``, attention stays between positions of one id.
 
-        Returns a 0-d float32 tensor, the cross-entropy in nats summed over the labels; or logits ``[B, T,
-        V]``.
+        Returns a 0-d float32 tensor, the cross-entropy in nats summed over the labels; or logits ``[B, T, V]``.
         """
         mask = None
         if document_ids is not None:
@@ -109,11 +107,10 @@ class GPT(nn.Module):
         return self.loss_function(x, self.head_weight, labels)
 
     def decode(self, input_ids: Tensor, cache: list[LayerCache]) -> Tensor:
-        """Logits ``[B, V]`` of the token that follows ``input_ids`` ``[B, T]``, given what the cache has
-        seen.
+        """Logits ``[B, V]`` of the token that follows ``input_ids`` ``[B, T]``, given what the cache has seen.
 
         The first call takes the whole prompt, each later one a single token. Blocks are run as written, also
-        when they are compiled: a growing cache would compile them anew for every length.
+        when they are compiled: a growing cache would compile them again for every length.
         """
         start = cache[0].length
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
@@ -161,12 +158,11 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Give every parameter and table its starting value.
 
-        Matrices are normal with deviation sqrt(2 / (5 n_embd)) (Nguyen & Salazar 2019, "Transformers without
-        Tears"): 0.023 at a width of 768, and enough for narrow models to learn to copy. The two that write
-        into the residual stream of each block have 1 / sqrt(2 n_layer) of it, so that the stream's variance
-        does not grow with depth (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
-        Biases are 0, norms 1. Rows that pad the
-        vocabulary are drawn like the others: training pushes their logits down, and nothing looks them up.
+        Matrices are normal with deviation sqrt(2 / (5 n_embd)) (Nguyen & Salazar 2019, "Transformers without Tears"):
+        0.023 at a width of 768, and enough for narrow models to learn to copy. The two that write into the residual
+        stream of each block have 1 / sqrt(2 n_layer) of it, so that the stream's variance does not grow with depth
+        (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"). Biases are 0, norms 1. Rows that
+        pad the vocabulary are drawn like the others: training pushes their logits down, and no id selects them.
         """
         plain_std = math.sqrt(2 / (5 * self.shape.n_embd))
         residual_std = plain_std / math.sqrt(2 * self.shape.n_layer)
@@ -196,7 +192,7 @@ class GPT(nn.Module):
         return flops.parameter_count(self.shape, non_embedding=non_embedding)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Operations of a token's forward and backward pass; ``model.flops`` says what is counted."""
+        """Operations of a token's forward and backward pass; see ``model.flops``."""
         return flops.flops_per_token(self.shape, seq_len)
 
 

@@ -1,13 +1,13 @@
 """Summed cross-entropy over the vocabulary, the largest tensor of a training step.
 
-The logits of a micro-batch are tokens x vocabulary, often more memory than all else together. Two ways around
-holding them several times in float32, each the better one in its place:
+The logits of a micro-batch are tokens x vocabulary, often more memory than all else together. Two ways avoid several
+float32 copies of them:
 
-* Compiled, the plain formula: Inductor fuses the cast, the log-softmax and its gradient, so that only the
-  matmul's own output exists.
-* Eager, in chunks, with the gradient made while a chunk's logits are at hand: nothing of the size of all logits
-  exists and nothing is computed twice. On a CPU it is also faster than the plain formula (by a quarter at a
-  vocabulary of 4,096 in float32, by a tenth at 32,768 in bfloat16).
+* Compiled, the plain formula: Inductor fuses the cast, the log-softmax and its gradient, so that only the matmul's own
+  output exists.
+* Eager, in chunks, with the gradient computed together with a chunk's logits: no tensor of the size of all logits
+  exists and nothing is computed twice. On a CPU it is also faster than the plain formula (by a quarter at a vocabulary
+  of 4,096 in float32, by a tenth at 32,768 in bfloat16).
 """
 
 from __future__ import annotations

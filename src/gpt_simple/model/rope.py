@@ -18,10 +18,9 @@ Rotation = tuple[Tensor, Tensor]
 def rotary_tables(shape: Shape) -> Rotation:
     """Cosines and sines of every position: two float32 tensors ``[n_positions, head_dim / 2]`` on the CPU.
 
-    ``linear`` scaling divides positions by the factor (Chen et al., "Extending Context Window of Large
-    Language Models via Positional Interpolation", 2023). ``ntk`` raises the base to ``base *
-    factor^(d/(d-2))`` instead, which stretches the slowest pair by exactly the factor and leaves the fastest
-    one as it was.
+    ``linear`` scaling divides positions by the factor (Chen et al., "Extending Context Window of Large Language Models
+    via Positional Interpolation", 2023). ``ntk`` raises the base to ``base * factor^(d/(d-2))`` instead, which
+    stretches the slowest pair by exactly the factor and leaves the fastest one as it was.
     """
     base, dim = shape.rope_base, shape.head_dim
     positions = torch.arange(shape.n_positions, dtype=torch.float64, device="cpu")

@@ -1,15 +1,13 @@
-"""The configuration of the model with nothing left open.
+"""The shape of a model: its configuration with every unset field filled in.
 
-``ModelConfig`` lets a person leave fields unset; every part of the model wants plain numbers. The defaults
-that depend on other fields, and the combinations that cannot be built, live here and nowhere else. No torch:
-parameter counts and FLOPs can be told without it.
+The defaults that depend on other fields and the combinations that cannot be built are defined here. Needs no torch.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from attrs import frozen
+from attrs import fields_dict, frozen
 
 from gpt_simple.config.schema import ModelConfig
 from gpt_simple.errors import ConfigError, Problem
@@ -54,9 +52,8 @@ class Shape:
 def resolve(config: ModelConfig, *, vocab_size: int, max_length: int) -> Shape:
     """Fill in what the configuration leaves unset.
 
-    ``vocab_size`` (ids, padded as the caller likes) and ``max_length`` (tokens) stand in for
-    ``model.vocab_size`` and ``model.n_positions``. Raises ConfigError, one line per mistake, for sizes that
-    do not fit together.
+    ``vocab_size`` (ids, padded as the caller likes) and ``max_length`` (tokens) stand in for ``model.vocab_size`` and
+    ``model.n_positions``. Raises ConfigError, one line per mistake, for sizes that do not fit together.
     """
     n_kv_head = config.n_kv_head or config.n_head
     n_positions = config.n_positions or max_length
@@ -89,31 +86,21 @@ def resolve(config: ModelConfig, *, vocab_size: int, max_length: int) -> Shape:
     def bias(own: bool | None) -> bool:
         return config.use_bias if own is None else own
 
-    return Shape(
-        vocab_size=config.vocab_size or vocab_size,
-        n_positions=n_positions,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_kv_head=n_kv_head,
-        head_dim=head_dim,
-        intermediate_size=config.intermediate_size or _default_intermediate_size(config.n_embd, gated),
-        activation=config.activation,
-        gated=gated,
-        norm=config.norm,
-        norm_eps=config.norm_eps,
-        norm_bias=config.norm == "layernorm" and config.use_bias,
-        qkv_bias=bias(config.qkv_bias),
-        attn_out_bias=bias(config.attn_out_bias),
-        mlp_bias=bias(config.mlp_bias),
-        tied=config.tie_word_embeddings,
-        qk_norm=config.qk_norm,
-        dropout=config.dropout,
-        position=config.position,
-        rope_base=config.rope_base,
-        rope_scaling_type=config.rope_scaling_type,
-        rope_scaling_factor=config.rope_scaling_factor,
-    )
+    unchanged = {name: getattr(config, name) for name in fields_dict(Shape) if hasattr(config, name)}
+    resolved = {
+        "vocab_size": config.vocab_size or vocab_size,
+        "n_positions": n_positions,
+        "n_kv_head": n_kv_head,
+        "head_dim": head_dim,
+        "intermediate_size": config.intermediate_size or _default_intermediate_size(config.n_embd, gated),
+        "gated": gated,
+        "norm_bias": config.norm == "layernorm" and config.use_bias,
+        "qkv_bias": bias(config.qkv_bias),
+        "attn_out_bias": bias(config.attn_out_bias),
+        "mlp_bias": bias(config.mlp_bias),
+        "tied": config.tie_word_embeddings,
+    }
+    return Shape(**unchanged | resolved)
 
 
 def _default_intermediate_size(n_embd: int, gated: bool) -> int:
@@ -121,5 +108,5 @@ def _default_intermediate_size(n_embd: int, gated: bool) -> int:
     return -(-8 * n_embd // (3 * 64)) * 64 if gated else 4 * n_embd
 
 
-def _nearest_divisor(number: int, wish: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wish))
+def _nearest_divisor(number: int, target: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - target))

@@ -1,8 +1,8 @@
 """Where documents come from.
 
-A source is named in the configuration (``data.source``) and built by ``build(config, seed)``. It knows how to
-tell its documents, always in the same order, and a fingerprint of all that they depend on, so that what was
-prepared from it can be used again until it changes.
+A source is named in the configuration (``data.source``) and built by ``build(config, seed)``. It yields its documents,
+always in the same order, and has a fingerprint of all that they depend on: what was prepared from it is used again
+until the fingerprint changes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Source(Protocol):
 
 @runtime_checkable
 class Stream(Protocol):
-    """Documents that are not known before a run: too many to prepare, or still being written. See data/stream.py."""
+    """Documents that cannot be prepared before a run: too many, or still being written. See data/stream.py."""
 
     def fingerprint(self) -> str:
-        """Changes whenever the documents do; what was prepared of the beginning is kept under it."""
+        """Changes whenever the documents do; the prepared beginning is kept under it."""
 
     def stream(self) -> Iterator[Document]:
         """All documents from the first on, in the same order each time; resuming depends on it."""

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -52,7 +52,7 @@ class Files:
 
 
 Bad = Callable[[DataError], None]
-"""What becomes of a document that cannot be read: it raises the error, or makes a note of it."""
+"""Called for a document that cannot be read: raises the error, or records it."""
 
 Place = Callable[[], str]
 """Where a document is: its file, and the line if it is one."""
@@ -74,61 +74,57 @@ def read(
 ) -> Iterator[tuple[str, Place]]:
     """The texts of a file's documents and where each is.
 
-    ``option``: what the user calls ``text_key``. ``begin`` and ``end``: only the JSON lines that begin at these bytes.
+    ``option``: the user's name of ``text_key``. ``begin`` and ``end``: only the JSON lines that begin at these bytes.
     """
     try:
-        if not json_lines:
-            yield _decode(_read(file), str(file)), partial(str, file)
-            return
-        with _reading(file), _open(file) as stream:
-            parse = partial(_text, text_key=text_key, option=option)
-            yield from _texts(stream, file, parse, bad, begin, end)
+        with _reading(file), _open(file, json_lines) as stream:
+            if not json_lines:
+                documents: Iterable[tuple[bytes, Place]] = [(stream.read(), partial(str, file))]
+            else:
+                documents = _lines(stream, file, begin, end)
+            for data, place in documents:
+                try:
+                    yield _json_text(data, text_key, option) if json_lines else _decode(data), place
+                except DataError as error:
+                    bad(DataError(f"{place()}: {error}"))
     except DataError as error:
         bad(error)
 
 
-def _texts(
-    stream: IO[bytes], file: Path, parse: Callable[[bytes], str], bad: Bad, begin: int, end: int | None
-) -> Iterator[tuple[str, Place]]:
+def _lines(stream: IO[bytes], file: Path, begin: int, end: int | None) -> Iterator[tuple[bytes, Place]]:
+    """The lines that begin at bytes ``begin`` to ``end``, without blank ones."""
     lines_before = cache(lambda: _lines_before(file, begin))
 
-    def at(number: int) -> str:
-        return f"{file}:{lines_before() + number + 1}"
+    def place(number: int) -> str:
+        return f"{file}:{lines_before() + number}"
 
     position = begin
     if begin:
-        # The line that holds the byte before belongs to whoever reads what comes before.
+        # The line that holds the byte before belongs to the piece before.
         stream.seek(begin - 1)
         position += len(stream.readline()) - 1
-    for number, line in enumerate(stream):
+    for number, line in enumerate(stream, 1):
         if end is not None and position >= end:
             return
         position += len(line)
         if line.strip():
-            try:
-                yield parse(line), partial(at, number)
-            except DataError as error:
-                bad(DataError(f"{at(number)}: {error}"))
+            yield line, partial(place, number)
 
 
 def _lines_before(file: Path, begin: int) -> int:
     """Lines that begin before a byte of a file."""
-    if not begin:
-        return 0
-    count = 1
+    count, left = min(begin, 1), begin - 1
     with file.open("rb") as stream:
-        left = begin - 1
-        while left and (block := stream.read(min(left, 1 << 20))):
+        while left > 0 and (block := stream.read(min(left, 1 << 20))):
             count += block.count(b"\n")
             left -= len(block)
     return count
 
 
-def _text(line: bytes, text_key: str, option: str) -> str:
+def _json_text(line: bytes, text_key: str, option: str) -> str:
+    decoded = _decode(line)
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(error)) from error
+        record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error})", hint="expected one object per line") from error
     if not isinstance(record, dict):
@@ -149,14 +145,29 @@ def _text(line: bytes, text_key: str, option: str) -> str:
     return text
 
 
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} (0x{error.object[error.start]:02x})"
+        raise DataError(f"{where} is not UTF-8; convert the file to UTF-8") from error
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
 def _refuse(error: DataError) -> None:
     raise error
 
 
-def _open(file: Path) -> IO[bytes]:
-    if file.name.endswith(".gz"):
+def _open(file: Path, json_lines: bool) -> IO[bytes]:
+    if json_lines and file.name.endswith(".gz"):
         return cast("IO[bytes]", gzip.open(file, "rb"))
-    return cast("IO[bytes]", _zstd(file).open(file, "rb")) if file.name.endswith(".zst") else file.open("rb")
+    if json_lines and file.name.endswith(".zst"):
+        return cast("IO[bytes]", _zstd(file).open(file, "rb"))
+    return file.open("rb")
 
 
 def _zstd(file: Path) -> ModuleType:
@@ -169,12 +180,12 @@ def _zstd(file: Path) -> ModuleType:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """What the system says of an unreadable file, as an error of the data."""
+    """Turn the errors of an unreadable file into a DataError."""
     known = (OSError, EOFError, zlib.error, *((_zstd(file).ZstdError,) if file.name.endswith(".zst") else ()))
     try:
         yield
     except known as error:
-        raise DataError(f"{file}: cannot be read ({error})", hint="mend it, or take it out of the data") from error
+        raise DataError(f"{file}: cannot be read ({error})", hint="repair it, or take it out of the data") from error
 
 
 def build(config: DataConfig, seed: int) -> Files:
@@ -200,31 +211,30 @@ def find(
 ) -> list[Path]:
     """A file, or all files with these suffixes below a directory, in sorted order, but none that is hidden.
 
-    ``option``: what the user gave ``path`` with; by default data.path. Links are followed. Raises DataError for a
+    ``option`` names ``path`` in errors; by default it is data.path. Links are followed. Raises DataError for a
     directory that cannot be read and for a link that leads to nothing.
     """
+
+    def error(message: str, hint: str = "") -> DataError:
+        if option:
+            return DataError(message, location=f"{option} {path}", hint=hint)
+        return DataError(f"{path}: {message}", key="data.path", hint=hint)
+
     wanted = " ".join(suffixes)
-    where, key, subject = (f"{option} {path}", "", "") if option else (None, "data.path", f"{path}: ")
     if path.is_dir():
         found = sorted(_walk(path, suffixes, frozenset()))
         if not found:
-            raise DataError(
-                f"{subject}the directory holds none of {wanted}", location=where, key=key, hint="name one that does"
-            )
+            raise error(f"the directory holds none of {wanted}", "name one that does")
         return found
     if not path.exists():
-        raise DataError(
-            f"{subject}no such file or directory (relative paths start at {Path.cwd()})", location=where, key=key
-        )
+        raise error(f"no such file or directory (relative paths start at {Path.cwd()})")
     if by_suffix and not path.name.endswith(suffixes):
-        raise DataError(
-            f"{subject}expected one of {wanted}", location=where, key=key, hint="say what it is with data.format"
-        )
+        raise error(f"expected one of {wanted}", "say what it is with data.format")
     return [path]
 
 
 def _walk(directory: Path, suffixes: tuple[str, ...], above: frozenset[Path]) -> Iterator[Path]:
-    """Files below a directory; a link to one of the directories ``above`` leads to nothing new."""
+    """Files below a directory, without links to one of the directories ``above``."""
     here = directory.resolve()
     if here in above:
         return
@@ -236,28 +246,7 @@ def _walk(directory: Path, suffixes: tuple[str, ...], above: frozenset[Path]) ->
             yield from _walk(entry, suffixes, above | {here})
         elif not entry.exists():
             raise DataError(
-                f"{entry}: leads to {os.readlink(entry)}, and there is nothing", hint="mend the link or remove it"
+                f"{entry}: links to {os.readlink(entry)}, which does not exist", hint="repair the link or remove it"
             )
         elif entry.name.endswith(suffixes) and entry.is_file():
             yield entry
-
-
-def _read(file: Path) -> bytes:
-    with _reading(file):
-        return file.read_bytes()
-
-
-def _decode(data: bytes, place: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: {_not_utf8(error)}") from error
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8; convert the file to UTF-8"
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

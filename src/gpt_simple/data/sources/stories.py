@@ -1,10 +1,10 @@
-"""Short stories for children, told by a seeded grammar whose entropy is known exactly.
+"""Short stories for children from a seeded grammar whose entropy is known exactly.
 
-A story is a row of sentences. Each sentence is one of a few templates; a slot of a template is filled by an even choice
-among the words of its kind that the story has not used yet, and keeps its word for the rest of the story. So names,
-animals and things come back, and attention has something to copy. Every choice, the number of sentences included,
-shows in the text in one way only: the probability of a text is the product of its choices, and minus its logarithm is
-a floor that no model's loss can go below except by chance.
+A story is a list of sentences. Each sentence is one of a few templates. A slot of a template is filled by an even
+choice among the words of its kind that the story has not used yet, and keeps its word for the rest of the story: names,
+animals and things come back, so that attention has something to copy. Every choice, the number of sentences included,
+shows in the text in one way only. So the probability of a text is the product of those of its choices, and minus its
+logarithm is a floor that no model's loss can go below except by chance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.sources import Document
 
 VERSION = 1
-"""Part of the fingerprint: raised with every change of what is told."""
+"""Part of the fingerprint: raised with every change of the stories."""
 
 DOCUMENTS = 20_000
 
@@ -108,84 +108,65 @@ ENDING: Templates = (
 MOST_SEARCHES = 3
 
 Pick = Callable[[Sequence[str]], str]
-Say = Callable[[str], None]
+Write = Callable[[str], None]
 
 
-def tell(pick: Pick, say: Say) -> None:
-    """Tell a story: every choice is one call of ``pick``, and every piece of text goes to ``say`` once it is chosen."""
-    story = _Story(pick, say)
-    story.one_of(OPENING)
-    story.one_of(BELONGING)
+def generate(pick: Pick, write: Write) -> None:
+    """Generate a story: every choice is one call of ``pick``, and each piece of text goes to ``write`` when chosen."""
+    story = _Story(pick, write)
+    story.add(OPENING, BELONGING)
     plot = pick(("loss", "journey", "gift"))
     if plot == "loss":
-        story.one_of(LOSS)
-        story.one_of(MEETING)
+        story.add(LOSS, MEETING)
         for _ in range(MOST_SEARCHES):
             if pick(("find", "search")) == "find":
                 break
-            story.one_of(SEARCH)
-        story.one_of(FINDING)
+            story.add(SEARCH)
+        story.add(FINDING)
     elif plot == "journey":
-        story.one_of(JOURNEY)
-        story.one_of(COUNTING)
-        story.one_of(SHARING)
+        story.add(JOURNEY, COUNTING, SHARING)
     else:
-        story.one_of(GIFT)
-        story.one_of(THANKS)
-    story.one_of(ENDING)
-
-
-@frozen
-class _Slot:
-    """A place for a word: ``{kind1}`` keeps its word, ``{kind}`` takes a new one, ``{Kind1}`` begins a sentence."""
-
-    before: str
-    name: str
-    kind: str
-    kept: bool
-    capital: bool
+        story.add(GIFT, THANKS)
+    story.add(ENDING)
 
 
 @cache
-def _parse(template: str) -> tuple[tuple[_Slot, ...], str]:
-    """The slots of a template, each with the text before it, and the text after the last."""
-    *parts, after = re.split(r"\{(\w+)\}", template)
-    slots = []
-    for before, slot in zip(parts[::2], parts[1::2], strict=True):
-        name = slot.lower()
-        kind = name.rstrip("12")
-        slots.append(_Slot(before, name, kind, kind != name, slot != name))
-    return tuple(slots), after
+def _parse(template: str) -> list[str]:
+    """Text and the names of slots in turns."""
+    return re.split(r"\{(\w+)\}", template)
 
 
 @define
 class _Story:
-    """The words of one story so far."""
+    """The words of one story so far: ``{kind1}`` keeps its word, ``{kind}`` takes a new one, ``{Kind1}`` is capital."""
 
     pick: Pick
-    say: Say
+    write: Write
     kept: dict[str, str] = field(factory=dict)
     used: dict[str, list[str]] = field(factory=dict)
 
-    def one_of(self, templates: Templates) -> None:
-        """Say one of these sentences."""
-        if self.kept:
-            self.say(" ")
-        slots, after = _parse(self.pick(templates))
-        for slot in slots:
-            self.say(slot.before)
-            word = self.kept.get(slot.name) or self._new_word(slot)
-            self.say(word.capitalize() if slot.capital else word)
-        self.say(after)
+    def add(self, *sentences: Templates) -> None:
+        """Write one template of each of these sentences."""
+        for templates in sentences:
+            if self.kept:
+                self.write(" ")
+            first, *rest = _parse(self.pick(templates))
+            self.write(first)
+            for slot, text in zip(rest[::2], rest[1::2], strict=True):
+                name = slot.lower()
+                word = self.kept.get(name) or self._new_word(name)
+                self.write(word if slot == name else word.capitalize())
+                self.write(text)
 
-    def _new_word(self, slot: _Slot) -> str:
-        words, used = WORDS[slot.kind], self.used.setdefault(slot.kind, [])
+    def _new_word(self, name: str) -> str:
+        kind = name.rstrip("12")
+        words, used = WORDS[kind], self.used.setdefault(kind, [])
         word = self.pick([word for word in words if word not in used] if used else words)
         used.append(word)
-        if slot.kept:
-            self.kept[slot.name] = word
-            if slot.name == "name1":
-                self.kept |= {"he": "she", "his": "her"} if word in GIRLS else {"he": "he", "his": "his"}
+        if name != kind:
+            self.kept[name] = word
+        if name == "name1":
+            self.kept |= {"he": "she", "his": "her"} if word in GIRLS else {"he": "he", "his": "his"}
         return word
 
 
@@ -200,7 +181,7 @@ class Stories:
         return f"stories {VERSION}, seed {self.seed}, {self.count} documents"
 
     def documents(self) -> Iterator[Document]:
-        # Of the generator only random() is promised to give the same numbers in every version of Python.
+        # random() alone is documented to give the same numbers in every version of Python.
         draw = random.Random(self.seed).random
         log = [0.0, *map(math.log, range(1, 100))]
         nats = 0.0
@@ -214,7 +195,7 @@ class Stories:
         for number in range(self.count):
             parts: list[str] = []
             nats = 0.0
-            tell(pick, parts.append)
+            generate(pick, parts.append)
             yield Document("".join(parts), key=f"story {number}", nats=nats)
 
 

@@ -12,7 +12,7 @@ import pytest
 from attrs import evolve
 
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.merges import merge_encoder
+from gpt_simple.data.encoder import tiktoken_encoding
 from gpt_simple.data.sources import stories
 from gpt_simple.data.tokenizer import JsonTokenizer, bpe
 
@@ -41,9 +41,9 @@ WORDS = [
 @pytest.fixture(scope="module")
 def tokenizer() -> JsonTokenizer:
     rng = random.Random(1)
-    told = [document.text for document in stories.Stories(1, 300).documents()]
+    texts = [document.text for document in stories.Stories(1, 300).documents()]
     mixed = ["".join(rng.choices(WORDS, k=300)) for _ in range(30)]
-    made = bpe(evolve(DataConfig(), tokenizer_vocab_size=800), lambda: iter(told + mixed))
+    made = bpe(evolve(DataConfig(), tokenizer_vocab_size=800), lambda: iter(texts + mixed))
     assert isinstance(made, JsonTokenizer)
     return made
 
@@ -96,10 +96,10 @@ def _ignore_merges(spec: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [_swap, _other_halves, _orphan, _ignore_merges])
-def test_merges_that_ranks_do_not_tell_are_left_to_the_library(
+def test_merges_that_ranks_cannot_express_use_the_library(
     change: Callable[[dict[str, Any]], None], spec: dict[str, Any]
 ) -> None:
-    assert merge_encoder(spec) is not None
+    assert tiktoken_encoding(spec) is not None
     changed = json.loads(json.dumps(spec))
     change(changed)
-    assert merge_encoder(changed) is None
+    assert tiktoken_encoding(changed) is None
