@@ -46,11 +46,12 @@ class Switches:
 
 @frozen
 class Decision:
-    """Whether one plugin is active, and the setting that decides it."""
+    """Whether one plugin is active, the setting that decides it, and how to switch the plugin on."""
 
     name: str
     active: bool
     why: str
+    remedy: str = ""
 
 
 @frozen
@@ -111,44 +112,33 @@ def _decide(
     is_given: bool,
 ) -> Decision:
     builtin = record is not None and record.origin == "builtin"
-    decision = Decision(name, False, "not asked for")
+    or_add = f"or add -p {name}"
+    decision = Decision(name, False, "not asked for", f"add [plugins.{name}], {or_add}")
     if is_given:
         decision = Decision(name, True, "passed")
-    elif builtin and name in ENABLED_BY:
-        switched_on = is_set(ENABLED_BY[name])
-        decision = Decision(name, switched_on, ENABLED_BY[name] if switched_on else f"{ENABLED_BY[name]} is unset")
+    elif builtin and (key := ENABLED_BY.get(name)):
+        is_on = is_set(key)
+        decision = Decision(name, is_on, key if is_on else f"{key} is unset", f"set {key}, {or_add}")
     elif name in table.tables:
         decision = Decision(name, True, f"[plugins.{name}]")
     elif builtin and name in DEFAULT_ON:
         decision = Decision(name, True, "default")
     if name in table.disable:
-        decision = Decision(name, False, "plugins.disable")
+        decision = Decision(name, False, "plugins.disable", f"take it out of that list, {or_add}")
     if switches.no_plugins and not builtin and not is_given:
-        decision = Decision(name, False, "--no-plugins")
+        decision = Decision(name, False, "--no-plugins", f"leave that out, {or_add}")
     if name in switches.enable:
         decision = Decision(name, True, "-p")
     if name in switches.disable:
-        decision = Decision(name, False, f"-p no:{name}")
+        decision = Decision(name, False, f"-p no:{name}", f"leave out -p no:{name}")
     return decision
 
 
 def _missing_requirements(decisions: Mapping[str, Decision], table: PluginsTable) -> Iterator[Problem]:
-    for name in table.require:
-        if name in decisions and not decisions[name].active:
-            message = f"plugin {name!r} is required but not active ({decisions[name].why}): {_remedy(decisions[name])}"
+    for decision in (decisions[name] for name in table.require if name in decisions):
+        if not decision.active:
+            message = f"plugin {decision.name!r} is required but not active ({decision.why}): {decision.remedy}"
             yield Problem(None, "plugins.require", message)
-
-
-def _remedy(decision: Decision) -> str:
-    name, why = decision.name, decision.why
-    if why == f"-p no:{name}":
-        return f"leave out {why}"
-    remedies = {
-        "--no-plugins": "leave that out",
-        "plugins.disable": "take it out of that list",
-        "not asked for": f"add [plugins.{name}]",
-    }
-    return f"{remedies.get(why) or f'set {ENABLED_BY[name]}'}, or add -p {name}"
 
 
 def _unknown_names(known: Sequence[str], table: PluginsTable, switches: Switches) -> Iterator[Problem]:
