@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from attrs import frozen
 
 from gpt_simple import Config, Finding, Plugin, PluginsConfig, hookimpl
-from gpt_simple.errors import ConfigError, PluginError
+from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
 from gpt_simple.hooks import Component, Registry
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugin_host.host import PluginHost
@@ -113,11 +114,23 @@ def test_a_disabled_broken_plugin_is_a_note(fake_package: FakePackage) -> None:
     assert "[plugins.raises] is off and was not checked" in host.notes[0]
 
 
+def test_the_error_of_each_active_plugin_is_kept(fake_package: FakePackage) -> None:
+    expected = install_broken(fake_package)
+    errors: list[GptSimpleError] = []
+    switches = Switches.parse(["raises", "lint"])
+    host = PluginHost.activate({}, set_keys=lambda key: False, switches=switches, errors=errors)
+    assert errors == list(host.failures.values())
+    assert host.failures.keys() == {"raises", "lint"}
+    assert all(re.search(expected[name], str(error)) for name, error in host.failures.items())
+    assert "console" in host.names
+
+
 def test_a_plugin_from_a_file_is_named_after_it(tmp_path: Path, bare: Switches) -> None:
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN.format(cls="Whatever"))
     host = PluginHost.activate({"mine": {}}, set_keys=lambda key: False, switches=Switches((str(file),), bare.disable))
-    assert [(plugin.name, plugin.file, plugin.why) for plugin in host.plugins] == [("mine", str(file), "passed")]
+    assert [(plugin.name, plugin.file) for plugin in host.plugins] == [("mine", str(file))]
+    assert host.decisions["mine"].why == "passed"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def survey_run(config: str, switches: Switches) -> list[PluginRow]:
     for name, decision in decisions.items():
         if decision.active:
             try:
-                loaded[name] = load_plugin(name, files.get(name), records.get(name), decision.why)
+                loaded[name] = load_plugin(name, files.get(name), records.get(name))
             except PluginError as error:
                 broken[name] = str(error)
     order = [plugin.name for plugin in ordered(loaded.values())]

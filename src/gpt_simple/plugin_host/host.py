@@ -121,7 +121,7 @@ class PluginHost:
             if name in broken_files or not (decision.active or has_table):
                 continue
             try:
-                plugin = load_plugin(name, given.get(name), records.get(name), decision.why)
+                plugin = load_plugin(name, given.get(name), records.get(name))
             except GptSimpleError as error:
                 if decision.active:
                     failures[name] = error

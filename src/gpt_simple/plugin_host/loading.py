@@ -31,7 +31,7 @@ FAILURES = (Exception, SystemExit)
 
 @define(eq=False)
 class LoadedPlugin:
-    """An active plugin: its class, its distribution (empty if it has none), why it is on, its failures and its time.
+    """An active plugin: its class, its distribution (empty if it has none), its failures and its time in seconds.
 
     ``failed``: a failure has switched it off.
     """
@@ -40,7 +40,6 @@ class LoadedPlugin:
     cls: type[Plugin[Any]]
     distribution: str
     version: str
-    why: str
     instance: Plugin[Any] | None = None
     failed: bool = False
     failures: list[PluginError] = field(factory=list)
@@ -93,7 +92,7 @@ class LoadedPlugin:
         return failure
 
 
-def load_plugin(name: str, passed: object | None, record: PluginRecord | None, why: str) -> LoadedPlugin:
+def load_plugin(name: str, passed: object | None, record: PluginRecord | None) -> LoadedPlugin:
     """The plugin of a name: passed from Python or read from a file, else imported from its entry point.
 
     Raises PluginError with one problem for each mistake that the lint finds in the class.
@@ -114,7 +113,7 @@ def load_plugin(name: str, passed: object | None, record: PluginRecord | None, w
     if mistakes:
         subject = f"plugin {_label(name, distribution, version, _source_file(cls))}"
         raise PluginError(*(mistake._replace(message=f"{subject}: {mistake.message}") for mistake in mistakes))
-    return LoadedPlugin(name, cls, distribution, version, why, instance)
+    return LoadedPlugin(name, cls, distribution, version, instance)
 
 
 def load_record(record: PluginRecord, kind: str = "plugin") -> object:

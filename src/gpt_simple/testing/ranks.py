@@ -50,7 +50,9 @@ def train_on_ranks(
     After one process fails, the others have five seconds to end, as under a launcher. Raises Hang if none failed and
     one is still running after ``timeout`` seconds.
     """
-    _import_what_a_run_needs()
+    # Imported once, before the fork, instead of in every process and within its time limit.
+    for module in ("accelerate", "torch._dynamo", "torch.nn.parallel.distributed", "gpt_simple.testing.tiny"):
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory(prefix="gpt-simple-ranks-") as scratch:
         folder = Path(scratch)
         context = multiprocessing.get_context("fork")
@@ -81,12 +83,6 @@ def train_on_ranks(
             stacks = "\n".join(f"rank {rank}:\n{_read(folder / f'{rank}.stack')}" for rank in range(ranks))
             raise Hang(f"{ranks} processes did not finish in {timeout:g} s\n{stacks}")
         return [_outcome(rank, folder) for rank in range(ranks)]
-
-
-def _import_what_a_run_needs() -> None:
-    """Import once, before the fork, instead of in every process and within its time limit."""
-    for module in ("accelerate", "torch._dynamo", "torch.nn.parallel.distributed", "gpt_simple.testing.tiny"):
-        importlib.import_module(module)
 
 
 def _wait(processes: Sequence[Any], timeout: float) -> None:
