@@ -260,7 +260,7 @@ def test_on_close(whole: Recorder) -> None:
     assert event.ok is True
 
 
-def test_nothing_that_a_hook_is_told_can_be_changed(whole: Recorder) -> None:
+def test_no_event_can_be_changed(whole: Recorder) -> None:
     events = {type(call.event): call.event for call in whole.calls if call.event is not None}
     assert len(events) > 10
     for kind, event in events.items():

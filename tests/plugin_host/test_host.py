@@ -72,7 +72,7 @@ def test_broken_packages_break_only_the_run_that_uses_them(fake_package: FakePac
             use(name)
 
 
-def test_all_broken_plugins_of_a_run_are_told_at_once(fake_package: FakePackage) -> None:
+def test_all_broken_plugins_of_a_run_are_reported_at_once(fake_package: FakePackage) -> None:
     expected = install_broken(fake_package)
     with pytest.raises(PluginError) as caught:
         use(*expected)
@@ -206,7 +206,7 @@ def test_a_constructor_that_fails_is_blamed(activate: Activate) -> None:
         activate(Bad).instantiate(Config())
 
 
-def test_before_a_run_too_an_implementation_may_take_fewer_arguments(activate: Activate) -> None:
+def test_hooks_before_a_run_may_take_fewer_arguments_too(activate: Activate) -> None:
     class Few(Plugin):
         @classmethod
         @hookimpl
@@ -271,7 +271,7 @@ def test_registering_components_may_fail(activate: Activate) -> None:
         activate(Bad).register_components(Registry())
 
 
-def test_the_order_hash_tells_plugins_versions_and_order(activate: Activate) -> None:
+def test_the_order_hash_depends_on_plugins_and_not_on_arguments(activate: Activate) -> None:
     class Other(Plugin):
         pass
 

@@ -54,7 +54,7 @@ def test_a_good_plugin_has_no_mistakes() -> None:
     assert hooks_of(Better) == ["register_components", "on_metrics", "on_close"]
 
 
-def test_every_mistake_is_told_at_once() -> None:
+def test_every_mistake_is_reported_at_once() -> None:
     class Bad(Plugin):
         ranks = "some"
 
@@ -101,7 +101,7 @@ def hook_with(signature: str, hook: str = "on_metrics", decorators: str = "@hook
         "self, run, event, /",
     ],
 )
-def test_a_hook_takes_self_and_its_own_arguments_without_defaults(signature: str) -> None:
+def test_a_hook_takes_self_and_its_arguments_without_defaults(signature: str) -> None:
     assert len(shown(hook_with(signature))) == 1
 
 
@@ -125,7 +125,7 @@ def test_a_class_method_may_take_fewer_arguments_too() -> None:
     assert shown(hook_with("cls", "register_components", "@classmethod\n    @hookimpl")) == []
 
 
-def test_each_argument_that_a_hook_does_not_have_is_named_with_the_one_that_was_meant() -> None:
+def test_an_unknown_argument_is_named_with_the_similar_one() -> None:
     assert shown(hook_with("self, run, evnt, trainer")) == [
         "on_metrics has no argument evnt; did you mean event?",
         "on_metrics has no argument trainer; it has run, event",
@@ -139,7 +139,7 @@ def test_the_message_shows_the_signature_as_it_was_written() -> None:
     assert shown(hook_with("self, run, event, /"))[0].endswith("it takes (self, run, event, /)")
 
 
-def test_a_misspelt_hook_is_found_without_a_decorator_and_a_helper_is_not_taken_for_one() -> None:
+def test_a_misspelt_hook_is_found_without_its_decorator() -> None:
     class P(Plugin):
         def on_metrcs(self, run, event):
             pass
