@@ -253,7 +253,7 @@ class PluginHost:
 
 def _described(plugin: LoadedPlugin) -> Mapping[str, Any]:
     """What ``describe`` returns, which must be a mapping that JSON can hold."""
-    facts = plugin.active.describe()
+    facts = plugin.instance.describe()
     if not isinstance(facts, Mapping):
         raise PluginError(f"it returned a {type(facts).__name__}; expected a mapping")
     json.dumps(facts)

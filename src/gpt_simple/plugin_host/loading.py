@@ -33,14 +33,14 @@ FAILURES = (Exception, SystemExit)
 class LoadedPlugin:
     """An active plugin: its class, its distribution (empty if it has none), its failures and its time in seconds.
 
-    ``failed``: a failure has switched it off.
+    ``instance`` is None until the host makes the plugin. ``failed``: a failure has switched it off.
     """
 
     name: str
     cls: type[Plugin[Any]]
     distribution: str
     version: str
-    instance: Plugin[Any] | None = None
+    instance: Any = None
     failed: bool = False
     failures: list[PluginError] = field(factory=list)
     seconds: float = 0.0
@@ -62,13 +62,6 @@ class LoadedPlugin:
     def label(self) -> str:
         """``csvlog (gpt-simple-csvlog 0.1.0, .../csvlog.py)``: the attribution in every message."""
         return _label(self.name, self.distribution, self.version, self.file)
-
-    @property
-    def active(self) -> Plugin[Any]:
-        """The instance, once there is one."""
-        if self.instance is None:
-            raise RuntimeError(f"plugin {self.name} is used before it was made")
-        return self.instance
 
     def register_components(self, registry: Registry) -> None:
         """Call the plugin's hook of this name. Its failure is a PluginError that names it."""

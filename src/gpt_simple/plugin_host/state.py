@@ -81,7 +81,7 @@ class PluginStates:
                     self._remember(plugin, name, dict(record), _of(name, tensors))
                 try:
                     state = unpack(record["state"], tensors)
-                    guard.call(partial(plugin.active.load_state_dict, state, record["version"]))
+                    guard.call(partial(plugin.instance.load_state_dict, state, record["version"]))
                 except FAILURES as error:
                     raise plugin.failure("load_state_dict", error) from error
 
@@ -134,7 +134,7 @@ def _of(name: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 def _pack_plugin(plugin: LoadedPlugin) -> tuple[Record, Tensors] | None:
     tensors: Tensors = {}
-    state = plugin.active.state_dict()
+    state = plugin.instance.state_dict()
     if not isinstance(state, Mapping):
         raise PluginError(f"it returned a {type(state).__name__}; expected a mapping")
     packed = pack(state, plugin.name, tensors)

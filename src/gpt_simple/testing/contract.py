@@ -7,13 +7,12 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from attrs import frozen
 
 from gpt_simple import Plugin, Run, hookimpl
 from gpt_simple.errors import GptSimpleError, PluginError
@@ -25,6 +24,8 @@ from gpt_simple.testing.recorder import Recorder
 from gpt_simple.testing.tiny import Trained, train
 
 Overrides = Mapping[str, Any] | None
+TinyRun = Callable[..., Trained]
+"""Takes the further plugins and options of ``train``."""
 
 
 def check_contract(
@@ -37,14 +38,20 @@ def check_contract(
     """
     if mistakes := lint(plugin):
         raise AssertionError("\n".join(map(str, mistakes)))
-    subject = _Subject(plugin, overrides or {}, enable)
+    run = partial(train, *(() if enable else (plugin,)), overrides=overrides, enable=enable)
     try:
-        broken = list(_fails_in_a_hook(subject))
+        broken = list(_fails_in_a_hook(run))
     except GptSimpleError as error:
         raise AssertionError(f"{plugin.__name__}: a run of three steps fails: {error}") from error
-    checks = [_reads_a_tensor_in_a_step, _leaves_things_open, _resumes_otherwise, _fails_when_others_fail]
-    for check in (*checks, *([_changes_training] if observes else [])):
-        broken += check(subject)
+    for check in (_reads_a_tensor_in_a_step, _leaves_things_open, _resumes_otherwise):
+        broken += check(run)
+    broken += _fails_when_others_fail(run, plugin)
+    if observes:
+        others = {key: value for key, value in (overrides or {}).items() if not key.startswith("plugins.")}
+        if not _equal(train(overrides=others), run()):
+            broken.append(
+                "the trained weights differ from those of a run without it; is that meant? then observes=False"
+            )
     if broken:
         raise AssertionError(f"{plugin.__name__} breaks the contract:\n" + "\n".join(f"- {text}" for text in broken))
 
@@ -58,27 +65,14 @@ class StopsAfterTwo(Plugin[NoConfig]):
             run.control.stop("the contract suite stops here")
 
 
-@frozen
-class _Subject:
-    """The plugin under test, and how to run it."""
-
-    plugin: type[Plugin[Any]]
-    overrides: Mapping[str, Any]
-    enable: tuple[str, ...]
-
-    def train(self, *others: type[Plugin[Any]], **options: Any) -> Trained:
-        passed = others if self.enable else (self.plugin, *others)
-        return train(*passed, overrides=self.overrides, enable=self.enable, **options)
-
-
-def _fails_in_a_hook(subject: _Subject) -> Iterator[str]:
+def _fails_in_a_hook(run: TinyRun) -> Iterator[str]:
     """Three steps with metrics, an evaluation and checkpoints."""
-    for event in subject.train().recorder.events("on_log"):
+    for event in run().recorder.events("on_log"):
         if event.name == "plugin_failed":
             yield event.message
 
 
-def _reads_a_tensor_in_a_step(subject: _Subject) -> Iterator[str]:
+def _reads_a_tensor_in_a_step(run: TinyRun) -> Iterator[str]:
     found: list[str] = []
 
     def wrap(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,26 +91,26 @@ def _reads_a_tensor_in_a_step(subject: _Subject) -> Iterator[str]:
 
         return guarded
 
-    subject.train(wrap=wrap)
+    run(wrap=wrap)
     yield from dict.fromkeys(found)
 
 
-def _leaves_things_open(subject: _Subject) -> Iterator[str]:
+def _leaves_things_open(run: TinyRun) -> Iterator[str]:
     with TemporaryDirectory() as directory:
         threads = set(threading.enumerate())
-        subject.train(output_dir=directory)
+        run(output_dir=directory)
         yield from (f"{Path(file).name} is still open after on_close" for file in _open_files(Path(directory)))
         if left := [thread.name for thread in set(threading.enumerate()) - threads]:
             yield f"threads are still running after on_close: {', '.join(left)}"
 
 
-def _resumes_otherwise(subject: _Subject) -> Iterator[str]:
+def _resumes_otherwise(run: TinyRun) -> Iterator[str]:
     """Two steps, a stop and two more give the weights of four; the plugin's state is saved and loaded on the way."""
     with TemporaryDirectory() as directory:
-        straight = subject.train(max_steps=4)
-        subject.train(StopsAfterTwo, max_steps=4, output_dir=directory)
+        straight = run(max_steps=4)
+        run(StopsAfterTwo, max_steps=4, output_dir=directory)
         try:
-            resumed = subject.train(max_steps=4, output_dir=directory)
+            resumed = run(max_steps=4, output_dir=directory)
         except PluginError as error:
             yield f"a resumed run fails: {error}"
             return
@@ -124,20 +118,12 @@ def _resumes_otherwise(subject: _Subject) -> Iterator[str]:
             yield "a run that was stopped and resumed ends with other weights"
 
 
-def _fails_when_others_fail(subject: _Subject) -> Iterator[str]:
+def _fails_when_others_fail(run: TinyRun, plugin: type[Plugin[Any]]) -> Iterator[str]:
     """Another plugin ends the run with an error, so ``on_run_error`` and ``on_close`` are called."""
     recorder = Recorder()
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(PluginError):
-        subject.train(misbehaving("on_step_end", "raises", on_error="abort"), recorder=recorder)
-    for plugin in recorder.plugins:
-        if plugin.cls is subject.plugin:
-            yield from map(str, plugin.failures)
-
-
-def _changes_training(subject: _Subject) -> Iterator[str]:
-    overrides = {key: value for key, value in subject.overrides.items() if not key.startswith("plugins.")}
-    if not _equal(train(overrides=overrides), subject.train()):
-        yield "the trained weights differ from those of a run without it; is that meant? then observes=False"
+        run(misbehaving("on_step_end", "raises", on_error="abort"), recorder=recorder)
+    yield from (str(failure) for one in recorder.plugins if one.cls is plugin for failure in one.failures)
 
 
 def _equal(one: Trained, other: Trained) -> bool:

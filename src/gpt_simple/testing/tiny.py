@@ -93,7 +93,7 @@ def train(
     recorder = recorder or Recorder()
     values = {**TINY, "training.output_dir": str(root), "training.max_steps": max_steps, **(overrides or {})}
     switches = Switches(enable, tuple(name for name in QUIET if name not in enable))
-    with _shared_cache(), _one_thread():
+    with _test_process():
         spec = resolve_spec(None, sections=_nested(values), switches=switches, plugins=[*plugins, recorder])
         recorder.plugins, spec.host.wrap = spec.host.plugins, wrap
         result = train_spec(spec)
@@ -113,27 +113,18 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread is fastest here: tensors are tiny, and tests run side by side."""
-    before = torch.get_num_threads()
+def _test_process() -> Iterator[None]:
+    """One thread, which is fastest for tiny tensors and tests side by side, and a data cache that is not the user's."""
+    threads = torch.get_num_threads()
+    variables = {} if "GPT_SIMPLE_CACHE" in os.environ else {"GPT_SIMPLE_CACHE": _cache_directory().name}
+    os.environ.update(variables)
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _shared_cache() -> Iterator[None]:
-    """Keep the prepared stories out of the user's cache, in one directory for this process."""
-    if "GPT_SIMPLE_CACHE" in os.environ:
-        yield
-        return
-    os.environ["GPT_SIMPLE_CACHE"] = _cache_directory().name
-    try:
-        yield
-    finally:
-        del os.environ["GPT_SIMPLE_CACHE"]
+        torch.set_num_threads(threads)
+        for name in variables:
+            del os.environ[name]
 
 
 @cache
