@@ -1,4 +1,4 @@
-"""What is installed, told without importing it."""
+"""What is installed, found without importing it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each hook times each misbehaviour: the documented policy, the blame, everybody else called, and the same weights."""
+"""Each hook times each misbehaviour: the policy, the attribution, all other plugins called, and the same weights."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_load_state_dict_must_leave_torch_unchanged(tmp_path: Path) -> None:
 
 
 def test_an_import_that_changes_torch_does_not_reach_training(tmp_path: Path) -> None:
-    """In a process of its own, whose state nobody needs afterwards."""
+    """In a process of its own, because its state stays changed."""
     file = tmp_path / "odd.py"
     file.write_text(
         "import torch\nfrom gpt_simple import Plugin\n"
@@ -142,7 +142,7 @@ def test_an_import_that_changes_torch_does_not_reach_training(tmp_path: Path) ->
 
 @pytest.mark.parametrize("hook", ["on_step_end", "on_metrics", "on_checkpoint_saved", "evaluate"])
 def test_a_model_that_is_left_in_another_mode_is_put_back(hook: str) -> None:
-    """As when somebody samples in a hook and forgets that training wants dropout."""
+    """As a hook that samples and does not put the model back into training mode."""
     dropout = {"model.dropout": 0.5}
 
     def forget(self: Any, run: Any, event: Any) -> Any:
@@ -203,13 +203,13 @@ def test_if_one_process_ends_the_other_ends_and_says_why(hook: str, how: str) ->
     culprit = _culprit(hook)
     outcomes = train_on_ranks(misbehaving(hook, how, rank=culprit, ranks="all"), max_steps=2)
     assert time.monotonic() - began < 30
-    blame = f"{'failed in ' if how == 'raises' else ''}{hook}"
+    attribution = f"{'failed in ' if how == 'raises' else ''}{hook}"
     assert "plugin misbehaving" in outcomes[culprit].error
-    assert blame in outcomes[culprit].error
+    assert attribution in outcomes[culprit].error
     other = outcomes[1 - culprit].error
     if culprit == 0:  # process 0 holds the store here, where a launcher's agent does otherwise
         assert other.startswith("RankFailed: ")
-    elif hook not in ("on_eval_end", "on_run_end"):  # after these nobody waits for anybody any more
+    elif hook not in ("on_eval_end", "on_run_end"):  # after these no process waits for another
         assert other.startswith(f"RankFailed: process {culprit} failed")
 
 
@@ -268,16 +268,16 @@ def test_no_plugin_can_change_what_another_receives() -> None:
     refused: list[str] = []
 
     class Aaa(Plugin[Any]):
-        """Is told everything first."""
+        """Receives every event first."""
 
         before = ("metrics", "recorder")
 
-        def try_on(self, told: Any) -> None:
-            for change in (lambda: told.update(x=1), lambda: told.clear(), lambda: told.__setitem__("x", 1)):
+        def try_on(self, value: Any) -> None:
+            for change in (lambda: value.update(x=1), lambda: value.clear(), lambda: value.__setitem__("x", 1)):
                 with pytest.raises(TypeError, match="cannot be changed"):
                     change()
-            json.dumps(told)
-            assert {**told} == told == copy.deepcopy(told)
+            json.dumps(value)
+            assert {**value} == value == copy.deepcopy(value)
             refused.append("yes")
 
         @hookimpl
@@ -301,7 +301,7 @@ def test_no_plugin_can_change_what_another_receives() -> None:
 
         @hookimpl
         def on_run_end(self, run: Any, event: Any) -> None:
-            run.log.info("told", rows=[1])
+            run.log.info("message", rows=[1])
             self.try_on(event.summary)
             self.try_on(event.summary["plugins"])
 

@@ -1,4 +1,4 @@
-"""From the ``[plugins]`` table to plugins that run: nothing breaks by being installed, everything is blamed by name."""
+"""From the ``[plugins]`` table to plugins that run: an installed plugin breaks nothing, a failure names its plugin."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_passed_plugins_have_distinct_names_and_no_built_ins(activate: Activate)
         PluginHost.activate({}, set_keys=lambda key: False, extra=[type("Console", (Plugin,), {})])
 
 
-def test_a_constructor_that_fails_is_blamed(activate: Activate) -> None:
+def test_a_constructor_that_fails_is_a_failure_of_its_plugin(activate: Activate) -> None:
     class Bad(Plugin):
         def __init__(self, config):
             raise OSError("no such device")

@@ -1,4 +1,4 @@
-"""Training on several processes in a test, and what becomes of their metrics and failures."""
+"""Training on several processes in a test, with their metrics and failures."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_metrics_of_two_processes_meet_by_name(tmp_path: Path) -> None:
 
         @hookimpl
         def collect_metrics(self, run: Run, event: Any) -> dict[str, Metric]:
-            told = {"x/b": Metric(100.0), "x/a": Metric(2.0 * run.rank)}
-            return told if run.rank else dict(reversed(told.items()))
+            metrics = {"x/b": Metric(100.0), "x/a": Metric(2.0 * run.rank)}
+            return metrics if run.rank else dict(reversed(metrics.items()))
 
     outcomes = train_on_ranks(Both, output_dir=tmp_path, overrides={"training.logging_steps": 1})
     assert [outcome.error for outcome in outcomes] == ["", ""]
@@ -45,11 +45,11 @@ def test_metrics_of_two_processes_meet_by_name(tmp_path: Path) -> None:
 
 def test_metrics_of_some_processes_are_reduced_over_those(tmp_path: Path) -> None:
     class Uneven(Plugin[NoConfig]):
-        """More than fit at once on the second process, and a name that the first one leaves to its neighbour."""
+        """More than fit at once on the second process, and a name that the first one does not return."""
 
         ranks = "all"
 
-        def told(self, run: Run) -> dict[str, Metric]:
+        def values(self, run: Run) -> dict[str, Metric]:
             if run.is_main:
                 return {"x/all": Metric(1.0, reduce="sum"), "x/first": Metric(torch.tensor(3.0))}
             many = {f"y/{index}": Metric(1.0 * index) for index in range(100)}
@@ -62,11 +62,11 @@ def test_metrics_of_some_processes_are_reduced_over_those(tmp_path: Path) -> Non
 
         @hookimpl
         def collect_metrics(self, run: Run, event: Any) -> dict[str, Metric]:
-            return self.told(run)
+            return self.values(run)
 
         @hookimpl
         def evaluate(self, run: Run, event: Any) -> dict[str, Metric]:
-            return self.told(run)
+            return self.values(run)
 
     class Zealous(Plugin[NoConfig]):
         @hookimpl
