@@ -99,6 +99,10 @@ def test_the_calls_of_a_run_that_fails_end_with_the_error() -> None:
     assert recorder.events("on_close")[0].ok is False
 
 
+def test_the_hot_hooks_are_those_of_every_step() -> None:
+    assert {name for name, info in HOOKS.items() if info.hot} == set(STEP)
+
+
 def test_every_hook_has_a_test_of_its_name() -> None:
     names = {name for name, value in globals().items() if callable(value)}
     assert {f"test_{hook}" for hook in HOOKS} <= names
