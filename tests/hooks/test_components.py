@@ -220,14 +220,12 @@ def brings(kind: Any, config: Any) -> type[Plugin[NoConfig]]:
         ("tokenizer", DataConfig, r"takes no config=: only the source brings the class of \[data\]"),
     ],
 )
-def test_a_class_that_cannot_be_a_section_is_refused_when_it_is_registered(
-    kind: str, config: Any, message: str
-) -> None:
+def test_a_class_that_cannot_be_a_section_is_refused(kind: str, config: Any, message: str) -> None:
     with pytest.raises(PluginError, match=rf"{kind} 'lion' of the plugin lion \(.*\.py\):? .*{message}"):
         train(brings(kind, config))
 
 
-def test_a_built_in_schedule_needs_its_fields_of_an_optimizers_own_class_once_it_is_chosen(tmp_path: Path) -> None:
+def test_a_built_in_schedule_needs_its_fields_once_chosen(tmp_path: Path) -> None:
     plugin, lion = brings("optimizer", LionConfig), {"name": "lion"}
     done = train(plugin, output_dir=tmp_path, max_steps=1, overrides={"optimizer": lion})
     assert done.recorder.events("on_metrics")[0].metrics["train/lr"] == 1e-3
@@ -260,7 +258,7 @@ def least(kind: Any, base: type, **own: str) -> type:
     return frozen(type("Least", (), {"__annotations__": {n: s.annotation for n, s in fields.items()}, **values}))
 
 
-def test_the_fields_that_are_required_are_all_that_a_run_and_its_checks_read(tmp_path: Path) -> None:
+def test_a_run_and_its_checks_read_only_the_required_fields(tmp_path: Path) -> None:
     class Least(Plugin[NoConfig]):
         @classmethod
         @hookimpl

@@ -99,6 +99,10 @@ def test_the_calls_of_a_run_that_fails_end_with_the_error() -> None:
     assert recorder.events("on_close")[0].ok is False
 
 
+def test_the_hot_hooks_are_those_of_every_step() -> None:
+    assert {name for name, info in HOOKS.items() if info.hot} == set(STEP)
+
+
 def test_every_hook_has_a_test_of_its_name() -> None:
     names = {name for name, value in globals().items() if callable(value)}
     assert {f"test_{hook}" for hook in HOOKS} <= names
@@ -260,7 +264,7 @@ def test_on_close(whole: Recorder) -> None:
     assert event.ok is True
 
 
-def test_nothing_that_a_hook_is_told_can_be_changed(whole: Recorder) -> None:
+def test_no_event_can_be_changed(whole: Recorder) -> None:
     events = {type(call.event): call.event for call in whole.calls if call.event is not None}
     assert len(events) > 10
     for kind, event in events.items():

@@ -10,7 +10,7 @@ import pytest
 import gpt_simple
 from gpt_simple import Config, DataConfig, ModelConfig, OptimizerConfig, PluginsConfig, TrainingConfig
 from gpt_simple.errors import ConfigError
-from gpt_simple.plugin_host.activation import Switches, Wishes, decide
+from gpt_simple.plugin_host.activation import PluginsTable, Switches, decide
 from gpt_simple.plugin_host.discovery import PluginRecord
 from tests.packages import PLUGIN, FakePackage
 from tests.tiny import TINY
@@ -30,7 +30,7 @@ def active(
     no_plugins: bool = False,
     is_set: Callable[[str], bool] = lambda key: False,
 ) -> dict[str, str]:
-    decisions = decide(RECORDS, Wishes.read(table or {}), is_set, Switches.parse(switches, no_plugins=no_plugins))
+    decisions = decide(RECORDS, PluginsTable.read(table or {}), is_set, Switches.parse(switches, no_plugins=no_plugins))
     return {name: decision.why for name, decision in decisions.items() if decision.active}
 
 
@@ -60,22 +60,22 @@ def test_the_command_line_has_the_last_word() -> None:
     assert active({"acme": {}}, "no:acme", "no:console") == {}
 
 
-def test_of_two_words_on_one_name_the_later_counts() -> None:
+def test_of_two_options_for_one_name_the_later_counts() -> None:
     assert active({}, "no:acme", "acme")["acme"] == "-p"
     assert "acme" not in active({}, "acme", "no:acme")
 
 
-def test_a_field_can_switch_a_built_in_on_and_then_a_table_does_not() -> None:
+def test_a_built_in_that_a_field_switches_on_ignores_its_table() -> None:
     assert "wandb" not in active({"wandb": {}})
     by_field = active({}, is_set=lambda key: key == "training.wandb_project")
     assert by_field["wandb"] == "training.wandb_project"
     assert "wandb" in active({}, "wandb")
 
 
-def test_all_unknown_names_are_told_with_their_places() -> None:
-    wishes = Wishes.read({"consle": {}, "disable": ["acm"], "require": ["nothing_like_it"]})
+def test_all_unknown_names_are_reported_with_their_places() -> None:
+    plugins = PluginsTable.read({"consle": {}, "disable": ["acm"], "require": ["nothing_like_it"]})
     with pytest.raises(ConfigError) as caught:
-        decide(RECORDS, wishes, lambda key: False, Switches.parse(["acne", "no:memry"]))
+        decide(RECORDS, plugins, lambda key: False, Switches.parse(["acne", "no:memry"]))
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("plugins.consle: no plugin 'consle' is installed; did you mean 'console'?")
@@ -103,7 +103,7 @@ def test_wrong_types_are_left_to_the_structuring() -> None:
     assert active({"disable": 3, "require": {"a": 1}, "strict": "yes"}) == {"console": "default"}
 
 
-def test_files_are_told_from_names() -> None:
+def test_files_are_distinguished_from_names() -> None:
     switches = Switches.parse(["acme", "./mine.py", "no:console", "dir/other.py"])
     assert switches.files == ("./mine.py", "dir/other.py")
 

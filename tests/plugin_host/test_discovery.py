@@ -1,4 +1,4 @@
-"""What is installed, told without importing it."""
+"""What is installed, found without importing it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def problems() -> dict[tuple[str, str], str]:
     return {(record.name, record.distribution): record.problem for record in installed()}
 
 
-def test_built_in_plugins_are_entry_points_of_our_own_distribution() -> None:
+def test_built_in_plugins_are_entry_points_of_this_distribution() -> None:
     builtin = {record.name for record in installed() if record.origin == "builtin"}
     assert builtin >= DEFAULT_ON
 
 
-def test_a_package_is_found_with_its_metadata_and_without_its_import(fake_package: FakePackage) -> None:
+def test_a_package_is_found_by_metadata_and_not_imported(fake_package: FakePackage) -> None:
     fake_package("acme-log", plugins={"acme": "acme_log:Acme"}, summary="Logs for Acme.", version="2.1")
     record = usable(installed())["acme"]
     assert (record.distribution, record.version, record.origin) == ("acme-log", "2.1", "external")
@@ -31,7 +31,7 @@ def test_a_package_is_found_with_its_metadata_and_without_its_import(fake_packag
     assert "acme_log" not in sys.modules
 
 
-def test_a_built_in_is_summarised_by_its_docstring_without_its_import() -> None:
+def test_a_built_in_has_a_summary_and_is_not_imported() -> None:
     record = usable(installed())["console"]
     module = record.value.partition(":")[0]
     imported = module in sys.modules
@@ -77,7 +77,7 @@ def test_names_that_cannot_be_a_table(fake_package: FakePackage, name: str) -> N
     assert problems()[name, "acme-log"] == "bad name"
 
 
-def test_the_order_is_that_of_names_whatever_the_file_system_says(
+def test_the_order_is_by_name_and_not_by_file_system(
     fake_package: FakePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("zeta", "acme", "mid"):
@@ -87,7 +87,7 @@ def test_the_order_is_that_of_names_whatever_the_file_system_says(
     assert [(record.name, record.distribution) for record in installed()] == first == sorted(first)
 
 
-def test_an_older_copy_further_down_the_path_is_not_a_second_package(
+def test_an_older_copy_on_the_path_is_not_a_second_package(
     fake_package: FakePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_package("acme-log", plugins={"acme": "acme:Acme"}, version="2.0")
@@ -102,7 +102,7 @@ def test_commands_of_other_packages_are_found(fake_package: FakePackage) -> None
     assert "acme" in usable(commands())
 
 
-def test_the_summary_of_a_built_in_is_the_first_line_of_its_docstring() -> None:
+def test_a_built_in_summary_is_the_first_line_of_its_docstring() -> None:
     own = [record for record in (*installed(), *commands()) if record.origin == "builtin"]
     assert len(own) > 20
     for record in own:
@@ -122,7 +122,7 @@ def test_the_summary_of_a_built_in_is_the_first_line_of_its_docstring() -> None:
     ],
 )
 @pytest.mark.parametrize("group", ["plugins", "commands"])
-def test_damaged_metadata_of_one_package_hides_nobody_else(
+def test_damaged_metadata_of_one_package_hides_no_other(
     fake_package: FakePackage, file: str, content: bytes | None, group: str
 ) -> None:
     fake_package("acme-log", plugins={"acme": "acme_log:Acme"}, commands={"acme": "acme_log:main"})

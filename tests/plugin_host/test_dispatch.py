@@ -114,7 +114,7 @@ def test_an_implementation_gets_only_the_arguments_that_it_takes(activate: Activ
     assert seen == [METRICS, "nothing", (RUN, METRICS), RUN]
 
 
-def test_a_failure_is_blamed_with_its_step_also_where_the_event_is_not_taken(activate: Activate) -> None:
+def test_a_failure_has_its_step_without_the_event_argument(activate: Activate) -> None:
     class Bad(Plugin):
         on_error = "abort"
 
@@ -226,13 +226,13 @@ def test_strict_ends_the_run_for_any_failure(activate: Activate) -> None:
         calls.on_metrics(RUN, METRICS)
 
 
-def test_an_error_that_is_a_sentence_already_keeps_its_class(activate: Activate) -> None:
+def test_a_gpt_simple_error_keeps_its_class(activate: Activate) -> None:
     calls, _ = started(activate(plugin("Bad", "on_metrics", failing(CheckpointError("full disk")), on_error="abort")))
     with pytest.raises(CheckpointError, match="full disk"):
         calls.on_metrics(RUN, METRICS)
 
 
-def test_a_failure_that_ends_the_run_is_nobody_elses_on_its_way_out(activate: Activate) -> None:
+def test_a_fatal_failure_is_attributed_to_one_plugin_only(activate: Activate) -> None:
     holder: list[Calls] = []
     fatal = plugin("Fatal", "on_log", failing(ValueError("boom")), on_error="abort")
     talks = plugin("Talks", "on_metrics", lambda: holder[0].on_log(RUN, METRICS))
@@ -243,14 +243,14 @@ def test_a_failure_that_ends_the_run_is_nobody_elses_on_its_way_out(activate: Ac
     assert off == []
 
 
-def test_a_sentence_of_the_engine_gets_the_plugins_name(activate: Activate) -> None:
+def test_a_plugin_error_of_the_engine_gets_the_plugins_name(activate: Activate) -> None:
     error = PluginError("run.comm was used where it would hang")
     calls, _ = started(activate(plugin("Bad", "on_metrics", failing(error), on_error="abort")))
     with pytest.raises(PluginError, match=r"^plugin bad .*failed in on_metrics at step 7: run.comm was used"):
         calls.on_metrics(RUN, METRICS)
 
 
-def test_control_c_is_nobodys_failure(activate: Activate) -> None:
+def test_control_c_is_not_a_failure_of_a_plugin(activate: Activate) -> None:
     calls, off = started(activate(plugin("Any", "on_metrics", failing(KeyboardInterrupt()))))
     with pytest.raises(KeyboardInterrupt):
         calls.on_metrics(RUN, METRICS)
@@ -277,13 +277,13 @@ def test_garbage_is_a_failure_of_the_plugin(activate: Activate, hook: str, garba
         call(calls, hook, COLLECT)
 
 
-def test_with_several_processes_nobody_drops_out_of_a_hook_of_all(activate: Activate) -> None:
+def test_no_process_drops_out_of_a_hook_of_all_processes(activate: Activate) -> None:
     calls, _ = started(activate(plugin("Bad", "collect_metrics", failing(ValueError()))), world_size=2)
     with pytest.raises(PluginError):
         calls.collect_metrics(RUN, COLLECT)
 
 
-def test_with_several_processes_a_failed_plugin_stays_in_hooks_of_all_until_the_vote(activate: Activate) -> None:
+def test_a_failed_plugin_stays_in_hooks_of_all_until_agreed(activate: Activate) -> None:
     class Bad(Plugin):
         @hookimpl
         def on_metrics(self, run, event):
@@ -306,7 +306,7 @@ def test_with_several_processes_a_failed_plugin_stays_in_hooks_of_all_until_the_
     assert calls.collect_metrics is None
 
 
-def test_the_end_reaches_everybody_in_reverse_and_collects_what_fails(activate: Activate) -> None:
+def test_last_hooks_run_in_reverse_and_collect_failures(activate: Activate) -> None:
     for hook, event in (("on_run_error", RunError(ValueError("x"), 3)), ("on_close", Close(False))):
         seen: list[str] = []
         host = activate(
@@ -321,7 +321,7 @@ def test_the_end_reaches_everybody_in_reverse_and_collects_what_fails(activate: 
         assert re.search(rf"plugin b .*failed in {hook}", str(failures[0]))
 
 
-def test_a_failure_inside_another_hook_of_the_same_plugin_skips_nobody(activate: Activate) -> None:
+def test_a_failure_in_a_nested_hook_skips_no_other_plugin(activate: Activate) -> None:
     seen: list[str] = []
     holder: list[Calls] = []
 
@@ -375,7 +375,7 @@ def test_a_wrapper_goes_around_every_implementation(activate: Activate) -> None:
 
 
 @pytest.mark.parametrize("hook", ["on_step_end", "collect_metrics", "on_close"])
-def test_what_a_listener_leaves_changed_is_put_back_before_the_next_one(activate: Activate, hook: str) -> None:
+def test_changed_state_is_restored_before_the_next_listener(activate: Activate, hook: str) -> None:
     state, seen = ["clean"], []
 
     def restore(run: object, before: str) -> str:
@@ -421,7 +421,7 @@ def test_a_metric_that_is_no_number_is_its_plugins_failure(activate: Activate, m
 
 
 @pytest.mark.parametrize("listeners", [1, 10])
-def test_a_call_costs_less_than_pluggys(activate: Activate, listeners: int) -> None:
+def test_a_call_costs_less_than_one_of_pluggy(activate: Activate, listeners: int) -> None:
     host = activate(*(plugin(f"P{index}", "on_metrics", lambda: None) for index in range(listeners)))
     calls, _ = started(host)
     relay = host._manager.hook.on_metrics

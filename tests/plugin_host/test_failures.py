@@ -1,4 +1,4 @@
-"""Each hook times each misbehaviour: the documented policy, the blame, everybody else called, and the same weights."""
+"""Each hook times each misbehaviour: the policy, the attribution, all other plugins called, and the same weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def without_logs(recorder: Recorder) -> list[str]:
 
 
 @pytest.mark.parametrize(("hook", "how"), CASES)
-def test_a_sink_that_misbehaves_changes_nothing_for_anybody(alone: Trained, hook: str, how: str) -> None:
+def test_a_sink_that_misbehaves_changes_nothing_else(alone: Trained, hook: str, how: str) -> None:
     trained = run(misbehaving(hook, how))
     assert trained.failed == (["misbehaving"] if MISBEHAVIOURS[how].fails else [])
     assert without_logs(trained.recorder) == without_logs(alone.recorder)
@@ -65,7 +65,7 @@ def test_a_sink_that_misbehaves_changes_nothing_for_anybody(alone: Trained, hook
     ("hook", "how"),
     [(hook, how) for hook, how in CASES if MISBEHAVIOURS[how].fails and (how == "raises" or hook == "on_step_end")],
 )
-def test_with_abort_the_run_ends_with_the_blame_and_everybody_is_closed_once(hook: str, how: str) -> None:
+def test_abort_ends_the_run_and_closes_all_plugins_once(hook: str, how: str) -> None:
     recorder = Recorder()
     plugin = misbehaving(hook, how, on_error="abort")
     with pytest.raises(PluginError, match=rf"plugin misbehaving .*{hook}"):
@@ -106,7 +106,7 @@ def test_a_plain_method_that_leaves_torch_changed_has_failed(alone: Trained, met
     assert re.fullmatch(rf"plugin leaves .* failed in {method}: .*{what}.*", warning)
 
 
-def test_state_that_is_taken_back_leaves_torch_as_it_was(tmp_path: Path) -> None:
+def test_load_state_dict_must_leave_torch_unchanged(tmp_path: Path) -> None:
     class Keeps(Plugin[Any]):
         def state_dict(self) -> dict[str, Any]:
             return {"a": 1}
@@ -119,8 +119,8 @@ def test_state_that_is_taken_back_leaves_torch_as_it_was(tmp_path: Path) -> None
         train(Keeps, output_dir=tmp_path, max_steps=4)
 
 
-def test_what_the_import_of_a_plugin_makes_of_torch_does_not_reach_training(tmp_path: Path) -> None:
-    """In a process of its own, whose state nobody needs afterwards."""
+def test_an_import_that_changes_torch_does_not_reach_training(tmp_path: Path) -> None:
+    """In a process of its own, because its state stays changed."""
     file = tmp_path / "odd.py"
     file.write_text(
         "import torch\nfrom gpt_simple import Plugin\n"
@@ -142,7 +142,7 @@ def test_what_the_import_of_a_plugin_makes_of_torch_does_not_reach_training(tmp_
 
 @pytest.mark.parametrize("hook", ["on_step_end", "on_metrics", "on_checkpoint_saved", "evaluate"])
 def test_a_model_that_is_left_in_another_mode_is_put_back(hook: str) -> None:
-    """As when somebody samples in a hook and forgets that training wants dropout."""
+    """As a hook that samples and does not put the model back into training mode."""
     dropout = {"model.dropout": 0.5}
 
     def forget(self: Any, run: Any, event: Any) -> Any:
@@ -158,7 +158,7 @@ def test_a_model_that_is_left_in_another_mode_is_put_back(hook: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config", "step", "tokens", "output_dir", "rank", "device"])
-def test_what_a_run_is_and_where_it_stands_is_not_a_plugins_to_write(name: str) -> None:
+def test_a_plugin_cannot_write_attributes_of_the_run(name: str) -> None:
     class Writes(Plugin[Any]):
         @hookimpl
         def on_step_end(self, run: Any, event: Any) -> None:
@@ -185,9 +185,7 @@ def alone_on_two() -> str:
 
 
 @pytest.mark.parametrize("hook", [hook for hook in DURING if HOOKS[hook].ranks != "all"])
-def test_what_one_of_two_processes_does_wrong_leaves_the_other_neither_waiting_nor_changed(
-    alone_on_two: str, hook: str
-) -> None:
+def test_misbehaviour_of_one_process_does_not_affect_the_other(alone_on_two: str, hook: str) -> None:
     """All misbehaviours at once, each in a plugin of its own."""
     plugins = [
         misbehaving(hook, how, rank=_culprit(hook), name=f"no_{index}", ranks="all", on_error="disable")
@@ -200,18 +198,18 @@ def test_what_one_of_two_processes_does_wrong_leaves_the_other_neither_waiting_n
 
 @pytest.mark.parametrize("hook", DURING)
 @pytest.mark.parametrize("how", ["raises", "returns garbage"])
-def test_when_one_of_two_processes_has_to_end_the_other_learns_why_and_ends(hook: str, how: str) -> None:
+def test_if_one_process_ends_the_other_ends_and_says_why(hook: str, how: str) -> None:
     began = time.monotonic()
     culprit = _culprit(hook)
     outcomes = train_on_ranks(misbehaving(hook, how, rank=culprit, ranks="all"), max_steps=2)
     assert time.monotonic() - began < 30
-    blame = f"{'failed in ' if how == 'raises' else ''}{hook}"
+    attribution = f"{'failed in ' if how == 'raises' else ''}{hook}"
     assert "plugin misbehaving" in outcomes[culprit].error
-    assert blame in outcomes[culprit].error
+    assert attribution in outcomes[culprit].error
     other = outcomes[1 - culprit].error
     if culprit == 0:  # process 0 holds the store here, where a launcher's agent does otherwise
         assert other.startswith("RankFailed: ")
-    elif hook not in ("on_eval_end", "on_run_end"):  # after these nobody waits for anybody any more
+    elif hook not in ("on_eval_end", "on_run_end"):  # after these no process waits for another
         assert other.startswith(f"RankFailed: process {culprit} failed")
 
 
@@ -232,7 +230,7 @@ def test_nothing_of_the_process_is_left_changed() -> None:
     assert threading.active_count() == threads
 
 
-def test_a_device_that_is_entered_or_autocast_that_is_doubled_in_an_evaluation_is_noticed() -> None:
+def test_an_entered_device_and_a_second_autocast_are_found() -> None:
     class Enters(Plugin[Any]):
         @hookimpl
         def on_step_end(self, run: Any, event: Any) -> None:
@@ -251,7 +249,7 @@ def test_a_device_that_is_entered_or_autocast_that_is_doubled_in_an_evaluation_i
 
 
 @pytest.mark.parametrize("mode", ["cpu", "meta"])
-def test_a_default_device_under_one_that_was_entered_is_undone_and_named(mode: str) -> None:
+def test_a_default_device_below_an_entered_one_is_restored(mode: str) -> None:
     class Both(Plugin[Any]):
         @hookimpl
         def on_step_end(self) -> None:
@@ -266,20 +264,20 @@ def test_a_default_device_under_one_that_was_entered_is_undone_and_named(mode: s
     assert not torch.overrides.has_torch_function((None,))
 
 
-def test_what_one_plugin_is_told_no_other_can_change() -> None:
+def test_no_plugin_can_change_what_another_receives() -> None:
     refused: list[str] = []
 
     class Aaa(Plugin[Any]):
-        """Is told everything first."""
+        """Receives every event first."""
 
         before = ("metrics", "recorder")
 
-        def try_on(self, told: Any) -> None:
-            for change in (lambda: told.update(x=1), lambda: told.clear(), lambda: told.__setitem__("x", 1)):
+        def try_on(self, value: Any) -> None:
+            for change in (lambda: value.update(x=1), lambda: value.clear(), lambda: value.__setitem__("x", 1)):
                 with pytest.raises(TypeError, match="cannot be changed"):
                     change()
-            json.dumps(told)
-            assert {**told} == told == copy.deepcopy(told)
+            json.dumps(value)
+            assert {**value} == value == copy.deepcopy(value)
             refused.append("yes")
 
         @hookimpl
@@ -303,7 +301,7 @@ def test_what_one_plugin_is_told_no_other_can_change() -> None:
 
         @hookimpl
         def on_run_end(self, run: Any, event: Any) -> None:
-            run.log.info("told", rows=[1])
+            run.log.info("message", rows=[1])
             self.try_on(event.summary)
             self.try_on(event.summary["plugins"])
 
@@ -311,7 +309,7 @@ def test_what_one_plugin_is_told_no_other_can_change() -> None:
     assert len(refused) >= 8
 
 
-def test_the_failure_itself_is_told_and_not_what_it_left_behind() -> None:
+def test_the_failure_is_reported_and_not_the_changed_state() -> None:
     class Two(Plugin[Any]):
         @hookimpl
         def on_step_end(self, run: Any, event: Any) -> None:

@@ -1,7 +1,8 @@
-"""From the ``[plugins]`` table to plugins that run: nothing breaks by being installed, everything is blamed by name."""
+"""From the ``[plugins]`` table to plugins that run: an installed plugin breaks nothing, a failure names its plugin."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from attrs import frozen
 
 from gpt_simple import Config, Finding, Plugin, PluginsConfig, hookimpl
-from gpt_simple.errors import ConfigError, PluginError
+from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
 from gpt_simple.hooks import Component, Registry
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugin_host.host import PluginHost
@@ -71,7 +72,7 @@ def test_broken_packages_break_only_the_run_that_uses_them(fake_package: FakePac
             use(name)
 
 
-def test_all_broken_plugins_of_a_run_are_told_at_once(fake_package: FakePackage) -> None:
+def test_all_broken_plugins_of_a_run_are_reported_at_once(fake_package: FakePackage) -> None:
     expected = install_broken(fake_package)
     with pytest.raises(PluginError) as caught:
         use(*expected)
@@ -113,11 +114,23 @@ def test_a_disabled_broken_plugin_is_a_note(fake_package: FakePackage) -> None:
     assert "[plugins.raises] is off and was not checked" in host.notes[0]
 
 
+def test_the_error_of_each_active_plugin_is_kept(fake_package: FakePackage) -> None:
+    expected = install_broken(fake_package)
+    errors: list[GptSimpleError] = []
+    switches = Switches.parse(["raises", "lint"])
+    host = PluginHost.activate({}, set_keys=lambda key: False, switches=switches, errors=errors)
+    assert errors == list(host.failures.values())
+    assert host.failures.keys() == {"raises", "lint"}
+    assert all(re.search(expected[name], str(error)) for name, error in host.failures.items())
+    assert "console" in host.names
+
+
 def test_a_plugin_from_a_file_is_named_after_it(tmp_path: Path, bare: Switches) -> None:
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN.format(cls="Whatever"))
     host = PluginHost.activate({"mine": {}}, set_keys=lambda key: False, switches=Switches((str(file),), bare.disable))
-    assert [(plugin.name, plugin.file, plugin.why) for plugin in host.plugins] == [("mine", str(file), "passed")]
+    assert [(plugin.name, plugin.file) for plugin in host.plugins] == [("mine", str(file))]
+    assert host.decisions["mine"].why == "passed"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +197,7 @@ def test_passed_plugins_have_distinct_names_and_no_built_ins(activate: Activate)
         PluginHost.activate({}, set_keys=lambda key: False, extra=[type("Console", (Plugin,), {})])
 
 
-def test_a_constructor_that_fails_is_blamed(activate: Activate) -> None:
+def test_a_constructor_that_fails_is_a_failure_of_its_plugin(activate: Activate) -> None:
     class Bad(Plugin):
         def __init__(self, config):
             raise OSError("no such device")
@@ -193,7 +206,7 @@ def test_a_constructor_that_fails_is_blamed(activate: Activate) -> None:
         activate(Bad).instantiate(Config())
 
 
-def test_before_a_run_too_an_implementation_may_take_fewer_arguments(activate: Activate) -> None:
+def test_hooks_before_a_run_may_take_fewer_arguments_too(activate: Activate) -> None:
     class Few(Plugin):
         @classmethod
         @hookimpl
@@ -258,7 +271,7 @@ def test_registering_components_may_fail(activate: Activate) -> None:
         activate(Bad).register_components(Registry())
 
 
-def test_the_order_hash_tells_plugins_versions_and_order(activate: Activate) -> None:
+def test_the_order_hash_depends_on_plugins_and_not_on_arguments(activate: Activate) -> None:
     class Other(Plugin):
         pass
 

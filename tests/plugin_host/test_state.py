@@ -91,7 +91,7 @@ def test_a_plugin_without_state_leaves_no_record(activate: Activate) -> None:
     assert ready(activate(named("Empty", Plugin))).state() == ({}, {})
 
 
-def test_state_of_a_missing_plugin_is_carried_to_the_next_checkpoint(activate: Activate) -> None:
+def test_state_of_a_missing_plugin_is_carried_forward(activate: Activate) -> None:
     records, tensors = ready(activate(Counter)).state()
     without = ready(activate())
     without.load_state(records, tensors)
@@ -107,7 +107,7 @@ def test_state_that_is_required_is_not_dropped_in_silence(activate: Activate) ->
         ready(activate()).load_state(records, tensors)
 
 
-def test_a_plugin_without_a_package_is_not_told_to_be_installed(activate: Activate) -> None:
+def test_a_plugin_without_a_package_has_no_advice_to_install_it(activate: Activate) -> None:
     records, tensors = ready(activate(named("Vital", state_required=True))).state()
     with pytest.raises(
         CheckpointError, match=r"must not go on: pass it again, with -p ./vital.py or plugins="
@@ -124,7 +124,7 @@ def test_a_renamed_plugin_finds_its_state(activate: Activate) -> None:
     assert host.state()[0].keys() == {"renamed"}
 
 
-def test_on_other_processes_only_plugins_of_all_ranks_are_restored(activate: Activate) -> None:
+def test_other_processes_restore_only_plugins_of_all_ranks(activate: Activate) -> None:
     host = ready(activate(Counter, named("Mine", ranks="main")))
     records, tensors = host.state()
     host.load_state(records, tensors, is_main=False)
@@ -156,9 +156,7 @@ def test_keys_that_look_like_paths_do_not_meet(activate: Activate) -> None:
 
 
 @pytest.mark.parametrize("garbage", [[1, 2], "text", 3, None, {"a": {1, 2}}], ids=repr)
-def test_state_that_could_not_come_back_is_its_plugins_failure_when_it_is_saved(
-    activate: Activate, garbage: Any
-) -> None:
+def test_state_that_cannot_be_saved_is_a_failure_of_its_plugin(activate: Activate, garbage: Any) -> None:
     odd = named("Odd", Plugin, state_dict=lambda self: garbage)
     host = ready(activate(odd, Counter))
     assert host.state()[0].keys() == {"counter"}
@@ -176,7 +174,7 @@ class Fragile(Counter):
 
 
 @pytest.mark.parametrize("saved_under", ["counter", "fragile"])
-def test_a_plugin_that_was_switched_off_keeps_its_last_good_state(activate: Activate, saved_under: str) -> None:
+def test_a_switched_off_plugin_keeps_its_last_good_state(activate: Activate, saved_under: str) -> None:
     records, tensors = ready(activate(named(saved_under.title(), Fragile, aliases=()))).state()
     host = ready(activate(Fragile))
     host.load_state(records, tensors)

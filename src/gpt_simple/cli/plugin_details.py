@@ -25,13 +25,13 @@ def find(name: str) -> tuple[LoadedPlugin, PluginRecord | None]:
     name."""
     if is_file(name):
         own_name, cls = load_file(name)
-        return load_plugin(own_name, cls, None, "-p"), None
+        return load_plugin(own_name, cls, None), None
     records = usable(installed())
     if (record := records.get(name)) is None:
         close = difflib.get_close_matches(name, records, 1)
         meant = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"no plugin {name!r} is installed{meant} (`{PROGRAM} plugins list` shows them all)")
-    return load_plugin(name, None, record, ""), record
+    return load_plugin(name, None, record), record
 
 
 def details(name: str) -> str:

@@ -1,6 +1,7 @@
 """The contract between the engine and plugins: everything that a plugin author imports. Free of torch.
 
-Names load when they are used: looking at what is installed, which every command does, needs none of them.
+Start with ``specs.py``, the hooks, and ``events.py``, their arguments. Names load when they are used, because every
+command lists the installed plugins and none of these names is needed for that.
 """
 
 from __future__ import annotations
@@ -87,43 +88,18 @@ __all__ = [
     "hookimpl",
 ]
 
-_HOMES = {
-    "Component": "components",
-    "Registry": "components",
-    **dict.fromkeys(
-        (
-            "CheckedOutput",
-            "ConfigChanges",
-            "Environment",
-            "InspectedData",
-            "MemoryForecast",
-            "MemoryPrediction",
-            "PlannedResume",
-            "Preflight",
-            "PreflightOptions",
-            "ThroughputEstimate",
-        ),
-        "preflight",
-    ),
-    "Finding": "results",
-    "Metric": "results",
-    "CheckpointInfo": "run",
-    "Run": "run",
-    "NoConfig": "plugin",
-    "Plugin": "plugin",
-    "HOOKS": "specs",
-    "HookInfo": "specs",
-    "hookimpl": "specs",
-}
+_MODULES = ("specs", "plugin", "run", "results", "events", "components", "preflight")
+"""Where the names are, the modules that most commands need first: a name imports those before its own."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # All others are events.
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'events')}"), name)
-    globals()[name] = value
-    return value
+    if name in __all__:
+        for module in _MODULES:
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name, None)
+            if value is not None:
+                globals()[name] = value
+                return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a plugin gets of the data: a micro-batch, and the tokenizer that made it."""
+"""A micro-batch of the data, and the tokenizer that made it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class Batch:
     """A micro-batch of one process, on the device. All tensors are int64 [B, T].
 
-    ``labels`` are the next tokens, -100 where there is no target. ``position_ids`` and ``document_ids`` come
-    with ``data.document_mask``: positions restart in every document, and positions with one document id see
-    each other. ``first_sample`` numbers the first row in the order (in an evaluation: in the rows evaluated).
+    ``labels`` are the next tokens, -100 where there is no target; ``targets`` is the number of the others.
+    ``position_ids`` and ``document_ids`` are set with ``data.document_mask``: positions restart in every document, and
+    attention stays within one document id. ``first_sample`` is the index of the first row in the order of samples, in
+    an evaluation among the rows evaluated.
     """
 
     input_ids: Tensor
@@ -33,14 +34,14 @@ class Batch:
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What training needs of a tokenizer."""
+    """The interface that training needs of a tokenizer."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def vocab_size(self) -> int:
-        """Every id is below it."""
+        """The number of ids; every id is below it."""
 
     @property
     def eod_id(self) -> int:
@@ -57,7 +58,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """How many bytes of text each id stands for, shape [vocab_size]; 0 for special tokens."""
+        """The number of bytes of text of each id, shape [vocab_size]; 0 for special tokens."""
 
     def save(self, directory: Path) -> None:
-        """Write it so that ``load_tokenizer(directory)`` gives an equal one."""
+        """Write it so that ``load_tokenizer(directory)`` returns an equal one."""

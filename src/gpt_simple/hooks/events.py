@@ -1,8 +1,7 @@
-"""What a hook is told: one frozen class per hook.
+"""The events that hooks receive: one frozen class per hook.
 
-Steps are counted from 1; ``step`` of an event is the optimizer step that it belongs to. ``tokens`` are
-positions (rows x max_length over all processes since step 0), ``target_tokens`` those of them that are in the
-loss.
+Steps are counted from 1; ``step`` of an event is the optimizer step that it belongs to. ``tokens`` are positions (rows
+x max_length over all processes since step 0), ``target_tokens`` those of them that are in the loss.
 """
 
 from __future__ import annotations
@@ -25,16 +24,18 @@ RunStatus = Literal["completed", "stopped", "halted"]
 
 @frozen
 class ModelBuilt:
-    """The raw module is initialised on its device; checkpointing, compilation and wrapping come next."""
+    """``model`` is the raw module, initialised on its device."""
 
     model: torch.nn.Module
 
 
 @frozen
 class RunStart:
-    """Everything is prepared and all state is restored; the next step is ``step + 1``.
+    """The next step is ``step + 1``.
 
-    ``best_val_loss`` is the run's lowest ``eval/loss`` so far, in nats, None if there was no evaluation.
+    ``resumed_from`` is the checkpoint, None in a new run. ``promise`` is the resume guarantee: ``from scratch``,
+    ``bit-exact``, ``order-exact: ...`` or ``changed: ...``. ``best_val_loss`` is the run's lowest ``eval/loss`` so far,
+    in nats per target token, None if there was no evaluation. ``facts`` are those of ``run.facts()``.
     """
 
     step: int
@@ -48,14 +49,14 @@ class RunStart:
 
 @frozen
 class StepStart:
-    """The optimizer step ``step`` is about to be made."""
+    """Optimizer step ``step`` comes next."""
 
     step: int
 
 
 @frozen
 class BatchReady:
-    """Micro-batch ``micro_batch`` (from 0) of the step is on the device, before its forward."""
+    """Micro-batch ``micro_batch`` (from 0) of the step."""
 
     step: int
     micro_batch: int
@@ -64,14 +65,14 @@ class BatchReady:
 
 @frozen
 class GradientsReady:
-    """Gradients are reduced and unscaled; clipping and the optimizer come next. ``p.grad`` may be edited."""
+    """Optimizer step ``step`` is about to use the gradients, which are ``p.grad`` of the model's parameters."""
 
     step: int
 
 
 @frozen
 class StepEnd:
-    """The step is made and its data position is committed. ``is_last``: the run ends with it."""
+    """Totals after the step. ``is_last``: the run ends with it."""
 
     step: int
     tokens: int
@@ -83,8 +84,9 @@ class StepEnd:
 class CollectMetrics:
     """A logging boundary. Totals are over all processes and since the previous boundary.
 
-    ``train_seconds`` leaves evaluation, checkpoints and the first step of the process (compilation) out of
-    ``wall_seconds``; ``timed_steps`` and ``timed_tokens`` are what was done in them.
+    ``train_seconds`` is ``wall_seconds`` without evaluation, checkpoints and the first step of the process
+    (compilation); ``timed_steps`` and ``timed_tokens`` are the steps and tokens in that time. ``data_seconds`` is the
+    time spent waiting for data.
     """
 
     step: int
@@ -100,7 +102,7 @@ class CollectMetrics:
 
 @frozen
 class MetricsReady:
-    """The metrics of a logging boundary as plain floats, reduced over all processes."""
+    """The metrics of a logging boundary by name, as plain floats, reduced over all processes."""
 
     step: int
     tokens: int
@@ -109,14 +111,14 @@ class MetricsReady:
 
 @frozen
 class Evaluate:
-    """An evaluation is due. The engine has set eval mode, no_grad, autocast and an RNG of its own."""
+    """The evaluation after ``step``."""
 
     step: int
 
 
 @frozen
 class EvalEnd:
-    """Reduced metrics of an evaluation."""
+    """The metrics of an evaluation by name, as plain floats, reduced over all processes."""
 
     step: int
     tokens: int
@@ -126,7 +128,7 @@ class EvalEnd:
 
 @frozen
 class CheckpointSaving:
-    """A checkpoint of this step has been agreed on and will be written next."""
+    """A checkpoint of this step comes next; ``reason`` says why."""
 
     step: int
     reason: str
@@ -134,7 +136,7 @@ class CheckpointSaving:
 
 @frozen
 class CheckpointSaved:
-    """The checkpoint is durable: it survives a crash from here on."""
+    """A durable checkpoint: the directory ``path`` of ``bytes`` bytes, written in ``seconds``."""
 
     step: int
     path: Path
@@ -145,7 +147,7 @@ class CheckpointSaved:
 
 @frozen
 class CheckpointLoaded:
-    """All state of the engine is restored from this checkpoint."""
+    """The checkpoint that the run continues from."""
 
     step: int
     path: Path
@@ -153,7 +155,7 @@ class CheckpointLoaded:
 
 @frozen
 class LogRecord:
-    """Something worth a line happened: ``name`` says what in a word, ``fields`` hold it for machines."""
+    """One line of the log: ``message`` for people, ``name`` (a word) and ``fields`` for machines."""
 
     level: Literal["info", "warning", "error"]
     message: str
@@ -164,10 +166,7 @@ class LogRecord:
 
 @frozen
 class RunEnd:
-    """The run has ended by itself: completed, stopped (resumable) or halted.
-
-    ``summary`` is what summary.json holds.
-    """
+    """The end of a run without an error. ``summary`` is the content of summary.json."""
 
     status: RunStatus
     step: int
@@ -178,7 +177,7 @@ class RunEnd:
 
 @frozen
 class RunError:
-    """The run ends with an exception. No collectives from here on."""
+    """The exception that ends the run."""
 
     error: BaseException
     step: int
@@ -186,6 +185,6 @@ class RunError:
 
 @frozen
 class Close:
-    """Release what the plugin holds. Always called, once, in reverse order. No collectives."""
+    """``ok``: the run ends without an exception."""
 
     ok: bool

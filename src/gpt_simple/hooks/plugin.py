@@ -1,4 +1,4 @@
-"""The base class of every plugin, ours and strangers'."""
+"""The base class of every plugin."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from attrs import frozen
 
 if TYPE_CHECKING:
-    # To a type checker a plugin inherits every hook, so a wrong event, arity or result is an error there. At
-    # run time it inherits none: what it does not implement is never called.
+    # For a type checker a plugin inherits every hook, so that it reports a wrong event, arity or result. At run time a
+    # plugin inherits none, because a hook that it does not implement is never called.
     from gpt_simple.hooks.specs import HookSpecs as Hooks
 else:
     Hooks = object
@@ -20,7 +20,7 @@ OnError = Literal["abort", "disable"]
 
 @frozen
 class NoConfig:
-    """The configuration of a plugin that has nothing to configure."""
+    """The configuration of a plugin without options."""
 
 
 C = TypeVar("C")
@@ -46,19 +46,19 @@ class Plugin(Generic[C], Hooks):
                 with open(run.output_dir / self.config.path, "a") as f:
                     f.write(f"{event.step},{event.metrics['train/loss']}\\n")
 
-    Its name is the name of its entry point: that is also its config table and the key of its state.
+    A plugin's name is that of its entry point, and also that of its config table and the key of its state.
     """
 
     Config: ClassVar[type] = NoConfig
     """Frozen attrs class with a default for every field; ``[plugins.NAME]`` is structured into it."""
 
     ranks: ClassVar[Ranks] = "main"
-    """Where hooks whose ranks are the plugin's choice run: on the main process, or on all of them."""
+    """The processes of the hooks whose ranks are the plugin's choice: the main one, or all."""
 
     on_error: ClassVar[OnError | None] = None
-    """What an exception in a hook does: end the run, or switch the plugin off with one warning.
+    """What an exception in a hook does: ``abort`` the run, or ``disable`` the plugin with one warning.
 
-    Unset: ``disable`` for plugins on the main process, ``abort`` for plugins on all of them.
+    Unset: ``disable`` for plugins on the main process, ``abort`` for plugins on all processes.
     """
 
     before: ClassVar[tuple[str, ...]] = ()
@@ -74,21 +74,21 @@ class Plugin(Generic[C], Hooks):
     """A checkpoint with this plugin's state is refused when the plugin is missing at resume."""
 
     aliases: ClassVar[tuple[str, ...]] = ()
-    """Names that this plugin had before: state stored under one of them is its own."""
+    """Former names of this plugin: it also gets the state stored under one of them."""
 
     def __init__(self, config: C) -> None:
         self.config = config
 
     def state_dict(self) -> dict[str, Any]:
-        """What the plugin needs at resume: JSON values and tensors. Taken on the main process."""
+        """The state that a resume needs: JSON values and tensors. Called on the main process."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
-        """Take back what ``state_dict`` returned, on every process where the plugin runs."""
+        """Restore what ``state_dict`` returned. Called on every process where the plugin runs."""
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the end-of-run summary and summary.json, JSON values under names for people.
+        """Facts for the end-of-run summary and summary.json: a mapping of readable names to JSON values.
 
-        Anything else counts as the plugin's failure.
+        Any other result is a failure of the plugin.
         """
         return {}

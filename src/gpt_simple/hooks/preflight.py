@@ -1,7 +1,6 @@
-"""``preflight``: what a check can know of a run that has not started, beyond its configuration.
+"""``preflight``: the facts of a run that has not started, for ``check_config`` and ``check_runtime``.
 
-Plugins are typed against the protocol ``Preflight``, which ``check_config`` and ``check_runtime`` receive. Each part is
-computed when it is first read.
+Plugins are typed against the protocol ``Preflight``. Each part is computed when it is first read.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ if TYPE_CHECKING:
 
 @frozen
 class PreflightOptions:
-    """What the checks are for.
+    """What to check.
 
-    ``launching``: a run is about to start and reads its data and checkpoints itself in a moment. ``force``: it would
-    discard what is in its output directory. ``world_size``: processes. ``memory`` asks for a prediction, for the memory
-    of ``device`` (a name or bytes), ``fit`` for the largest batch in it; ``probe`` for real steps; ``mfu`` is what an
-    estimate without steps assumes.
+    ``launching``: a run starts next and reads its data and checkpoints itself. ``force``: the run discards the content
+    of its output directory. ``world_size``: the number of processes. ``memory``: predict the memory, for that of
+    ``device`` (a name or bytes); ``fit``: also find the largest batch. ``probe``: measure real steps. ``mfu``: the
+    model FLOPs utilisation that an estimate without steps assumes.
     """
 
     launching: bool = False
@@ -40,13 +39,13 @@ class PreflightOptions:
 
 @frozen
 class InspectedData:
-    """What is known of the data. ``estimated``: nothing is prepared yet, so numbers of tokens are guesses;
-    ``unpacked``: numbers of rows are lower bounds, because documents were not packed in this way yet.
+    """The data, as far as they are known.
 
-    ``vocab_size`` is that of the tokenizer, at most, and None where only training it would tell. ``train_tokens`` and
-    ``val_tokens`` count targets, None where nobody knows; a val split has at most ``val_at_most``. ``total`` is the
-    number of rows there are to read, None where they are read again or nobody knows. With a curriculum,
-    ``rows_taken(samples)`` counts the rows of each bucket among the first samples.
+    ``estimated``: the data are not prepared, so numbers of tokens are estimates. ``unpacked``: the documents are not
+    packed in this way yet, so numbers of rows are lower bounds. ``vocab_size`` is an upper bound for the tokenizer's,
+    None if only training the tokenizer can find it. ``train_tokens`` and ``val_tokens`` count targets, None if unknown;
+    ``val_at_most`` is an upper bound for the latter. ``total`` is the number of rows to read, None if rows repeat or it
+    is unknown. With a curriculum, ``rows_taken(samples)`` counts the rows of each bucket among the first samples.
     """
 
     source: str
@@ -67,10 +66,9 @@ class InspectedData:
 
 @frozen
 class ConfigChanges:
-    """What is configured otherwise in a resumed run than before.
+    """Differences between the configuration of a resumed run and that before.
 
-    ``lines``: one for each key, as ``key old -> new``. ``order`` says what becomes of the order of samples, if that
-    changes.
+    ``lines``: one for each key, as ``key old -> new``. ``order``: the effect on the order of samples, or empty.
     """
 
     lines: Mapping[str, str]
@@ -82,11 +80,10 @@ class ConfigChanges:
 
 @frozen
 class PlannedResume:
-    """``scratch``, ``resume`` from ``path`` at ``step`` after so many ``samples``, or ``finished``; ``skipped`` are
-    damaged checkpoints that are newer.
+    """``scratch``, ``resume`` from ``path`` at ``step`` after ``samples`` samples, or ``finished``.
 
-    ``guarantee`` is what a resume keeps: ``bit-exact``, ``order-exact: ...`` or ``changed: ...``, as far as the
-    configuration, the data and the installed torch tell. ``changes``: what is configured otherwise than before.
+    ``skipped`` are newer checkpoints that are damaged, each with the reason. ``guarantee`` is the resume guarantee:
+    ``bit-exact``, ``order-exact: ...`` or ``changed: ...``, from the configuration, the data and the installed torch.
     """
 
     kind: Literal["scratch", "resume", "finished"]
@@ -100,11 +97,12 @@ class PlannedResume:
 
 @frozen
 class CheckedOutput:
-    """``checkpoint_bytes`` is None where the model or the optimizer is a plugin's and none was written yet.
+    """The output directory and its space, in bytes.
 
-    ``tensor_bytes`` of it are certain. ``most`` is how many checkpoints the run has on disk at once at most, with the
-    one being written; ``needed`` the bytes that it adds to what is there, ``free`` what the file system has, and
-    ``freed`` what ``--force`` gives back before the first step.
+    ``checkpoint_bytes`` is the size of a checkpoint, None if the model or the optimizer is a plugin's and none was
+    written yet; ``tensor_bytes`` of it are certain. ``most`` is the largest number of checkpoints on disk at once, with
+    the one being written. The run adds ``needed``; the file system has ``free``, and ``--force`` gives back ``freed``
+    before the first step.
     """
 
     directory: Path
@@ -117,17 +115,18 @@ class CheckedOutput:
 
     @property
     def holds_one(self) -> bool:
-        """Whether there is room for a checkpoint, or none is to be written."""
+        """Whether there is space for one checkpoint, or none is written."""
         return not self.needed or self.tensor_bytes <= self.free + self.freed
 
 
 @frozen
 class Environment:
-    """``gpus`` are the models that the NVIDIA driver lists; ``broken`` a sentence for each plugin that cannot be used.
+    """This machine.
 
-    ``compiler`` is the path of a C++ compiler or empty, and ``missing_compiler`` what was looked for then; ``backends``
-    are those that ``torch.compile`` is known to have; ``seconds_left`` what SLURM still grants or None, and
-    ``wandb_key`` whether one is at hand (never the key).
+    ``gpus`` are the models that the NVIDIA driver lists. ``compiler`` is the path of a C++ compiler; if that is empty,
+    ``missing_compiler`` names the compilers that were searched for. ``broken`` has a sentence for each installed plugin
+    that cannot be used. ``wandb_key``: whether a key is set (never the key). ``seconds_left`` is the rest of the SLURM
+    time limit, or None. ``backends`` are those of ``torch.compile``.
     """
 
     python: str
@@ -144,19 +143,19 @@ class Environment:
 
     @property
     def torch_has_cuda(self) -> bool:
-        """Whether the installed torch was built for CUDA, by its version's local part (``+cpu``)."""
+        """Whether the installed torch is built for CUDA: the local part of its version is not ``+cpu``."""
         return not self.packages.get("torch", "").endswith("+cpu")
 
 
 @frozen
 class MemoryPrediction:
-    """The most bytes of tensors that one process has at a time.
+    """The peak memory of one process's tensors, in bytes.
 
-    ``by_category`` divides ``peak`` into parameters, gradients, optimizer, activations, temporaries and data at that
-    moment, which is in ``phase`` (forward, backward, clipping, optimizer, evaluation) at ``place``; ``by_phase`` is the
-    most in each phase. ``is_bound``: the truth is at most this (compiled), else it is this (eager). ``copy`` bytes of
-    host memory hold the state that ``background_save`` writes, from the first save on; on a CPU they are in ``peak``
-    and, as ``copies``, in ``by_category``.
+    The peak is in ``phase`` (forward, backward, clipping, optimizer, evaluation) at ``place``. ``by_category`` divides
+    it into parameters, gradients, optimizer, activations, temporaries and data; ``by_phase`` is the peak of each phase.
+    ``is_bound``: ``peak`` is an upper bound (compiled), else it is exact (eager). ``copy`` is the host memory of the
+    state that ``background_save`` writes, from the first save on; on a CPU ``peak`` includes it and ``by_category`` has
+    it as ``copies``.
     """
 
     peak: int
@@ -169,13 +168,17 @@ class MemoryPrediction:
 
     @property
     def training_peak(self) -> int:
-        """The most in an optimizer step, without evaluation and before the first save."""
+        """The peak of an optimizer step, in bytes, before the first save."""
         return max(size for phase, size in self.by_phase.items() if phase != "evaluation")
 
 
 @frozen
 class MemoryForecast:
-    """A prediction, the GPU that it is compared with, and the batches that would fit if that was asked for."""
+    """A prediction, the GPU that it is compared with, and with ``fit`` the largest ``per_device_batch_size`` that fits.
+
+    ``batch`` is None if none fits, and ``batch_without_checkpointing`` is that without gradient checkpointing. Batches
+    above ``largest_tried`` were not tried.
+    """
 
     prediction: MemoryPrediction
     precision: str
@@ -187,9 +190,9 @@ class MemoryForecast:
 
 @frozen
 class ThroughputEstimate:
-    """Seconds of the ``steps_left`` by what they go to. ``basis`` says where the numbers come from.
+    """The time of the ``steps_left``, in seconds. ``basis`` says where the numbers come from.
 
-    ``evaluation_seconds`` is None while the data are not prepared, since their validation split is not known then.
+    ``evaluation_seconds`` is None while the data are not prepared, because the validation split is unknown then.
     """
 
     measured: bool
@@ -209,13 +212,13 @@ class ThroughputEstimate:
         return stepping + (self.evaluation_seconds or 0.0) + self.saving_seconds
 
     def fields(self) -> dict[str, Any]:
-        """The same for machines."""
+        """The estimate for machines."""
         names = ("measured", "basis", "tokens_per_second", "step_seconds", "first_step_seconds", "steps_left")
         return {name: getattr(self, name) for name in (*names, "total_seconds")}
 
 
 class Preflight(Protocol):
-    """A run that has not started. A part raises GptSimpleError where the run would be refused."""
+    """A run that has not started. A part raises GptSimpleError if the run would be refused because of it."""
 
     @property
     def config(self) -> Config: ...
@@ -233,61 +236,61 @@ class Preflight(Protocol):
 
     @property
     def components(self) -> Sequence[Component]:
-        """The chosen parts that plugins bring."""
+        """The components of plugins that the configuration chooses."""
 
     def is_default(self, key: str) -> bool:
-        """Whether nobody set this dotted key."""
+        """Whether this dotted key has its default because it is not set anywhere."""
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimizer step over all micro-batches and processes."""
+        """Rows of an optimizer step, over all micro-batches and processes."""
 
     @property
     def steps_done(self) -> int:
-        """Steps before this launch; none where ``resume`` raises."""
+        """Steps before this launch; 0 if ``resume`` raises."""
 
     @property
     def samples_done(self) -> int:
-        """Samples before this launch; none where ``resume`` raises."""
+        """Samples before this launch; 0 if ``resume`` raises."""
 
     @property
     def samples(self) -> int:
-        """Samples of the run from its first step on, those of another batch before a resume included."""
+        """Samples of the run from its first step on, including those before a resume with another batch size."""
 
     @property
     def data(self) -> InspectedData:
-        """The data as far as they can be known without reading them. Raises DataError or ConfigError."""
+        """The data, as far as they are known without reading them. Raises DataError or ConfigError."""
 
     @property
     def resume(self) -> PlannedResume:
-        """What the run would start from. Raises CheckpointError."""
+        """Where the run would start. Raises CheckpointError."""
 
     @property
     def output(self) -> CheckedOutput:
-        """Where the run would write and how much. Raises ConfigError or CheckpointError."""
+        """Where and how much the run would write. Raises ConfigError or CheckpointError."""
 
     @property
     def environment(self) -> Environment:
-        """This machine, from package metadata, the environment's variables and the system."""
+        """This machine, from package metadata, environment variables and the system."""
 
     @property
     def memory(self) -> MemoryForecast:
-        """The predicted peak of one process; imports torch. Raises what ``data`` raises, or ConfigError."""
+        """The predicted peak memory of one process; imports torch. Raises what ``data`` raises, or ConfigError."""
 
     @property
     def runtime(self) -> ThroughputEstimate | None:
-        """How fast the run would be: measured with ``probe`` (imports torch), estimated for a known device, or None.
+        """The run's speed: measured with ``probe`` (imports torch), estimated for a known device, or None.
 
         Raises what ``data`` and ``output`` raise, or ConfigError.
         """
 
     def check_time_budget(self) -> None:
-        """Raise ConfigError for a time budget that the run would refuse, as far as the model's size is known here."""
+        """Raise ConfigError for a time budget that the run would refuse, if the model's size is known."""
 
     def predict_memory(
         self, *, vocab_size: int, precision: str, compiled: bool, world_size: int, cuda: bool
     ) -> MemoryPrediction:
-        """Predict for ``vocab_size`` tokens of the tokenizer and precision ``bf16``, ``fp16`` or ``no``; imports torch.
+        """Predict the memory for a tokenizer of ``vocab_size`` and precision ``bf16``, ``fp16`` or ``no``.
 
-        ``cuda``: as on a GPU. Takes seconds. What plugins allocate is left out.
+        ``cuda``: as on a GPU. Memory of plugins is not included. Imports torch and takes seconds.
         """

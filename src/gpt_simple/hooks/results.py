@@ -1,4 +1,4 @@
-"""What plugins hand back: numbers for the log, and remarks of a check."""
+"""What hooks return: numbers for the log, and findings of a check."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ VAL_LOSS = "eval/loss"
 class Metric:
     """A number for the log, and how the values of several processes become one.
 
-    ``value`` and ``weight`` may be floats or 0-d tensors on the device: they are read once, in one
-    collective, when somebody looks. ``mean`` is weighted by ``weight``; ``last`` takes the value of the main
-    process. Only processes that tell the metric count; without the main one ``last`` is of the next that does.
+    ``value`` and ``weight`` are floats or 0-d tensors on the device, which are read only in the reduction. ``mean`` is
+    weighted by ``weight``. The reduction is over the processes that return the metric; ``last`` is the value of the
+    first of them, which is the main process if it returns the metric.
     """
 
     value: float | torch.Tensor
@@ -36,10 +36,11 @@ class Metric:
 
 @frozen
 class Finding:
-    """One remark of a check: a problem with a severity and a code.
+    """One result of a check: a problem with a severity and a code.
 
-    ``place`` is a dotted key of the configuration, shown with its file and line, or anything else that says where.
-    ``fields`` hold the facts of the message for machines, as JSON values.
+    ``place`` is a dotted key of the configuration, shown with its file and line, or another location. ``hint`` says
+    what to do. ``exit_code`` is that of the program for an ``error``. ``fields`` has the facts of the message for
+    machines, as JSON values.
     """
 
     severity: Severity
@@ -52,11 +53,11 @@ class Finding:
 
     @classmethod
     def of_error(cls, error: GptSimpleError, code: str, place: str = "") -> list[Finding]:
-        """A finding for each problem of an error; ``place`` is that of a problem without one."""
-        worst = int(error.exit_code)
-        return [cls("error", code, p.message, p.place or place, p.hint, worst) for p in error.problems]
+        """A finding for each problem of an error; ``place`` is for a problem without one."""
+        exit_code = int(error.exit_code)
+        return [cls("error", code, p.message, p.place or place, p.hint, exit_code) for p in error.problems]
 
     @property
     def problem(self) -> Problem:
-        """What an error carries of this finding."""
+        """The finding as a problem of an error."""
         return Problem(self.place, "", self.message, self.hint)

@@ -1,6 +1,6 @@
-"""``run``: what a plugin sees of a training run.
+"""``run``: the view of a training run that plugins get.
 
-Plugins are typed against this protocol; the engine implements it. What is not here is not theirs to touch.
+Plugins are typed against this protocol; the engine implements it. Anything that is not here is private to the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CheckpointInfo:
 
 
 class Control(Protocol):
-    """Wishes of this process. They are put to one vote of all processes at the end of the step."""
+    """Requests of this process. All processes decide on them together at the end of the step."""
 
     def save(self, reason: str) -> None:
         """Ask for a checkpoint at the end of this step."""
@@ -47,7 +47,7 @@ class Control(Protocol):
 
 
 class Log(Protocol):
-    """One line for people, and its facts for machines. Only lines of the main process are kept."""
+    """One line for people, and its fields for machines. Only lines of the main process are kept."""
 
     def info(self, message: str, *, name: str = "info", **fields: Any) -> None: ...
 
@@ -70,19 +70,19 @@ class Checkpoints(Protocol):
     """The checkpoints of this run."""
 
     def list(self) -> Sequence[CheckpointInfo]:
-        """Published ones, oldest first."""
+        """The published checkpoints, oldest first."""
 
     def prune(
         self, *, keep_last: int | None, keep_every: int | None = None, protect: Iterable[int] = ()
     ) -> Sequence[CheckpointInfo]:
         """Remove all but the newest ``keep_last``, multiples of ``keep_every`` and the steps in ``protect``.
 
-        The newest two valid ones and the one just written always stay. Returns what was removed.
+        The two newest valid ones and the one just written always stay. Returns what was removed.
         """
 
 
 class Run(Protocol):
-    """The run, as hooks see it. Reading any attribute is free of device synchronisation."""
+    """The run. Reading an attribute never waits for the device."""
 
     @property
     def config(self) -> Config: ...
@@ -101,14 +101,14 @@ class Run(Protocol):
 
     @property
     def model(self) -> torch.nn.Module:
-        """The raw module: the names of its parameters are those of the checkpoint."""
+        """The raw module; its parameters have the names that they have in a checkpoint."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
 
     @property
     def step(self) -> int:
-        """The last optimizer step that was made (0 before the first)."""
+        """The last optimizer step that is finished (0 before the first)."""
 
     @property
     def tokens(self) -> int:
@@ -116,7 +116,7 @@ class Run(Protocol):
 
     @property
     def run_id(self) -> str:
-        """8 lower-case letters and digits, made with the run directory and kept through every resume in it."""
+        """8 lower-case letters and digits, made with the run directory and kept through every resume."""
 
     @property
     def output_dir(self) -> Path: ...
@@ -134,16 +134,16 @@ class Run(Protocol):
     def checkpoints(self) -> Checkpoints: ...
 
     def facts(self) -> dict[str, Any]:
-        """What is known: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""
+        """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         """This process's share of the val split, on the device.
 
-        ``max_batches`` caps the rows of the whole world at that number times ``per_device_batch_size``.
+        ``max_batches`` limits the rows of all processes to that number times ``per_device_batch_size``.
         """
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Summed cross-entropy (nats, 0-d, on the device) of a batch, through the compiled model."""
+        """Summed cross-entropy of a batch (nats, 0-d, on the device), by the compiled model."""
 
     def generate(
         self,
@@ -154,10 +154,10 @@ class Run(Protocol):
         top_k: int | None = 50,
         seed: int = 0,
     ) -> str:
-        """Prompt and continuation from the raw, uncompiled module. Training does not notice."""
+        """Prompt and continuation from the raw, uncompiled module. Training is not affected."""
 
     def peak_memory(self) -> int:
-        """Bytes used at most so far: allocated on a GPU, else the process's resident set."""
+        """The most bytes used so far: allocated on a GPU, else the process's resident set."""
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Eval mode, no_grad, autocast as in training, and an RNG of its own; all restored afterwards."""

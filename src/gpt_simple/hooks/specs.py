@@ -1,9 +1,9 @@
-"""Every hook there is: when it is called, on which processes, and what becomes of its result.
+"""All hooks: when each is called, on which processes, and how its result is used.
 
-This file is the contract with plugin authors and the only list of hooks: the host, the lint, the
-documentation and the type checker all read it. A hook named ``on_*`` notifies and returns nothing; any other
-name is a verb whose result is used. An implementation takes any of its hook's arguments, found by their
-names, so a hook can get a further one later. ``HOOKS`` holds the same facts for machines.
+This file is the contract with plugin authors and the only list of hooks: the host, the lint, the documentation and the
+type checker read it. A hook named ``on_*`` notifies and returns nothing; any other name is a verb whose result is used.
+An implementation takes any of its hook's arguments by their names, so that a hook can get another one later. ``HOOKS``
+has the same facts as data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PROJECT = "gpt_simple"
 
 hookimpl = HookimplMarker(PROJECT)
-"""Marks a method of a plugin as the implementation of the hook of the same name."""
+"""Marks a method of a plugin as its implementation of the hook of the same name."""
 
 hookspec = HookspecMarker(PROJECT)
 
@@ -40,8 +40,8 @@ class HookInfo:
     """The facts of one hook.
 
     ``ranks``: ``all`` processes, the ``main`` one, or those that the ``plugin`` declares. ``event_name`` is None
-    where the hook does not take ``(run, event)``; ``arguments`` are the names that an implementation may take
-    after ``self``.
+    if the hook does not take ``(run, event)``. ``arguments`` are the names that an implementation may take after
+    ``self``. ``hot``: it is called in every step, where reading a tensor would make the host wait for the device.
     """
 
     name: str
@@ -50,10 +50,11 @@ class HookInfo:
     ranks: HookRanks
     returns: Returns
     order: Order
+    hot: bool = False
 
     @property
     def event(self) -> type | None:
-        """The class of the event; imported only now, since commands that look at plugins need none of them."""
+        """The class of the event. Imported here, because the commands about plugins do not need events."""
         if self.event_name is None:
             return None
         from gpt_simple.hooks import events
@@ -63,33 +64,34 @@ class HookInfo:
 
 
 HOOKS: dict[str, HookInfo] = {}
-"""The catalogue, in the order in which a run first meets each hook."""
+"""The catalogue, in the order in which a run first calls each hook."""
 
 
-def _hook(*, ranks: HookRanks = "plugin", returns: Returns = "none", order: Order = "forward") -> Callable[[F], F]:
-    """Put a hook into the catalogue; what it takes is read from its signature."""
+def _hook(
+    *, ranks: HookRanks = "plugin", returns: Returns = "none", order: Order = "forward", hot: bool = False
+) -> Callable[[F], F]:
+    """Put a hook into the catalogue; its arguments and its event are read from its signature."""
 
     def mark(function: F) -> F:
         name, annotations = function.__name__, function.__annotations__
         arguments = tuple(argument for argument in annotations if argument != "return")
         event = annotations["event"].removeprefix("events.") if "event" in annotations else None
-        HOOKS[name] = HookInfo(name, event, arguments, ranks, returns, order)
+        HOOKS[name] = HookInfo(name, event, arguments, ranks, returns, order, hot)
         return hookspec(function)
 
     return mark
 
 
 class HookSpecs:
-    """What a plugin may implement, any subset of it. ``Plugin`` has these signatures for the type checker."""
+    """The hooks, of which a plugin implements any subset. ``Plugin`` has these signatures for the type checker."""
 
     @classmethod
     @_hook(ranks="all")
     def register_components(cls, registry: Registry) -> None:
         """Add named parts (a model, optimizer, schedule, tokenizer or source) that a configuration can choose.
 
-        Called right after the plugin is imported, before its configuration exists: so it is a class method,
-        and nothing heavy should be imported in it. Give the part as ``module:attribute`` and it is imported
-        when used::
+        Called right after the plugin is imported and before its configuration exists, so it is a class method. Give the
+        part as ``module:attribute``: it is imported when it is used, and the hook itself imports nothing slow::
 
             @classmethod
             @hookimpl
@@ -99,10 +101,10 @@ class HookSpecs:
 
     @_hook(ranks="main", returns="findings")
     def check_config(self, config: Config, preflight: Preflight) -> Sequence[Finding]:
-        """Look at the configuration, by ``gpt-simple validate`` and before every run, with no device touched.
+        """Check the configuration, in ``gpt-simple validate`` and before every run. No device is used yet.
 
-        ``preflight`` has what is known of the run beyond its configuration: data, checkpoints, output, this machine.
-        Return findings; one of severity ``error`` stops the run before anything is created::
+        ``preflight`` has the facts of the run beyond its configuration: data, checkpoints, output, this machine. Return
+        findings; one of severity ``error`` stops the run before anything is created::
 
             @hookimpl
             def check_config(self, config, preflight):
@@ -116,9 +118,9 @@ class HookSpecs:
 
     @_hook(ranks="all", returns="findings")
     def check_runtime(self, run: Run, preflight: Preflight) -> Sequence[Finding]:
-        """Look at devices and the model on the meta device: shapes are known and nothing is allocated yet.
+        """Check the devices and the model, which is on the meta device: it has shapes and allocates nothing.
 
-        ``preflight`` now finds the data prepared. Return findings, as for ``check_config``::
+        The data of ``preflight`` are prepared. Return findings, as for ``check_config``::
 
             @hookimpl
             def check_runtime(self, run):
@@ -132,7 +134,7 @@ class HookSpecs:
     def on_model_built(self, run: Run, event: events.ModelBuilt) -> None:
         """The raw module is initialised on its device; checkpointing, compilation and wrapping come next.
 
-        The place to change the module in place. Do the same on every process::
+        Change the module in place here, in the same way on every process::
 
             @hookimpl
             def on_model_built(self, run, event):
@@ -141,7 +143,7 @@ class HookSpecs:
 
     @_hook()
     def on_checkpoint_loaded(self, run: Run, event: events.CheckpointLoaded) -> None:
-        """All state, this plugin's too, is restored from a checkpoint; only in runs that resume from one.
+        """All state, including this plugin's, is restored from a checkpoint. Called only in a run that resumes.
 
         Example::
 
@@ -152,7 +154,7 @@ class HookSpecs:
 
     @_hook()
     def on_run_start(self, run: Run, event: events.RunStart) -> None:
-        """Everything is prepared and restored; the next thing is step ``event.step + 1``.
+        """Everything is prepared and restored; step ``event.step + 1`` comes next.
 
         Example::
 
@@ -161,9 +163,9 @@ class HookSpecs:
                 self.file = open(run.output_dir / self.config.path, "a")
         """
 
-    @_hook()
+    @_hook(hot=True)
     def on_step_start(self, run: Run, event: events.StepStart) -> None:
-        """An optimizer step is about to be made.
+        """An optimizer step comes next.
 
         Example::
 
@@ -172,22 +174,22 @@ class HookSpecs:
                 self.started = time.perf_counter()
         """
 
-    @_hook()
+    @_hook(hot=True)
     def on_batch(self, run: Run, event: events.BatchReady) -> None:
-        """A micro-batch is on the device, before its forward. Hot: many calls a step.
+        """A micro-batch is on the device, before its forward pass. Called many times in a step.
 
-        Never read a tensor here (``.item()`` waits for the device)::
+        Never read a tensor here, because ``.item()`` waits for the device::
 
             @hookimpl
             def on_batch(self, run, event):
                 self.rows += event.batch.input_ids.shape[0]
         """
 
-    @_hook(ranks="all")
+    @_hook(ranks="all", hot=True)
     def on_gradients(self, run: Run, event: events.GradientsReady) -> None:
         """Gradients are reduced over processes and unscaled; clipping and the optimizer come next.
 
-        ``p.grad`` may be edited, the same on every process; a step can be skipped by a flag on the device::
+        ``p.grad`` may be changed, in the same way on every process. A flag on the device can skip the step::
 
             @hookimpl
             def on_gradients(self, run, event):
@@ -195,9 +197,9 @@ class HookSpecs:
                 run.control.skip_step(total > self.config.limit)
         """
 
-    @_hook()
+    @_hook(hot=True)
     def on_step_end(self, run: Run, event: events.StepEnd) -> None:
-        """The step is made and its position in the data is committed. Wishes put here are voted on at once.
+        """The step is finished and its position in the data is committed. Requests made here are decided on next.
 
         Example::
 
@@ -211,9 +213,9 @@ class HookSpecs:
     def collect_metrics(self, run: Run, event: events.CollectMetrics) -> Mapping[str, Metric]:
         """Contribute to the log, every ``training.logging_steps``.
 
-        All values are reduced in one collective, by name, each over the processes that tell it. Of a name that several
-        plugins tell only the first keeps it: the engine, then built-in plugins, then the others in call order; the rest
-        become ``name@plugin``. Values may stay 0-d tensors on the device::
+        All values are reduced in one collective, each over the processes that return its name. If several plugins
+        return a name, the first keeps it (the engine, then built-in plugins, then the others in call order) and the
+        others become ``name@plugin``. Values may stay 0-d tensors on the device::
 
             @hookimpl
             def collect_metrics(self, run, event):
@@ -223,7 +225,7 @@ class HookSpecs:
 
     @_hook(ranks="main")
     def on_metrics(self, run: Run, event: events.MetricsReady) -> None:
-        """The metrics of a logging boundary as plain floats: what a logger writes.
+        """The metrics of a logging boundary are ready as plain floats, for a logger to write.
 
         Example::
 
@@ -234,7 +236,7 @@ class HookSpecs:
 
     @_hook(ranks="all")
     def on_checkpoint_saving(self, run: Run, event: events.CheckpointSaving) -> None:
-        """A checkpoint of this step has been agreed on; ``state_dict`` is taken next.
+        """A checkpoint of this step comes next; ``state_dict`` is called after this hook.
 
         Example::
 
@@ -256,10 +258,10 @@ class HookSpecs:
 
     @_hook(ranks="all", returns="metrics")
     def evaluate(self, run: Run, event: events.Evaluate) -> Mapping[str, Metric]:
-        """An evaluation is due or was asked for: contribute to it.
+        """Contribute to an evaluation, which is due or was requested.
 
-        Eval mode, no_grad and an RNG of its own are set by the engine. Names meet as in ``collect_metrics``;
-        collectives are allowed (``run.comm``), where all processes must come::
+        The engine has set eval mode, no_grad, autocast and a separate RNG. Names are shared as in ``collect_metrics``.
+        Collectives (``run.comm``) are allowed if all processes take part::
 
             @hookimpl
             def evaluate(self, run, event):
@@ -272,7 +274,7 @@ class HookSpecs:
 
     @_hook()
     def on_eval_end(self, run: Run, event: events.EvalEnd) -> None:
-        """The metrics of an evaluation, reduced to plain floats.
+        """The metrics of an evaluation are ready as plain floats.
 
         Example::
 
@@ -283,7 +285,7 @@ class HookSpecs:
 
     @_hook(ranks="main")
     def on_log(self, run: Run, event: events.LogRecord) -> None:
-        """Something worth a line happened: a warning, a resume, a plugin that was switched off.
+        """A line for the log: a warning, a resume, a plugin that was switched off.
 
         Example::
 
@@ -294,7 +296,7 @@ class HookSpecs:
 
     @_hook()
     def on_run_end(self, run: Run, event: events.RunEnd) -> None:
-        """The run has ended by itself: completed, stopped (resumable) or halted (needs a person).
+        """The run has ended without an error: completed, stopped (resumable) or halted (a person must act).
 
         Example::
 
@@ -305,7 +307,7 @@ class HookSpecs:
 
     @_hook(order="reverse")
     def on_run_error(self, run: Run, event: events.RunError) -> None:
-        """The run ends with an exception. No collectives: other processes may be gone.
+        """The run ends with an exception. Use no collectives: other processes may have ended.
 
         Example::
 
@@ -316,7 +318,7 @@ class HookSpecs:
 
     @_hook(order="reverse")
     def on_close(self, run: Run, event: events.Close) -> None:
-        """Release what the plugin holds. Always called, once, in reverse order. No collectives.
+        """Release what the plugin holds. Always called once. Use no collectives.
 
         Example::
 

@@ -1,7 +1,7 @@
-"""What is installed, from package metadata alone: finding a plugin never imports it.
+"""The installed plugins, from package metadata alone: finding a plugin never imports it.
 
-A broken package therefore cannot break anything by being installed. The order is that of names, never that of
-the file system, and so the same on every process.
+So an installed package that is broken breaks nothing. The order is that of names, never that of the file system, so it
+is the same on every process.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from attrs import evolve, field, frozen
 from gpt_simple._names import COMMAND_GROUP, DISTRIBUTION, PLUGIN_GROUP, __version__
 
 DEFAULT_ON = frozenset({"checkpoint", "console", "evaluate", "metrics", "sample", "throughput", "validate"})
-"""Built-in plugins that a run has without asking. A plugin of another package is never on by default."""
+"""Built-in plugins that are on by default. A plugin of another package never is."""
 
 ENABLED_BY = MappingProxyType({"wandb": "training.wandb_project"})
 """Built-in plugins that are on exactly when this field of the configuration is set."""
 
 RESERVED = frozenset({"disable", "require", "strict"})
-"""Keys of ``[plugins]`` that are switches, so no plugin can have them as its name."""
+"""Keys of ``[plugins]`` that are switches and therefore cannot be names of plugins."""
 
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -36,10 +36,9 @@ Problem = Literal["", "shadowed", "duplicate", "incompatible", "bad name"]
 
 @frozen
 class PluginRecord:
-    """An entry point: its name, where it points to, and who brought it.
+    """An entry point: its name, its value ``module:attribute``, and its distribution.
 
-    ``problem`` says in a word why it cannot be used, ``detail`` in a sentence; both are empty when nothing is
-    wrong.
+    ``problem`` says in a word why it cannot be used, ``detail`` in a sentence; both are empty if it can.
     """
 
     name: str
@@ -58,7 +57,7 @@ class PluginRecord:
 
 
 def installed(group: str = PLUGIN_GROUP) -> list[PluginRecord]:
-    """All entry points of a group, sorted by name, built-in ones first, then by distribution."""
+    """All entry points of a group: sorted by name, then built-in ones first, then by distribution."""
     packages: dict[int, tuple[str, str]] = {}
     found = (_record(entry, packages) for entry in _entry_points(group))
     records = sorted((record for record in found if record is not None), key=_rank)
@@ -69,12 +68,12 @@ def installed(group: str = PLUGIN_GROUP) -> list[PluginRecord]:
 
 
 def commands() -> list[PluginRecord]:
-    """Command entry points, found by the same rules."""
+    """All entry points of commands, by the same rules."""
     return installed(COMMAND_GROUP)
 
 
 def own_commands() -> dict[str, PluginRecord]:
-    """The commands of this distribution, by name. Nobody can take these names, so nothing else need be looked at."""
+    """The commands of this distribution, by name. No package can replace them, so no other metadata is read."""
     try:
         entries = distribution(DISTRIBUTION).entry_points.select(group=COMMAND_GROUP)
     except PackageNotFoundError:
@@ -86,7 +85,7 @@ def own_commands() -> dict[str, PluginRecord]:
 
 
 def usable(records: Iterable[PluginRecord]) -> dict[str, PluginRecord]:
-    """One record per name: the one that the name stands for. A shadowed one never is."""
+    """The record that each name refers to, which is never a shadowed one."""
     chosen: dict[str, PluginRecord] = {}
     for record in records:
         if record.problem != "shadowed":
@@ -95,14 +94,14 @@ def usable(records: Iterable[PluginRecord]) -> dict[str, PluginRecord]:
 
 
 def summary(record: PluginRecord) -> str:
-    """One line: of a built-in the module docstring (read, not imported), else the distribution's summary."""
+    """One line: the module docstring of a built-in (read, not imported), else the distribution's summary."""
     if record.origin == "external":
         dist = record.entry_point.dist if record.entry_point else None
         return str(dist.metadata["Summary"] or "") if dist else ""
     spec = find_spec(record.value.partition(":")[0])
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return ""
-    # Parsing the modules would take longer than all the rest of `plugins list`.
+    # Parsing the modules would take longer than the rest of `plugins list`.
     with Path(spec.origin).open(encoding="utf-8") as source:
         first = source.readline().strip()
     return first.strip('"').replace("``", "") if first.startswith('"""') else ""
@@ -116,24 +115,24 @@ def name_problem(name: str) -> str:
 
 
 def _entry_points(group: str) -> Iterable[EntryPoint]:
-    """All of a group. One damaged file anywhere fails the search as a whole: then package by package, without those."""
+    """All of a group. If a damaged file makes the whole search fail, search each package and skip the damaged ones."""
     try:
         return entry_points(group=group)
     except Exception:
         found: dict[str, list[EntryPoint]] = {}
         for dist in distributions():
             with suppress(Exception):
-                # The first one on the path is the one that is imported.
+                # Of two copies, the first on the path is the one that is imported.
                 found.setdefault(_normalised(dist.metadata["Name"]), list(dist.entry_points.select(group=group)))
         return [entry for entries in found.values() for entry in entries]
 
 
 def _record(entry: EntryPoint, packages: dict[int, tuple[str, str]]) -> PluginRecord | None:
-    """None if the package does not tell its name, as when it was uninstalled halfway."""
+    """None if the package's metadata has no name, as after an incomplete uninstallation."""
     dist = entry.dist
-    assert dist is not None, "entry points of installed distributions know theirs"
+    assert dist is not None, "entry points of installed distributions have it"
     if (package := packages.get(id(dist))) is None:
-        # Each access parses the whole metadata, with its README: once per distribution is enough.
+        # Each access parses the whole metadata with its README, so it is done once for each distribution.
         try:
             metadata = dist.metadata
             name, version = metadata["Name"], metadata["Version"]
@@ -151,7 +150,7 @@ def _rank(record: PluginRecord) -> tuple[str, bool, str, str]:
 
 
 def _judge(record: PluginRecord, namesakes: list[PluginRecord]) -> PluginRecord:
-    """The record of another package with its problem, if it has one."""
+    """The record of another package, with its problem if it has one."""
     others = [other for other in namesakes if other is not record]
     if any(other.origin == "builtin" for other in others):
         detail = f"{record.label} takes the name of a built-in plugin and is ignored: its author must rename it"
@@ -169,7 +168,7 @@ def _judge(record: PluginRecord, namesakes: list[PluginRecord]) -> PluginRecord:
 
 
 def _unmet_requirement(record: PluginRecord) -> str:
-    """The package's requirement on this distribution, if the installed version does not meet it."""
+    """The package's requirement on this distribution, if the installed version does not satisfy it."""
     dist = record.entry_point.dist if record.entry_point else None
     for text in (dist.requires if dist else None) or ():
         if not _normalised(text).startswith(DISTRIBUTION):
