@@ -1,36 +1,21 @@
-"""The hooks by which cattrs structures the closed set of types, made of the parsed types.
+"""Converts a raw value to the type of its field. A value is taken as it is or refused, never bent into shape.
 
-There is nothing lax about them: a value is taken as it is or refused, and never bent into shape. Text such as
-``"null"`` stands for null where null is allowed, because TOML has no other way to say it.
+Text such as ``"null"`` stands for null where null is allowed, because TOML has no other way to write it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from types import NoneType
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
-
-from cattrs import (
-    AttributeValidationNote,
-    BaseConverter,
-    BaseValidationError,
-    ClassValidationError,
-    ForbiddenExtraKeysError,
-    IterableValidationError,
-)
-from cattrs.cols import homogenous_tuple_structure_factory
-from cattrs.gen import mapping_structure_factory
 
 from gpt_simple.config.frozen import FrozenDict
 from gpt_simple.config.origin import join
 from gpt_simple.config.types import FieldType, Mismatch, fields_of, parse_type
 
-Hook = Callable[[Any, Any], Any]
+Errors = list[tuple[str, Exception]]
 
-
-class MissingKey(ValueError):
-    """A key without a default that was not given."""
+_TEXT = parse_type(str)
 
 
 class UnknownKey(ValueError):
@@ -41,96 +26,67 @@ class UnknownKey(ValueError):
         super().__init__("unknown key")
 
 
-@cache
-def converter() -> BaseConverter:
-    """The converter of the closed set of types."""
-    strict = BaseConverter()
-    strict.register_structure_hook_factory(lambda _: True, lambda annotation: _hook(parse_type(annotation)))
-    for scalar in (bool, int, float, str, NoneType):  # cattrs has hooks of its own for these, which come first
-        strict.register_structure_hook(scalar, _hook(parse_type(scalar)))
-    return strict
+def convert(annotation: Any, value: Any, path: str = "") -> tuple[Any, Errors]:
+    """The converted value, and every error with the dotted path of the value that it is about.
+
+    A table is made without the keys that are in error. The result is None if nothing can be made.
+    """
+    errors: Errors = []
+    return _convert(parse_type(annotation), value, path, errors), errors
 
 
-def errors_of(error: BaseException, path: str) -> Iterator[tuple[str, Exception]]:
-    """Every single error in what the converter raised, with the dotted path of the value that it is about."""
-    if isinstance(error, ClassValidationError):
-        with_names, others = error.group_exceptions()
-        for inner, attribute in with_names:
-            yield from errors_of(inner, join(path, attribute.name))
-        for inner in others:
-            yield from errors_of(inner, path)
-    elif isinstance(error, IterableValidationError):
-        for inner, item in error.group_exceptions()[0]:
-            yield from errors_of(inner, join(path, item.index))
-    elif isinstance(error, ForbiddenExtraKeysError):
-        for key in sorted(error.extra_fields):
-            yield join(path, key), UnknownKey(error.cl)
-    elif isinstance(error, Exception):
-        yield path, error
+def _convert(type_: FieldType, value: Any, path: str, errors: Errors) -> Any:
+    try:
+        return _exactly(type_, value, path, errors)
+    except Mismatch as error:
+        errors.append((path, error))
+        return None
 
 
-def _hook(type_: FieldType) -> Hook:
+def _exactly(type_: FieldType, value: Any, path: str, errors: Errors) -> Any:
+    """Raise Mismatch if the value itself is of another type; errors inside it are added to ``errors``."""
     match type_.kind:
-        case "list":
-            return _checked(type_, (list, tuple), homogenous_tuple_structure_factory(type_.annotation, converter()))
-        case "mapping":
-            return _checked(type_, Mapping, mapping_structure_factory(type_.annotation, converter(), FrozenDict))
-        case "record":
-            return _checked(type_, Mapping, _record_hook(type_.annotation))
+        case "list" if isinstance(value, list | tuple):
+            (item_type,) = type_.parts
+            return tuple(_convert(item_type, item, join(path, index), errors) for index, item in enumerate(value))
+        case "mapping" if isinstance(value, Mapping):
+            (item_type,) = type_.parts
+            items = ((key, join(path, str(key)), item) for key, item in value.items())
+            return FrozenDict(
+                (_convert(_TEXT, key, place, errors), _convert(item_type, item, place, errors))
+                for key, place, item in items
+            )
+        case "record" if isinstance(value, Mapping):
+            return _record(type_.annotation, value, path, errors)
         case "union":
-            return _union_hook(type_)
+            if isinstance(value, str) and value in type_.null_words:
+                return None
+            for member in type_.members:
+                with suppress(Mismatch):
+                    return _exactly(member, value, path, errors)
         case "scalar" | "choice":
-            return lambda value, _: type_.convert(value)
+            return type_.convert(value)
+    raise Mismatch(type_, value)
 
 
-def _checked(type_: FieldType, shape: Any, hook: Hook) -> Hook:
-    """The hook for values that have the shape it takes for granted."""
-
-    def checked(value: Any, annotation: Any) -> Any:
-        if not isinstance(value, shape):
-            raise Mismatch(type_, value)
-        return hook(value, annotation)
-
-    return checked
-
-
-def _record_hook(cls: type) -> Hook:
-    """Like the function that cattrs would generate, without the milliseconds in which Python compiles that one."""
-    specs = {spec.name: (spec, _hook(spec.type)) for spec in fields_of(cls)}
-
-    def record(value: Any, _: Any) -> Any:
-        values: dict[str, Any] = {}
-        errors: list[Exception] = []
-        for name, (spec, structure) in specs.items():
-            try:
-                if name in value:
-                    values[name] = structure(value[name], spec.annotation)
-                elif spec.is_required:
-                    raise MissingKey(f"this key must be given; expected {spec.type.description}")
-            except (Mismatch, MissingKey, BaseValidationError) as error:
-                error.__notes__ = [AttributeValidationNote(f"at {name}", name, spec.annotation)]
-                errors.append(error)
-        if unknown := {str(key) for key in value if key not in specs}:
-            errors.append(ForbiddenExtraKeysError(None, cls, unknown))
-        if errors:
-            raise ClassValidationError(cls.__name__, errors, cls)
+def _record(cls: type, value: Mapping[Any, Any], path: str, errors: Errors) -> Any:
+    before = len(errors)
+    values: dict[str, Any] = {}
+    specs = fields_of(cls)
+    for spec in specs:
+        known = len(errors)
+        if spec.name in value:
+            item = _convert(spec.type, value[spec.name], join(path, spec.name), errors)
+            if len(errors) == known:
+                values[spec.name] = item
+        elif spec.is_required:
+            message = f"this key must be given; expected {spec.type.description}"
+            errors.append((join(path, spec.name), ValueError(message)))
+    unknown = {str(key) for key in value} - {spec.name for spec in specs}
+    errors += [(join(path, key), UnknownKey(cls)) for key in sorted(unknown)]
+    try:
         return cls(**values)
-
-    return record
-
-
-def _union_hook(type_: FieldType) -> Hook:
-    alternatives = [_hook(member) for member in type_.members if member.annotation is not NoneType]
-    nulls = (None, *type_.null_words) if type_.null_words else ()
-
-    def union(value: Any, annotation: Any) -> Any:
-        if (value is None or isinstance(value, str)) and value in nulls:
-            return None
-        for hook in alternatives:
-            try:
-                return hook(value, annotation)
-            except Mismatch:
-                continue
-        raise Mismatch(type_, value)
-
-    return union
+    except Exception as error:  # of a validator, or because a required key is in error
+        if len(errors) == before:
+            errors.append((path, error))
+        return None

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from gpt_simple._names import PROGRAM
-from gpt_simple.config.convert import UnknownKey, converter, errors_of
+from gpt_simple.config.convert import UnknownKey, convert
 from gpt_simple.config.cross_checks import Conflict, conflicts
 from gpt_simple.config.legacy import OLD_VALUES
 from gpt_simple.config.load import RawConfig
@@ -88,26 +88,17 @@ class _Structuring:
             value = {}
         if isinstance(value, Mapping):
             value = self._with_texts(path, value, cls)
-        try:
-            return converter().structure(value, cls)
-        except Exception as error:
-            wrong = set()
-            for place, single in errors_of(error, path):
-                if isinstance(single, UnknownKey):
-                    self._report_unknown(place, single.table)
-                elif isinstance(single, Mismatch) and is_secret(place):
-                    self._report(place, single.discreet)
-                elif isinstance(single, Mismatch):
-                    self._report(place, str(single), single.hint)
-                else:
-                    self._report(place, str(single) or type(single).__name__)
-                wrong.add(_first_key(place.removeprefix(f"{path}.")))
-        if not isinstance(value, Mapping):
-            return None
-        try:
-            return converter().structure({key: item for key, item in value.items() if key not in wrong}, cls)
-        except Exception:  # a required key is among the wrong ones
-            return None
+        made, errors = convert(cls, value, path)
+        for place, error in errors:
+            if isinstance(error, UnknownKey):
+                self._report_unknown(place, error.table)
+            elif isinstance(error, Mismatch) and is_secret(place):
+                self._report(place, error.discreet)
+            elif isinstance(error, Mismatch):
+                self._report(place, str(error), error.hint)
+            else:
+                self._report(place, str(error) or type(error).__name__)
+        return made
 
     def _plugins(self, value: Any) -> PluginsConfig | None:
         if value is not None and not isinstance(value, Mapping):
@@ -195,7 +186,3 @@ def _located(conflict: Conflict, origins: Origins) -> Mistake:
 
 def _names(cls: type) -> list[str]:
     return [spec.name for spec in fields_of(cls)]
-
-
-def _first_key(path: str) -> str:
-    return path.partition(".")[0].partition("[")[0]

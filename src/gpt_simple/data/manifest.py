@@ -14,14 +14,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import attrs
 from attrs import frozen
 
-from gpt_simple.config.convert import converter, errors_of
+from gpt_simple.config.convert import convert
 from gpt_simple.errors import DataError
 
 FILE = "dataset.json"
@@ -144,11 +143,11 @@ def read_manifest(directory: Path) -> Manifest:
             hint="prepare the data again",
         )
     mend = f"copy it again, or delete {directory} and prepare the data again"
-    try:
-        manifest = converter().structure({key: record.get(key) for key in _FIELDS}, Manifest)
-    except Exception as error:  # cattrs raises groups of many types
-        wrong = "; ".join(f"{path}: {single}" for path, single in islice(errors_of(error, ""), 3))
-        raise DataError(f"{file}: damaged ({wrong})", hint=mend) from error
+    manifest: Manifest
+    manifest, errors = convert(Manifest, {key: record.get(key) for key in _FIELDS})
+    if errors:
+        wrong = "; ".join(f"{path}: {error}" for path, error in errors[:3])
+        raise DataError(f"{file}: damaged ({wrong})", hint=mend)
     for name, split in manifest.splits.items():
         shards = [shard for bucket in split.buckets.values() for shard in bucket]
         for what, told, there in (

@@ -10,10 +10,12 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, get_type_hints
 
 import attrs
 
+from gpt_simple.config.convert import convert
 from gpt_simple.config.types import UnsupportedType, parse_type
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.plugin import Plugin
@@ -182,15 +184,9 @@ def _table_mistakes(table: type, path: str, outer: tuple[type, ...] = ()) -> Ite
 
 def _default_problem(default: object, kind: Any) -> str:
     """Why a plain value cannot be the default of a field; empty if it can. Others are not looked at."""
-    from gpt_simple.config.convert import converter  # not needed to look at what is installed
-
     if default is None or isinstance(default, (bool, int, float, str)):
-        try:
-            converter().structure(default, kind)
-        except PluginError:
-            return ""  # an impossible type somewhere in it, which is told anyway
-        except ValueError as error:
-            return str(error)
+        with suppress(PluginError):  # a nested field of an unsupported type has a mistake of its own
+            return "; ".join(str(error) for _, error in convert(kind, default)[1])
     return ""
 
 
