@@ -153,15 +153,6 @@ def test_a_configuration_made_in_python_is_validated_and_comes_back_equal(bench)
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_values_given_in_python_are_strongest_and_taken_as_they_are(bench):
-    config = bench.config(
-        "[training]\nseed = 1\n",
-        overrides=[("training.seed", "2")],
-        values={"training.seed": 3, "training.wandb_project": "007"},
-    )
-    assert (config.training.seed, config.training.wandb_project) == (3, "007")
-
-
 def test_set_means_that_somebody_gave_a_value_that_is_not_null(bench):
     raw = bench.raw("training: {wandb_project: lab, wandb_run_name: null, seed: 0}", ".yaml")
     assert raw.is_set("training.wandb_project")

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from gpt_simple.config.cross_checks import Conflict
-from gpt_simple.config.mistakes import Mistake
-from gpt_simple.config.parsed import SyntaxMistake
 from gpt_simple.errors import Problem
 from gpt_simple.hooks.results import Finding
 from tests.conftest import CONFIG, Shell
@@ -57,8 +54,7 @@ def replace_words(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cls, method, make)
 
     without_words(Problem, "__new__")
-    for cls in (Finding, Mistake, SyntaxMistake, Conflict):
-        without_words(cls, "__init__")
+    without_words(Finding, "__init__")
 
 
 def rows(findings: list[dict[str, Any]]) -> Iterator[Row]:

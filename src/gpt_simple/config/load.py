@@ -1,9 +1,8 @@
-"""Reads a configuration's sources and lays them over each other.
+"""Reads a configuration's sources and lays them over each other: defaults < file < environment < command line.
 
-The order is defaults < file < environment < command line.
-Nothing is checked against the schema here: that is :mod:`gpt_simple.config.structure`, which also reports the
-mistakes that were collected on the way. In between, whoever loads the configuration can see what it asks for
-(which model, which plugins) and so decide which classes its tables are structured into.
+Nothing is checked against the schema here. :mod:`gpt_simple.config.structure` does that, and reports the mistakes that
+were collected on the way. In between, the raw values say which model and which plugins the configuration asks for, and
+so which classes its tables are structured into.
 """
 
 from __future__ import annotations
@@ -20,27 +19,26 @@ from attrs import field, frozen
 
 from gpt_simple._names import ENV_PREFIX
 from gpt_simple.config.legacy import translate
-from gpt_simple.config.mistakes import Mistake, config_error, printable
-from gpt_simple.config.origin import Origin, Origins, join
-from gpt_simple.config.parsed import Parsed
+from gpt_simple.config.mistakes import file_error, printable
+from gpt_simple.config.origin import Mistake, Origin, Origins, join
+from gpt_simple.config.parsed import UNREADABLE, Parsed
 from gpt_simple.config.schema import Config, PluginsConfig
 from gpt_simple.errors import ConfigError
 
 OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
 """``--section.key`` or ``--section.key=value``."""
 _ALMOST_ENV = re.compile(rf"GPT_SIMPLE_({'|'.join(a.name.upper() for a in attrs.fields(Config))})_+(\w+)")
-"""A variable that nobody else would have named so: an underscore is missing."""
+"""A variable that is meant for this program, but lacks an underscore."""
 _PYTHON = Origin("python", "train(...)")
-_NULL_WORDS = (None, "null", "none")
+_UNSET = (None, "null", "none", UNREADABLE)
 
 
 @frozen
 class RawConfig:
     """The values of all sources, merged, before they are checked.
 
-    ``texts`` keeps what was typed for values from the environment and the command line, for the fields that
-    want text; ``notes`` are remarks for the user, ``mistakes`` are reported when the configuration is
-    structured.
+    ``texts`` keeps the text of values from the environment and the command line, for fields that accept text. ``notes``
+    are remarks for the user. ``mistakes`` are reported when the configuration is structured.
     """
 
     values: dict[str, Any]
@@ -50,19 +48,19 @@ class RawConfig:
     texts: Mapping[str, str] = field(factory=dict)
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path, None if nobody set it."""
+        """The value at a dotted path, None if no source sets it."""
         value: Any = self.values
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     def as_text(self, path: str) -> str | None:
-        """What was typed for a value that reads as a number or a date; None for text, and where nothing was typed."""
+        """The text of an option or a variable that reads as a number or a date; None for any other value."""
         return None if isinstance(self.get(path), str | list) else self.texts.get(path)
 
     def is_set(self, path: str) -> bool:
-        """Somebody set the value at a dotted path, and not to null."""
-        return self.get(path) not in _NULL_WORDS
+        """Whether a source sets the value at a dotted path to anything but null."""
+        return self.get(path) not in _UNSET
 
 
 def read(
@@ -71,14 +69,12 @@ def read(
     overrides: Sequence[tuple[str, str]] = (),
     environ: Mapping[str, str] | None = None,
     sections: Mapping[str, object] | None = None,
-    values: Mapping[str, object] | None = None,
 ) -> RawConfig:
     """Merge a file, ``sections`` given in Python, ``GPT_SIMPLE__SECTION__KEY`` variables and overrides.
 
     ``overrides`` are (dotted key, text); the text is read as a TOML value or as JSON, else it is taken as it is. A
-    section given in Python (an instance of its class, or a mapping) replaces the file's whole section.
-    ``environ`` defaults to the process's environment. ``values`` maps dotted keys to Python values and is
-    strongest. A file that is missing or that cannot be read to its end is a ConfigError.
+    section given in Python (an instance of its class, or a mapping) replaces the file's whole section. ``environ``
+    defaults to the process's environment. A file that is missing or that cannot be read to its end is a ConfigError.
     """
     layers = _Layers()
     if path is not None:
@@ -88,8 +84,6 @@ def read(
     layers.add_environment(os.environ if environ is None else environ)
     for key, text in overrides:
         layers.add_text(key, text, Origin("cli", f"--{key}"))
-    for key, value in (values or {}).items():
-        layers.add_value(key, _plain(value), _PYTHON)
     return RawConfig(layers.values, Origins(layers.origins), tuple(layers.notes), tuple(layers.mistakes), layers.texts)
 
 
@@ -136,13 +130,8 @@ class _Layers:
 
     def add_file(self, path: Path) -> None:
         parsed = _parse(path)
-        for slip in parsed.mistakes:
-            where = ":".join([str(path), *(str(number) for number in (slip.line, slip.column) if number)])
-            self.mistakes.append(Mistake(Origin("file", where, line=slip.line), slip.key, slip.message, slip.hint))
-        if parsed.values is None:
-            raise config_error(self.mistakes)
-        for key, line in parsed.lines.items():
-            self.origins[key] = Origin("file", f"{path}:{line}", line=line)
+        self.mistakes += parsed.mistakes
+        self.origins |= {key: Origin.in_file(str(path), line) for key, line in parsed.lines.items()}
         for name, section in self._translated(parsed.values).items():
             # `plugins:` with nothing below it is an empty table.
             self.values[name] = {} if section is None else section
@@ -162,7 +151,7 @@ class _Layers:
                 if all(key):
                     self.add_text(".".join(key), text, origin)
                 else:
-                    self.mistakes.append(Mistake(origin, "", f"expected a name like {ENV_PREFIX}TRAINING__MAX_STEPS"))
+                    self.mistakes.append(origin.mistake("", f"expected a name like {ENV_PREFIX}TRAINING__MAX_STEPS"))
             elif meant := _ALMOST_ENV.fullmatch(variable):
                 self.notes.append(f"${variable} is not read; did you mean ${ENV_PREFIX}{meant[1]}__{meant[2]}?")
 
@@ -212,32 +201,31 @@ def _is_inside(path: str, outer: str) -> bool:
 
 def _parse(path: Path) -> Parsed:
     """Read one file by its suffix."""
+    file = str(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        message = f"byte {error.start} is not UTF-8"
-        raise ConfigError(message, location=str(path), hint="save the file as UTF-8") from None
+        raise file_error(file, f"byte {error.start} is not UTF-8", hint="save the file as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        message = printable(f"the configuration cannot be read ({reason})")
-        raise ConfigError(message, location=printable(str(path))) from None
+        raise file_error(file, f"the configuration cannot be read ({reason})") from None
     try:
         match path.suffix.lower():
             case ".toml":
                 from gpt_simple.config.parse_toml import parse_toml
 
-                return parse_toml(text)
+                return parse_toml(text, file)
             case ".yaml" | ".yml":
                 from gpt_simple.config.parse_yaml import parse_yaml
 
-                return parse_yaml(text)
+                return parse_yaml(text, file)
             case ".json":
                 from gpt_simple.config.parse_yaml import parse_json
 
-                return parse_json(text)
+                return parse_json(text, file)
     except RecursionError:
-        raise ConfigError("tables or lists are nested too deeply", location=str(path)) from None
-    raise ConfigError("a configuration is a .toml, .yaml, .yml or .json file", location=str(path))
+        raise file_error(file, "tables or lists are nested too deeply") from None
+    raise file_error(file, "a configuration is a .toml, .yaml, .yml or .json file")
 
 
 def _literal(text: str) -> Any:

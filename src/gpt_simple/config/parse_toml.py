@@ -10,41 +10,43 @@ from typing import Any
 
 import tomli
 
-from gpt_simple.config.mistakes import short, show
+from gpt_simple.config.mistakes import file_error, short, show
 from gpt_simple.config.origin import join
-from gpt_simple.config.parsed import Parsed, SyntaxMistake
+from gpt_simple.config.parsed import Parsed
 from gpt_simple.config.secret import is_secret
+from gpt_simple.errors import Problem
 
 _WORD = re.compile(r"[^,\]}#\n]*")
 _NUMBER = re.compile(r"([+-]?)(\d[\d_]*)?(\.?)(\d[\d_]*)?([eE][+-]?\d+)?")
 
 
-def parse_toml(text: str) -> Parsed:
-    """Values and lines of a TOML document, or the first error in its text."""
+def parse_toml(text: str, file: str) -> Parsed:
+    """Values and lines of a TOML document. The first error in its text is a ConfigError."""
     text = text.replace("\r\n", "\n")  # tomli counts positions in a text like that
     try:
         return Parsed(tomli.loads(text), _Scanner(text).scan())
     except tomli.TOMLDecodeError as error:
-        mistake = _explained(text, error)
-        if mistake and _names_a_secret(text, error):
-            mistake = _at(error, "expected one value in quotes", hint="what is there is not shown")
-        return Parsed(None, {}, (mistake or _at(error, _first_lower(error.msg)),))
+        found = _explained(text, error)
+        if found and _names_a_secret(text, error):
+            found = _problem("expected one value in quotes", "what is there is not shown")
+        _, key, message, hint = found or _problem(_first_lower(error.msg))
+        raise file_error(file, message, line=error.lineno, column=error.colno, key=key, hint=hint) from None
     except ValueError as error:  # a number with thousands of digits
-        return Parsed(None, {}, (SyntaxMistake(0, 0, _first_lower(str(error))),))
+        raise file_error(file, _first_lower(str(error))) from None
 
 
 def _names_a_secret(text: str, error: tomli.TOMLDecodeError) -> bool:
-    """Whether the line with the mistake sets a key whose value is not for everybody's eyes."""
+    """Whether the line with the error sets a key whose value must not be shown."""
     table = re.findall(r"^\s*\[+([^\]\n]*)", text[: error.pos], re.MULTILINE)[-1:]
     keys = re.findall(r"""(?<![\w.-])([\w.-]+)["']?\s*[=:]""", _line_of(text, error))
     return any(is_secret(".".join([*table, key])) for key in keys)
 
 
-def _at(error: tomli.TOMLDecodeError, message: str, key: str = "", hint: str = "") -> SyntaxMistake:
-    return SyntaxMistake(error.lineno, error.colno, message, key, hint)
+def _problem(message: str, hint: str = "", key: str = "") -> Problem:
+    return Problem(None, key, message, hint)
 
 
-def _explained(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
+def _explained(text: str, error: tomli.TOMLDecodeError) -> Problem | None:
     """The error as what the user probably meant, if that is plain."""
     start = error.pos
     if error.msg == "Cannot overwrite a value":
@@ -55,7 +57,7 @@ def _explained(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
         found = re.match(r"\s*([\w.-]+)\s*:\s*(.*)", _line_of(text, error))
         if found is None:
             return None
-        return _at(error, short(f"write {found[1]} = {found[2]}") if found[2] else f"write [{found[1]}]")
+        return _problem(short(f"write {found[1]} = {found[2]}") if found[2] else f"write [{found[1]}]")
     if error.msg.startswith("Expected newline"):
         while start and text[start - 1] not in " \t=,[{\n":
             start -= 1
@@ -68,37 +70,36 @@ def _explained(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
     if start != error.pos and not (word and _NUMBER.fullmatch(word)):
         return None
     if message := _meant(word):
-        return _at(error, message)
+        return _problem(message)
     return _more_than_one_value(text, error)
 
 
-def _more_than_one_value(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
-    """The mistake of a line with something behind its value."""
+def _more_than_one_value(text: str, error: tomli.TOMLDecodeError) -> Problem | None:
+    """The problem of a line with something behind its value."""
     found = re.match(r"[^#=\[]*=\s*(.*)", _line_of(text, error))
     if found is None:
         return None
     given = found[1].partition(" #")[0].strip()
-    hint = "text needs quotes, a list needs brackets"
-    return _at(error, f"expected one value, got {short(given)}", hint=hint)
+    return _problem(f"expected one value, got {short(given)}", "text needs quotes, a list needs brackets")
 
 
-def _given_twice(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake:
+def _given_twice(text: str, error: tomli.TOMLDecodeError) -> Problem:
     scanner = _Scanner(text[: error.pos])
     first = scanner.scan().get(scanner.last, error.lineno)
     if first == error.lineno:  # a value and a table of one name
-        return _at(error, "this key is given twice", hint="keep one of the two")
-    return _at(error, f"given twice, first on line {first}", scanner.last, "keep one of the two")
+        return _problem("this key is given twice", "keep one of the two")
+    return _problem(f"given twice, first on line {first}", "keep one of the two", scanner.last)
 
 
-def _opened_twice(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
-    """The mistake of a second ``[table]``."""
+def _opened_twice(text: str, error: tomli.TOMLDecodeError) -> Problem | None:
+    """The problem of a second ``[table]``."""
     lines = text.split("\n")
     header = re.match(r"\s*\[([\w.-]+)\]", lines[error.lineno - 1])
     if header is None:
         return None
     first = _Scanner("\n".join(lines[: error.lineno - 1])).scan().get(header[1])
     place = f" on line {first}" if first else ""
-    return _at(error, f"[{header[1]}] is there already{place}", hint="put its keys together")
+    return _problem(f"[{header[1]}] is there already{place}", "put its keys together")
 
 
 def _meant(word: str) -> str:

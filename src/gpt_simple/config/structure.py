@@ -9,11 +9,12 @@ import attrs
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.config.convert import UnknownKey, convert
-from gpt_simple.config.cross_checks import Conflict, conflicts
+from gpt_simple.config.cross_checks import conflicts
 from gpt_simple.config.legacy import OLD_VALUES
 from gpt_simple.config.load import RawConfig
-from gpt_simple.config.mistakes import Mistake, closest, config_error
-from gpt_simple.config.origin import DEFAULT, Origin, Origins
+from gpt_simple.config.mistakes import closest, config_error
+from gpt_simple.config.origin import Mistake
+from gpt_simple.config.parsed import UNREADABLE
 from gpt_simple.config.schema import (
     Config,
     DataConfig,
@@ -23,7 +24,7 @@ from gpt_simple.config.schema import (
     TrainingConfig,
 )
 from gpt_simple.config.secret import is_secret
-from gpt_simple.config.types import Mismatch, fields_of, parse_type
+from gpt_simple.config.types import Mismatch, fields_of
 
 SECTIONS: Mapping[str, type] = {
     "model": ModelConfig,
@@ -55,35 +56,29 @@ class _Structuring:
         self.raw = raw
         self.sections = sections
         self.plugin_configs = plugin_configs
-        self.mistakes: list[Mistake] = []
+        self.mistakes: list[Mistake] = [*raw.mistakes]
+        self.wrong: set[str] = set()
 
     def run(self) -> Config:
         values = self.raw.values
         for name in values:
             if name not in self.sections and name != "plugins":
-                message, hint = self._unknown_section(name, values[name])
-                self._report(name, message, hint, unknown=True)
+                self._report(name, *self._unknown_section(name, values[name]))
         parts: dict[str, Any] = {
             name: self._section(name, values.get(name), cls) for name, cls in self.sections.items()
         }
         parts["plugins"] = self._plugins(values.get("plugins"))
-        wrong = {found.key for found in self.mistakes}
-        for conflict in conflicts(parts["model"], parts["data"], parts["training"], parts["plugins"]):
-            if wrong.isdisjoint(conflict.paths):
-                self.mistakes.append(_located(conflict, self.raw.origins))
-        if self.raw.mistakes or self.mistakes:
-            # Null is read in place of text that is no value; what that breaks is not a mistake of its own.
-            slips = {found.origin.line for found in self.raw.mistakes}
-            genuine = [
-                found
-                for found in self.mistakes
-                if found.origin.kind != "file" or found.origin.line not in slips or found.unknown
-            ]
-            raise config_error([*self.raw.mistakes, *genuine])
+        for paths, problem in conflicts(parts["model"], parts["data"], parts["training"], parts["plugins"]):
+            if self.wrong.isdisjoint(paths):
+                places = ", ".join(map(self.raw.origins.place, paths))
+                first = min(map(self.raw.origins.of, paths), key=lambda origin: origin.order)
+                self.mistakes.append((first, problem._replace(location=places)))
+        if self.mistakes:
+            raise config_error(self.mistakes)
         return Config(**parts)
 
     def _section(self, path: str, value: Any, cls: type) -> Any:
-        """An instance of the section's class; with mistakes in it, one without the wrong values, or None."""
+        """An instance of the section's class without the keys that are in error; None if there can be none."""
         if value is None:
             value = {}
         if isinstance(value, Mapping):
@@ -92,25 +87,27 @@ class _Structuring:
         for place, error in errors:
             if isinstance(error, UnknownKey):
                 self._report_unknown(place, error.table)
-            elif isinstance(error, Mismatch) and is_secret(place):
-                self._report(place, error.discreet)
-            elif isinstance(error, Mismatch):
-                self._report(place, str(error), error.hint)
-            else:
+            elif not isinstance(error, Mismatch):
                 self._report(place, str(error) or type(error).__name__)
+            elif error.value is UNREADABLE:
+                self.wrong.add(place)  # the reader of the file has reported it
+            elif is_secret(place):
+                self._report(place, error.discreet)
+            else:
+                self._report(place, str(error), error.hint)
         return made
 
     def _plugins(self, value: Any) -> PluginsConfig | None:
-        if value is not None and not isinstance(value, Mapping):
-            self._report("plugins", str(Mismatch(parse_type(PluginsConfig), value)))
+        value = {} if value is None else value
+        if not isinstance(value, Mapping):
+            self._section("plugins", value, PluginsConfig)
             return None
-        value = value or {}
         switches = self._section("plugins", {key: value[key] for key in SWITCHES if key in value}, PluginsConfig)
         tables: dict[str, Any] = {}
         for name, table in value.items():
             if name in SWITCHES or name in self.plugin_configs:
                 continue
-            if table is not None and not isinstance(table, Mapping):
+            if not (table is None or table is UNREADABLE or isinstance(table, Mapping)):
                 self._report_unknown(f"plugins.{name}", PluginsConfig)
             tables[name] = table or {}
         for name, cls in self.plugin_configs.items():
@@ -155,7 +152,7 @@ class _Structuring:
             hint = f"all keys are in `{PROGRAM} run --help`"
         else:
             hint = f"expected one of {', '.join(here)}"
-        self._report(path, message, hint, unknown=True)
+        self._report(path, message, hint)
 
     def _homes(self, key: str) -> str | None:
         """Where a key belongs: the paths in all sections that have it, or else in the plugins' tables."""
@@ -171,17 +168,9 @@ class _Structuring:
         near = closest(key, dict.fromkeys(name for cls in classes for name in _names(cls)), cutoff=0.8)
         return self._homes(near) if near else None
 
-    def _report(self, path: str, message: str, hint: str = "", *, unknown: bool = False) -> None:
-        self.mistakes.append(Mistake(self.raw.origins.nearest(path), path, message, hint, unknown))
-
-
-def _located(conflict: Conflict, origins: Origins) -> Mistake:
-    """Two or more fields that do not go together: the location has all of them."""
-    places = ", ".join(origins.place(path) for path in conflict.paths)
-    # One of them was set: the places of a mistake in defaults would not be shown.
-    set_ = [origin for origin in map(origins.of, conflict.paths) if origin.kind != "default"]
-    first = min(set_, key=lambda origin: (origin.kind != "file", origin.line), default=DEFAULT)
-    return Mistake(Origin(first.kind, places, line=first.line), "", conflict.message, conflict.hint)
+    def _report(self, path: str, message: str, hint: str = "") -> None:
+        self.wrong.add(path)
+        self.mistakes.append(self.raw.origins.nearest(path).mistake(path, message, hint))
 
 
 def _names(cls: type) -> list[str]:

@@ -60,6 +60,7 @@ class Mismatch(ValueError):
 
     def __init__(self, type_: FieldType, value: Any, expected: str = "") -> None:
         wanted = f"expected {expected or type_.description}"
+        self.value = value
         self.discreet = f"{wanted}, got something else, which is not shown"
         self.hint = _hint(type_, value)
         super().__init__(f"{wanted}, got {show(value)}")
