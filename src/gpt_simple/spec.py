@@ -16,8 +16,8 @@ from attrs import evolve, field, frozen
 
 from gpt_simple.config.load import RawConfig, read
 from gpt_simple.config.origin import Origins
+from gpt_simple.config.redact import secrets_in, without
 from gpt_simple.config.schema import Config
-from gpt_simple.config.secret import secrets_in, without
 from gpt_simple.config.structure import structure
 from gpt_simple.config.types import NULL_WORDS
 from gpt_simple.errors import ConfigError, GptSimpleError, Problem, collecting, raise_all

@@ -18,11 +18,12 @@ import attrs
 from attrs import field, frozen
 
 from gpt_simple._names import ENV_PREFIX
+from gpt_simple.config.frozen import is_key
 from gpt_simple.config.legacy import translate
 from gpt_simple.config.mistakes import file_error, printable
 from gpt_simple.config.origin import Mistake, Origin, Origins, join
 from gpt_simple.config.parsed import UNREADABLE, Parsed
-from gpt_simple.config.schema import Config, PluginsConfig
+from gpt_simple.config.schema import Config
 from gpt_simple.errors import ConfigError
 
 OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
@@ -243,28 +244,23 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _plain(section: object) -> Any:
-    """An instance of a section's class as raw values, without what it leaves at the default."""
-    if isinstance(section, PluginsConfig):
-        switches = {key: value for key, value in _plain_fields(section).items() if key != "tables"}
-        return switches | {name: _plain(table) for name, table in section.tables.items()}
-    if attrs.has(type(section)):
-        return _plain_fields(section)
-    if isinstance(section, Mapping):
-        return {str(key): _plain(value) for key, value in section.items()}
-    if isinstance(section, list | tuple):
-        return [_plain(item) for item in section]
-    return section
-
-
-def _plain_fields(instance: object) -> dict[str, Any]:
-    # A component's own class keeps all its fields: what is its default need not be the built-in one's.
-    complete = not type(instance).__module__.startswith("gpt_simple.")
-    values = {}
-    for attribute in attrs.fields(type(instance)):  # type: ignore[arg-type]
-        value, default = getattr(instance, attribute.name), attribute.default
+def _plain(value: Any) -> Any:
+    """A value given in Python as a file would have it; of an instance of a section's class only what is no default."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if not attrs.has(type(value)):
+        return value
+    # A component's own class keeps all its fields: the built-in class may have another default.
+    complete = not type(value).__module__.startswith("gpt_simple.")
+    values: dict[str, Any] = {}
+    for attribute in attrs.fields(type(value)):
+        item, default = getattr(value, attribute.name), attribute.default
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = default.factory()
-        if complete or value != default or type(value) is not type(default):
-            values[attribute.name] = _plain(value)
+        if not is_key(attribute):
+            values |= _plain(item)
+        elif complete or item != default or type(item) is not type(default):
+            values[attribute.name] = _plain(item)
     return values

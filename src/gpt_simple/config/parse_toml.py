@@ -13,7 +13,7 @@ import tomli
 from gpt_simple.config.mistakes import file_error, short, show
 from gpt_simple.config.origin import join
 from gpt_simple.config.parsed import Parsed
-from gpt_simple.config.secret import is_secret
+from gpt_simple.config.redact import is_secret
 from gpt_simple.errors import Problem
 
 _WORD = re.compile(r"[^,\]}#\n]*")

@@ -15,6 +15,7 @@ from gpt_simple.config.load import RawConfig
 from gpt_simple.config.mistakes import closest, config_error
 from gpt_simple.config.origin import Mistake
 from gpt_simple.config.parsed import UNREADABLE
+from gpt_simple.config.redact import is_secret
 from gpt_simple.config.schema import (
     Config,
     DataConfig,
@@ -23,7 +24,6 @@ from gpt_simple.config.schema import (
     PluginsConfig,
     TrainingConfig,
 )
-from gpt_simple.config.secret import is_secret
 from gpt_simple.config.types import Mismatch, fields_of
 
 SECTIONS: Mapping[str, type] = {

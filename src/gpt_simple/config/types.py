@@ -21,7 +21,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from attrs import frozen
 from typing_extensions import Doc
 
-from gpt_simple.config.frozen import json_value
+from gpt_simple.config.frozen import is_key, json_value
 from gpt_simple.config.mistakes import closest, show
 from gpt_simple.errors import PluginError
 
@@ -212,7 +212,7 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
     hints = get_type_hints(cls, include_extras=True)
     specs = []
     for attribute in attrs.fields(cls):
-        if not (attribute.init and attribute.metadata.get("is_key", True)):
+        if not (attribute.init and is_key(attribute)):
             continue
         annotation = hints[attribute.name]
         try:
