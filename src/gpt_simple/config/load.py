@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 from attrs import field, frozen
@@ -20,18 +20,20 @@ from attrs import field, frozen
 from gpt_simple._names import ENV_PREFIX
 from gpt_simple.config.frozen import is_key
 from gpt_simple.config.legacy import translate
-from gpt_simple.config.mistakes import file_error, printable
+from gpt_simple.config.mistakes import config_error, file_error
 from gpt_simple.config.origin import Mistake, Origin, Origins, join
 from gpt_simple.config.parsed import UNREADABLE, Parsed
 from gpt_simple.config.schema import Config
-from gpt_simple.errors import ConfigError
+from gpt_simple.config.types import NULL_WORDS
+
+T = TypeVar("T")
 
 OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
 """``--section.key`` or ``--section.key=value``."""
 _ALMOST_ENV = re.compile(rf"GPT_SIMPLE_({'|'.join(a.name.upper() for a in attrs.fields(Config))})_+(\w+)")
 """A variable that is meant for this program, but lacks an underscore."""
 _PYTHON = Origin("python", "train(...)")
-_UNSET = (None, "null", "none", UNREADABLE)
+_UNSET = (None, *NULL_WORDS, UNREADABLE)
 
 
 @frozen
@@ -91,8 +93,8 @@ def read(
 def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Take every ``--section.key value`` and ``--section.key=value`` out of a command line.
 
-    Returns the overrides as (dotted key, text) and the other arguments in their order. What follows a bare
-    ``--`` is left alone. An override without a value is a ConfigError.
+    Returns the overrides as (dotted key, text) and the other arguments in their order. Arguments after a bare ``--``
+    are not overrides. An override without a value is a ConfigError.
     """
     overrides: list[tuple[str, str]] = []
     rest: list[str] = []
@@ -107,20 +109,20 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], li
         key, text = found.groups()
         if text is None:
             if not remaining or remaining[0].startswith("--"):
-                hint = printable(f"write --{key} VALUE or --{key}=VALUE")
-                raise ConfigError("a value is missing", location=printable(f"--{key}"), key=key, hint=hint)
+                hint = f"write --{key} VALUE or --{key}=VALUE"
+                raise config_error([Origin("cli", f"--{key}").mistake(key, "a value is missing", hint)])
             text = remaining.pop(0)
         overrides.append((key, text))
     return overrides, rest
 
 
 def sections_of(config: Config) -> dict[str, object]:
-    """A configuration made in Python, as the ``sections`` of :func:`read`."""
+    """A configuration built in Python, as the ``sections`` of :func:`read`."""
     return {attribute.name: getattr(config, attribute.name) for attribute in attrs.fields(Config)}
 
 
 class _Layers:
-    """What has been read so far; each addition overrides what it meets."""
+    """The values read so far. Each layer overrides the earlier ones."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -139,8 +141,7 @@ class _Layers:
 
     def add_section(self, name: str, section: object) -> None:
         values = {name: _plain(section)}
-        for old in [key for key in self.origins if key == name or key.startswith(f"{name}.")]:
-            del self.origins[old]
+        self.origins = _outside(name, self.origins)
         self.values[name] = {}
         self._merge(self.values, self._translated(values), "", _PYTHON)
 
@@ -158,12 +159,9 @@ class _Layers:
 
     def add_text(self, key: str, text: str, origin: Origin) -> None:
         value = _literal(text)
-        self.add_value(key, value, origin)
+        self.texts = _outside(key, self.texts)
         if not isinstance(value, dict):
             self.texts[key] = text
-
-    def add_value(self, key: str, value: Any, origin: Origin) -> None:
-        self.texts = {path: typed for path, typed in self.texts.items() if not _is_inside(path, key)}
         for part in reversed(key.split(".")):
             value = {part: value}
         self._merge(self.values, self._translated(value, origin), "", origin)
@@ -177,23 +175,21 @@ class _Layers:
         return values
 
     def _merge(self, target: dict[str, Any], values: Mapping[str, Any], table: str, origin: Origin) -> None:
-        """Lay values over what is there: tables key by key, everything else whole."""
+        """Merge tables key by key, and replace everything else."""
         for key, value in values.items():
             path = join(table, key)
-            if isinstance(value, Mapping):
-                if not isinstance(target.get(key), dict):
-                    self._claim(path, origin)
-                    target[key] = {}
+            is_table = isinstance(value, Mapping)
+            if not (is_table and isinstance(target.get(key), dict)):
+                overridden = self.origins.get(path)
+                self.origins = _outside(path, self.origins) | {path: attrs.evolve(origin, overrides=overridden)}
+                target[key] = {} if is_table else value
+            if is_table:
                 self._merge(target[key], value, path, origin)
-            else:
-                self._claim(path, origin)
-                target[key] = value
 
-    def _claim(self, path: str, origin: Origin) -> None:
-        before = self.origins.get(path)
-        for inner in [key for key in self.origins if _is_inside(key, path)]:
-            del self.origins[inner]
-        self.origins[path] = attrs.evolve(origin, overrides=before)
+
+def _outside(path: str, values: dict[str, T]) -> dict[str, T]:
+    """What ``values`` (dotted path -> anything) has neither at ``path`` nor inside it."""
+    return {key: value for key, value in values.items() if not _is_inside(key, path)}
 
 
 def _is_inside(path: str, outer: str) -> bool:
@@ -230,7 +226,7 @@ def _parse(path: Path) -> Parsed:
 
 
 def _literal(text: str) -> Any:
-    """The text as a TOML value, a list or table also as JSON, or as it is if it is none."""
+    """The value of a text that is a TOML value, or a list or table of JSON; else the text itself."""
     import tomli
 
     try:

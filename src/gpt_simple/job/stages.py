@@ -138,7 +138,9 @@ def _preflight(job: Job, data: PreparedData, plan: ResumePlan) -> Checked:
     if (check_runtime := job.plugins.calls.check_runtime) is not None:
         view = model_view(job, data, model, plan.found.store)
         found = check_runtime(view, _preflight_of(job))
-        report([job.spec.shown(finding) for _, findings in found for finding in findings], job.plugins.log.warning)
+        report(
+            [job.spec.with_location(finding) for _, findings in found for finding in findings], job.plugins.log.warning
+        )
     return Checked(size, time_budget)
 
 
