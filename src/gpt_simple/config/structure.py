@@ -1,8 +1,9 @@
-"""Checks a raw configuration against the schema and makes the frozen one; all mistakes are reported."""
+"""Checks a raw configuration against the schema and makes the frozen one. All mistakes are one error."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -44,9 +45,9 @@ def structure(
 ) -> Config:
     """The configuration of a run, or one ConfigError with a line for every mistake.
 
-    ``sections`` replaces the class of a section, for a component that brings its own. ``plugin_configs`` maps
-    plugin name to config class: ``[plugins.NAME]`` becomes an instance of it, with its defaults if there is
-    no such table. Tables of other plugins stay as they are.
+    ``sections`` replaces the class of a section, for a component that brings its own. ``plugin_configs`` maps plugin
+    name to config class: ``[plugins.NAME]`` becomes an instance of it, with its defaults if there is no such table.
+    Tables of other plugins stay as they are.
     """
     return _Structuring(raw, {**SECTIONS, **(sections or {})}, plugin_configs or {}).run()
 
@@ -114,64 +115,64 @@ class _Structuring:
             tables[name] = self._section(f"plugins.{name}", value.get(name), cls)
         return attrs.evolve(switches, tables=tables) if switches is not None else None
 
-    def _with_texts(self, path: str, value: Mapping[str, Any], cls: type) -> Mapping[str, Any]:
-        """Take what was typed, where text is wanted and the words happen to be a number or a date."""
-        typed = {}
-        for spec in fields_of(cls):
-            text = self.raw.as_text(f"{path}.{spec.name}")
-            if text is not None and spec.type.accepts(str):
-                typed[spec.name] = text
-        return {**value, **typed} if typed else value
+    def _with_texts(self, path: str, value: Mapping[str, Any], cls: type) -> dict[str, Any]:
+        """Put the text of an option or a variable that reads as a number or a date where a field accepts text."""
+        texts = {s.name: self.raw.as_text(f"{path}.{s.name}") for s in fields_of(cls) if s.type.accepts(str)}
+        return {**value, **{name: text for name, text in texts.items() if text is not None}}
 
     def _unknown_section(self, name: str, value: Any) -> tuple[str, str]:
         """Message and hint."""
         names = [*self.sections, "plugins"]
         if meant := closest(name, names):
             return "unknown section", f"did you mean [{meant}]?"
-        if not isinstance(value, Mapping) and (home := self._homes(name) or self._elsewhere(name)):
+        if not isinstance(value, Mapping) and (home := self._fields_named(name) or self._fields_like(name)):
             return "unknown key", f"did you mean {home}?"
         return "unknown section", f"expected one of {', '.join(names)}"
 
     def _report_unknown(self, path: str, cls: type) -> None:
-        """Report a key that may belong to another section, or be misspelt, or both."""
-        if path in OLD_VALUES:
-            self._report(path, *OLD_VALUES[path])
-            return
+        """Report a key that belongs to another section, or is misspelt, or both."""
         table, _, key = path.rpartition(".")
-        here = _names(cls)
-        near, message = closest(key, here), "unknown key"
-        if meant := self._homes(key) or (near and f"{table}.{near}") or self._elsewhere(key):
+        names = [spec.name for spec in fields_of(cls)]
+        near = closest(key, names)
+        message = "unknown key"
+        if path in OLD_VALUES:
+            message, hint = OLD_VALUES[path]
+        elif meant := self._fields_named(key) or (near and f"{table}.{near}") or self._fields_like(key):
             hint = f"did you mean {meant}?"
         elif "epoch" in key:
             hint = "a run is as long as training.max_steps says"
         elif cls is PluginsConfig:
-            message, hint = f"expected a table [{path}] or one of {', '.join(here)}", ""
-        elif not here:
+            message, hint = f"expected a table [{path}] or one of {', '.join(names)}", ""
+        elif not names:
             hint = "nothing can be set here"
-        elif len(here) > _MANY_KEYS:
+        elif len(names) > _MANY_KEYS:
             hint = f"all keys are in `{PROGRAM} run --help`"
         else:
-            hint = f"expected one of {', '.join(here)}"
+            hint = f"expected one of {', '.join(names)}"
         self._report(path, message, hint)
 
-    def _homes(self, key: str) -> str | None:
-        """Where a key belongs: the paths in all sections that have it, or else in the plugins' tables."""
-        plugins = {f"plugins.{name}": cls for name, cls in self.plugin_configs.items()}
-        for tables in ({**self.sections, "plugins": PluginsConfig}, plugins):
-            if found := [f"{table}.{key}" for table, cls in tables.items() if key in _names(cls)]:
-                return " or ".join(found)
-        return None
+    @cached_property
+    def _fields(self) -> dict[str, list[str]]:
+        """Name -> the paths of the fields of that name in the sections, or else in the tables of plugins."""
+        fields = _paths_by_name({**self.sections, "plugins": PluginsConfig})
+        of_plugins = _paths_by_name({f"plugins.{name}": cls for name, cls in self.plugin_configs.items()})
+        return fields | {name: paths for name, paths in of_plugins.items() if name not in fields}
 
-    def _elsewhere(self, key: str) -> str | None:
-        """A guess in another section must be a sure one: what it names does something else."""
-        classes = (*self.sections.values(), PluginsConfig, *self.plugin_configs.values())
-        near = closest(key, dict.fromkeys(name for cls in classes for name in _names(cls)), cutoff=0.8)
-        return self._homes(near) if near else None
+    def _fields_named(self, key: str) -> str:
+        return " or ".join(self._fields.get(key, ()))
+
+    def _fields_like(self, key: str) -> str:
+        """The cutoff is high: what a field of another section sets is something else."""
+        return self._fields_named(closest(key, self._fields, cutoff=0.8) or "")
 
     def _report(self, path: str, message: str, hint: str = "") -> None:
         self.wrong.add(path)
         self.mistakes.append(self.raw.origins.nearest(path).mistake(path, message, hint))
 
 
-def _names(cls: type) -> list[str]:
-    return [spec.name for spec in fields_of(cls)]
+def _paths_by_name(tables: Mapping[str, type]) -> dict[str, list[str]]:
+    paths: dict[str, list[str]] = {}
+    for table, cls in tables.items():
+        for spec in fields_of(cls):
+            paths.setdefault(spec.name, []).append(f"{table}.{spec.name}")
+    return paths

@@ -2,8 +2,8 @@
 
 ``bool``, ``int``, ``float``, ``str``, ``Literal``, ``X | None`` and other unions of these, ``tuple[T, ...]``,
 ``Mapping[str, T]`` and nested attrs classes. :func:`parse_type` reads an annotation once into a :class:`FieldType`.
-Conversion, error messages, help, completion, JSON Schema and the check of plugins all follow from that description,
-so a field is written once, in its section.
+Conversion, error messages, help, completion, JSON Schema and the check of plugins follow from it, so a field is written
+once, in its section.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ _REFUSED = object()
 
 
 class Mismatch(ValueError):
-    """A value that is not what its field wants.
+    """A value of another type than its field.
 
-    ``discreet`` is the message without the value, ``hint`` says how it was probably meant.
+    ``discreet`` is the message without the value, ``hint`` says how the value was probably meant.
     """
 
     def __init__(self, type_: FieldType, value: Any, expected: str = "") -> None:
@@ -67,7 +67,7 @@ class Mismatch(ValueError):
 
 
 class UnsupportedType(TypeError):
-    """An annotation outside the closed set; ``part`` is what of it is not supported."""
+    """An annotation outside the closed set. ``part`` is the part of it that is not supported."""
 
     def __init__(self, part: Any) -> None:
         self.part = part
@@ -76,10 +76,10 @@ class UnsupportedType(TypeError):
 
 @frozen(eq=False)
 class FieldType:
-    """What a value of a field may be.
+    """The type of a field.
 
     ``description`` reads ``an integer >= 1 or null``, ``label`` reads ``integer >= 1 | null``. ``choices`` are the
-    texts that completion proposes. ``parts`` are the item of a list or of a mapping, and the alternatives of a union.
+    texts that completion offers. ``parts`` are the item of a list or of a mapping, and the alternatives of a union.
     """
 
     kind: Literal["scalar", "choice", "list", "mapping", "record", "union"]
@@ -93,20 +93,17 @@ class FieldType:
 
     @property
     def members(self) -> tuple[FieldType, ...]:
-        """The alternatives of a union, null included; another type is its own only one."""
+        """The alternatives of a union, null included; of another type, itself."""
         return self.parts if self.kind == "union" else (self,)
 
     @property
     def tables(self) -> tuple[type, ...]:
-        """The attrs classes in it."""
+        """The attrs classes that the type contains."""
         return (self.annotation,) if self.kind == "record" else tuple(t for part in self.parts for t in part.tables)
 
     @property
     def null_words(self) -> tuple[str, ...]:
-        """Text that means null.
-
-        In a choice of words "none" is left out, because somebody who writes a precision of "none" means "no".
-        """
+        """Text that means null. In a choice of words "none" is not: a precision of "none" is meant as "no"."""
         if not self.accepts(NoneType):
             return ()
         return NULL_WORDS[:1] if any(member.kind == "choice" for member in self.members) else NULL_WORDS
@@ -116,9 +113,9 @@ class FieldType:
         return any(member.annotation is annotation for member in self.members)
 
     def convert(self, value: Any) -> Any:
-        """The value as a field of a scalar or a choice gets it; Mismatch if it is no such value.
+        """The value of a scalar or a choice; Mismatch if it is of another type.
 
-        An integral float is an integer and an integer is a number; nothing else is converted.
+        An integral float becomes an integer and an integer becomes a number. Nothing else is converted.
         """
         result = self._exact(value)
         if result is _REFUSED or not all(_BOUNDS[type(bound)][2](result, _limit(bound)) for bound in self.bounds):
@@ -169,10 +166,10 @@ class FieldType:
 
 @frozen
 class LegacyDefault:
-    """The value that a new field has in runs that began without it: the one that keeps what they do.
+    """The value of a new field in runs that began before the field existed, which keeps their behaviour.
 
     ``Annotated[bool, Doc("..."), LegacyDefault(False)] = True``. Only a field whose default changes what a run does
-    needs the mark: without it the default is the value.
+    needs it. Without it such runs get the default.
     """
 
     value: Any
@@ -208,7 +205,7 @@ class FieldSpec:
 
 @cache
 def fields_of(cls: type) -> tuple[FieldSpec, ...]:
-    """The fields of an attrs class, in order; one of a type outside the closed set is a PluginError."""
+    """The fields of an attrs class, in order. A type outside the closed set is a PluginError."""
     hints = get_type_hints(cls, include_extras=True)
     specs = []
     for attribute in attrs.fields(cls):
@@ -236,9 +233,9 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
 
 
 def parse_type(annotation: Any, bounds: tuple[Bound, ...] = ()) -> FieldType:
-    """The description of an annotation; UnsupportedType if it is outside the closed set.
+    """The type that an annotation describes; UnsupportedType if it is outside the closed set.
 
-    ``bounds``, and those of ``Annotated[T, bounds, Doc(...)]``, apply to the numbers of a union and to nothing else.
+    ``bounds``, and those of ``Annotated[T, bounds, Doc(...)]``, apply only to numbers, also to those of a union.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
