@@ -47,6 +47,8 @@ def test_a_duplicate_key_in_toml_is_named(bench):
     assert found == "config.toml:4:9: training.seed: given twice, first on line 2; keep one of the two"
     (found,) = bench.mistakes("[training]\nseed = 1\nseed.x = 2\n")
     assert found.endswith("this key is given twice; keep one of the two")
+    (found,) = bench.mistakes("[plugins.x]\napi_key = 'a'\napi_key = 'b'\n")
+    assert found == "config.toml:3:14: plugins.x.api_key: given twice, first on line 2; keep one of the two"
 
 
 def test_a_table_that_is_opened_twice_in_toml_is_named(bench):

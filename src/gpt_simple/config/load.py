@@ -241,7 +241,7 @@ def _literal(text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value given in Python as a file would have it; of an instance of a section's class only what is no default."""
+    """A value given in Python as a file would have it. Of an instance of an attrs class, defaults are left out."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

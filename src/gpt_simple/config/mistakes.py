@@ -19,11 +19,9 @@ def config_error(mistakes: Iterable[Mistake]) -> ConfigError:
     return ConfigError(*dict.fromkeys(problems))
 
 
-def file_error(
-    file: str, message: str, *, line: int = 0, column: int = 0, key: str = "", hint: str = ""
-) -> ConfigError:
+def file_error(file: str, message: str, *, line: int = 0, column: int = 0, hint: str = "") -> ConfigError:
     """The mistake that ends the reading of a file."""
-    return config_error([Origin.in_file(file, line, column).mistake(key, message, hint)])
+    return config_error([Origin.in_file(file, line, column).mistake("", message, hint)])
 
 
 def printable(text: str) -> str:

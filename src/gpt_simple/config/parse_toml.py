@@ -10,13 +10,12 @@ from typing import Any
 
 import tomli
 
-from gpt_simple.config.mistakes import file_error, short, show
-from gpt_simple.config.origin import join
+from gpt_simple.config.mistakes import config_error, file_error, short, show
+from gpt_simple.config.origin import Origin, join
 from gpt_simple.config.parsed import Parsed
 from gpt_simple.config.redact import is_secret
 from gpt_simple.errors import Problem
 
-_WORD = re.compile(r"[^,\]}#\n]*")
 _NUMBER = re.compile(r"([+-]?)(\d[\d_]*)?(\.?)(\d[\d_]*)?([eE][+-]?\d+)?")
 
 
@@ -26,84 +25,72 @@ def parse_toml(text: str, file: str) -> Parsed:
     try:
         return Parsed(tomli.loads(text), _Scanner(text).scan())
     except tomli.TOMLDecodeError as error:
-        found = _explained(text, error)
-        if found and _names_a_secret(text, error):
-            found = _problem("expected one value in quotes", "what is there is not shown")
-        _, key, message, hint = found or _problem(_first_lower(error.msg))
-        raise file_error(file, message, line=error.lineno, column=error.colno, key=key, hint=hint) from None
+        found = _explained(text, error) or Problem(None, "", _first_lower(error.msg))
+        origin = Origin.in_file(file, error.lineno, error.colno)
+        raise config_error([origin.mistake(found.key, found.message, found.hint)]) from None
     except ValueError as error:  # a number with thousands of digits
         raise file_error(file, _first_lower(str(error))) from None
 
 
-def _names_a_secret(text: str, error: tomli.TOMLDecodeError) -> bool:
-    """Whether the line with the error sets a key whose value must not be shown."""
-    table = re.findall(r"^\s*\[+([^\]\n]*)", text[: error.pos], re.MULTILINE)[-1:]
-    keys = re.findall(r"""(?<![\w.-])([\w.-]+)["']?\s*[=:]""", _line_of(text, error))
-    return any(is_secret(".".join([*table, key])) for key in keys)
-
-
-def _problem(message: str, hint: str = "", key: str = "") -> Problem:
-    return Problem(None, key, message, hint)
-
-
 def _explained(text: str, error: tomli.TOMLDecodeError) -> Problem | None:
-    """The error as what the user probably meant, if that is plain."""
-    start = error.pos
+    """The error as what the user probably meant, if that is plain. The value of a secret is not shown."""
+    line = text.split("\n")[error.lineno - 1]
     if error.msg == "Cannot overwrite a value":
         return _given_twice(text, error)
     if error.msg.startswith("Cannot declare"):
-        return _opened_twice(text, error)
-    if error.msg.startswith("Expected '=' after a key"):
-        found = re.match(r"\s*([\w.-]+)\s*:\s*(.*)", _line_of(text, error))
-        if found is None:
-            return None
-        return _problem(short(f"write {found[1]} = {found[2]}") if found[2] else f"write [{found[1]}]")
-    if error.msg.startswith("Expected newline"):
-        while start and text[start - 1] not in " \t=,[{\n":
-            start -= 1
-        if start == error.pos:
-            return _more_than_one_value(text, error)
-    elif error.msg != "Invalid value":
-        return None
-    found = _WORD.match(text, start)
-    word = found[0].strip() if found else ""
-    if start != error.pos and not (word and _NUMBER.fullmatch(word)):
-        return None
-    if message := _meant(word):
-        return _problem(message)
-    return _more_than_one_value(text, error)
-
-
-def _more_than_one_value(text: str, error: tomli.TOMLDecodeError) -> Problem | None:
-    """The problem of a line with something behind its value."""
-    found = re.match(r"[^#=\[]*=\s*(.*)", _line_of(text, error))
-    if found is None:
-        return None
-    given = found[1].partition(" #")[0].strip()
-    return _problem(f"expected one value, got {short(given)}", "text needs quotes, a list needs brackets")
+        return _opened_twice(text, line, error)
+    found = _not_a_pair(line) if error.msg.startswith("Expected '='") else _not_a_value(text, line, error)
+    table = re.findall(r"^\s*\[+([^\]\n]*)", text[: error.pos], re.MULTILINE)[-1:]
+    keys = re.findall(r"""(?<![\w.-])([\w.-]+)["']?\s*[=:]""", line)
+    if found and any(is_secret(".".join([*table, key])) for key in keys):
+        return Problem(None, "", "expected one value in quotes", "the value is a secret and is not shown")
+    return found
 
 
 def _given_twice(text: str, error: tomli.TOMLDecodeError) -> Problem:
     scanner = _Scanner(text[: error.pos])
     first = scanner.scan().get(scanner.last, error.lineno)
     if first == error.lineno:  # a value and a table of one name
-        return _problem("this key is given twice", "keep one of the two")
-    return _problem(f"given twice, first on line {first}", "keep one of the two", scanner.last)
+        return Problem(None, "", "this key is given twice", "keep one of the two")
+    return Problem(None, scanner.last, f"given twice, first on line {first}", "keep one of the two")
 
 
-def _opened_twice(text: str, error: tomli.TOMLDecodeError) -> Problem | None:
-    """The problem of a second ``[table]``."""
-    lines = text.split("\n")
-    header = re.match(r"\s*\[([\w.-]+)\]", lines[error.lineno - 1])
-    if header is None:
+def _opened_twice(text: str, line: str, error: tomli.TOMLDecodeError) -> Problem | None:
+    if (header := re.match(r"\s*\[([\w.-]+)\]", line)) is None:
         return None
-    first = _Scanner("\n".join(lines[: error.lineno - 1])).scan().get(header[1])
+    before = "\n".join(text.split("\n")[: error.lineno - 1])
+    first = _Scanner(before).scan().get(header[1])
     place = f" on line {first}" if first else ""
-    return _problem(f"[{header[1]}] is there already{place}", "put its keys together")
+    return Problem(None, "", f"[{header[1]}] is there already{place}", "put its keys together")
+
+
+def _not_a_pair(line: str) -> Problem | None:
+    if (found := re.match(r"\s*([\w.-]+)\s*:\s*(.*)", line)) is None:
+        return None
+    return Problem(None, "", short(f"write {found[1]} = {found[2]}") if found[2] else f"write [{found[1]}]")
+
+
+def _not_a_value(text: str, line: str, error: tomli.TOMLDecodeError) -> Problem | None:
+    start = error.pos
+    if error.msg.startswith("Expected newline"):
+        while start and text[start - 1] not in " \t=,[{\n":
+            start -= 1
+    elif error.msg != "Invalid value":
+        return None
+    word = re.split(r"[,\]}#\n]", text[start:], maxsplit=1)[0].strip()
+    is_cut = start != error.pos  # tomli has read the beginning of the word: the 00 of 007
+    if is_cut and not (word and _NUMBER.fullmatch(word)):
+        return None
+    if (is_cut or error.msg == "Invalid value") and (message := _meant(word)):
+        return Problem(None, "", message)
+    if (found := re.match(r"[^#=\[]*=\s*(.*)", line)) is None:
+        return None
+    given = found[1].partition(" #")[0].strip()
+    return Problem(None, "", f"expected one value, got {short(given)}", "text needs quotes, a list needs brackets")
 
 
 def _meant(word: str) -> str:
-    """What to write instead of a value that TOML does not know; empty for a value that it knows."""
+    """What to write instead of a word that is no value of TOML; empty for a value."""
     if word.lower() in ("true", "yes", "on"):
         return "" if word == "true" else f"write true, not {word}"
     if word.lower() in ("false", "no", "off"):
@@ -116,10 +103,6 @@ def _meant(word: str) -> str:
         value = f"{sign}{whole.lstrip('0_') or '0'}{dot and '.' + (fraction or '0')}{exponent}"
         return "" if value == word else f"write {short(value)}, not {short(word)}"
     return f"text needs quotes: {show(word)}" if word else "a value is missing after the ="
-
-
-def _line_of(text: str, error: tomli.TOMLDecodeError) -> str:
-    return text.split("\n")[error.lineno - 1]
 
 
 def _first_lower(message: str) -> str:
