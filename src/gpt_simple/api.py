@@ -1,4 +1,4 @@
-"""``gpt_simple.train``: the whole job from Python, the same one that ``gpt-simple run`` does."""
+"""``gpt_simple.train``: the job of ``gpt-simple run``, from Python."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def train(
     plugins: Sequence[Plugin[Any] | type[Plugin[Any]]] = (),
     force: bool = False,
 ) -> TrainResult:
-    """Train a model, or go on with a run that was stopped.
+    """Train a model, or resume a run that was stopped.
 
-    ``config`` is a file or a Config. A section that is given takes the place of the file's. ``overrides`` maps dotted
-    keys to values (``{"training.max_steps": 10}``) and is strongest. ``plugins`` are switched on beside those that the
-    configuration names. ``force`` discards the checkpoints in ``training.output_dir``, once the new run is validated.
+    ``config`` is a file or a Config. A section replaces the section of ``config``. ``overrides`` maps dotted keys to
+    values (``{"training.max_steps": 10}``) and overrides everything else. ``plugins`` are active in addition to those
+    of the configuration. ``force`` discards the checkpoints in ``training.output_dir``, once the new run is validated.
 
-    Nothing of the process is changed when it returns: random states, signal handlers, torch's flags; and a Config that
-    was given is never touched. Raises a subclass of GptSimpleError for what a user can mend.
+    The call leaves the process (random states, signal handlers, torch's flags) and ``config`` unchanged. Raises a
+    subclass of GptSimpleError for an error that the user can correct.
     """
     if not (config is None or isinstance(config, Config | str | Path)):
         raise ConfigError(f"train(config=...): expected a path or a Config, got {type(config).__name__}")

@@ -180,7 +180,7 @@ def _section_classes(
     for kind, key in CONFIG_KEY.items():
         name, section = raw.as_text(key) or raw.get(key), _SECTION_OF.get(kind)
         if not isinstance(name, str) or (kind == "tokenizer" and _is_file(name)):
-            continue  # structure() reports what is no text, and the data report a file that is missing
+            continue  # structure() reports a value that is no text, and preflight a file that is missing
         if kind == "source" and name in NULL_WORDS:
             continue
         part: Component | None

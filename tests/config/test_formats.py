@@ -33,7 +33,7 @@ def test_habits_from_other_formats_get_a_hint(bench, text, line):
     assert line in found
 
 
-def test_yaml_in_a_toml_file_is_told_at_its_first_line(bench):
+def test_yaml_in_a_toml_file_is_reported_at_its_first_line(bench):
     assert bench.mistakes("training:\n  max_step: 5\n") == ["config.toml:1:9: write [training]"]
 
 
@@ -62,7 +62,7 @@ def test_the_first_error_in_the_text_of_toml_ends_reading(bench):
         assert bench.mistakes(f"[training]\ncompile = True\n{rest}") == ["config.toml:2:11: write true, not True"]
 
 
-def test_a_mistake_in_the_text_of_yaml_hides_no_other_mistake_of_its_line(bench):
+def test_an_unreadable_yaml_value_hides_no_mistake_of_its_line(bench):
     text = "training:\n  learning_rate: !x 5\n  seed: !x 1\nmodle:\n  n_embd: 0\ndata: {path: [!x a], max_length: 0}\n"
     assert bench.mistakes(text, ".yaml") == [
         "config.yaml:2: training.learning_rate: unknown key; did you mean optimizer.learning_rate?",
@@ -217,7 +217,7 @@ def test_an_old_key_beside_the_new_one_gives_way_and_says_so(bench):
     assert (raw.get("data.on_exhaustion"), raw.origins.of("data.on_exhaustion").line) == ("halt", 2)
 
 
-def test_an_old_key_with_a_value_that_was_never_known_is_a_mistake(bench):
+def test_an_old_key_with_an_unknown_value_is_a_mistake(bench):
     text = "model: {attention_mode: flash}\ndata: {allow_bucket_exhaustion: 1}"
     assert bench.mistakes(text, ".yaml") == [
         "config.yaml:1: model.attention_mode: expected causal, sdpa_mask or flex (of the earlier YAML tool), "

@@ -122,11 +122,11 @@ def same_without_words(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, row: tuple[str, str]
 ) -> None:
     """``validate`` finds ``row`` (code and place) among others, and the same without words."""
-    told = shell("validate", "config.toml", "--json", *arguments)
+    before = shell("validate", "config.toml", "--json", *arguments)
     replace_words(monkeypatch)
     wordless = shell("validate", "config.toml", "--json", *arguments)
-    assert told.code == wordless.code == code, told.out + told.err
-    found, again = json.loads(told.out)["findings"], json.loads(wordless.out)["findings"]
+    assert before.code == wordless.code == code, before.out + before.err
+    found, again = json.loads(before.out)["findings"], json.loads(wordless.out)["findings"]
     assert row in {(finding["code"], finding["place"]) for finding in found}
     assert list(rows(again)) == list(rows(found))
     assert {finding["message"][0] for finding in again} == {"x"}

@@ -6,7 +6,6 @@ The values come from tomli, which reports the first error and stops there.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import tomli
 
@@ -21,7 +20,7 @@ _NUMBER = re.compile(r"([+-]?)(\d[\d_]*)?(\.?)(\d[\d_]*)?([eE][+-]?\d+)?")
 
 def parse_toml(text: str, file: str) -> Parsed:
     """Values and lines of a TOML document. The first error in its text is a ConfigError."""
-    text = text.replace("\r\n", "\n")  # tomli counts positions in a text like that
+    text = text.replace("\r\n", "\n")  # tomli does the same before it counts positions
     try:
         return Parsed(tomli.loads(text), _Scanner(text).scan())
     except tomli.TOMLDecodeError as error:
@@ -110,7 +109,7 @@ def _first_lower(message: str) -> str:
 
 
 class _Scanner:
-    """Finds the line of every key in a document that tomli has accepted; it checks nothing itself."""
+    """Finds the line of every key in a document that tomli has accepted. It checks nothing itself."""
 
     _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
     _KEY_PART = re.compile(r"""[ \t]*(?:"((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'|([A-Za-z0-9_-]+))[ \t]*""")
@@ -213,5 +212,4 @@ class _Scanner:
 
 
 def _unescaped(basic: str) -> str:
-    value: Any = tomli.loads(f'key = "{basic}"')["key"] if "\\" in basic else basic
-    return str(value)
+    return str(tomli.loads(f'key = "{basic}"')["key"])

@@ -23,7 +23,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """A loader that knows only the core schema's scalars."""
+    """A loader with only the scalars of the core schema."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -91,7 +91,7 @@ def parse_json(text: str, file: str) -> Parsed:
 
 
 class _Walk:
-    """Turns nodes into values, noting lines and mistakes on the way."""
+    """Turns nodes into values, and collects lines and mistakes."""
 
     def __init__(self, file: str) -> None:
         self.file = file

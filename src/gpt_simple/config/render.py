@@ -1,6 +1,6 @@
 """Writes a configuration as TOML, YAML or JSON that reads back to the same configuration.
 
-Comments come from the schema, so that a written file explains every field and cannot drift from the code.
+Comments come from the schema, so a written file explains every field and cannot differ from the code.
 """
 
 from __future__ import annotations
