@@ -74,7 +74,7 @@ def find_gpu(text: str) -> GpuSpec:
     """The GPU of a name, or a GPU with that much memory (``24GiB``). The ConfigError for others lists the names."""
     if (gpu := GPUS.get(text.lower().replace(" ", "").replace("_", "-"))) is not None:
         return gpu
-    found = re.fullmatch(r"([\d_.]+)\s*([kmg]i?b)?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d[\d_]*\.?\d*|\.\d+)\s*([kmg]i?b)?", text.strip(), re.IGNORECASE)
     if found is not None:
         size = float(found[1].replace("_", "")) * _UNITS[(found[2] or "").lower()]
         return GpuSpec(text, int(size), "bf16")

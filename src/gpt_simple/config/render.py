@@ -33,9 +33,9 @@ def to_toml(
     there is written as a comment, so that it stays a default.
     """
     lines = []
-    for table in _tables(config):
-        lines += ["", *([f"# {table.doc}"] if comments and table.doc else []), f"[{_dotted(table.path)}]"]
-        # TOML has no null: what is unset by default is shown as a comment to fill in.
+    for table in _tables(config, comments):
+        lines += ["", *([f"# {table.doc}"] if table.doc else []), f"[{_dotted(table.path)}]"]
+        # TOML has no null: a value that is unset by default is a comment to fill in.
         texts = [
             ("#" if entry.value is entry.default is None or _is_default(entry, chosen) else "")
             + f"{_key(entry.key)} = {_toml(entry.value)}"
@@ -43,7 +43,7 @@ def to_toml(
         ]
         width = max((len(text) for text in texts if len(text) <= _WIDEST_ALIGNED), default=0)
         for entry, text in zip(table.entries, texts, strict=True):
-            if comments and entry.help:
+            if entry.help:
                 lines.append(f"# {entry.help}")
             if origins is not None:
                 text = f"{text:<{width}}  # {', overrides '.join(origins.chain(entry.path))}"
@@ -54,13 +54,13 @@ def to_toml(
 def to_yaml(config: Config, *, comments: bool = True, chosen: Origins | None = None) -> str:
     """YAML that means the same under the rules of YAML 1.1 and 1.2; ``chosen`` as for TOML."""
     lines = []
-    for table in _tables(config):
+    for table in _tables(config, comments):
         path = table.path.split(".", 1)
         outer, inner = "  " * (len(path) - 1), "  " * len(path)
-        lines += ["", *([f"{outer}# {table.doc}"] if comments and table.doc else [])]
+        lines += ["", *([f"{outer}# {table.doc}"] if table.doc else [])]
         lines.append(f"{outer}{_key(path[-1])}:" + ("" if table.entries else " {}"))
         for entry in table.entries:
-            if comments and entry.help:
+            if entry.help:
                 lines.append(f"{inner}# {entry.help}")
             mark = "#" if _is_default(entry, chosen) else ""
             lines.append(f"{inner}{mark}{_key(entry.key)}: {value_text(entry.value)}")
@@ -121,22 +121,22 @@ class _Table:
     entries: list[_Entry]
 
 
-def _tables(config: Config) -> Iterator[_Table]:
-    for name in SECTIONS:
-        yield _table(name, getattr(config, name))
-    yield _table("plugins", config.plugins)
-    for name, table in config.plugins.tables.items():
-        yield _table(f"plugins.{name}", table)
-
-
-def _table(path: str, table: Any) -> _Table:
-    values = json_value(table)
-    if isinstance(table, Mapping):
-        return _Table(path, "", [_Entry(join(path, key), key, value, ..., "") for key, value in values.items()])
-    cls: type = type(table)
-    specs, doc = fields_of(cls), summary(cls)
-    entries = [_Entry(join(path, s.name), s.name, values[s.name], s.default, field_help(s)) for s in specs]
-    return _Table(path, "" if doc.rstrip(".") == f"[{path}]" else doc, entries)
+def _tables(config: Config, comments: bool) -> Iterator[_Table]:
+    sections = {name: getattr(config, name) for name in (*SECTIONS, "plugins")}
+    for path, table in (sections | {f"plugins.{name}": table for name, table in config.plugins.tables.items()}).items():
+        values = json_value(table)
+        if isinstance(table, Mapping):
+            yield _Table(path, "", [_Entry(join(path, key), key, value, ..., "") for key, value in values.items()])
+            continue
+        cls: type = type(table)
+        entries = [
+            _Entry(
+                join(path, spec.name), spec.name, values[spec.name], spec.default, field_help(spec) if comments else ""
+            )
+            for spec in fields_of(cls)
+        ]
+        doc = summary(cls) if comments else ""
+        yield _Table(path, "" if doc.rstrip(".") == f"[{path}]" else doc, entries)
 
 
 def _is_default(entry: _Entry, chosen: Origins | None) -> bool:
