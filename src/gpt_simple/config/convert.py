@@ -5,9 +5,11 @@ Text such as ``"null"`` stands for null where null is allowed, because TOML has 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, get_args
 
 from gpt_simple.config.frozen import FrozenDict
 from gpt_simple.config.origin import join
@@ -16,6 +18,8 @@ from gpt_simple.config.types import FieldType, Mismatch, fields_of, parse_type
 Errors = list[tuple[str, Exception]]
 
 _TEXT = parse_type(str)
+_UNREADABLE = re.compile("[\0\ud800-\udfff]")
+_LARGEST = 2**63 - 1
 
 
 class UnknownKey(ValueError):
@@ -64,9 +68,29 @@ def _exactly(type_: FieldType, value: Any, path: str, errors: Errors) -> Any:
             for member in type_.members:
                 with suppress(Mismatch):
                     return _exactly(member, value, path, errors)
-        case "scalar" | "choice":
-            return type_.convert(value)
+        case "choice":
+            for choice in get_args(type_.annotation):
+                if type(choice) is type(value) and choice == value:
+                    return choice
+        case "scalar":
+            return _scalar(type_, value)
     raise Mismatch(type_, value)
+
+
+def _scalar(type_: FieldType, value: Any) -> Any:
+    """An integral float becomes an integer and an integer becomes a number. Nothing else is converted."""
+    kind = type_.annotation
+    if kind is str and isinstance(value, str) and _UNREADABLE.search(value):
+        raise Mismatch(type_, value, "text without null characters and half surrogates")
+    if kind not in (int, float) or isinstance(value, bool):
+        fits = isinstance(value, kind) and kind is not int
+    elif kind is float and isinstance(value, float):
+        fits = math.isfinite(value)
+    else:
+        fits = isinstance(value, int | float) and value % 1 == 0 and abs(value) <= _LARGEST
+    if not (fits and type_.in_bounds(value)):
+        raise Mismatch(type_, value)
+    return kind(value) if kind in (int, float) else value
 
 
 def _record(cls: type, value: Mapping[Any, Any], path: str, errors: Errors) -> Any:

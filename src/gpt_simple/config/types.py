@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import NoneType, UnionType
@@ -46,10 +45,6 @@ _SCALARS: Mapping[Any, tuple[str, str, str, str]] = {
     NoneType: ("null", "nulls", "null", "null"),
 }
 """Description, plural, label and type in JSON Schema of each type with a single value."""
-
-_LARGEST = 2**63 - 1
-_UNREADABLE = re.compile("[\0\ud800-\udfff]")
-_REFUSED = object()
 
 
 class Mismatch(ValueError):
@@ -112,31 +107,9 @@ class FieldType:
         """Whether a type, such as ``str``, is among the alternatives."""
         return any(member.annotation is annotation for member in self.members)
 
-    def convert(self, value: Any) -> Any:
-        """The value of a scalar or a choice; Mismatch if it is of another type.
-
-        An integral float becomes an integer and an integer becomes a number. Nothing else is converted.
-        """
-        result = self._exact(value)
-        if result is _REFUSED or not all(_BOUNDS[type(bound)][2](result, _limit(bound)) for bound in self.bounds):
-            raise Mismatch(self, value)
-        return result
-
-    def _exact(self, value: Any) -> Any:
-        kind = self.annotation
-        if self.kind == "choice":
-            same = (choice for choice in get_args(kind) if type(choice) is type(value) and choice == value)
-            return next(same, _REFUSED)
-        if kind not in (int, float):
-            if kind is str and isinstance(value, str) and _UNREADABLE.search(value):
-                raise Mismatch(self, value, "text without null characters and half surrogates")
-            return value if isinstance(value, kind) else _REFUSED
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return _REFUSED
-        if kind is float and isinstance(value, float):
-            return value if math.isfinite(value) else _REFUSED
-        is_whole = isinstance(value, int) or value.is_integer()
-        return kind(value) if is_whole and abs(value) <= _LARGEST else _REFUSED
+    def in_bounds(self, value: Any) -> bool:
+        """Whether a number is within all bounds."""
+        return all(_BOUNDS[type(bound)][2](value, _limit(bound)) for bound in self.bounds)
 
     def json_schema(self) -> dict[str, Any]:
         """The JSON Schema (draft-07) of its values."""
