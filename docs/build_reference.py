@@ -8,7 +8,8 @@ from pathlib import Path
 import attrs
 
 from gpt_simple.cli.fields import builtin_configs
-from gpt_simple.config.render import plain, value_text
+from gpt_simple.config.frozen import json_value
+from gpt_simple.config.render import value_text
 from gpt_simple.config.schema import Phase, PluginsConfig
 from gpt_simple.config.structure import SECTIONS
 from gpt_simple.config.types import fields_of, summary
@@ -39,7 +40,7 @@ def _section(name: str, cls: type) -> Iterator[str]:
     yield "| key | type | default | |"
     yield "|---|---|---|---|"
     for spec in fields_of(cls):
-        default = "" if spec.default is attrs.NOTHING else f"`{value_text(plain(spec.default))}`"
+        default = "" if spec.default is attrs.NOTHING else f"`{value_text(json_value(spec.default))}`"
         kind = spec.type.label.replace("|", "\\|")
         yield f"| `{spec.name}` | {kind} | {default} | {spec.doc.replace('|', chr(92) + '|')} |"
     yield ""

@@ -47,7 +47,7 @@ def test_deprecated_names_are_not_listed() -> None:
     assert not {"MemoryPrediction", "predict_memory"} & {*dir(gpt_simple), *gpt_simple.__all__}
 
 
-def test_stacklevel_counts_from_the_caller_of_the_function() -> None:
+def test_stacklevel_counts_from_the_deprecated_functions_caller() -> None:
     def old(stacklevel: int) -> None:
         warn_deprecated("old", removal="1.0", instead="new", stacklevel=stacklevel)
 

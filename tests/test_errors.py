@@ -49,7 +49,7 @@ def test_an_error_crosses_processes_with_what_was_added_to_it() -> None:
     assert (sent.problems, sent.exit_code) == (error.problems, 7)
 
 
-def test_merged_errors_have_the_worst_code_and_no_duplicates() -> None:
+def test_errors_are_merged_into_the_worst_without_repetition() -> None:
     errors = [ConfigError("a", key="x.y"), CheckpointError("b"), ConfigError("a", key="x.y"), DataError("a\nb")]
     with pytest.raises(CheckpointError) as caught:
         raise_all(errors)

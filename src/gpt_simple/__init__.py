@@ -1,6 +1,6 @@
 """Pretrain GPT-style language models: a small engine, everything else a plugin.
 
-Names load when they are used, so that importing this package imports neither torch nor anything else that is slow.
+A name is imported when it is used, so importing this package imports neither torch nor another slow package.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _DEPRECATED = {
     "MemoryPrediction": ("gpt_simple.hooks", "gpt_simple.hooks.MemoryPrediction"),
     "predict_memory": ("gpt_simple.preflight.memory", "preflight.predict_memory in check_config or check_runtime"),
 }
-"""Name -> home, and what replaces it."""
+"""Name -> its module, and what replaces it."""
 
 __all__ = [
     "CheckpointError",

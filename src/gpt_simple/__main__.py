@@ -1,4 +1,4 @@
-"""``python -m gpt_simple``: what the script does; the form that torchrun starts with ``-m``."""
+"""``python -m gpt_simple`` is the same as the script, for starters of modules such as ``torchrun -m``."""
 
 from gpt_simple.cli.main import main
 

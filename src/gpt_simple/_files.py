@@ -1,4 +1,4 @@
-"""Directories that appear whole, and survive a power cut once they have appeared."""
+"""Directories that appear complete, and survive a power cut from then on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from attrs import Factory, define
 
 @define
 class AtomicDirectory:
-    """A directory that is filled under the temporary name ``path``; leaving the context removes what is still there.
+    """A directory that is filled under the temporary name ``path``. Leaving the context removes what has that name.
 
-    Threads make files durable while the next one is written.
+    Threads write files to disk while the next ones are made.
     """
 
     path: Path
@@ -32,14 +32,14 @@ class AtomicDirectory:
         remove_tree(self.path)
 
     def sync(self, path: Path) -> None:
-        """Begin to make a file or directory durable, to which nothing is added any more."""
+        """Start to make a complete file or directory durable, in a thread."""
         if path not in self._syncing:
             self._syncing[path] = self._disk.submit(fsync, path)
 
     def rename(self, target: Path, *, aside: Path | None = None) -> None:
-        """Make everything in it durable, then give it the name ``target``.
+        """Make everything in the directory durable, then rename it to ``target``.
 
-        A directory of that name is first renamed to ``aside``, and removed once its successor is durable.
+        An existing ``target`` is renamed to ``aside`` first, and removed once its successor is durable.
         """
         for path in self.path.rglob("*"):
             self.sync(path)

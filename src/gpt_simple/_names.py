@@ -1,9 +1,9 @@
-"""The names that leave this repository, each written once."""
+"""The public names of the project (distribution, script, entry points, variables), each written once."""
 
 __version__ = "0.1.0"
 
 DISTRIBUTION = "gpt-simple-trainer"
-"""What pip installs. Templates, extras and hints are built from it."""
+"""The distribution that pip installs."""
 
 PROGRAM = "gpt-simple"
 """The script."""

@@ -1,4 +1,4 @@
-"""``gpt_simple.train``: the whole job from Python, the same one that ``gpt-simple run`` does."""
+"""``gpt_simple.train``: the job of ``gpt-simple run``, from Python."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt_simple.config.load import sections_of
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from gpt_simple.errors import ConfigError
 from gpt_simple.spec import resolve_spec
@@ -29,41 +30,23 @@ def train(
     plugins: Sequence[Plugin[Any] | type[Plugin[Any]]] = (),
     force: bool = False,
 ) -> TrainResult:
-    """Train a model, or go on with a run that was stopped.
+    """Train a model, or resume a run that was stopped.
 
-    ``config`` is a file or a Config. A section that is given takes the place of the file's. ``overrides`` maps dotted
-    keys to values (``{"training.max_steps": 10}``) and is strongest. ``plugins`` are switched on beside those that the
-    configuration names. ``force`` discards the checkpoints in ``training.output_dir``, once the new run is validated.
+    ``config`` is a file or a Config. A section replaces the section of ``config``. ``overrides`` maps dotted keys to
+    values (``{"training.max_steps": 10}``) and overrides everything else. ``plugins`` are active in addition to those
+    of the configuration. ``force`` discards the checkpoints in ``training.output_dir``, once the new run is validated.
 
-    Nothing of the process is changed when it returns: random states, signal handlers, torch's flags; and a Config that
-    was given is never touched. Raises a subclass of GptSimpleError for what a user can mend.
+    The call leaves the process (random states, signal handlers, torch's flags) and ``config`` unchanged. Raises a
+    subclass of GptSimpleError for an error that the user can correct.
     """
-    sections: dict[str, Any] = {}
-    path: str | Path | None = None
-    if isinstance(config, Config):
-        sections = {
-            "model": config.model,
-            "data": config.data,
-            "optimizer": config.optimizer,
-            "training": config.training,
-            "plugins": config.plugins,
-        }
-    elif config is None or isinstance(config, (str, Path)):
-        path = config
-    else:
+    if not (config is None or isinstance(config, Config | str | Path)):
         raise ConfigError(f"train(config=...): expected a path or a Config, got {type(config).__name__}")
+    path, sections = (None, sections_of(config)) if isinstance(config, Config) else (config, {})
     given = {"model": model, "data": data, "optimizer": optimizer, "training": training}
     sections |= {name: section for name, section in given.items() if section is not None}
-    texts = [(key, _text(value)) for key, value in (overrides or {}).items()]
+    texts = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in (overrides or {}).items()]
     spec = resolve_spec(path, sections=sections, overrides=texts, plugins=plugins)
-    # Only now: a mistake in the configuration is told without the seconds that torch takes to load.
-    from gpt_simple.job.train import train as run_session
+    # Imported here, because a mistake in the configuration must not cost the seconds that torch takes to load.
+    from gpt_simple.job.train import train as run_job
 
-    return run_session(spec, force=force)
-
-
-def _text(value: Any) -> str:
-    """A Python value as one would write it on the command line."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value)
+    return run_job(spec, force=force)

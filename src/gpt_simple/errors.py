@@ -1,7 +1,7 @@
-"""Every failure that a user can cause or meet, and the exit code each one ends with.
+"""The errors that are shown to users, and the exit code of each.
 
-An error carries its problems as data: where, which key, what is wrong, and what to do. They become text where they are
-shown, and no code reads that text again. Code that raises one of these errors has left the disk as it found it.
+An error carries its problems as data: the location, the key, what is wrong, and what to do. They become text where they
+are shown, and no code reads that text again. Code that raises one of these errors has left the disk as it found it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ExitCode(IntEnum):
 class Problem(NamedTuple):
     """One thing that is wrong.
 
-    ``location`` is where, as the user knows it: ``config.toml:12``, ``--training.max_steps``, ``$WORLD_SIZE``; None if
-    that is unknown. ``key`` is a dotted key of the configuration, or empty. ``hint`` says what to do, or is empty.
+    ``location`` is a place in the user's terms (``config.toml:12``, ``--training.max_steps``, ``$WORLD_SIZE``), or None
+    if that is unknown. ``key`` is a dotted key of the configuration, or empty. ``hint`` says what to do, or is empty.
     """
 
     location: str | None
@@ -57,13 +57,13 @@ class Problem(NamedTuple):
 class GptSimpleError(Exception):
     """Base of all errors that are shown to the user as sentences and not as a traceback.
 
-    Raise it with a message, and with what is known beside it: ``ConfigError("expected a number", key="plugins.csv.n",
-    hint="write 5")``. Several problems are several ``Problem`` objects.
+    Raise it with a message, and with a location, a key and a hint if there are any: ``ConfigError("expected a number",
+    key="plugins.csv.n", hint="write 5")``. Several problems are several ``Problem`` objects.
     """
 
     exit_code: int = ExitCode.FAILURE
     silent: bool = False
-    """Another process has the message: this one only leaves."""
+    """Whether this process exits without a message, because another process reports it."""
 
     def __init__(
         self,
@@ -79,12 +79,12 @@ class GptSimpleError(Exception):
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """What is wrong, at least one thing unless the error was raised without a message."""
-        # A subclass may have passed other arguments by the constructor.
+        """At least one problem, unless the error was raised without a message."""
+        # The constructor of a subclass may leave other arguments in args.
         return tuple(p if isinstance(p, Problem) else Problem(None, "", str(p)) for p in self.args)
 
     def replace_problems(self, problems: Iterable[Problem]) -> Self:
-        """Give this error other problems: located ones, without secrets, or those of further errors. Returns it."""
+        """Set the problems of this error, for example with locations or without secrets, and return the error."""
         self.args = tuple(problems)
         return self
 
@@ -93,13 +93,13 @@ class GptSimpleError(Exception):
 
 
 class ConfigError(GptSimpleError):
-    """Usage or configuration."""
+    """The command line or the configuration is wrong."""
 
     exit_code = ExitCode.CONFIG
 
 
 class DataError(GptSimpleError):
-    """The data are missing, damaged, or not what the configuration says."""
+    """The data are missing, damaged, or differ from what the configuration says."""
 
     exit_code = ExitCode.DATA
 
@@ -115,13 +115,13 @@ class PluginError(GptSimpleError):
 
     exit_code = ExitCode.PLUGIN
     blamed = False
-    """Whether the message says whose failure in which hook it is. Such an error ends the run through any other hook."""
+    """Whether the message names the plugin and the hook that failed: such an error is not wrapped again."""
 
 
 class RankFailed(GptSimpleError):
-    """Another process failed. ``silent`` where that process, or a third one, reports it.
+    """Another process failed. ``silent``: that process, or a third one, reports the failure.
 
-    A launcher that knows how the other process ended knows more. ``timed_out``: the other one did not come in time.
+    ``timed_out``: the other process did not reach a collective in time.
     """
 
     def __init__(
@@ -138,14 +138,14 @@ class RankFailed(GptSimpleError):
 
 
 class Halted(GptSimpleError):
-    """The run stopped itself because going on would be useless; a person must look."""
+    """The run stopped itself because going on would be useless. A person must find the cause."""
 
     exit_code = ExitCode.HALTED
 
 
 @contextmanager
 def collecting(errors: list[GptSimpleError]) -> Iterator[None]:
-    """Keep an error and go on behind the block, so that all of them are reported at once."""
+    """Append an error raised in the block to ``errors`` and go on, so that all errors are reported at once."""
     try:
         yield
     except GptSimpleError as error:
@@ -153,7 +153,7 @@ def collecting(errors: list[GptSimpleError]) -> Iterator[None]:
 
 
 def raise_all(errors: Sequence[GptSimpleError]) -> None:
-    """Raise the worst of the errors with the problems of all of them; nothing if there are none."""
+    """Raise the worst of the errors (by exit code) with the problems of all of them; do nothing without errors."""
     if errors:
         worst = max(errors, key=lambda error: error.exit_code)
         raise worst.replace_problems(dict.fromkeys(problem for error in errors for problem in error.problems))

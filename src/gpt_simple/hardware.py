@@ -1,4 +1,4 @@
-"""The GPUs that are known: their memory, their peak arithmetic, and the names that drivers give them."""
+"""Known GPUs: their memory, their peak FLOP/s, and their names in drivers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from gpt_simple.errors import ConfigError
 
 _GIB = 2**30
 _RESERVE = 1.5 * _GIB
-"""What is no tensor: the CUDA context, cuBLAS workspaces, NCCL, and holes between blocks."""
+"""Bytes not available to tensors: the CUDA context, cuBLAS workspaces, NCCL, and fragmentation."""
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 @frozen
 class GpuSpec:
-    """A GPU: the bytes that torch sees, the precision that ``auto`` means on it, and FLOP/s in each precision.
+    """A GPU: its memory in bytes as torch reports it, the precision that ``auto`` means, and FLOP/s by precision.
 
-    ``device_names`` are the whole names that drivers give it, without the vendor: a similar GPU and a slice of this one
-    (MIG) are others.
+    ``device_names`` are its complete names in drivers, without the vendor. A similar GPU, or a slice of this one (MIG),
+    has another name.
     """
 
     name: str
@@ -33,7 +33,7 @@ class GpuSpec:
 
     @property
     def usable(self) -> int:
-        """Bytes for tensors, once the runtime has taken its share."""
+        """Bytes available to tensors."""
         return max(0, int(self.memory - _RESERVE))
 
 
@@ -71,10 +71,10 @@ _BY_DEVICE_NAME = {name: gpu for gpu in GPUS.values() for name in gpu.device_nam
 
 
 def find_gpu(text: str) -> GpuSpec:
-    """The GPU of a name, or one with so many bytes (``24GiB``); ConfigError lists the names."""
+    """The GPU of a name, or a GPU with that much memory (``24GiB``). The ConfigError for others lists the names."""
     if (gpu := GPUS.get(text.lower().replace(" ", "").replace("_", "-"))) is not None:
         return gpu
-    found = re.fullmatch(r"([\d_.]+)\s*([kmg]i?b)?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d[\d_]*\.?\d*|\.\d+)\s*([kmg]i?b)?", text.strip(), re.IGNORECASE)
     if found is not None:
         size = float(found[1].replace("_", "")) * _UNITS[(found[2] or "").lower()]
         return GpuSpec(text, int(size), "bf16")
@@ -90,7 +90,7 @@ def find_gpu(text: str) -> GpuSpec:
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Peak FLOP/s in ``precision`` (``bf16``, ``fp16`` or ``no``) of the device that the driver calls ``device_name``.
 
-    None for a device that is not known: it has no MFU instead of a wrong one.
+    None for an unknown device, which has no MFU rather than a wrong one.
     """
     # Drivers before 470 leave the vendor out.
     gpu = _BY_DEVICE_NAME.get(device_name.removeprefix("NVIDIA "))

@@ -1,7 +1,7 @@
-"""From a configuration file and the command line to everything that a run is made of, without importing torch.
+"""Resolve a configuration file and a command line to everything that a run is made of, without importing torch.
 
-Plugins come first, because they bring components and the shape of their own tables; then the configuration is
-structured against all of that, and all of its mistakes are reported at once.
+Plugins are activated first, because they bring components and the classes of their own tables. Then the configuration
+is structured against these classes, and all mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from attrs import evolve, field, frozen
 
 from gpt_simple.config.load import RawConfig, read
 from gpt_simple.config.origin import Origins
+from gpt_simple.config.redact import secrets_in, without
 from gpt_simple.config.schema import Config
-from gpt_simple.config.secret import secrets_in, without
 from gpt_simple.config.structure import structure
 from gpt_simple.config.types import NULL_WORDS
 from gpt_simple.errors import ConfigError, GptSimpleError, Problem, collecting, raise_all
@@ -30,7 +30,7 @@ from gpt_simple.plugin_host.host import PluginHost
 if TYPE_CHECKING:
     from gpt_simple.hooks.preflight import Preflight
 
-# The section that a kind may bring a class for.
+# The section that a kind of component may bring a class for.
 _SECTION_OF: dict[Kind, str] = {"model": "model", "optimizer": "optimizer", "source": "data"}
 
 
@@ -45,7 +45,7 @@ class RunSpec:
     source: Path | None
     notes: Sequence[str] = ()
     arguments: Sequence[str] = ()
-    """What followed the program's name on the command line that asked for it: ``run``, ``config.toml``, ..."""
+    """The command line after the program's name: ``run``, ``config.toml``, ...; empty if there is none."""
     secrets: Sequence[str] = field(default=(), repr=False)
     """Values that no message may show."""
 
@@ -57,7 +57,7 @@ class RunSpec:
     def with_defaults(self, values: Mapping[str, Any]) -> RunSpec:
         """The configuration with ``values`` (``section.field`` -> value) as defaults, checked again.
 
-        The plugins and their tables stay. Raises ConfigError if the values do not go with those that were set.
+        The plugins and their tables stay. Raises ConfigError if the values contradict those that were set.
         """
         merged = dict(self.raw.values)
         for key, value in values.items():
@@ -72,26 +72,26 @@ class RunSpec:
 
     @property
     def components(self) -> list[Component]:
-        """The chosen parts: what the engine will build. A tokenizer that is a file is none, nor is an unset source."""
+        """The components that the engine builds: not a tokenizer that is a file, nor a source that is not set."""
         names = {kind: attrgetter(key)(self.config) for kind, key in CONFIG_KEY.items()}
         return [part for (kind, name), part in self.registry.parts.items() if names[kind] == name]
 
     def check_config(self, preflight: Preflight) -> list[Finding]:
-        """The findings of all plugins, with the places of keys as the user knows them."""
-        return [self.shown(finding) for finding in self.host.check_config(self.config, preflight)]
+        """The findings of all plugins, with locations."""
+        return [self.with_location(finding) for finding in self.host.check_config(self.config, preflight)]
 
-    def shown(self, finding: Finding) -> Finding:
+    def with_location(self, finding: Finding) -> Finding:
         """The finding with the location of its key, and without the values of secrets."""
         message, hint = without(finding.message, self.secrets), without(finding.hint, self.secrets)
         return evolve(finding, place=self.origins.place(finding.place), message=message, hint=hint)
 
     @contextmanager
     def located_errors(self) -> Iterator[None]:
-        """Within, an error about a key of the configuration says where that was set, and shows no secret."""
+        """Add the location of their keys to the errors raised within, and remove secrets from them."""
         try:
             yield
         except GptSimpleError as error:
-            error.replace_problems(_shown(error.problems, self.origins, self.secrets))
+            error.replace_problems(_with_locations(error.problems, self.origins, self.secrets))
             raise
 
 
@@ -103,7 +103,9 @@ def resolve_spec(
     sections: Mapping[str, object] | None = None,
     plugins: Sequence[Any] = (),
 ) -> RunSpec:
-    """Read, import the active plugins, structure, check. All mistakes are one error, of the type of the worst.
+    """Read the configuration, import the active plugins, structure and check. All mistakes are one error.
+
+    The error has the type of the worst mistake.
 
     ``overrides`` are (dotted key, text) pairs from a command line; ``sections`` are values given in Python, which
     replace the file's sections; ``plugins`` are plugin classes or instances given in Python.
@@ -122,15 +124,15 @@ def try_resolve(
     sections: Mapping[str, object] | None = None,
     plugins: Sequence[Any] = (),
 ) -> tuple[RunSpec | None, Sequence[GptSimpleError]]:
-    """As ``resolve_spec``, but what is wrong with plugins and the configuration is handed out, first the configuration.
+    """Like ``resolve_spec``, but return the errors: first those of the configuration, then those of plugins.
 
-    There is an spec whenever the configuration itself is sound; it has the plugins that are.
+    There is a spec whenever the configuration itself is valid; it has the plugins that are.
     """
     raw = read(path, overrides=overrides, sections=sections)
     errors: list[GptSimpleError] = []
     table = raw.values.get("plugins", {})
     host = PluginHost.activate(
-        table if isinstance(table, Mapping) else {},  # the structuring will name it
+        table if isinstance(table, Mapping) else {},  # structure() reports anything else
         set_keys=raw.is_set,
         switches=switches or Switches(),
         extra=plugins,
@@ -154,10 +156,10 @@ def try_resolve(
             host.instantiate(config)
         source = Path(path) if path is not None else None
         spec = RunSpec(config, raw, host, registry, source, raw.notes, secrets=secrets)
-    return spec, [error.replace_problems(_shown(error.problems, raw.origins, secrets)) for error in errors]
+    return spec, [error.replace_problems(_with_locations(error.problems, raw.origins, secrets)) for error in errors]
 
 
-def _shown(problems: Iterable[Problem], origins: Origins, secrets: Sequence[str]) -> list[Problem]:
+def _with_locations(problems: Iterable[Problem], origins: Origins, secrets: Sequence[str]) -> list[Problem]:
     """Problems with the location of their keys, and without the values of secrets."""
     return [
         problem._replace(message=without(problem.message, secrets), hint=without(problem.hint, secrets))
@@ -168,9 +170,9 @@ def _shown(problems: Iterable[Problem], origins: Origins, secrets: Sequence[str]
 def _section_classes(
     raw: RawConfig, registry: Registry, host: PluginHost
 ) -> tuple[dict[str, type], set[str], list[GptSimpleError]]:
-    """The class of each section whose component brings its own, so that its fields are validated by it.
+    """The class of each section whose component brings its own, by which its fields are validated.
 
-    Also the sections whose class is not known, and the errors that say why.
+    Also the sections whose class is unknown, and an error for each unknown component.
     """
     classes: dict[str, type] = {}
     unchecked: set[str] = set()
@@ -178,7 +180,7 @@ def _section_classes(
     for kind, key in CONFIG_KEY.items():
         name, section = raw.as_text(key) or raw.get(key), _SECTION_OF.get(kind)
         if not isinstance(name, str) or (kind == "tokenizer" and _is_file(name)):
-            continue  # not a name, which the structuring or the data will look at
+            continue  # structure() reports a value that is no text, and preflight a file that is missing
         if kind == "source" and name in NULL_WORDS:
             continue
         part: Component | None
@@ -187,7 +189,7 @@ def _section_classes(
         except ConfigError as error:
             part = registry.closest(kind, name)
             more = ", or the path of a tokenizer.json" if kind == "tokenizer" else ""
-            more += _who_might_bring_it(host) if part is None else ""
+            more += _inactive_plugins(host) if part is None else ""
             unknown.append(error.replace_problems(p._replace(hint=p.hint + more) for p in error.problems))
         if section and part is None:
             unchecked.add(section)
@@ -197,15 +199,15 @@ def _section_classes(
 
 
 def _is_file(tokenizer: str) -> bool:
-    """Whether a tokenizer that has no name among the components is meant as a path, which the data look for."""
+    """Whether a tokenizer without such a name among the components is a path."""
     path = Path(tokenizer)
     with suppress(OSError):  # too long for any file
         return path.exists() or bool(path.suffix) or len(path.parts) > 1
     return False
 
 
-def _who_might_bring_it(host: PluginHost) -> str:
-    """Plugins of other packages that are off, for somebody who installed one and thinks that this is enough."""
+def _inactive_plugins(host: PluginHost) -> str:
+    """A hint that names the installed plugins of other packages that are off: installing one does not activate it."""
     external = [record.name for record in installed() if record.origin == "external"]
     off = [name for name in external if name in host.decisions and not host.decisions[name].active]
     return f"; if a plugin brings it, switch that on: [plugins.NAME] or -p NAME ({', '.join(off)})" if off else ""

@@ -38,7 +38,7 @@ def statuses(*arguments: str) -> dict[tuple[str, str], str]:
 def in_a_new_process(*arguments: str, site: Path | None = None) -> subprocess.CompletedProcess[str]:
     code = (
         "import sys\nfrom gpt_simple.cli.main import _run\ncode = _run(sys.argv[1:])\n"
-        "print(*(name for name in ('torch', 'rich', 'cattrs', 'accelerate') if name in sys.modules), file=sys.stderr)\n"
+        "print(*(name for name in ('torch', 'rich', 'accelerate') if name in sys.modules), file=sys.stderr)\n"
         "sys.exit(code)"
     )
     environment = {**os.environ, "PYTHONPATH": str(site) if site else ""}

@@ -96,7 +96,7 @@ def test_a_preset_reads_back_to_itself(cli, preset, suffix):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("suffix", [".toml", ".yaml"])
-def test_a_written_preset_with_every_key_switched_on_is_the_same_configuration(cli, preset, suffix):
+def test_a_preset_with_every_comment_switched_on_is_the_same(cli, preset, suffix):
     cli("init", "--preset", preset, "-o", f"c{suffix}")
     everything = Path(f"all{suffix}")
     everything.write_text(re.sub(r"^( *)#(?! )", r"\1", Path(f"c{suffix}").read_text(), flags=re.MULTILINE))
@@ -107,7 +107,7 @@ def test_a_written_preset_with_every_key_switched_on_is_the_same_configuration(c
 
 
 @pytest.mark.parametrize("word", ["null", "none"])
-def test_no_source_can_be_said_in_words_everywhere(cli, monkeypatch, word):
+def test_no_source_can_be_written_as_a_word_everywhere(cli, monkeypatch, word):
     plain = cli("config", "show")[0]
     assert cli("config", "show", "--data.source", word)[0] == plain
     monkeypatch.setenv("GPT_SIMPLE__DATA__SOURCE", word)
@@ -128,7 +128,7 @@ def test_init_never_overwrites_by_itself(cli):
     assert "the file cannot be written" in err
 
 
-def test_help_and_completion_know_every_field():
+def test_help_and_completion_have_every_field():
     plugins = builtin_configs()
     text = option_help(plugins)
     keys = [f"--{name}.{spec.name}" for name, cls in SECTIONS.items() for spec in fields_of(cls)]
@@ -195,7 +195,7 @@ def test_a_shell_gets_values_and_files(cli, monkeypatch, words, wanted):
         ("data.tokenizer", "x" * 10_000, "there is no tokenizer 'xxx"),
     ],
 )
-def test_a_component_that_is_not_there_is_told_whatever_its_name_looks_like(cli, key, value, reason):
+def test_a_component_that_does_not_exist_is_named(cli, key, value, reason):
     _, err = cli("config", "show", f"--{key}", value, code=2)
     assert err.startswith(f"error: --{key}: {reason}")
 
@@ -211,7 +211,7 @@ def test_a_component_that_is_not_there_is_told_whatever_its_name_looks_like(cli,
         ("--origins", "--origin"),
     ],
 )
-def test_a_field_without_its_section_is_sent_home(cli, option, meant):
+def test_an_option_without_its_section_gets_a_suggestion(cli, option, meant):
     _, err = cli("config", "show", option, "5", code=2)
     assert meant in err
 
@@ -233,7 +233,7 @@ class Parts(Plugin):
 """
 
 
-def test_show_and_schema_know_what_a_plugin_brings(cli):
+def test_show_and_schema_include_the_components_of_a_plugin(cli):
     Path("parts.py").write_text(COMPONENTS)
     Path("c.toml").write_text('[model]\nname = "bigram"\nwidth = 4\n')
     assert tomli.loads(cli("config", "show", "c.toml", "-p", "./parts.py")[0])["model"] == {

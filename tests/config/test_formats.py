@@ -33,7 +33,7 @@ def test_habits_from_other_formats_get_a_hint(bench, text, line):
     assert line in found
 
 
-def test_yaml_in_a_toml_file_is_told_at_its_first_line(bench):
+def test_yaml_in_a_toml_file_is_reported_at_its_first_line(bench):
     assert bench.mistakes("training:\n  max_step: 5\n") == ["config.toml:1:9: write [training]"]
 
 
@@ -47,6 +47,8 @@ def test_a_duplicate_key_in_toml_is_named(bench):
     assert found == "config.toml:4:9: training.seed: given twice, first on line 2; keep one of the two"
     (found,) = bench.mistakes("[training]\nseed = 1\nseed.x = 2\n")
     assert found.endswith("this key is given twice; keep one of the two")
+    (found,) = bench.mistakes("[plugins.x]\napi_key = 'a'\napi_key = 'b'\n")
+    assert found == "config.toml:3:14: plugins.x.api_key: given twice, first on line 2; keep one of the two"
 
 
 def test_a_table_that_is_opened_twice_in_toml_is_named(bench):
@@ -60,13 +62,15 @@ def test_the_first_error_in_the_text_of_toml_ends_reading(bench):
         assert bench.mistakes(f"[training]\ncompile = True\n{rest}") == ["config.toml:2:11: write true, not True"]
 
 
-def test_a_mistake_in_the_text_of_yaml_hides_no_other_mistake_of_its_line(bench):
-    text = "training:\n  learning_rate: !x 5\n  seed: !x 1\nmodle:\n  n_embd: 0\n"
+def test_an_unreadable_yaml_value_hides_no_mistake_of_its_line(bench):
+    text = "training:\n  learning_rate: !x 5\n  seed: !x 1\nmodle:\n  n_embd: 0\ndata: {path: [!x a], max_length: 0}\n"
     assert bench.mistakes(text, ".yaml") == [
         "config.yaml:2: training.learning_rate: unknown key; did you mean optimizer.learning_rate?",
         "config.yaml:2:18: the tag !x is not supported; write a plain value",
         "config.yaml:3:9: the tag !x is not supported; write a plain value",
         "config.yaml:4: modle: unknown section; did you mean [model]?",
+        "config.yaml:6: data.max_length: expected an integer >= 2, got 0",
+        "config.yaml:6:15: the tag !x is not supported; write a plain value",
     ]
 
 
@@ -91,7 +95,7 @@ w = 2
 [[t.array]]
 v = 3
 """
-    parsed = parse_toml(text)
+    parsed = parse_toml(text, "c.toml")
     assert parsed.values is not None
     assert parsed.lines == {
         "a": 1, "a.b": 1, "c d": 2, "c d.e.f": 2, "c d.e.f[0]": 3, "c d.e.f[1]": 3, "c d.e.f[2]": 4,
@@ -111,13 +115,13 @@ v = 3
     ],
 )  # fmt: skip
 def test_yaml_scalars_follow_the_core_schema(text, value):
-    found = parse_yaml(f"a:\n  b: {text}\n").values
+    found = parse_yaml(f"a:\n  b: {text}\n", "c.yaml").values
     assert found == {"a": {"b": value}}
     assert type(found["a"]["b"]) is type(value)
 
 
 def test_yaml_keys_are_text_as_written():
-    assert parse_yaml("mix: {2024: 1, no: 2, 1e3: 3}").values == {"mix": {"2024": 1, "no": 2, "1e3": 3}}
+    assert parse_yaml("mix: {2024: 1, no: 2, 1e3: 3}", "c.yaml").values == {"mix": {"2024": 1, "no": 2, "1e3": 3}}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_mistakes_in_yaml_text(bench, text, line):
 
 
 def test_aliases_of_yaml_are_values():
-    parsed = parse_yaml("a: &x {p: 1}\nb: *x\n")
+    parsed = parse_yaml("a: &x {p: 1}\nb: *x\n", "c.yaml")
     assert parsed.values == {"a": {"p": 1}, "b": {"p": 1}}
 
 
@@ -160,7 +164,8 @@ def test_mistakes_in_json(bench, text, line):
 
 
 def test_json_text_is_read_as_json_reads_it():
-    assert parse_json('{"a": "\\ud83d\\ude00", "b": "no"}').values == {"a": "😀", "b": "no"}
+    parsed = parse_json('{"a": "\\ud83d\\ude00", "b": "no", "<<": 1}', "c.json")
+    assert (parsed.values, parsed.mistakes) == ({"a": "😀", "b": "no", "<<": 1}, [])
 
 
 OLD = """\
@@ -212,7 +217,7 @@ def test_an_old_key_beside_the_new_one_gives_way_and_says_so(bench):
     assert (raw.get("data.on_exhaustion"), raw.origins.of("data.on_exhaustion").line) == ("halt", 2)
 
 
-def test_an_old_key_with_a_value_that_was_never_known_is_a_mistake(bench):
+def test_an_old_key_with_an_unknown_value_is_a_mistake(bench):
     text = "model: {attention_mode: flash}\ndata: {allow_bucket_exhaustion: 1}"
     assert bench.mistakes(text, ".yaml") == [
         "config.yaml:1: model.attention_mode: expected causal, sdpa_mask or flex (of the earlier YAML tool), "

@@ -140,7 +140,7 @@ def test_sections_given_in_python_replace_the_files_sections(bench):
     assert raw.origins.is_default("training.compile"), "a default that was not chosen stays a default"
 
 
-def test_a_configuration_made_in_python_is_validated_and_comes_back_equal(bench):
+def test_a_config_built_in_python_is_validated_and_equal(bench):
     made = Config(
         training=TrainingConfig(keep_last_k=None),
         data=DataConfig(curriculum=(Phase(10, {"a": 1}),)),
@@ -153,16 +153,7 @@ def test_a_configuration_made_in_python_is_validated_and_comes_back_equal(bench)
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_values_given_in_python_are_strongest_and_taken_as_they_are(bench):
-    config = bench.config(
-        "[training]\nseed = 1\n",
-        overrides=[("training.seed", "2")],
-        values={"training.seed": 3, "training.wandb_project": "007"},
-    )
-    assert (config.training.seed, config.training.wandb_project) == (3, "007")
-
-
-def test_set_means_that_somebody_gave_a_value_that_is_not_null(bench):
+def test_a_value_is_set_if_a_source_has_it_and_it_is_not_null(bench):
     raw = bench.raw("training: {wandb_project: lab, wandb_run_name: null, seed: 0}", ".yaml")
     assert raw.is_set("training.wandb_project")
     assert raw.is_set("training.seed")
@@ -218,7 +209,7 @@ def test_a_variable_that_names_no_key_is_named(bench, variable):
     assert bench.mistakes("", environ={variable: "3"}) == [expected]
 
 
-def test_a_variable_with_an_underscore_too_few_is_told(bench):
+def test_a_variable_that_lacks_an_underscore_is_a_note(bench):
     raw = bench.raw("", environ={"GPT_SIMPLE_MODEL_N_EMBD": "3", "GPT_SIMPLE_CACHE": "x", "GPT_SIMPLE_TRAINING": "x"})
     assert raw.notes == ("$GPT_SIMPLE_MODEL_N_EMBD is not read; did you mean $GPT_SIMPLE__MODEL__N_EMBD?",)
 

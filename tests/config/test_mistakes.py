@@ -107,7 +107,7 @@ def test_a_misspelt_key_inside_a_list_is_recognised(bench):
     ]
 
 
-def test_a_key_of_no_section_is_sent_home(bench):
+def test_a_key_outside_any_section_gets_a_suggestion(bench):
     assert bench.mistakes("max_steps = 5\n") == [
         "config.toml:1: max_steps: unknown key; did you mean training.max_steps?"
     ]
@@ -125,11 +125,11 @@ def test_a_key_of_no_section_is_sent_home(bench):
         ("training.momentum", "unknown key; all keys are in `gpt-simple run --help`"),
     ],
 )
-def test_a_guess_in_another_section_is_a_sure_one_and_names_every_section(bench, key, message):
+def test_a_suggestion_in_other_sections_names_all_of_them(bench, key, message):
     assert bench.mistakes(f"{key} = 1") == [f"config.toml:1: {key}: {message}"]
 
 
-def test_no_message_brings_control_characters_to_a_terminal_or_a_line_without_end(bench):
+def test_messages_are_printable_and_short(bench):
     for text in ("seed = \x1b[31m\n", "seed: \x1b]0;title\x07\n", "seed = 1 \x9b\n", f"seed = {'9a' * 5000}\n"):
         for line in bench.mistakes(f"[training]\n{text}"):
             assert line.isprintable(), line
@@ -138,7 +138,7 @@ def test_no_message_brings_control_characters_to_a_terminal_or_a_line_without_en
     assert line == '--training.seed: expected an integer >= 0, got "\\u001b[31m\\u202e"'
 
 
-def test_mistakes_of_environment_and_command_line_name_their_place(bench):
+def test_mistakes_of_variables_and_options_name_their_place(bench):
     assert bench.mistakes(
         environ={"GPT_SIMPLE__TRAINING__SEDE": "1", "GPT_SIMPLE__TRAINING": "1"},
         overrides=[("training.max_steps", "many"), ("optimizer.betta1", "0.9"), ("nowhere.at", "1")],
@@ -183,7 +183,7 @@ def test_a_component_brings_the_class_of_its_section(bench):
     assert made.get("model.name") == "tiny", "the name decides which class is used"
 
 
-def test_a_field_that_no_configuration_can_hold_is_the_plugin_authors_mistake():
+def test_an_unsupported_field_type_is_a_plugin_error():
     @frozen
     class Unsupported:
         where: complex = 0j

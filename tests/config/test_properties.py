@@ -133,7 +133,7 @@ def test_any_command_line(arguments):
 @given(st.dictionaries(st.text(min_size=1, max_size=6), VALUES, max_size=5))
 def test_every_key_of_a_toml_document_has_its_line(document):
     text = to_toml(Config(plugins=PluginsConfig(tables={"p": document})))
-    parsed = parse_toml(text)
+    parsed = parse_toml(text, "c.toml")
     assert parsed.values is not None
     first = parsed.lines["plugins.p"] + 1
     assert [parsed.lines[f"plugins.p.{key}"] for key in document] == list(range(first, first + len(document)))

@@ -44,7 +44,7 @@ def test_written_text_reads_back_to_the_same_configuration(bench, suffix, config
     assert bench.config(WRITERS[suffix](config), suffix) == config
 
 
-def test_written_yaml_means_the_same_to_yaml_1_1_and_toml_is_plain_1_0():
+def test_written_text_is_yaml_1_1_and_toml_1_0():
     old_reader = yaml.safe_load(to_yaml(ODD))
     assert old_reader["optimizer"]["learning_rate"] == 1e-5
     assert old_reader["training"]["output_dir"] == "no"
@@ -52,7 +52,7 @@ def test_written_yaml_means_the_same_to_yaml_1_1_and_toml_is_plain_1_0():
     assert tomllib.loads(to_toml(ODD))["data"]["path"] == list(ODD.data.path)
 
 
-def test_values_that_nobody_chose_are_written_as_comments_and_stay_defaults(bench):
+def test_defaults_are_written_as_comments_and_stay_defaults(bench):
     raw = bench.raw("[training]\nseed = 7\nmax_steps = 1000\n[plugins.x]\na = 1\n")
     config = structure(raw)
     for suffix, writer in ((".toml", to_toml), (".yaml", to_yaml)):
@@ -138,7 +138,7 @@ def test_the_schema_accepts_what_is_written(config):
         assert accepts(json_schema(), document)
 
 
-def test_the_schema_accepts_a_section_below_which_everything_is_a_comment(bench):
+def test_the_schema_accepts_a_section_of_comments_only(bench):
     text = to_yaml(structure(bench.raw(), plugin_configs={"sink": SinkConfig}), chosen=Origins())
     document = yaml.safe_load(text)
     assert document["training"] is document["plugins"]["sink"] is None
@@ -178,7 +178,7 @@ def test_the_page_is_in_step_with_the_schema():
     assert build["PAGE"].read_text(encoding="utf-8") == build["page"](), "run: python docs/build_reference.py"
 
 
-def test_the_examples_on_the_page_and_in_the_repository_are_valid(bench):
+def test_the_examples_of_the_page_and_the_repository_are_valid(bench):
     page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(toml|yaml)\n(.*?)```", page, re.DOTALL)
     assert len(blocks) >= 3

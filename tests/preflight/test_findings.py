@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from gpt_simple.config.cross_checks import Conflict
-from gpt_simple.config.mistakes import Mistake
-from gpt_simple.config.parsed import SyntaxMistake
 from gpt_simple.errors import Problem
 from gpt_simple.hooks.results import Finding
 from gpt_simple.preflight.findings import exit_code
@@ -58,8 +55,7 @@ def replace_words(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cls, method, make)
 
     without_words(Problem, "__new__")
-    for cls in (Finding, Mistake, SyntaxMistake, Conflict):
-        without_words(cls, "__init__")
+    without_words(Finding, "__init__")
 
 
 def rows(findings: list[dict[str, Any]]) -> Iterator[Row]:
@@ -127,11 +123,11 @@ def same_without_words(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, row: tuple[str, str]
 ) -> None:
     """``validate`` finds ``row`` (code and place) among others, and the same without words."""
-    worded = shell("validate", "config.toml", "--json", *arguments)
+    before = shell("validate", "config.toml", "--json", *arguments)
     replace_words(monkeypatch)
     wordless = shell("validate", "config.toml", "--json", *arguments)
-    assert worded.code == wordless.code == code, worded.out + worded.err
-    found, again = json.loads(worded.out)["findings"], json.loads(wordless.out)["findings"]
+    assert before.code == wordless.code == code, before.out + before.err
+    found, again = json.loads(before.out)["findings"], json.loads(wordless.out)["findings"]
     assert row in {(finding["code"], finding["place"]) for finding in found}
     assert list(rows(again)) == list(rows(found))
     assert {finding["message"][0] for finding in again} == {"x"}

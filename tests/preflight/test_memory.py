@@ -277,8 +277,12 @@ def test_gpus() -> None:
     assert find_gpu("H100") is GPUS["h100"]
     assert find_gpu("24GiB").memory == 24 * 2**30
     assert find_gpu("1000").memory == 1000
+    assert find_gpu("1_000.5 KB").memory == 1_000_500
     with pytest.raises(ConfigError, match=r"h10.*did you mean h100"):
         find_gpu("h10")
+    for malformed in ("1.2.3GiB", ".", "_"):
+        with pytest.raises(ConfigError, match="unknown"):
+            find_gpu(malformed)
 
 
 def test_the_command_compares_with_a_gpu(check: Check) -> None:

@@ -88,11 +88,11 @@ def schema(path: str | None, plugins: tuple[str, ...], no_plugins: bool) -> None
 
 def _with_origins(spec: Any) -> dict[str, Any]:
     """Dotted key -> value and the places that set it, strongest first."""
-    from gpt_simple.config.render import plain
+    from gpt_simple.config.frozen import json_value
     from gpt_simple.config.structure import SWITCHES
 
     found: dict[str, Any] = {}
-    for section, values in plain(spec.config).items():
+    for section, values in json_value(spec.config).items():
         for key, value in values.items():
             if section == "plugins" and key not in SWITCHES:
                 found |= {f"plugins.{key}.{inner}": item for inner, item in value.items()}

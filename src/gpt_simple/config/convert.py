@@ -1,16 +1,20 @@
-"""The hooks by which cattrs structures the closed set of types, made of the parsed types.
+"""Converts a raw value to the type of its field. A value is taken as it is or refused, never bent into shape.
 
-There is nothing lax about them: a value is taken as it is or refused, and never bent into shape. Text such as
-``"null"`` stands for null where null is allowed, because TOML has no other way to say it.
+cattrs structures the values with hooks that are made of the parsed types, because its own are lax. Text such as
+``"null"`` stands for null where null is allowed, because TOML has no other way to write it.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
+import attrs
 from cattrs import (
     AttributeValidationNote,
     BaseConverter,
@@ -26,11 +30,11 @@ from gpt_simple.config.frozen import FrozenDict
 from gpt_simple.config.origin import join
 from gpt_simple.config.types import FieldType, Mismatch, fields_of, parse_type
 
+Errors = list[tuple[str, Exception]]
 Hook = Callable[[Any, Any], Any]
 
-
-class MissingKey(ValueError):
-    """A key without a default that was not given."""
+_UNREADABLE = re.compile("[\0\ud800-\udfff]")
+_LARGEST = 2**63 - 1
 
 
 class UnknownKey(ValueError):
@@ -41,27 +45,46 @@ class UnknownKey(ValueError):
         super().__init__("unknown key")
 
 
+def convert(annotation: Any, value: Any, path: str = "") -> tuple[Any, Errors]:
+    """The converted value, and every error with the dotted path of the value that it is about.
+
+    A table is made without the keys that are in error. The result is None if nothing can be made.
+    """
+    try:
+        return _converter().structure(value, annotation), []
+    except (BaseValidationError, ValueError) as error:
+        errors = list(_errors_of(error, path))
+    if attrs.has(annotation) and isinstance(value, Mapping):
+        wrong = {where for where, _ in errors}
+        kept = {key: item for key, item in value.items() if not _is_in(join(path, str(key)), wrong)}
+        with suppress(BaseValidationError, ValueError):
+            return _converter().structure(kept, annotation), errors
+    return None, errors
+
+
+def _is_in(place: str, wrong: set[str]) -> bool:
+    return any(where == place or where.startswith((f"{place}.", f"{place}[")) for where in wrong)
+
+
 @cache
-def converter() -> BaseConverter:
-    """The converter of the closed set of types."""
-    strict = BaseConverter()
-    strict.register_structure_hook_factory(lambda _: True, lambda annotation: _hook(parse_type(annotation)))
+def _converter() -> BaseConverter:
+    converter = BaseConverter()
+    converter.register_structure_hook_factory(lambda _: True, lambda annotation: _hook(parse_type(annotation)))
     for scalar in (bool, int, float, str, NoneType):  # cattrs has hooks of its own for these, which come first
-        strict.register_structure_hook(scalar, _hook(parse_type(scalar)))
-    return strict
+        converter.register_structure_hook(scalar, _hook(parse_type(scalar)))
+    return converter
 
 
-def errors_of(error: BaseException, path: str) -> Iterator[tuple[str, Exception]]:
-    """Every single error in what the converter raised, with the dotted path of the value that it is about."""
+def _errors_of(error: BaseException, path: str) -> Iterator[tuple[str, Exception]]:
     if isinstance(error, ClassValidationError):
         with_names, others = error.group_exceptions()
         for inner, attribute in with_names:
-            yield from errors_of(inner, join(path, attribute.name))
+            yield from _errors_of(inner, join(path, attribute.name))
         for inner in others:
-            yield from errors_of(inner, path)
+            yield from _errors_of(inner, path)
     elif isinstance(error, IterableValidationError):
         for inner, item in error.group_exceptions()[0]:
-            yield from errors_of(inner, join(path, item.index))
+            yield from _errors_of(inner, join(path, item.index))
     elif isinstance(error, ForbiddenExtraKeysError):
         for key in sorted(error.extra_fields):
             yield join(path, key), UnknownKey(error.cl)
@@ -72,15 +95,15 @@ def errors_of(error: BaseException, path: str) -> Iterator[tuple[str, Exception]
 def _hook(type_: FieldType) -> Hook:
     match type_.kind:
         case "list":
-            return _checked(type_, (list, tuple), homogenous_tuple_structure_factory(type_.annotation, converter()))
+            return _checked(type_, (list, tuple), homogenous_tuple_structure_factory(type_.annotation, _converter()))
         case "mapping":
-            return _checked(type_, Mapping, mapping_structure_factory(type_.annotation, converter(), FrozenDict))
+            return _checked(type_, Mapping, mapping_structure_factory(type_.annotation, _converter(), FrozenDict))
         case "record":
             return _checked(type_, Mapping, _record_hook(type_.annotation))
         case "union":
             return _union_hook(type_)
         case "scalar" | "choice":
-            return lambda value, _: type_.convert(value)
+            return lambda value, _: _exactly(type_, value)
 
 
 def _checked(type_: FieldType, shape: Any, hook: Hook) -> Hook:
@@ -106,31 +129,52 @@ def _record_hook(cls: type) -> Hook:
                 if name in value:
                     values[name] = structure(value[name], spec.annotation)
                 elif spec.is_required:
-                    raise MissingKey(f"this key must be given; expected {spec.type.description}")
-            except (Mismatch, MissingKey, BaseValidationError) as error:
+                    raise ValueError(f"this key must be given; expected {spec.type.description}")
+            except (BaseValidationError, ValueError) as error:
                 error.__notes__ = [AttributeValidationNote(f"at {name}", name, spec.annotation)]
                 errors.append(error)
         if unknown := {str(key) for key in value if key not in specs}:
             errors.append(ForbiddenExtraKeysError(None, cls, unknown))
         if errors:
             raise ClassValidationError(cls.__name__, errors, cls)
-        return cls(**values)
+        try:
+            return cls(**values)
+        except Exception as error:  # of a validator
+            raise ClassValidationError(cls.__name__, [error], cls) from None
 
     return record
 
 
 def _union_hook(type_: FieldType) -> Hook:
-    alternatives = [_hook(member) for member in type_.members if member.annotation is not NoneType]
-    nulls = (None, *type_.null_words) if type_.null_words else ()
+    hooks = [_hook(member) for member in type_.members]
 
     def union(value: Any, annotation: Any) -> Any:
-        if (value is None or isinstance(value, str)) and value in nulls:
+        if isinstance(value, str) and value in type_.null_words:
             return None
-        for hook in alternatives:
-            try:
+        for hook in hooks:
+            with suppress(Mismatch):
                 return hook(value, annotation)
-            except Mismatch:
-                continue
         raise Mismatch(type_, value)
 
     return union
+
+
+def _exactly(type_: FieldType, value: Any) -> Any:
+    """An integral float becomes an integer and an integer becomes a number. Nothing else is converted."""
+    kind = type_.annotation
+    if type_.kind == "choice":
+        for choice in get_args(kind):
+            if type(choice) is type(value) and choice == value:
+                return choice
+        raise Mismatch(type_, value)
+    if kind is str and isinstance(value, str) and _UNREADABLE.search(value):
+        raise Mismatch(type_, value, "text without null characters and half surrogates")
+    if kind not in (int, float) or isinstance(value, bool):
+        fits = isinstance(value, kind) and kind is not int
+    elif kind is float and isinstance(value, float):
+        fits = math.isfinite(value)
+    else:
+        fits = isinstance(value, int | float) and value % 1 == 0 and abs(value) <= _LARGEST
+    if not (fits and type_.in_bounds(value)):
+        raise Mismatch(type_, value)
+    return kind(value) if kind in (int, float) else value

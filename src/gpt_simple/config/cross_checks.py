@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from attrs import frozen
-
 from gpt_simple.config.schema import DataConfig, ModelConfig, PluginsConfig, TrainingConfig
+from gpt_simple.errors import Problem
 
-
-@frozen
-class Conflict:
-    """Fields that do not go together, as dotted paths, one sentence with their values, and what to do."""
-
-    paths: tuple[str, ...]
-    message: str
-    hint: str = ""
+Conflict = tuple[tuple[str, ...], Problem]
+"""The dotted paths of fields that do not go together, and the problem with their values."""
 
 
 def conflicts(model: Any, data: Any, training: Any, plugins: Any) -> Iterator[Conflict]:
@@ -24,96 +17,71 @@ def conflicts(model: Any, data: Any, training: Any, plugins: Any) -> Iterator[Co
     if type(model) is ModelConfig:
         yield from _heads(model)
         yield from _positions(model)
-        if isinstance(data, DataConfig):
-            yield from _lengths(model, data)
+        if isinstance(data, DataConfig) and model.n_positions is not None and model.n_positions < data.max_length:
+            message = f"max_length {data.max_length} is longer than the model's n_positions {model.n_positions}"
+            yield _conflict(message, "model.n_positions", "data.max_length")
     if isinstance(data, DataConfig):
         yield from _packing(data)
         yield from _curriculum(data)
     if isinstance(training, TrainingConfig):
-        yield from _walltime(training)
+        budget, reserve = training.max_runtime_seconds, training.walltime_reserve_seconds
+        if budget is not None and reserve >= budget:
+            message = f"walltime_reserve_seconds {reserve:g} leaves nothing of max_runtime_seconds {budget:g}"
+            yield _conflict(message, "training.max_runtime_seconds", "training.walltime_reserve_seconds")
     if isinstance(plugins, PluginsConfig):
         for name in sorted(set(plugins.require) & set(plugins.disable)):
-            yield Conflict(
-                ("plugins.require", "plugins.disable"),
-                f'plugin "{name}" is both required and disabled',
-                "remove it from one of the lists",
-            )
+            message = f'plugin "{name}" is both required and disabled'
+            yield _conflict(message, "plugins.require", "plugins.disable", hint="remove it from one of the lists")
 
 
 def _heads(model: ModelConfig) -> Iterator[Conflict]:
-    if model.n_embd % model.n_head:
-        yield Conflict(
-            ("model.n_embd", "model.n_head"),
-            f"n_embd {model.n_embd} is not a multiple of n_head {model.n_head}",
-        )
-    elif model.position == "rope" and (model.n_embd // model.n_head) % 2:
-        yield Conflict(
-            ("model.n_embd", "model.n_head", "model.position"),
-            f'the width of a head, n_embd / n_head = {model.n_embd // model.n_head}, must be even for position "rope"',
-        )
-    if model.n_kv_head is not None and model.n_head % model.n_kv_head:
-        yield Conflict(
-            ("model.n_head", "model.n_kv_head"),
-            f"n_head {model.n_head} is not a multiple of n_kv_head {model.n_kv_head}",
-        )
+    n_embd, n_head, n_kv_head = model.n_embd, model.n_head, model.n_kv_head
+    if n_embd % n_head:
+        yield _conflict(f"n_embd {n_embd} is not a multiple of n_head {n_head}", "model.n_embd", "model.n_head")
+    elif model.position == "rope" and (n_embd // n_head) % 2:
+        message = f'the width of a head, n_embd / n_head = {n_embd // n_head}, must be even for position "rope"'
+        yield _conflict(message, "model.n_embd", "model.n_head", "model.position")
+    if n_kv_head is not None and n_head % n_kv_head:
+        message = f"n_head {n_head} is not a multiple of n_kv_head {n_kv_head}"
+        yield _conflict(message, "model.n_head", "model.n_kv_head")
 
 
 def _positions(model: ModelConfig) -> Iterator[Conflict]:
-    if model.rope_scaling_type is None and model.rope_scaling_factor != 1:
-        yield Conflict(
-            ("model.rope_scaling_type", "model.rope_scaling_factor"),
-            f"rope_scaling_factor {model.rope_scaling_factor:g} needs a rope_scaling_type (linear or ntk)",
-        )
-    if model.rope_scaling_type is not None and model.position != "rope":
-        yield Conflict(
-            ("model.rope_scaling_type", "model.position"),
-            f'rope_scaling_type "{model.rope_scaling_type}" needs position "rope", not "{model.position}"',
-        )
-
-
-def _lengths(model: ModelConfig, data: DataConfig) -> Iterator[Conflict]:
-    if model.n_positions is not None and model.n_positions < data.max_length:
-        yield Conflict(
-            ("model.n_positions", "data.max_length"),
-            f"max_length {data.max_length} is longer than the model's n_positions {model.n_positions}",
-        )
+    scaling, factor = model.rope_scaling_type, model.rope_scaling_factor
+    if scaling is None and factor != 1:
+        message = f"rope_scaling_factor {factor:g} needs a rope_scaling_type (linear or ntk)"
+        yield _conflict(message, "model.rope_scaling_type", "model.rope_scaling_factor")
+    if scaling is not None and model.position != "rope":
+        message = f'rope_scaling_type "{scaling}" needs position "rope", not "{model.position}"'
+        yield _conflict(message, "model.rope_scaling_type", "model.position")
 
 
 def _packing(data: DataConfig) -> Iterator[Conflict]:
     if data.overlap_size >= data.max_length:
-        yield Conflict(
-            ("data.overlap_size", "data.max_length"),
-            f"overlap_size {data.overlap_size} must be smaller than max_length {data.max_length}",
-        )
+        message = f"overlap_size {data.overlap_size} must be smaller than max_length {data.max_length}"
+        yield _conflict(message, "data.overlap_size", "data.max_length")
     if data.overlap_size and data.packing != "best_fit":
-        yield Conflict(
-            ("data.overlap_size", "data.packing"),
-            f'overlap_size {data.overlap_size} needs packing "best_fit", not "{data.packing}"',
-        )
+        message = f'overlap_size {data.overlap_size} needs packing "best_fit", not "{data.packing}"'
+        yield _conflict(message, "data.overlap_size", "data.packing")
 
 
 def _curriculum(data: DataConfig) -> Iterator[Conflict]:
     for index, phase in enumerate(data.curriculum):
-        path, duration = f"data.curriculum[{index}].mix", phase.duration_tokens
+        path, duration = f"data.curriculum[{index}]", phase.duration_tokens
         negative = sorted(bucket for bucket, weight in phase.mix.items() if weight < 0)
         if negative:
-            yield Conflict((path,), f"the weight of {', '.join(negative)} is negative", "weights are >= 0")
+            yield _conflict(f"the weight of {', '.join(negative)} is negative", f"{path}.mix", hint="weights are >= 0")
         elif sum(phase.mix.values()) <= 0:
-            yield Conflict((path,), "the mix needs at least one bucket with a positive weight")
+            yield _conflict("the mix needs at least one bucket with a positive weight", f"{path}.mix")
         # The last phase goes on as long as there are steps.
         if index + 1 < len(data.curriculum) and not round(duration / data.max_length):
-            yield Conflict(
-                (f"data.curriculum[{index}].duration_tokens", "data.max_length"),
+            message = (
                 f"phase {index + 1} lasts {duration:,} tokens, half a row of max_length {data.max_length:,} or less: "
-                "nothing would be read in it",
-                "make it longer or leave it out",
+                "nothing would be read in it"
             )
+            hint = "make it longer or leave it out"
+            yield _conflict(message, f"{path}.duration_tokens", "data.max_length", hint=hint)
 
 
-def _walltime(training: TrainingConfig) -> Iterator[Conflict]:
-    budget, reserve = training.max_runtime_seconds, training.walltime_reserve_seconds
-    if budget is not None and reserve >= budget:
-        yield Conflict(
-            ("training.max_runtime_seconds", "training.walltime_reserve_seconds"),
-            f"walltime_reserve_seconds {reserve:g} leaves nothing of max_runtime_seconds {budget:g}",
-        )
+def _conflict(message: str, *paths: str, hint: str = "") -> Conflict:
+    return paths, Problem(None, "", message, hint)

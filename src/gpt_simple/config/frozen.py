@@ -1,4 +1,4 @@
-"""Mappings that many share and nobody may change, and plain copies of configured values."""
+"""Shared mappings that cannot be changed, and plain copies of configured values."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import attrs
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that cannot be changed; ``json.dumps`` and ``**`` take it as any other. Copies of it can be changed."""
+    """A dict that cannot be changed; ``json.dumps`` and ``**`` accept it. Copies of it can be changed."""
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
-        raise TypeError("everybody gets this mapping, so it cannot be changed: change a copy, as dict(...) makes one")
+        raise TypeError("this mapping is shared and cannot be changed: change a copy of it, as dict(...) makes one")
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse
@@ -23,7 +23,7 @@ class FrozenDict(dict[str, Any]):
 
 
 def frozen_dict(values: Mapping[str, Any]) -> FrozenDict:
-    """``values`` with everything in them, lists as tuples; nothing that is done to ``values`` shows in it."""
+    """A deep copy of ``values`` that cannot be changed, with lists as tuples."""
     return FrozenDict((key, _frozen(value)) for key, value in values.items())
 
 
@@ -33,10 +33,19 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
+def is_key(attribute: attrs.Attribute[Any]) -> bool:
+    """Whether an attribute is a key of its table; if not, it holds further keys of that table."""
+    return bool(attribute.metadata.get("is_key", True))
+
+
 def json_value(value: Any) -> Any:
-    """A value of a field, or an instance of a section's class, as JSON values in the shape of a file."""
+    """A configuration, or a part of one, as JSON values in the shape of a file."""
     if attrs.has(type(value)):
-        return {attribute.name: json_value(getattr(value, attribute.name)) for attribute in attrs.fields(type(value))}
+        values: dict[str, Any] = {}
+        for attribute in attrs.fields(type(value)):
+            item = json_value(getattr(value, attribute.name))
+            values |= {attribute.name: item} if is_key(attribute) else item
+        return values
     if isinstance(value, Mapping):
         return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -15,7 +15,7 @@ def json_schema(
 ) -> dict[str, Any]:
     """The schema of a configuration file.
 
-    ``plugin_configs`` maps plugin name to config class; tables of other plugins are let through unchecked.
+    ``plugin_configs`` maps plugin name to config class. Tables of other plugins are accepted unchecked.
     ``sections`` replaces the class of a section, for a component that brings its own.
     """
     plugins = _table(PluginsConfig)
@@ -32,5 +32,5 @@ def json_schema(
 
 
 def _table(cls: type) -> dict[str, Any]:
-    """The schema of a section. Nothing may stand below its name, which is null in YAML and an empty table."""
+    """The schema of a section. A section without keys is null in YAML, which stands for an empty table."""
     return parse_type(cls).json_schema() | {"type": ["object", "null"]}

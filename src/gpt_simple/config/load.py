@@ -1,9 +1,8 @@
-"""Reads a configuration's sources and lays them over each other.
+"""Reads a configuration's sources and lays them over each other: defaults < file < environment < command line.
 
-The order is defaults < file < environment < command line.
-Nothing is checked against the schema here: that is :mod:`gpt_simple.config.structure`, which also reports the
-mistakes that were collected on the way. In between, whoever loads the configuration can see what it asks for
-(which model, which plugins) and so decide which classes its tables are structured into.
+Nothing is checked against the schema here. :mod:`gpt_simple.config.structure` does that, and reports the mistakes that
+were collected on the way. In between, the raw values say which model and which plugins the configuration asks for, and
+so which classes its tables are structured into.
 """
 
 from __future__ import annotations
@@ -13,34 +12,36 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 from attrs import field, frozen
 
 from gpt_simple._names import ENV_PREFIX
+from gpt_simple.config.frozen import is_key
 from gpt_simple.config.legacy import translate
-from gpt_simple.config.mistakes import Mistake, config_error, printable
-from gpt_simple.config.origin import Origin, Origins, join
-from gpt_simple.config.parsed import Parsed
-from gpt_simple.config.schema import Config, PluginsConfig
-from gpt_simple.errors import ConfigError
+from gpt_simple.config.mistakes import config_error, file_error
+from gpt_simple.config.origin import Mistake, Origin, Origins, join
+from gpt_simple.config.parsed import UNREADABLE, Parsed
+from gpt_simple.config.schema import Config
+from gpt_simple.config.types import NULL_WORDS
+
+T = TypeVar("T")
 
 OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
 """``--section.key`` or ``--section.key=value``."""
 _ALMOST_ENV = re.compile(rf"GPT_SIMPLE_({'|'.join(a.name.upper() for a in attrs.fields(Config))})_+(\w+)")
-"""A variable that nobody else would have named so: an underscore is missing."""
+"""A variable that is meant for this program, but lacks an underscore."""
 _PYTHON = Origin("python", "train(...)")
-_NULL_WORDS = (None, "null", "none")
+_UNSET = (None, *NULL_WORDS, UNREADABLE)
 
 
 @frozen
 class RawConfig:
     """The values of all sources, merged, before they are checked.
 
-    ``texts`` keeps what was typed for values from the environment and the command line, for the fields that
-    want text; ``notes`` are remarks for the user, ``mistakes`` are reported when the configuration is
-    structured.
+    ``texts`` keeps the text of values from the environment and the command line, for fields that accept text. ``notes``
+    are remarks for the user. ``mistakes`` are reported when the configuration is structured.
     """
 
     values: dict[str, Any]
@@ -50,19 +51,19 @@ class RawConfig:
     texts: Mapping[str, str] = field(factory=dict)
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path, None if nobody set it."""
+        """The value at a dotted path, None if no source sets it."""
         value: Any = self.values
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     def as_text(self, path: str) -> str | None:
-        """What was typed for a value that reads as a number or a date; None for text, and where nothing was typed."""
+        """The text of an option or a variable that reads as a number or a date; None for any other value."""
         return None if isinstance(self.get(path), str | list) else self.texts.get(path)
 
     def is_set(self, path: str) -> bool:
-        """Somebody set the value at a dotted path, and not to null."""
-        return self.get(path) not in _NULL_WORDS
+        """Whether a source sets the value at a dotted path to anything but null."""
+        return self.get(path) not in _UNSET
 
 
 def read(
@@ -71,14 +72,12 @@ def read(
     overrides: Sequence[tuple[str, str]] = (),
     environ: Mapping[str, str] | None = None,
     sections: Mapping[str, object] | None = None,
-    values: Mapping[str, object] | None = None,
 ) -> RawConfig:
     """Merge a file, ``sections`` given in Python, ``GPT_SIMPLE__SECTION__KEY`` variables and overrides.
 
     ``overrides`` are (dotted key, text); the text is read as a TOML value or as JSON, else it is taken as it is. A
-    section given in Python (an instance of its class, or a mapping) replaces the file's whole section.
-    ``environ`` defaults to the process's environment. ``values`` maps dotted keys to Python values and is
-    strongest. A file that is missing or that cannot be read to its end is a ConfigError.
+    section given in Python (an instance of its class, or a mapping) replaces the file's whole section. ``environ``
+    defaults to the process's environment. A file that is missing or that cannot be read to its end is a ConfigError.
     """
     layers = _Layers()
     if path is not None:
@@ -88,16 +87,14 @@ def read(
     layers.add_environment(os.environ if environ is None else environ)
     for key, text in overrides:
         layers.add_text(key, text, Origin("cli", f"--{key}"))
-    for key, value in (values or {}).items():
-        layers.add_value(key, _plain(value), _PYTHON)
     return RawConfig(layers.values, Origins(layers.origins), tuple(layers.notes), tuple(layers.mistakes), layers.texts)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Take every ``--section.key value`` and ``--section.key=value`` out of a command line.
 
-    Returns the overrides as (dotted key, text) and the other arguments in their order. What follows a bare
-    ``--`` is left alone. An override without a value is a ConfigError.
+    Returns the overrides as (dotted key, text) and the other arguments in their order. Arguments after a bare ``--``
+    are not overrides. An override without a value is a ConfigError.
     """
     overrides: list[tuple[str, str]] = []
     rest: list[str] = []
@@ -112,20 +109,20 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], li
         key, text = found.groups()
         if text is None:
             if not remaining or remaining[0].startswith("--"):
-                hint = printable(f"write --{key} VALUE or --{key}=VALUE")
-                raise ConfigError("a value is missing", location=printable(f"--{key}"), key=key, hint=hint)
+                hint = f"write --{key} VALUE or --{key}=VALUE"
+                raise config_error([Origin("cli", f"--{key}").mistake(key, "a value is missing", hint)])
             text = remaining.pop(0)
         overrides.append((key, text))
     return overrides, rest
 
 
 def sections_of(config: Config) -> dict[str, object]:
-    """A configuration made in Python, as the ``sections`` of :func:`read`."""
+    """A configuration built in Python, as the ``sections`` of :func:`read`."""
     return {attribute.name: getattr(config, attribute.name) for attribute in attrs.fields(Config)}
 
 
 class _Layers:
-    """What has been read so far; each addition overrides what it meets."""
+    """The values read so far. Each layer overrides the earlier ones."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -136,21 +133,15 @@ class _Layers:
 
     def add_file(self, path: Path) -> None:
         parsed = _parse(path)
-        for slip in parsed.mistakes:
-            where = ":".join([str(path), *(str(number) for number in (slip.line, slip.column) if number)])
-            self.mistakes.append(Mistake(Origin("file", where, line=slip.line), slip.key, slip.message, slip.hint))
-        if parsed.values is None:
-            raise config_error(self.mistakes)
-        for key, line in parsed.lines.items():
-            self.origins[key] = Origin("file", f"{path}:{line}", line=line)
+        self.mistakes += parsed.mistakes
+        self.origins |= {key: Origin.in_file(str(path), line) for key, line in parsed.lines.items()}
         for name, section in self._translated(parsed.values).items():
             # `plugins:` with nothing below it is an empty table.
             self.values[name] = {} if section is None else section
 
     def add_section(self, name: str, section: object) -> None:
         values = {name: _plain(section)}
-        for old in [key for key in self.origins if key == name or key.startswith(f"{name}.")]:
-            del self.origins[old]
+        self.origins = _outside(name, self.origins)
         self.values[name] = {}
         self._merge(self.values, self._translated(values), "", _PYTHON)
 
@@ -162,18 +153,15 @@ class _Layers:
                 if all(key):
                     self.add_text(".".join(key), text, origin)
                 else:
-                    self.mistakes.append(Mistake(origin, "", f"expected a name like {ENV_PREFIX}TRAINING__MAX_STEPS"))
+                    self.mistakes.append(origin.mistake("", f"expected a name like {ENV_PREFIX}TRAINING__MAX_STEPS"))
             elif meant := _ALMOST_ENV.fullmatch(variable):
                 self.notes.append(f"${variable} is not read; did you mean ${ENV_PREFIX}{meant[1]}__{meant[2]}?")
 
     def add_text(self, key: str, text: str, origin: Origin) -> None:
         value = _literal(text)
-        self.add_value(key, value, origin)
+        self.texts = _outside(key, self.texts)
         if not isinstance(value, dict):
             self.texts[key] = text
-
-    def add_value(self, key: str, value: Any, origin: Origin) -> None:
-        self.texts = {path: typed for path, typed in self.texts.items() if not _is_inside(path, key)}
         for part in reversed(key.split(".")):
             value = {part: value}
         self._merge(self.values, self._translated(value, origin), "", origin)
@@ -187,23 +175,21 @@ class _Layers:
         return values
 
     def _merge(self, target: dict[str, Any], values: Mapping[str, Any], table: str, origin: Origin) -> None:
-        """Lay values over what is there: tables key by key, everything else whole."""
+        """Merge tables key by key, and replace everything else."""
         for key, value in values.items():
             path = join(table, key)
-            if isinstance(value, Mapping):
-                if not isinstance(target.get(key), dict):
-                    self._claim(path, origin)
-                    target[key] = {}
+            is_table = isinstance(value, Mapping)
+            if not (is_table and isinstance(target.get(key), dict)):
+                overridden = self.origins.get(path)
+                self.origins = _outside(path, self.origins) | {path: attrs.evolve(origin, overrides=overridden)}
+                target[key] = {} if is_table else value
+            if is_table:
                 self._merge(target[key], value, path, origin)
-            else:
-                self._claim(path, origin)
-                target[key] = value
 
-    def _claim(self, path: str, origin: Origin) -> None:
-        before = self.origins.get(path)
-        for inner in [key for key in self.origins if _is_inside(key, path)]:
-            del self.origins[inner]
-        self.origins[path] = attrs.evolve(origin, overrides=before)
+
+def _outside(path: str, values: dict[str, T]) -> dict[str, T]:
+    """What ``values`` (dotted path -> anything) has neither at ``path`` nor inside it."""
+    return {key: value for key, value in values.items() if not _is_inside(key, path)}
 
 
 def _is_inside(path: str, outer: str) -> bool:
@@ -212,36 +198,35 @@ def _is_inside(path: str, outer: str) -> bool:
 
 def _parse(path: Path) -> Parsed:
     """Read one file by its suffix."""
+    file = str(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        message = f"byte {error.start} is not UTF-8"
-        raise ConfigError(message, location=str(path), hint="save the file as UTF-8") from None
+        raise file_error(file, f"byte {error.start} is not UTF-8", hint="save the file as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        message = printable(f"the configuration cannot be read ({reason})")
-        raise ConfigError(message, location=printable(str(path))) from None
+        raise file_error(file, f"the configuration cannot be read ({reason})") from None
     try:
         match path.suffix.lower():
             case ".toml":
                 from gpt_simple.config.parse_toml import parse_toml
 
-                return parse_toml(text)
+                return parse_toml(text, file)
             case ".yaml" | ".yml":
                 from gpt_simple.config.parse_yaml import parse_yaml
 
-                return parse_yaml(text)
+                return parse_yaml(text, file)
             case ".json":
                 from gpt_simple.config.parse_yaml import parse_json
 
-                return parse_json(text)
+                return parse_json(text, file)
     except RecursionError:
-        raise ConfigError("tables or lists are nested too deeply", location=str(path)) from None
-    raise ConfigError("a configuration is a .toml, .yaml, .yml or .json file", location=str(path))
+        raise file_error(file, "tables or lists are nested too deeply") from None
+    raise file_error(file, "a configuration is a .toml, .yaml, .yml or .json file")
 
 
 def _literal(text: str) -> Any:
-    """The text as a TOML value, a list or table also as JSON, or as it is if it is none."""
+    """The value of a text that is a TOML value, or a list or table of JSON; else the text itself."""
     import tomli
 
     try:
@@ -255,28 +240,23 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _plain(section: object) -> Any:
-    """An instance of a section's class as raw values, without what it leaves at the default."""
-    if isinstance(section, PluginsConfig):
-        switches = {key: value for key, value in _plain_fields(section).items() if key != "tables"}
-        return switches | {name: _plain(table) for name, table in section.tables.items()}
-    if attrs.has(type(section)):
-        return _plain_fields(section)
-    if isinstance(section, Mapping):
-        return {str(key): _plain(value) for key, value in section.items()}
-    if isinstance(section, list | tuple):
-        return [_plain(item) for item in section]
-    return section
-
-
-def _plain_fields(instance: object) -> dict[str, Any]:
-    # A component's own class keeps all its fields: what is its default need not be the built-in one's.
-    complete = not type(instance).__module__.startswith("gpt_simple.")
-    values = {}
-    for attribute in attrs.fields(type(instance)):  # type: ignore[arg-type]
-        value, default = getattr(instance, attribute.name), attribute.default
+def _plain(value: Any) -> Any:
+    """A value given in Python as a file would have it. Of an instance of an attrs class, defaults are left out."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if not attrs.has(type(value)):
+        return value
+    # A component's own class keeps all its fields: the built-in class may have another default.
+    complete = not type(value).__module__.startswith("gpt_simple.")
+    values: dict[str, Any] = {}
+    for attribute in attrs.fields(type(value)):
+        item, default = getattr(value, attribute.name), attribute.default
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = default.factory()
-        if complete or value != default or type(value) is not type(default):
-            values[attribute.name] = _plain(value)
+        if not is_key(attribute):
+            values |= _plain(item)
+        elif complete or item != default or type(item) is not type(default):
+            values[attribute.name] = _plain(item)
     return values

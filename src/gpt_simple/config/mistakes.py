@@ -1,4 +1,4 @@
-"""Mistakes are collected and reported together, in the order of the file."""
+"""All mistakes in one error, in the order of the file, and the words and values that messages show."""
 
 from __future__ import annotations
 
@@ -6,37 +6,22 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from attrs import frozen
-
-from gpt_simple.config.origin import Origin
+from gpt_simple.config.origin import Mistake, Origin
 from gpt_simple.errors import ConfigError, Problem
 
-_RANK = {"file": 0, "python": 1, "env": 2, "cli": 3, "default": 4}
 _LONGEST_VALUE = 60
 
 
-@frozen
-class Mistake:
-    """What is wrong with a key, and where that was set. ``unknown``: the key itself is, whatever its value."""
-
-    origin: Origin
-    key: str
-    message: str
-    hint: str = ""
-    unknown: bool = False
-
-    @property
-    def problem(self) -> Problem:
-        """For the error; each part is one line of printable text."""
-        location = None if self.origin.kind == "default" else self.origin.where
-        key, message, hint = (printable(part.replace("\n", " ")) for part in (self.key, self.message, self.hint))
-        return Problem(location and printable(location), key, message, hint)
-
-
 def config_error(mistakes: Iterable[Mistake]) -> ConfigError:
-    """All mistakes as one error, sorted by location."""
-    ordered = sorted(mistakes, key=lambda m: (_RANK[m.origin.kind], m.origin.line, m.origin.where, m.key))
-    return ConfigError(*dict.fromkeys(m.problem for m in ordered))
+    """All mistakes as one error, sorted by origin. Each part of a problem is one line of printable text."""
+    ordered = sorted(mistakes, key=lambda mistake: (mistake[0].order, mistake[1].key))
+    problems = (Problem._make(part and printable(part.replace("\n", " ")) for part in found) for _, found in ordered)
+    return ConfigError(*dict.fromkeys(problems))
+
+
+def file_error(file: str, message: str, *, line: int = 0, column: int = 0, hint: str = "") -> ConfigError:
+    """The mistake that ends the reading of a file."""
+    return config_error([Origin.in_file(file, line, column).mistake("", message, hint)])
 
 
 def printable(text: str) -> str:
@@ -56,7 +41,7 @@ def show(value: Any) -> str:
 
 
 def short(text: str) -> str:
-    """Text of the user's, cut where a message would only get longer."""
+    """The user's text, cut to what fits into a message."""
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 

@@ -1,4 +1,4 @@
-"""Where every value came from, so that a message can point at the line to change."""
+"""Where every value was set, so that a message can point at the line to change."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from attrs import field, frozen
 
 from gpt_simple.errors import Problem
 
-Kind = Literal["default", "file", "env", "cli", "python"]
+Kind = Literal["file", "python", "env", "cli", "default"]
+_RANK: Mapping[Kind, int] = {"file": 0, "python": 1, "env": 2, "cli": 3, "default": 4}
 
 
 @frozen
 class Origin:
-    """One place that set a value, and the weaker place that it overrode.
+    """The place that set a value, and the weaker place that it overrode.
 
-    ``where`` reads ``config.toml:12``, ``$GPT_SIMPLE__TRAINING__SEED``, ``--training.seed`` or
-    ``train(...)``; ``line`` is 0 unless the place is a line of a file.
+    ``where`` reads ``config.toml:12``, ``$GPT_SIMPLE__TRAINING__SEED``, ``--training.seed`` or ``train(...)``. ``line``
+    is 0 unless the place is a line of a file.
     """
 
     kind: Kind
@@ -26,6 +27,27 @@ class Origin:
     overrides: Origin | None = None
     line: int = 0
 
+    @classmethod
+    def in_file(cls, file: str, line: int, column: int = 0) -> Origin:
+        """A place in a file. Line and column count from 1; 0 is unknown."""
+        return cls("file", ":".join([file, *(str(number) for number in (line, column) if number)]), line=line)
+
+    @property
+    def location(self) -> str | None:
+        """``where``, or None for a default."""
+        return None if self.kind == "default" else self.where
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """Sort key: files by line, then Python, the environment, the command line and defaults."""
+        return _RANK[self.kind], self.line, self.where
+
+    def mistake(self, key: str, message: str, hint: str = "") -> Mistake:
+        """A problem at this place, with the place to sort it by."""
+        return self, Problem(self.location, key, message, hint)
+
+
+Mistake = tuple[Origin, Problem]
 
 DEFAULT = Origin("default", "default")
 
@@ -37,11 +59,11 @@ class Origins:
     by_path: Mapping[str, Origin] = field(factory=dict)
 
     def of(self, path: str) -> Origin:
-        """Who set exactly this value, or the list that it is in; the default if nobody did."""
+        """The origin of exactly this value, or of the list that it is in."""
         return self.nearest(path) if "[" in path else self.by_path.get(path, DEFAULT)
 
     def nearest(self, path: str) -> Origin:
-        """Who set this value or, if nobody did, the innermost table or list around it."""
+        """The origin of this value or, if it is not set, of the innermost table or list around it."""
         while path:
             if (origin := self.by_path.get(path)) is not None:
                 return origin
@@ -50,8 +72,7 @@ class Origins:
 
     def locate(self, problem: Problem) -> Problem:
         """The problem with the location where its key was set, if it has a key and no location yet."""
-        origin = self.of(problem.key)
-        return problem if problem.location or origin.kind == "default" else problem._replace(location=origin.where)
+        return problem._replace(location=problem.location or self.of(problem.key).location)
 
     def place(self, path: str) -> str:
         """For messages: ``config.toml:12 (training.seed)``, or the bare path of a default."""
@@ -67,15 +88,13 @@ class Origins:
         return places
 
     def is_default(self, path: str) -> bool:
-        """Nobody set this value."""
+        """Whether no source set this value."""
         return path not in self.by_path
 
 
 def parent(path: str) -> str:
     """``data.curriculum[0].mix`` -> ``data.curriculum[0]`` -> ``data.curriculum`` -> ``data`` -> ``""``."""
-    if item := re.search(r"\[\d+\]$", path):
-        return path[: item.start()]
-    return path.rpartition(".")[0]
+    return path[: item.start()] if (item := re.search(r"\[\d+\]$", path)) else path.rpartition(".")[0]
 
 
 def join(path: str, key: str | int) -> str:

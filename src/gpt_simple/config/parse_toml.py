@@ -6,103 +6,90 @@ The values come from tomli, which reports the first error and stops there.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import tomli
 
-from gpt_simple.config.mistakes import short, show
-from gpt_simple.config.origin import join
-from gpt_simple.config.parsed import Parsed, SyntaxMistake
-from gpt_simple.config.secret import is_secret
+from gpt_simple.config.mistakes import config_error, file_error, short, show
+from gpt_simple.config.origin import Origin, join
+from gpt_simple.config.parsed import Parsed
+from gpt_simple.config.redact import is_secret
+from gpt_simple.errors import Problem
 
-_WORD = re.compile(r"[^,\]}#\n]*")
 _NUMBER = re.compile(r"([+-]?)(\d[\d_]*)?(\.?)(\d[\d_]*)?([eE][+-]?\d+)?")
 
 
-def parse_toml(text: str) -> Parsed:
-    """Values and lines of a TOML document, or the first error in its text."""
-    text = text.replace("\r\n", "\n")  # tomli counts positions in a text like that
+def parse_toml(text: str, file: str) -> Parsed:
+    """Values and lines of a TOML document. The first error in its text is a ConfigError."""
+    text = text.replace("\r\n", "\n")  # tomli does the same before it counts positions
     try:
         return Parsed(tomli.loads(text), _Scanner(text).scan())
     except tomli.TOMLDecodeError as error:
-        mistake = _explained(text, error)
-        if mistake and _names_a_secret(text, error):
-            mistake = _at(error, "expected one value in quotes", hint="what is there is not shown")
-        return Parsed(None, {}, (mistake or _at(error, _first_lower(error.msg)),))
+        found = _explained(text, error) or Problem(None, "", _first_lower(error.msg))
+        origin = Origin.in_file(file, error.lineno, error.colno)
+        raise config_error([origin.mistake(found.key, found.message, found.hint)]) from None
     except ValueError as error:  # a number with thousands of digits
-        return Parsed(None, {}, (SyntaxMistake(0, 0, _first_lower(str(error))),))
+        raise file_error(file, _first_lower(str(error))) from None
 
 
-def _names_a_secret(text: str, error: tomli.TOMLDecodeError) -> bool:
-    """Whether the line with the mistake sets a key whose value is not for everybody's eyes."""
-    table = re.findall(r"^\s*\[+([^\]\n]*)", text[: error.pos], re.MULTILINE)[-1:]
-    keys = re.findall(r"""(?<![\w.-])([\w.-]+)["']?\s*[=:]""", _line_of(text, error))
-    return any(is_secret(".".join([*table, key])) for key in keys)
-
-
-def _at(error: tomli.TOMLDecodeError, message: str, key: str = "", hint: str = "") -> SyntaxMistake:
-    return SyntaxMistake(error.lineno, error.colno, message, key, hint)
-
-
-def _explained(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
-    """The error as what the user probably meant, if that is plain."""
-    start = error.pos
+def _explained(text: str, error: tomli.TOMLDecodeError) -> Problem | None:
+    """The error as what the user probably meant, if that is plain. The value of a secret is not shown."""
+    line = text.split("\n")[error.lineno - 1]
     if error.msg == "Cannot overwrite a value":
         return _given_twice(text, error)
     if error.msg.startswith("Cannot declare"):
-        return _opened_twice(text, error)
-    if error.msg.startswith("Expected '=' after a key"):
-        found = re.match(r"\s*([\w.-]+)\s*:\s*(.*)", _line_of(text, error))
-        if found is None:
-            return None
-        return _at(error, short(f"write {found[1]} = {found[2]}") if found[2] else f"write [{found[1]}]")
-    if error.msg.startswith("Expected newline"):
-        while start and text[start - 1] not in " \t=,[{\n":
-            start -= 1
-        if start == error.pos:
-            return _more_than_one_value(text, error)
-    elif error.msg != "Invalid value":
-        return None
-    found = _WORD.match(text, start)
-    word = found[0].strip() if found else ""
-    if start != error.pos and not (word and _NUMBER.fullmatch(word)):
-        return None
-    if message := _meant(word):
-        return _at(error, message)
-    return _more_than_one_value(text, error)
+        return _opened_twice(text, line, error)
+    found = _not_a_pair(line) if error.msg.startswith("Expected '='") else _not_a_value(text, line, error)
+    table = re.findall(r"^\s*\[+([^\]\n]*)", text[: error.pos], re.MULTILINE)[-1:]
+    keys = re.findall(r"""(?<![\w.-])([\w.-]+)["']?\s*[=:]""", line)
+    if found and any(is_secret(".".join([*table, key])) for key in keys):
+        return Problem(None, "", "expected one value in quotes", "the value is a secret and is not shown")
+    return found
 
 
-def _more_than_one_value(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
-    """The mistake of a line with something behind its value."""
-    found = re.match(r"[^#=\[]*=\s*(.*)", _line_of(text, error))
-    if found is None:
-        return None
-    given = found[1].partition(" #")[0].strip()
-    hint = "text needs quotes, a list needs brackets"
-    return _at(error, f"expected one value, got {short(given)}", hint=hint)
-
-
-def _given_twice(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake:
+def _given_twice(text: str, error: tomli.TOMLDecodeError) -> Problem:
     scanner = _Scanner(text[: error.pos])
     first = scanner.scan().get(scanner.last, error.lineno)
     if first == error.lineno:  # a value and a table of one name
-        return _at(error, "this key is given twice", hint="keep one of the two")
-    return _at(error, f"given twice, first on line {first}", scanner.last, "keep one of the two")
+        return Problem(None, "", "this key is given twice", "keep one of the two")
+    return Problem(None, scanner.last, f"given twice, first on line {first}", "keep one of the two")
 
 
-def _opened_twice(text: str, error: tomli.TOMLDecodeError) -> SyntaxMistake | None:
-    """The mistake of a second ``[table]``."""
-    lines = text.split("\n")
-    header = re.match(r"\s*\[([\w.-]+)\]", lines[error.lineno - 1])
-    if header is None:
+def _opened_twice(text: str, line: str, error: tomli.TOMLDecodeError) -> Problem | None:
+    if (header := re.match(r"\s*\[([\w.-]+)\]", line)) is None:
         return None
-    first = _Scanner("\n".join(lines[: error.lineno - 1])).scan().get(header[1])
+    before = "\n".join(text.split("\n")[: error.lineno - 1])
+    first = _Scanner(before).scan().get(header[1])
     place = f" on line {first}" if first else ""
-    return _at(error, f"[{header[1]}] is there already{place}", hint="put its keys together")
+    return Problem(None, "", f"[{header[1]}] is there already{place}", "put its keys together")
+
+
+def _not_a_pair(line: str) -> Problem | None:
+    if (found := re.match(r"\s*([\w.-]+)\s*:\s*(.*)", line)) is None:
+        return None
+    return Problem(None, "", short(f"write {found[1]} = {found[2]}") if found[2] else f"write [{found[1]}]")
+
+
+def _not_a_value(text: str, line: str, error: tomli.TOMLDecodeError) -> Problem | None:
+    start = error.pos
+    if error.msg.startswith("Expected newline"):
+        while start and text[start - 1] not in " \t=,[{\n":
+            start -= 1
+    elif error.msg != "Invalid value":
+        return None
+    word = re.split(r"[,\]}#\n]", text[start:], maxsplit=1)[0].strip()
+    is_cut = start != error.pos  # tomli has read the beginning of the word: the 00 of 007
+    if is_cut and not (word and _NUMBER.fullmatch(word)):
+        return None
+    if (is_cut or error.msg == "Invalid value") and (message := _meant(word)):
+        return Problem(None, "", message)
+    if (found := re.match(r"[^#=\[]*=\s*(.*)", line)) is None:
+        return None
+    given = found[1].partition(" #")[0].strip()
+    return Problem(None, "", f"expected one value, got {short(given)}", "text needs quotes, a list needs brackets")
 
 
 def _meant(word: str) -> str:
-    """What to write instead of a value that TOML does not know; empty for a value that it knows."""
+    """What to write instead of a word that is no value of TOML; empty for a value."""
     if word.lower() in ("true", "yes", "on"):
         return "" if word == "true" else f"write true, not {word}"
     if word.lower() in ("false", "no", "off"):
@@ -117,16 +104,12 @@ def _meant(word: str) -> str:
     return f"text needs quotes: {show(word)}" if word else "a value is missing after the ="
 
 
-def _line_of(text: str, error: tomli.TOMLDecodeError) -> str:
-    return text.split("\n")[error.lineno - 1]
-
-
 def _first_lower(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
 class _Scanner:
-    """Finds the line of every key in a document that tomli has accepted; it checks nothing itself."""
+    """Finds the line of every key in a document that tomli has accepted. It checks nothing itself."""
 
     _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
     _KEY_PART = re.compile(r"""[ \t]*(?:"((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'|([A-Za-z0-9_-]+))[ \t]*""")
@@ -229,5 +212,4 @@ class _Scanner:
 
 
 def _unescaped(basic: str) -> str:
-    value: Any = tomli.loads(f'key = "{basic}"')["key"] if "\\" in basic else basic
-    return str(value)
+    return str(tomli.loads(f'key = "{basic}"')["key"])

@@ -1,27 +1,29 @@
 """YAML and JSON text -> values and the line of every key.
 
-PyYAML only scans and composes here. The meaning of a plain scalar is YAML 1.2's core schema, as JSON and most
-other tools have it: ``1e-4`` is a number, ``no`` is text. ``1_000_000`` is a number too, as in YAML 1.1 and
-TOML.
+PyYAML only scans and composes here. The meaning of a plain scalar is YAML 1.2's core schema, as in JSON and most other
+tools: ``1e-4`` is a number, ``no`` is text. ``1_000_000`` is a number too, as in YAML 1.1 and TOML.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 import yaml
 
-from gpt_simple.config.origin import join
-from gpt_simple.config.parsed import Parsed, SyntaxMistake
+from gpt_simple.config.mistakes import file_error
+from gpt_simple.config.origin import Mistake, Origin, join
+from gpt_simple.config.parsed import UNREADABLE, Parsed
+from gpt_simple.errors import ConfigError
 
 _HALF_CHARACTER = "half of a surrogate pair is not a character"
 _TAG = "tag:yaml.org,2002:"
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """A loader that knows only the core schema's scalars."""
+    """A loader with only the scalars of the core schema."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -41,69 +43,65 @@ for _name, _pattern, _first in (
     _CoreLoader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z", re.ASCII), _first)
 
 
-def parse_yaml(text: str) -> Parsed:
-    """Values and lines of a YAML document; a repeated key is a mistake."""
+def parse_yaml(text: str, file: str) -> Parsed:
+    """Values and lines of a YAML document; a repeated key is a mistake. A text that is no YAML is a ConfigError."""
     try:
         root = yaml.compose(text, Loader=_CoreLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problem = "; ".join(part for part in (error.context, error.problem) if part)
+        line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+        message = "; ".join(part for part in (error.context, error.problem) if part)
         hint = "this looks like TOML, whose files end in .toml" if _LIKE_TOML.search(text) else ""
-        return _broken(mark.line + 1 if mark else 0, mark.column + 1 if mark else 0, problem, hint)
+        raise file_error(file, message, line=line, column=column, hint=hint) from None
     except yaml.reader.ReaderError as error:
-        return _broken(
-            text.count("\n", 0, error.position) + 1,
-            0,
-            f"the character U+{error.character:04X} is not allowed",
-        )
+        line = text.count("\n", 0, error.position) + 1
+        raise file_error(file, f"the character U+{error.character:04X} is not allowed", line=line) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        return _broken(0, 0, str(error))
-    if root is None:
-        return Parsed({}, {})
-    walk = _Walk()
-    values = walk.value(root, "")
-    if not isinstance(values, dict):
-        if values is not None:
-            walk.mistakes.append(SyntaxMistake(1, 1, "expected sections such as `training:` with keys below them"))
+        raise file_error(file, str(error)) from None
+    walk = _Walk(file)
+    values = walk.value(root, "") if root is not None else None
+    if values is None:
         values = {}
-    return Parsed(values, walk.lines, tuple(walk.mistakes))
+    elif not isinstance(values, dict):
+        raise file_error(file, "expected sections such as `training:` with keys below them", line=1, column=1)
+    return Parsed(values, walk.lines, walk.mistakes)
 
 
-def parse_json(text: str) -> Parsed:
-    """Values and lines of a JSON document; a repeated key is a mistake."""
+def parse_json(text: str, file: str) -> Parsed:
+    """Values and lines of a JSON document; a repeated key is a mistake. A text that is no JSON is a ConfigError."""
     try:
         values = json.loads(text)
         json.dumps(values, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        return _broken(error.lineno, error.colno, error.msg[:1].lower() + error.msg[1:])
+        message = error.msg[:1].lower() + error.msg[1:]
+        raise file_error(file, message, line=error.lineno, column=error.colno) from None
     except UnicodeEncodeError:
-        return _broken(0, 0, _HALF_CHARACTER)
+        raise file_error(file, _HALF_CHARACTER) from None
     except ValueError as error:
-        return _broken(0, 0, str(error))
-    # JSON is YAML but for tabs between tokens; inside a JSON string there are none. Only the lines are taken
-    # from it.
-    places = parse_yaml(text.replace("\t", " "))
+        raise file_error(file, str(error)) from None
     if not isinstance(values, dict):
-        return _broken(1, 1, 'expected an object of sections such as {"training": {...}}')
-    return Parsed(values, places.lines, places.mistakes if places.values is not None else ())
-
-
-def _broken(line: int, column: int, message: str, hint: str = "") -> Parsed:
-    return Parsed(None, {}, (SyntaxMistake(line, column, message, hint=hint),))
+        message = 'expected an object of sections such as {"training": {...}}'
+        raise file_error(file, message, line=1, column=1)
+    # Only lines and repeated keys are taken from YAML, which does not accept quite all that JSON accepts: tabs between
+    # tokens, which never occur inside a JSON string, and some characters.
+    with suppress(ConfigError):
+        as_yaml = parse_yaml(text.replace("\t", " "), file)
+        return Parsed(values, as_yaml.lines, as_yaml.mistakes)
+    return Parsed(values, {})
 
 
 class _Walk:
-    """Turns nodes into values, noting lines and mistakes on the way."""
+    """Turns nodes into values, and collects lines and mistakes."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: str) -> None:
+        self.file = file
         self.lines: dict[str, int] = {}
-        self.mistakes: list[SyntaxMistake] = []
+        self.mistakes: list[Mistake] = []
         self._open: list[yaml.Node] = []
 
     def value(self, node: yaml.Node, path: str) -> Any:
         if node in self._open:
-            self._mistake(node, f"{path} contains itself")
-            return None
+            return self._mistake(node, f"{path} contains itself")
         self._open.append(node)
         try:
             if isinstance(node, yaml.MappingNode):
@@ -122,8 +120,10 @@ class _Walk:
                 continue
             # As written, and not as a number or boolean: a bucket may be called 2024 or no.
             key = self._text(key_node)
+            if key is UNREADABLE:
+                continue
             here = join(path, key)
-            if key == "<<":
+            if key == "<<" and key_node.style is None:
                 self._mistake(key_node, "merging with << is no part of YAML 1.2", hint="write the keys out")
                 continue
             if key in result:
@@ -157,17 +157,17 @@ class _Walk:
                 case "float":
                     return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
         except ValueError as error:
-            self._mistake(node, str(error))
-            return None
-        self._mistake(node, f"the tag {node.tag} is not supported", hint="write a plain value")
-        return None
+            return self._mistake(node, str(error))
+        return self._mistake(node, f"the tag {node.tag} is not supported", hint="write a plain value")
 
-    def _text(self, node: yaml.Node) -> str:
-        text: str = node.value
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            self._mistake(node, _HALF_CHARACTER)
-        return text
+    def _text(self, node: yaml.Node) -> Any:
+        """The text of a scalar; two escapes that are the halves of one character, as in JSON, are that character."""
+        try:
+            return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            return self._mistake(node, _HALF_CHARACTER)
 
-    def _mistake(self, node: yaml.Node, message: str, key: str = "", hint: str = "") -> None:
-        mark = node.start_mark
-        self.mistakes.append(SyntaxMistake(mark.line + 1, mark.column + 1, message, key, hint))
+    def _mistake(self, node: yaml.Node, message: str, key: str = "", hint: str = "") -> Any:
+        origin = Origin.in_file(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
+        self.mistakes.append(origin.mistake(key, message, hint))
+        return UNREADABLE

@@ -1,28 +1,22 @@
-"""What every file format is read into."""
+"""The result of reading a file, whatever its format."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
 
+from gpt_simple.config.origin import Mistake
 
-@frozen
-class SyntaxMistake:
-    """Something that is wrong with the text itself. Line and column count from 1; 0 is unknown."""
-
-    line: int
-    column: int
-    message: str
-    key: str = ""
-    hint: str = ""
+UNREADABLE: Any = object()
+"""Stands for a value whose text is in error, so that its key is checked all the same."""
 
 
 @frozen
 class Parsed:
-    """A document: its values (None if it could not be read to the end) and dotted path -> line."""
+    """A document: its values, dotted path -> line, and the errors in its text that did not end the reading."""
 
-    values: dict[str, Any] | None
+    values: dict[str, Any]
     lines: Mapping[str, int]
-    mistakes: tuple[SyntaxMistake, ...] = ()
+    mistakes: Sequence[Mistake] = ()

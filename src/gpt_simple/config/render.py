@@ -1,13 +1,14 @@
 """Writes a configuration as TOML, YAML or JSON that reads back to the same configuration.
 
-Comments come from the schema, so that a written file explains every field and cannot drift from the code.
+Comments come from the schema, so a written file explains every field and cannot differ from the code.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from attrs import frozen
@@ -15,7 +16,7 @@ from attrs import frozen
 from gpt_simple.config.frozen import json_value
 from gpt_simple.config.origin import Origins, join
 from gpt_simple.config.schema import Config
-from gpt_simple.config.structure import SECTIONS, SWITCHES
+from gpt_simple.config.structure import SECTIONS
 from gpt_simple.config.types import FieldSpec, fields_of, summary
 
 _BARE_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -28,24 +29,24 @@ def to_toml(
 ) -> str:
     """TOML 1.0.
 
-    With ``origins``, the end of each line says where its value came from. With ``chosen``, a value that nobody set
+    With ``origins``, the end of each line says where its value was set. With ``chosen``, a value that is a default
     there is written as a comment, so that it stays a default.
     """
     lines = []
-    for table in _tables(config):
-        lines += ["", *([f"# {table.doc}"] if comments and table.doc else []), f"[{_dotted(table.path)}]"]
-        # TOML has no null: what is unset by default is shown as a comment to fill in.
+    for table in _tables(config, comments):
+        lines += ["", *([f"# {table.doc}"] if table.doc else []), f"[{_dotted(table.path)}]"]
+        # TOML has no null: a value that is unset by default is a comment to fill in.
         texts = [
-            ("#" if entry.value is entry.default is None or _is_left_out(table, entry, chosen) else "")
+            ("#" if entry.value is entry.default is None or _is_default(entry, chosen) else "")
             + f"{_key(entry.key)} = {_toml(entry.value)}"
             for entry in table.entries
         ]
         width = max((len(text) for text in texts if len(text) <= _WIDEST_ALIGNED), default=0)
         for entry, text in zip(table.entries, texts, strict=True):
-            if comments and entry.help:
+            if entry.help:
                 lines.append(f"# {entry.help}")
             if origins is not None:
-                text = f"{text:<{width}}  # {', overrides '.join(origins.chain(join(table.path, entry.key)))}"
+                text = f"{text:<{width}}  # {', overrides '.join(origins.chain(entry.path))}"
             lines.append(text)
     return "\n".join(lines[1:]) + "\n"
 
@@ -53,43 +54,60 @@ def to_toml(
 def to_yaml(config: Config, *, comments: bool = True, chosen: Origins | None = None) -> str:
     """YAML that means the same under the rules of YAML 1.1 and 1.2; ``chosen`` as for TOML."""
     lines = []
-    for table in _tables(config):
+    for table in _tables(config, comments):
         path = table.path.split(".", 1)
         outer, inner = "  " * (len(path) - 1), "  " * len(path)
-        lines += ["", *([f"{outer}# {table.doc}"] if comments and table.doc else [])]
+        lines += ["", *([f"{outer}# {table.doc}"] if table.doc else [])]
         lines.append(f"{outer}{_key(path[-1])}:" + ("" if table.entries else " {}"))
         for entry in table.entries:
-            if comments and entry.help:
+            if entry.help:
                 lines.append(f"{inner}# {entry.help}")
-            mark = "#" if _is_left_out(table, entry, chosen) else ""
+            mark = "#" if _is_default(entry, chosen) else ""
             lines.append(f"{inner}{mark}{_key(entry.key)}: {value_text(entry.value)}")
     return "\n".join(lines[1:]) + "\n"
 
 
 def to_json(config: Config) -> str:
     """JSON, without comments."""
-    return json.dumps(plain(config), indent=2, ensure_ascii=False) + "\n"
-
-
-def plain(value: Any) -> Any:
-    """A configuration, or a part of one, as JSON values in the shape of a file."""
-    if isinstance(value, Config):
-        return {name: plain(getattr(value, name)) for name in SECTIONS} | {
-            "plugins": {name: plain(getattr(value.plugins, name)) for name in SWITCHES} | plain(value.plugins.tables)
-        }
-    return json_value(value)
+    return json.dumps(json_value(config), indent=2, ensure_ascii=False) + "\n"
 
 
 def field_help(spec: FieldSpec) -> str:
     """The field's help, what it takes and its default, on one line."""
     facts = spec.type.label
     if not spec.is_required:
-        facts += f"; default {value_text(plain(spec.default))}"
+        facts += f"; default {value_text(json_value(spec.default))}"
     return f"{spec.doc} [{facts}]" if spec.doc else facts
+
+
+def value_text(value: Any, *, null: str = "null", colon: str = ": ") -> str:
+    """A JSON value as a person would type it: YAML flow style, which is JSON but for keys and floats.
+
+    ``null`` and ``colon`` are the words of the format.
+    """
+    match value:
+        case None:
+            return null
+        case Mapping():
+            pairs = (f"{_key(key)}{colon}{value_text(item, null=null, colon=colon)}" for key, item in value.items())
+            return f"{{{', '.join(pairs)}}}"
+        case list():
+            return f"[{', '.join(value_text(item, null=null, colon=colon) for item in value)}]"
+        case bool():
+            return "true" if value else "false"
+        case float():
+            return _float(value)
+        case int():
+            return str(value)
+    return _quoted(str(value))
+
+
+_toml = partial(value_text, null='"null"', colon=" = ")
 
 
 @frozen
 class _Entry:
+    path: str
     key: str
     value: Any
     default: Any
@@ -100,55 +118,29 @@ class _Entry:
 class _Table:
     path: str
     doc: str
-    entries: tuple[_Entry, ...]
+    entries: list[_Entry]
 
 
-def _tables(config: Config) -> Iterator[_Table]:
-    for name in SECTIONS:
-        yield _table(name, getattr(config, name))
-    yield _table("plugins", config.plugins)
-    for name, table in config.plugins.tables.items():
-        yield _table(f"plugins.{name}", table)
+def _tables(config: Config, comments: bool) -> Iterator[_Table]:
+    sections = {name: getattr(config, name) for name in (*SECTIONS, "plugins")}
+    for path, table in (sections | {f"plugins.{name}": table for name, table in config.plugins.tables.items()}).items():
+        values = json_value(table)
+        if isinstance(table, Mapping):
+            yield _Table(path, "", [_Entry(join(path, key), key, value, ..., "") for key, value in values.items()])
+            continue
+        cls: type = type(table)
+        entries = [
+            _Entry(
+                join(path, spec.name), spec.name, values[spec.name], spec.default, field_help(spec) if comments else ""
+            )
+            for spec in fields_of(cls)
+        ]
+        doc = summary(cls) if comments else ""
+        yield _Table(path, "" if doc.rstrip(".") == f"[{path}]" else doc, entries)
 
 
-def _is_left_out(table: _Table, entry: _Entry, chosen: Origins | None) -> bool:
-    return chosen is not None and chosen.is_default(join(table.path, entry.key))
-
-
-def _table(path: str, table: Any) -> _Table:
-    if isinstance(table, Mapping):
-        return _Table(path, "", tuple(_Entry(key, value, ..., "") for key, value in plain(table).items()))
-    cls: type = type(table)
-    entries = (_Entry(s.name, plain(getattr(table, s.name)), s.default, field_help(s)) for s in fields_of(cls))
-    doc = summary(cls)
-    return _Table(path, "" if doc.rstrip(".") == f"[{path}]" else doc, tuple(entries))
-
-
-def _toml(value: Any) -> str:
-    if value is None:
-        return '"null"'
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-    return _nested(value, _toml)
-
-
-def value_text(value: Any) -> str:
-    """A value as a person would type it: YAML flow style, which is JSON but for keys and floats."""
-    if value is None:
-        return "null"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)}: {value_text(item)}" for key, item in value.items()) + "}"
-    return _nested(value, value_text)
-
-
-def _nested(value: Any, write: Callable[[Any], str]) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(write(item) for item in value) + "]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return _float(value)
-    return str(value) if isinstance(value, int) else _quoted(str(value))
+def _is_default(entry: _Entry, chosen: Origins | None) -> bool:
+    return chosen is not None and chosen.is_default(entry.path)
 
 
 def _float(value: float) -> str:

@@ -1,9 +1,9 @@
 """The sections of a configuration, each field written once.
 
-A field is ``name: Annotated[type, bounds, Doc("...")] = default``. That one line is where its help, its
-bounds, its command-line option and its JSON Schema come from. Sections are frozen: nothing changes a
-configuration after it is loaded. This module imports neither torch nor any other heavy package. Its annotations are
-objects: as text (``from __future__ import annotations``) each would have to be compiled before a configuration is read.
+A field is ``name: Annotated[type, bounds, Doc("...")] = default``. Its help, its bounds, its command-line option and
+its JSON Schema come from that one line. Sections are frozen: nothing changes a configuration after it is loaded. This
+module imports neither torch nor any other heavy package. Its annotations are objects: as text (``from __future__ import
+annotations``) each would have to be compiled before a configuration is read.
 """
 
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ class ModelConfig:
 
 @frozen
 class Phase:
-    """One phase of a curriculum: how long, and which buckets in which proportion."""
+    """One phase of a curriculum: its length, and the proportions of the buckets in it."""
 
     duration_tokens: Annotated[int, Ge(1), Doc("length of the phase in tokens (rows x max_length)")]
     mix: Annotated[Mapping[str, float], Doc("bucket -> weight; weights are normalised")]
@@ -73,7 +73,7 @@ class Phase:
 
 @frozen
 class DataConfig:
-    """``[data]``: what is read, how it is cut into rows, and in which order rows come."""
+    """``[data]``: what is read, how it is cut into rows, and the order of rows."""
 
     path: Annotated[str | tuple[str, ...] | None, Doc("a dataset directory, or files and directories of raw text")] = (
         None
@@ -89,7 +89,7 @@ class DataConfig:
     max_documents: Annotated[
         int | None,
         Ge(1),
-        Doc("take at most this many documents; for stories, how many are told (unset: 20,000)"),
+        Doc("take at most this many documents; for stories, how many are generated (unset: 20,000)"),
     ] = None
     tokenizer: Annotated[
         str, Doc('"bpe" (trained on the data), "bytes", a path to a tokenizer.json, or a tokenizer component')
@@ -204,8 +204,8 @@ class TrainingConfig:
 class PluginsConfig:
     """``[plugins]``: switches, and one table per plugin.
 
-    ``tables`` holds what stands under ``[plugins.NAME]``: an instance of the plugin's own config class for a
-    plugin that was loaded, the raw mapping for one that was not.
+    ``tables`` holds ``[plugins.NAME]``: an instance of the plugin's own config class if the plugin is loaded, else the
+    raw mapping.
     """
 
     disable: Annotated[tuple[str, ...], Doc("plugins that are switched off")] = ()

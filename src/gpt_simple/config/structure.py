@@ -1,19 +1,22 @@
-"""Checks a raw configuration against the schema and makes the frozen one; all mistakes are reported."""
+"""Checks a raw configuration against the schema and makes the frozen one. All mistakes are one error."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import attrs
 
 from gpt_simple._names import PROGRAM
-from gpt_simple.config.convert import UnknownKey, converter, errors_of
-from gpt_simple.config.cross_checks import Conflict, conflicts
+from gpt_simple.config.convert import UnknownKey, convert
+from gpt_simple.config.cross_checks import conflicts
 from gpt_simple.config.legacy import OLD_VALUES
 from gpt_simple.config.load import RawConfig
-from gpt_simple.config.mistakes import Mistake, closest, config_error
-from gpt_simple.config.origin import DEFAULT, Origin, Origins
+from gpt_simple.config.mistakes import closest, config_error
+from gpt_simple.config.origin import Mistake
+from gpt_simple.config.parsed import UNREADABLE
+from gpt_simple.config.redact import is_secret
 from gpt_simple.config.schema import (
     Config,
     DataConfig,
@@ -22,8 +25,7 @@ from gpt_simple.config.schema import (
     PluginsConfig,
     TrainingConfig,
 )
-from gpt_simple.config.secret import is_secret
-from gpt_simple.config.types import Mismatch, fields_of, parse_type
+from gpt_simple.config.types import Mismatch, fields_of
 
 SECTIONS: Mapping[str, type] = {
     "model": ModelConfig,
@@ -43,9 +45,9 @@ def structure(
 ) -> Config:
     """The configuration of a run, or one ConfigError with a line for every mistake.
 
-    ``sections`` replaces the class of a section, for a component that brings its own. ``plugin_configs`` maps
-    plugin name to config class: ``[plugins.NAME]`` becomes an instance of it, with its defaults if there is
-    no such table. Tables of other plugins stay as they are.
+    ``sections`` replaces the class of a section, for a component that brings its own. ``plugin_configs`` maps plugin
+    name to config class: ``[plugins.NAME]`` becomes an instance of it, with its defaults if there is no such table.
+    Tables of other plugins stay as they are.
     """
     return _Structuring(raw, {**SECTIONS, **(sections or {})}, plugin_configs or {}).run()
 
@@ -55,147 +57,122 @@ class _Structuring:
         self.raw = raw
         self.sections = sections
         self.plugin_configs = plugin_configs
-        self.mistakes: list[Mistake] = []
+        self.mistakes: list[Mistake] = [*raw.mistakes]
+        self.wrong: set[str] = set()
 
     def run(self) -> Config:
         values = self.raw.values
         for name in values:
             if name not in self.sections and name != "plugins":
-                message, hint = self._unknown_section(name, values[name])
-                self._report(name, message, hint, unknown=True)
+                self._report(name, *self._unknown_section(name, values[name]))
         parts: dict[str, Any] = {
             name: self._section(name, values.get(name), cls) for name, cls in self.sections.items()
         }
         parts["plugins"] = self._plugins(values.get("plugins"))
-        wrong = {found.key for found in self.mistakes}
-        for conflict in conflicts(parts["model"], parts["data"], parts["training"], parts["plugins"]):
-            if wrong.isdisjoint(conflict.paths):
-                self.mistakes.append(_located(conflict, self.raw.origins))
-        if self.raw.mistakes or self.mistakes:
-            # Null is read in place of text that is no value; what that breaks is not a mistake of its own.
-            slips = {found.origin.line for found in self.raw.mistakes}
-            genuine = [
-                found
-                for found in self.mistakes
-                if found.origin.kind != "file" or found.origin.line not in slips or found.unknown
-            ]
-            raise config_error([*self.raw.mistakes, *genuine])
+        for paths, problem in conflicts(parts["model"], parts["data"], parts["training"], parts["plugins"]):
+            if self.wrong.isdisjoint(paths):
+                places = ", ".join(map(self.raw.origins.place, paths))
+                first = min(map(self.raw.origins.of, paths), key=lambda origin: origin.order)
+                self.mistakes.append((first, problem._replace(location=places)))
+        if self.mistakes:
+            raise config_error(self.mistakes)
         return Config(**parts)
 
     def _section(self, path: str, value: Any, cls: type) -> Any:
-        """An instance of the section's class; with mistakes in it, one without the wrong values, or None."""
+        """An instance of the section's class without the keys that are in error; None if there can be none."""
         if value is None:
             value = {}
         if isinstance(value, Mapping):
             value = self._with_texts(path, value, cls)
-        try:
-            return converter().structure(value, cls)
-        except Exception as error:
-            wrong = set()
-            for place, single in errors_of(error, path):
-                if isinstance(single, UnknownKey):
-                    self._report_unknown(place, single.table)
-                elif isinstance(single, Mismatch) and is_secret(place):
-                    self._report(place, single.discreet)
-                elif isinstance(single, Mismatch):
-                    self._report(place, str(single), single.hint)
-                else:
-                    self._report(place, str(single) or type(single).__name__)
-                wrong.add(_first_key(place.removeprefix(f"{path}.")))
-        if not isinstance(value, Mapping):
-            return None
-        try:
-            return converter().structure({key: item for key, item in value.items() if key not in wrong}, cls)
-        except Exception:  # a required key is among the wrong ones
-            return None
+        made, errors = convert(cls, value, path)
+        for place, error in errors:
+            if isinstance(error, UnknownKey):
+                self._report_unknown(place, error.table)
+            elif not isinstance(error, Mismatch):
+                self._report(place, str(error) or type(error).__name__)
+            elif error.value is UNREADABLE:
+                self.wrong.add(place)  # the reader of the file has reported it
+            elif is_secret(place):
+                self._report(place, error.discreet)
+            else:
+                self._report(place, str(error), error.hint)
+        return made
 
     def _plugins(self, value: Any) -> PluginsConfig | None:
-        if value is not None and not isinstance(value, Mapping):
-            self._report("plugins", str(Mismatch(parse_type(PluginsConfig), value)))
+        value = {} if value is None else value
+        if not isinstance(value, Mapping):
+            self._section("plugins", value, PluginsConfig)
             return None
-        value = value or {}
         switches = self._section("plugins", {key: value[key] for key in SWITCHES if key in value}, PluginsConfig)
         tables: dict[str, Any] = {}
         for name, table in value.items():
             if name in SWITCHES or name in self.plugin_configs:
                 continue
-            if table is not None and not isinstance(table, Mapping):
+            if not (table is None or table is UNREADABLE or isinstance(table, Mapping)):
                 self._report_unknown(f"plugins.{name}", PluginsConfig)
             tables[name] = table or {}
         for name, cls in self.plugin_configs.items():
             tables[name] = self._section(f"plugins.{name}", value.get(name), cls)
         return attrs.evolve(switches, tables=tables) if switches is not None else None
 
-    def _with_texts(self, path: str, value: Mapping[str, Any], cls: type) -> Mapping[str, Any]:
-        """Take what was typed, where text is wanted and the words happen to be a number or a date."""
-        typed = {}
-        for spec in fields_of(cls):
-            text = self.raw.as_text(f"{path}.{spec.name}")
-            if text is not None and spec.type.accepts(str):
-                typed[spec.name] = text
-        return {**value, **typed} if typed else value
+    def _with_texts(self, path: str, value: Mapping[str, Any], cls: type) -> dict[str, Any]:
+        """Put the text of an option or a variable that reads as a number or a date where a field accepts text."""
+        texts = {s.name: self.raw.as_text(f"{path}.{s.name}") for s in fields_of(cls) if s.type.accepts(str)}
+        return {**value, **{name: text for name, text in texts.items() if text is not None}}
 
     def _unknown_section(self, name: str, value: Any) -> tuple[str, str]:
         """Message and hint."""
         names = [*self.sections, "plugins"]
         if meant := closest(name, names):
             return "unknown section", f"did you mean [{meant}]?"
-        if not isinstance(value, Mapping) and (home := self._homes(name) or self._elsewhere(name)):
+        if not isinstance(value, Mapping) and (home := self._fields_named(name) or self._fields_like(name)):
             return "unknown key", f"did you mean {home}?"
         return "unknown section", f"expected one of {', '.join(names)}"
 
     def _report_unknown(self, path: str, cls: type) -> None:
-        """Report a key that may belong to another section, or be misspelt, or both."""
-        if path in OLD_VALUES:
-            self._report(path, *OLD_VALUES[path])
-            return
+        """Report a key that belongs to another section, or is misspelt, or both."""
         table, _, key = path.rpartition(".")
-        here = _names(cls)
-        near, message = closest(key, here), "unknown key"
-        if meant := self._homes(key) or (near and f"{table}.{near}") or self._elsewhere(key):
+        names = [spec.name for spec in fields_of(cls)]
+        near = closest(key, names)
+        message = "unknown key"
+        if path in OLD_VALUES:
+            message, hint = OLD_VALUES[path]
+        elif meant := self._fields_named(key) or (near and f"{table}.{near}") or self._fields_like(key):
             hint = f"did you mean {meant}?"
         elif "epoch" in key:
             hint = "a run is as long as training.max_steps says"
         elif cls is PluginsConfig:
-            message, hint = f"expected a table [{path}] or one of {', '.join(here)}", ""
-        elif not here:
+            message, hint = f"expected a table [{path}] or one of {', '.join(names)}", ""
+        elif not names:
             hint = "nothing can be set here"
-        elif len(here) > _MANY_KEYS:
+        elif len(names) > _MANY_KEYS:
             hint = f"all keys are in `{PROGRAM} run --help`"
         else:
-            hint = f"expected one of {', '.join(here)}"
-        self._report(path, message, hint, unknown=True)
+            hint = f"expected one of {', '.join(names)}"
+        self._report(path, message, hint)
 
-    def _homes(self, key: str) -> str | None:
-        """Where a key belongs: the paths in all sections that have it, or else in the plugins' tables."""
-        plugins = {f"plugins.{name}": cls for name, cls in self.plugin_configs.items()}
-        for tables in ({**self.sections, "plugins": PluginsConfig}, plugins):
-            if found := [f"{table}.{key}" for table, cls in tables.items() if key in _names(cls)]:
-                return " or ".join(found)
-        return None
+    @cached_property
+    def _fields(self) -> dict[str, list[str]]:
+        """Name -> the paths of the fields of that name in the sections, or else in the tables of plugins."""
+        fields = _paths_by_name({**self.sections, "plugins": PluginsConfig})
+        of_plugins = _paths_by_name({f"plugins.{name}": cls for name, cls in self.plugin_configs.items()})
+        return fields | {name: paths for name, paths in of_plugins.items() if name not in fields}
 
-    def _elsewhere(self, key: str) -> str | None:
-        """A guess in another section must be a sure one: what it names does something else."""
-        classes = (*self.sections.values(), PluginsConfig, *self.plugin_configs.values())
-        near = closest(key, dict.fromkeys(name for cls in classes for name in _names(cls)), cutoff=0.8)
-        return self._homes(near) if near else None
+    def _fields_named(self, key: str) -> str:
+        return " or ".join(self._fields.get(key, ()))
 
-    def _report(self, path: str, message: str, hint: str = "", *, unknown: bool = False) -> None:
-        self.mistakes.append(Mistake(self.raw.origins.nearest(path), path, message, hint, unknown))
+    def _fields_like(self, key: str) -> str:
+        """The cutoff is high: what a field of another section sets is something else."""
+        return self._fields_named(closest(key, self._fields, cutoff=0.8) or "")
 
-
-def _located(conflict: Conflict, origins: Origins) -> Mistake:
-    """Two or more fields that do not go together: the location has all of them."""
-    places = ", ".join(origins.place(path) for path in conflict.paths)
-    # One of them was set: the places of a mistake in defaults would not be shown.
-    set_ = [origin for origin in map(origins.of, conflict.paths) if origin.kind != "default"]
-    first = min(set_, key=lambda origin: (origin.kind != "file", origin.line), default=DEFAULT)
-    return Mistake(Origin(first.kind, places, line=first.line), "", conflict.message, conflict.hint)
+    def _report(self, path: str, message: str, hint: str = "") -> None:
+        self.wrong.add(path)
+        self.mistakes.append(self.raw.origins.nearest(path).mistake(path, message, hint))
 
 
-def _names(cls: type) -> list[str]:
-    return [spec.name for spec in fields_of(cls)]
-
-
-def _first_key(path: str) -> str:
-    return path.partition(".")[0].partition("[")[0]
+def _paths_by_name(tables: Mapping[str, type]) -> dict[str, list[str]]:
+    paths: dict[str, list[str]] = {}
+    for table, cls in tables.items():
+        for spec in fields_of(cls):
+            paths.setdefault(spec.name, []).append(f"{table}.{spec.name}")
+    return paths

@@ -2,15 +2,14 @@
 
 ``bool``, ``int``, ``float``, ``str``, ``Literal``, ``X | None`` and other unions of these, ``tuple[T, ...]``,
 ``Mapping[str, T]`` and nested attrs classes. :func:`parse_type` reads an annotation once into a :class:`FieldType`.
-Conversion, error messages, help, completion, JSON Schema and the check of plugins all follow from that description,
-so a field is written once, in its section.
+Conversion, error messages, help, completion, JSON Schema and the check of plugins follow from it, so a field is written
+once, in its section.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import NoneType, UnionType
@@ -21,7 +20,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from attrs import frozen
 from typing_extensions import Doc
 
-from gpt_simple.config.frozen import json_value
+from gpt_simple.config.frozen import is_key, json_value
 from gpt_simple.config.mistakes import closest, show
 from gpt_simple.errors import PluginError
 
@@ -47,26 +46,23 @@ _SCALARS: Mapping[Any, tuple[str, str, str, str]] = {
 }
 """Description, plural, label and type in JSON Schema of each type with a single value."""
 
-_LARGEST = 2**63 - 1
-_UNREADABLE = re.compile("[\0\ud800-\udfff]")
-_REFUSED = object()
-
 
 class Mismatch(ValueError):
-    """A value that is not what its field wants.
+    """A value of another type than its field.
 
-    ``discreet`` is the message without the value, ``hint`` says how it was probably meant.
+    ``discreet`` is the message without the value, ``hint`` says how the value was probably meant.
     """
 
     def __init__(self, type_: FieldType, value: Any, expected: str = "") -> None:
         wanted = f"expected {expected or type_.description}"
+        self.value = value
         self.discreet = f"{wanted}, got something else, which is not shown"
         self.hint = _hint(type_, value)
         super().__init__(f"{wanted}, got {show(value)}")
 
 
 class UnsupportedType(TypeError):
-    """An annotation outside the closed set; ``part`` is what of it is not supported."""
+    """An annotation outside the closed set. ``part`` is the part of it that is not supported."""
 
     def __init__(self, part: Any) -> None:
         self.part = part
@@ -75,10 +71,10 @@ class UnsupportedType(TypeError):
 
 @frozen(eq=False)
 class FieldType:
-    """What a value of a field may be.
+    """The type of a field.
 
     ``description`` reads ``an integer >= 1 or null``, ``label`` reads ``integer >= 1 | null``. ``choices`` are the
-    texts that completion proposes. ``parts`` are the item of a list or of a mapping, and the alternatives of a union.
+    texts that completion offers. ``parts`` are the item of a list or of a mapping, and the alternatives of a union.
     """
 
     kind: Literal["scalar", "choice", "list", "mapping", "record", "union"]
@@ -92,20 +88,17 @@ class FieldType:
 
     @property
     def members(self) -> tuple[FieldType, ...]:
-        """The alternatives of a union, null included; another type is its own only one."""
+        """The alternatives of a union, null included; of another type, itself."""
         return self.parts if self.kind == "union" else (self,)
 
     @property
     def tables(self) -> tuple[type, ...]:
-        """The attrs classes in it."""
+        """The attrs classes that the type contains."""
         return (self.annotation,) if self.kind == "record" else tuple(t for part in self.parts for t in part.tables)
 
     @property
     def null_words(self) -> tuple[str, ...]:
-        """Text that means null.
-
-        In a choice of words "none" is left out, because somebody who writes a precision of "none" means "no".
-        """
+        """Text that means null. In a choice of words "none" is not: a precision of "none" is meant as "no"."""
         if not self.accepts(NoneType):
             return ()
         return NULL_WORDS[:1] if any(member.kind == "choice" for member in self.members) else NULL_WORDS
@@ -114,31 +107,9 @@ class FieldType:
         """Whether a type, such as ``str``, is among the alternatives."""
         return any(member.annotation is annotation for member in self.members)
 
-    def convert(self, value: Any) -> Any:
-        """The value as a field of a scalar or a choice gets it; Mismatch if it is no such value.
-
-        An integral float is an integer and an integer is a number; nothing else is converted.
-        """
-        result = self._exact(value)
-        if result is _REFUSED or not all(_BOUNDS[type(bound)][2](result, _limit(bound)) for bound in self.bounds):
-            raise Mismatch(self, value)
-        return result
-
-    def _exact(self, value: Any) -> Any:
-        kind = self.annotation
-        if self.kind == "choice":
-            same = (choice for choice in get_args(kind) if type(choice) is type(value) and choice == value)
-            return next(same, _REFUSED)
-        if kind not in (int, float):
-            if kind is str and isinstance(value, str) and _UNREADABLE.search(value):
-                raise Mismatch(self, value, "text without null characters and half surrogates")
-            return value if isinstance(value, kind) else _REFUSED
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return _REFUSED
-        if kind is float and isinstance(value, float):
-            return value if math.isfinite(value) else _REFUSED
-        is_whole = isinstance(value, int) or value.is_integer()
-        return kind(value) if is_whole and abs(value) <= _LARGEST else _REFUSED
+    def in_bounds(self, value: Any) -> bool:
+        """Whether a number is within all bounds."""
+        return all(_BOUNDS[type(bound)][2](value, _limit(bound)) for bound in self.bounds)
 
     def json_schema(self) -> dict[str, Any]:
         """The JSON Schema (draft-07) of its values."""
@@ -168,10 +139,10 @@ class FieldType:
 
 @frozen
 class LegacyDefault:
-    """The value that a new field has in runs that began without it: the one that keeps what they do.
+    """The value of a new field in runs that began before the field existed, which keeps their behaviour.
 
     ``Annotated[bool, Doc("..."), LegacyDefault(False)] = True``. Only a field whose default changes what a run does
-    needs the mark: without it the default is the value.
+    needs it. Without it such runs get the default.
     """
 
     value: Any
@@ -207,11 +178,11 @@ class FieldSpec:
 
 @cache
 def fields_of(cls: type) -> tuple[FieldSpec, ...]:
-    """The fields of an attrs class, in order; one of a type outside the closed set is a PluginError."""
+    """The fields of an attrs class, in order. A type outside the closed set is a PluginError."""
     hints = get_type_hints(cls, include_extras=True)
     specs = []
     for attribute in attrs.fields(cls):
-        if not (attribute.init and attribute.metadata.get("is_key", True)):
+        if not (attribute.init and is_key(attribute)):
             continue
         annotation = hints[attribute.name]
         try:
@@ -235,9 +206,9 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
 
 
 def parse_type(annotation: Any, bounds: tuple[Bound, ...] = ()) -> FieldType:
-    """The description of an annotation; UnsupportedType if it is outside the closed set.
+    """The type that an annotation describes; UnsupportedType if it is outside the closed set.
 
-    ``bounds``, and those of ``Annotated[T, bounds, Doc(...)]``, apply to the numbers of a union and to nothing else.
+    ``bounds``, and those of ``Annotated[T, bounds, Doc(...)]``, apply only to numbers, also to those of a union.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:

@@ -14,14 +14,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import attrs
 from attrs import frozen
 
-from gpt_simple.config.convert import converter, errors_of
+from gpt_simple.config.convert import convert
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
 
@@ -150,12 +149,11 @@ def read_manifest(directory: Path) -> Manifest:
             f"{file}: version {record.get('version')} of the format, this program reads {VERSION}",
             hint="prepare the data again",
         )
-    fields = {field.name: record.get(field.name) for field in attrs.fields(Manifest)}
-    try:
-        manifest = converter().structure(fields, Manifest)
-    except Exception as error:  # cattrs raises groups of many types
-        wrong = "; ".join(f"{path}: {single}" for path, single in islice(errors_of(error, ""), 3))
-        raise _damaged(directory, f"{file}: damaged ({wrong})") from error
+    manifest: Manifest
+    manifest, errors = convert(Manifest, {field.name: record.get(field.name) for field in attrs.fields(Manifest)})
+    if errors:
+        wrong = "; ".join(f"{path}: {error}" for path, error in errors[:3])
+        raise _damaged(directory, f"{file}: damaged ({wrong})")
     for name, split in manifest.splits.items():
         for total in ("documents", "tokens"):
             expected = getattr(split, total)

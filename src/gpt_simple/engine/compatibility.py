@@ -13,8 +13,8 @@ from typing import Any
 import attrs
 from attrs import evolve
 
+from gpt_simple.config.frozen import json_value
 from gpt_simple.config.redact import redacted
-from gpt_simple.config.render import plain
 from gpt_simple.config.schema import Config
 from gpt_simple.config.types import FieldType, fields_of
 from gpt_simple.spec import RunSpec
@@ -67,7 +67,7 @@ def _complete(saved: dict[str, Any], path: str, cls: type) -> None:
         if key in saved:
             saved[key] = _complete_items(saved[key], field.type)
         elif field.legacy_default is not attrs.NOTHING and not any(other.startswith(f"{key}.") for other in saved):
-            saved.update(_leaves(key, plain(field.legacy_default)))
+            saved.update(_leaves(key, json_value(field.legacy_default)))
 
 
 def _complete_items(value: Any, type_: FieldType) -> Any:
@@ -75,7 +75,7 @@ def _complete_items(value: Any, type_: FieldType) -> Any:
     for member in type_.members:
         if isinstance(value, list) and member.kind == "list" and member.parts[0].kind == "record":
             fields = [f for f in fields_of(member.parts[0].annotation) if f.legacy_default is not attrs.NOTHING]
-            return [{field.name: plain(field.legacy_default) for field in fields} | table for table in value]
+            return [{field.name: json_value(field.legacy_default) for field in fields} | table for table in value]
     return value
 
 

@@ -130,7 +130,8 @@ def _preflight(job: Job, data: Dataset, plan: ResumePlan) -> TimeBudget | None:
         time_budget = TimeBudget(job.runtime.deadline, first_save_bytes=3 * size)  # weights and two moments
     if (check_runtime := job.plugins.calls.check_runtime) is not None:
         found = check_runtime(model_view(job, data, plan, model), _preflight_of(job))
-        report([job.spec.shown(finding) for _, findings in found for finding in findings], job.plugins.log.warning)
+        findings = [job.spec.with_location(finding) for _, answers in found for finding in answers]
+        report(findings, job.plugins.log.warning)
     return time_budget
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, get_type_hints
 
 import attrs
@@ -184,15 +185,11 @@ def _table_mistakes(table: type, path: str, outer: tuple[type, ...] = ()) -> Ite
 
 def _default_problem(default: object, kind: Any) -> str:
     """Why a plain value cannot be the default of a field; empty if it can. Other values are not checked."""
-    from gpt_simple.config.convert import converter  # slow to import, and only active plugins need it
+    from gpt_simple.config.convert import convert  # slow to import, and only active plugins need it
 
     if default is None or isinstance(default, (bool, int, float, str)):
-        try:
-            converter().structure(default, kind)
-        except PluginError:
-            return ""  # an unsupported type in it is reported by itself
-        except ValueError as error:
-            return str(error)
+        with suppress(PluginError):  # a nested field of an unsupported type has a mistake of its own
+            return "; ".join(str(error) for _, error in convert(kind, default)[1])
     return ""
 
 
