@@ -130,13 +130,13 @@ def test_init_never_overwrites_by_itself(cli):
 
 def test_help_and_completion_know_every_field():
     plugins = builtin_configs()
-    text = option_help(plugins)
+    text = option_help()
     keys = [f"--{name}.{spec.name}" for name, cls in SECTIONS.items() for spec in fields_of(cls)]
     keys += [f"--plugins.{name}.{spec.name}" for name, cls in plugins.items() for spec in fields_of(cls)]
     assert all(f"  {key}  " in text or f"  {key}\n" in text for key in keys)
-    assert set(keys) <= {item.value for item in complete("--", plugins)}
-    assert [item.value for item in complete("--training.max_st", plugins)] == ["--training.max_steps"]
-    assert complete("train", plugins) == []
+    assert set(keys) <= {item.value for item in complete("--")}
+    assert [item.value for item in complete("--training.max_st")] == ["--training.max_steps"]
+    assert complete("train") == []
 
 
 def test_completion_survives_an_option_without_its_value():
