@@ -1,8 +1,4 @@
-"""The script ``gpt-simple``: finds commands by their entry points and sets the exit code.
-
-``--help`` lists the commands from package metadata; only the one that is invoked is imported. So another package's
-command is a command like any other, and a broken one breaks nothing but itself.
-"""
+"""The script ``gpt-simple``: runs a command and sets the exit code."""
 
 from __future__ import annotations
 
@@ -12,13 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
-
-import click
 
 from gpt_simple._names import PROGRAM, __version__
-from gpt_simple.errors import ExitCode, GptSimpleError, PluginError
-from gpt_simple.plugin_host.discovery import PluginRecord, commands, own_commands, summary, usable
+from gpt_simple.errors import ExitCode, GptSimpleError
 
 BEGAN = time.monotonic()
 """When the program began: what it imports later takes seconds."""
@@ -26,7 +18,11 @@ BEGAN = time.monotonic()
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of errors.ExitCode."""
-    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--version"]:  # without the imports of all that follows
+        print(f"{PROGRAM} {__version__}")
+        sys.exit(ExitCode.COMPLETED)
+    code = _run(given)
     if arguments is None:
         from gpt_simple.launch.signals import STOPPING
 
@@ -41,8 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    import click
+
+    from gpt_simple.cli.commands import program
+
     try:
-        outcome = _program.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+        outcome = program.main(arguments, prog_name=PROGRAM, standalone_mode=False)
     except GptSimpleError as error:
         if not error.silent:
             from gpt_simple.config.mistakes import printable
@@ -56,55 +56,3 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return int(ExitCode.FORCED)
     return int(outcome) if isinstance(outcome, int) else int(ExitCode.COMPLETED)
-
-
-class _Commands(click.Group):
-    """Commands by name from package metadata."""
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        return sorted(_installed_commands())
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        record = own_commands().get(name) or _installed_commands().get(name)
-        if record is None or record.entry_point is None:
-            return None
-        if record.origin == "builtin":
-            command: click.Command = record.entry_point.load()
-            return command
-        from gpt_simple.plugin_host.loading import load_record
-
-        foreign = load_record(record, "command")
-        if not isinstance(foreign, click.Command):
-            raise PluginError(f"command {record.label}: {record.value} is no click command")
-        return foreign
-
-    def resolve_command(
-        self, context: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name, *rest = args
-        command = self.get_command(context, name)
-        if command is None and not context.resilient_parsing:
-            names = self.list_commands(context)
-            message = f"There is no command {name!r}; expected one of {', '.join(names)}."
-            raise click.NoSuchCommand(name, message, names, context)
-        # The name as it was typed, since `run` and `train` are one command.
-        return name, command, rest
-
-    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary(record)) for name, record in sorted(_installed_commands().items())])
-
-
-@cache
-def _installed_commands() -> dict[str, PluginRecord]:
-    """The commands of all packages, by name. Finding them reads the metadata of everything that is installed."""
-    return usable(commands())
-
-
-@click.version_option(__version__, message="%(prog)s %(version)s", help="Print the version.")
-@click.group(
-    cls=_Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-def _program() -> None:
-    """Pretrain GPT-style language models: a small engine, everything else a plugin."""
