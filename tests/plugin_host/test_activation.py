@@ -10,7 +10,7 @@ import pytest
 import gpt_simple
 from gpt_simple import Config, DataConfig, ModelConfig, OptimizerConfig, PluginsConfig, TrainingConfig
 from gpt_simple.errors import ConfigError
-from gpt_simple.plugin_host.activation import Switches, Wishes, decide
+from gpt_simple.plugin_host.activation import PluginsTable, Switches, decide
 from gpt_simple.plugin_host.discovery import PluginRecord
 from tests.packages import PLUGIN, FakePackage
 from tests.tiny import TINY
@@ -30,7 +30,7 @@ def active(
     no_plugins: bool = False,
     is_set: Callable[[str], bool] = lambda key: False,
 ) -> dict[str, str]:
-    decisions = decide(RECORDS, Wishes.read(table or {}), is_set, Switches.parse(switches, no_plugins=no_plugins))
+    decisions = decide(RECORDS, PluginsTable.read(table or {}), is_set, Switches.parse(switches, no_plugins=no_plugins))
     return {name: decision.why for name, decision in decisions.items() if decision.active}
 
 
@@ -73,9 +73,9 @@ def test_a_field_can_switch_a_built_in_on_and_then_a_table_does_not() -> None:
 
 
 def test_all_unknown_names_are_told_with_their_places() -> None:
-    wishes = Wishes.read({"consle": {}, "disable": ["acm"], "require": ["nothing_like_it"]})
+    plugins = PluginsTable.read({"consle": {}, "disable": ["acm"], "require": ["nothing_like_it"]})
     with pytest.raises(ConfigError) as caught:
-        decide(RECORDS, wishes, lambda key: False, Switches.parse(["acne", "no:memry"]))
+        decide(RECORDS, plugins, lambda key: False, Switches.parse(["acne", "no:memry"]))
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("plugins.consle: no plugin 'consle' is installed; did you mean 'console'?")

@@ -10,7 +10,7 @@ from gpt_simple.cli.plugin_listing import HookRow, PluginRow, row_of
 from gpt_simple.config.load import RawConfig, read
 from gpt_simple.errors import ConfigError, PluginError
 from gpt_simple.hooks.specs import HOOKS, HookInfo, HookSpecs
-from gpt_simple.plugin_host.activation import Decision, Switches, Wishes, decide
+from gpt_simple.plugin_host.activation import Decision, PluginsTable, Switches, decide
 from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.plugin_host.lint import hooks_of
 from gpt_simple.plugin_host.loading import LoadedPlugin, load_file, load_plugin, ordered
@@ -26,7 +26,7 @@ def survey_run(config: str, switches: Switches) -> list[PluginRow]:
     records = usable(everything)
     files = dict(load_file(path) for path in switches.files)
     try:
-        decisions = decide(records, _wishes(raw), raw.is_set, switches, tuple(files))
+        decisions = decide(records, _plugins_table(raw), raw.is_set, switches, tuple(files))
     except ConfigError as error:
         error.replace_problems(map(raw.origins.locate, error.problems))
         raise
@@ -79,8 +79,8 @@ def _hook_row(info: HookInfo, plugins: Sequence[PluginRow] | None) -> HookRow:
     return HookRow(info.name, info.ranks, info.returns, event, summary_line, None if names is None else tuple(names))
 
 
-def _wishes(raw: RawConfig) -> Wishes:
+def _plugins_table(raw: RawConfig) -> PluginsTable:
     table = raw.values.get("plugins") or {}
     if not isinstance(table, Mapping):
         raise ConfigError("expected a table", key="plugins")
-    return Wishes.read(table)
+    return PluginsTable.read(table)

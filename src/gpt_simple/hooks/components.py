@@ -1,8 +1,7 @@
 """Replaceable parts, by name: model, optimizer, schedule, tokenizer, data source.
 
-A component is chosen in the configuration (``model.name = "gpt"``) and never by what happens to be installed.
-The built-in ones are given as ``module:attribute`` and imported when they are used, so that this module needs
-no torch.
+The configuration chooses a component (``model.name = "gpt"``); installing one changes nothing. Built-in components are
+given as ``module:attribute`` and imported when they are used, so this module needs no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 from attrs import evolve, field, frozen
@@ -24,7 +23,7 @@ from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
 
 Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source"]
 
-KINDS: tuple[Kind, ...] = ("model", "optimizer", "schedule", "tokenizer", "source")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 CONFIG_KEY: dict[Kind, str] = {
     "model": "model.name",
     "optimizer": "optimizer.name",
@@ -34,7 +33,7 @@ CONFIG_KEY: dict[Kind, str] = {
 }
 
 BUILTIN = "gpt-simple"
-"""The owner of the parts that are always there."""
+"""The owner of the built-in parts."""
 
 SECTION_FIELDS: dict[Kind, tuple[str, ...]] = {
     "model": ("name",),
@@ -44,10 +43,10 @@ SECTION_FIELDS: dict[Kind, tuple[str, ...]] = {
         *("document_mask", "val_fraction", "num_workers", "seed", "curriculum", "on_exhaustion"),
     ),
 }
-"""What the engine reads of the section that a kind may bring a class for; the class must have these fields."""
+"""The fields that the engine reads of a section. A component's own class for that section must have them."""
 
 SCHEDULE_FIELDS = ("learning_rate", "warmup_steps", "decay_steps", "min_lr_ratio")
-"""What the built-in schedules read of ``[optimizer]``: an optimizer's class must have them if one of these is used."""
+"""The fields that a built-in schedule reads of ``[optimizer]``: with one, an optimizer's own class must have them."""
 
 _BASE: dict[Kind, type] = {"model": ModelConfig, "optimizer": OptimizerConfig, "source": DataConfig}
 
@@ -69,7 +68,10 @@ class UnknownComponent(ConfigError):
 
 @frozen
 class Component:
-    """A named part: how it is built, the class that its section is structured into, and who brought it."""
+    """A named part: its factory, the class of its configuration section if it brings one, and its owner.
+
+    Raises PluginError for a class that the section of this kind cannot have.
+    """
 
     kind: Kind
     name: str
@@ -78,7 +80,6 @@ class Component:
     owner: str = BUILTIN
 
     def __attrs_post_init__(self) -> None:
-        """Refuse a class that the section of this kind cannot have, before anything is made of it."""
         if self.config is None:
             return
         if self.kind not in SECTION_FIELDS:
@@ -91,11 +92,11 @@ class Component:
 
     @property
     def key(self) -> str:
-        """The field that chooses it: ``model.name``."""
+        """The configuration field that chooses it: ``model.name``."""
         return CONFIG_KEY[self.kind]
 
     def require(self, fields: Sequence[str], reader: str) -> None:
-        """Raise PluginError unless the component's own class, if it brings one, has these fields."""
+        """Raise PluginError if the component's own class lacks one of these fields."""
         if self.config is None:
             return
         try:
@@ -109,7 +110,7 @@ class Component:
             )
 
     def load(self) -> Callable[..., Any]:
-        """The factory, imported now if it was given as ``module:attribute``."""
+        """The factory, imported now if it was given as ``module:attribute``. PluginError if that fails in a plugin."""
         if not isinstance(self.target, str):
             return self.target
         module, _, attribute = self.target.partition(":")
@@ -122,7 +123,7 @@ class Component:
         return factory
 
     def build(self, *arguments: Any, **named: Any) -> Any:
-        """The part itself. A defect in a plugin's factory is a PluginError that names it; a user's mistake passes."""
+        """The part itself. A defect in a plugin's factory is a PluginError that names it; a GptSimpleError passes."""
         factory = self.load()
         if self.owner == BUILTIN:
             return factory(*arguments, **named)
@@ -138,23 +139,21 @@ class Component:
 
     @property
     def label(self) -> str:
-        """``model 'bigram' of the plugin bigram (./bigram.py)``: who is to blame, in messages."""
+        """``model 'bigram' of the plugin bigram (./bigram.py)``: the component and its owner, for messages."""
         return f"{self.kind} {self.name!r} of the plugin {self.owner}"
 
     def _checked(self, rate: Callable[[int], Any]) -> Callable[[int], float]:
-        """The schedule, whose answer is a finite number or its plugin's defect."""
+        """The schedule as a function that raises PluginError unless ``rate`` returns a finite number."""
 
         def checked(step: int) -> float:
             try:
-                answer = rate(step)
+                value = rate(step)
             except Exception as error:
                 raise self._failure(f"gives no rate for step {step}", error) from error
             with suppress(TypeError):
-                if math.isfinite(answer):
-                    return float(answer)
-            raise PluginError(
-                f"{self.label} gives the rate {answer!r} for step {step}", hint="expected a finite number"
-            )
+                if math.isfinite(value):
+                    return float(value)
+            raise PluginError(f"{self.label} gives the rate {value!r} for step {step}", hint="expected a finite number")
 
         return checked
 
@@ -165,17 +164,22 @@ class Component:
 
 @frozen
 class Registry:
-    """The parts that a configuration can choose from."""
+    """The components that a configuration can choose from."""
 
     parts: dict[tuple[Kind, str], Component] = field(factory=dict)
     owner: str = BUILTIN
 
     def owned_by(self, owner: str) -> Registry:
-        """The same parts; what is added through the result belongs to ``owner``."""
+        """A view of the same registry that adds parts under the name of ``owner``."""
         return evolve(self, owner=owner)
 
     def add(self, kind: Kind, name: str, target: str | Callable[..., Any], *, config: type | None = None) -> None:
-        """Register a part. Two parts of one kind and name are an error that names both owners."""
+        """Register a part.
+
+        ``target`` is the factory or its ``module:attribute``; ``config`` is the frozen attrs class that the section of
+        this kind is structured into. Raises PluginError for an unknown kind, a class that the section cannot have, and
+        a name that is taken.
+        """
         if kind not in KINDS:
             raise PluginError(
                 f"{self.owner} registers a component of kind {kind!r}", hint=f"expected one of {', '.join(KINDS)}"
@@ -187,21 +191,21 @@ class Registry:
         self.parts[kind, name] = Component(kind, name, target, config, self.owner)
 
     def pair(self, optimizer: str, schedule: str) -> None:
-        """Raise PluginError if the optimizer's own class lacks what the schedule, a built-in one, reads of it."""
+        """Raise PluginError if the schedule is a built-in one and the optimizer's own class lacks a field it reads."""
         if self.get("schedule", schedule).owner == BUILTIN:
             self.get("optimizer", optimizer).require(SCHEDULE_FIELDS, f"the schedule {schedule!r}")
 
     def names(self, kind: Kind) -> list[str]:
-        """The names of a kind, sorted."""
+        """The names of the parts of a kind, sorted."""
         return sorted(name for part_kind, name in self.parts if part_kind == kind)
 
     def closest(self, kind: Kind, name: str) -> Component | None:
-        """The part that was probably meant by a name that none has."""
+        """The part with the most similar name, if one is similar."""
         close = difflib.get_close_matches(name, self.names(kind), 1)
         return self.parts[kind, close[0]] if close else None
 
     def get(self, kind: Kind, name: str, place: str = "") -> Component:
-        """The part, or a ConfigError with the names that exist; ``place`` is where the name was written."""
+        """The part. Raises a ConfigError that lists the known names; ``place`` is where the name was written."""
         if (part := self.parts.get((kind, name))) is not None:
             return part
         names, close = self.names(kind), self.closest(kind, name)

@@ -40,8 +40,8 @@ class HookInfo:
     """The facts of one hook.
 
     ``ranks``: ``all`` processes, the ``main`` one, or those that the ``plugin`` declares. ``event_name`` is None
-    where the hook does not take ``(run, event)``; ``arguments`` are the names that an implementation may take
-    after ``self``.
+    if the hook does not take ``(run, event)``. ``arguments`` are the names that an implementation may take after
+    ``self``. ``hot``: it is called in every step, where reading a tensor would make the host wait for the device.
     """
 
     name: str
@@ -50,6 +50,7 @@ class HookInfo:
     ranks: HookRanks
     returns: Returns
     order: Order
+    hot: bool = False
 
     @property
     def event(self) -> type | None:
@@ -66,14 +67,16 @@ HOOKS: dict[str, HookInfo] = {}
 """The catalogue, in the order in which a run first meets each hook."""
 
 
-def _hook(*, ranks: HookRanks = "plugin", returns: Returns = "none", order: Order = "forward") -> Callable[[F], F]:
-    """Put a hook into the catalogue; what it takes is read from its signature."""
+def _hook(
+    *, ranks: HookRanks = "plugin", returns: Returns = "none", order: Order = "forward", hot: bool = False
+) -> Callable[[F], F]:
+    """Put a hook into the catalogue; its arguments and its event are read from its signature."""
 
     def mark(function: F) -> F:
         name, annotations = function.__name__, function.__annotations__
         arguments = tuple(argument for argument in annotations if argument != "return")
         event = annotations["event"].removeprefix("events.") if "event" in annotations else None
-        HOOKS[name] = HookInfo(name, event, arguments, ranks, returns, order)
+        HOOKS[name] = HookInfo(name, event, arguments, ranks, returns, order, hot)
         return hookspec(function)
 
     return mark
@@ -161,7 +164,7 @@ class HookSpecs:
                 self.file = open(run.output_dir / self.config.path, "a")
         """
 
-    @_hook()
+    @_hook(hot=True)
     def on_step_start(self, run: Run, event: events.StepStart) -> None:
         """An optimizer step is about to be made.
 
@@ -172,7 +175,7 @@ class HookSpecs:
                 self.started = time.perf_counter()
         """
 
-    @_hook()
+    @_hook(hot=True)
     def on_batch(self, run: Run, event: events.BatchReady) -> None:
         """A micro-batch is on the device, before its forward. Hot: many calls a step.
 
@@ -183,7 +186,7 @@ class HookSpecs:
                 self.rows += event.batch.input_ids.shape[0]
         """
 
-    @_hook(ranks="all")
+    @_hook(ranks="all", hot=True)
     def on_gradients(self, run: Run, event: events.GradientsReady) -> None:
         """Gradients are reduced over processes and unscaled; clipping and the optimizer come next.
 
@@ -195,7 +198,7 @@ class HookSpecs:
                 run.control.skip_step(total > self.config.limit)
         """
 
-    @_hook()
+    @_hook(hot=True)
     def on_step_end(self, run: Run, event: events.StepEnd) -> None:
         """The step is made and its position in the data is committed. Wishes put here are voted on at once.
 

@@ -1,13 +1,13 @@
 """Which plugins a run has, and why. Installed is not active.
 
-Later wins: on by default < a table ``[plugins.NAME]`` < ``[plugins] disable`` < ``--no-plugins`` (which
-leaves the built-in ones) < ``-p``. Nothing is imported here; every mistake in the names is reported at once.
+Later wins: on by default < a table ``[plugins.NAME]`` < ``[plugins] disable`` < ``--no-plugins`` (which leaves the
+built-in ones) < ``-p``. Nothing is imported here. All mistakes in the names are reported at once.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -19,7 +19,7 @@ from gpt_simple.plugin_host.discovery import DEFAULT_ON, ENABLED_BY, RESERVED, P
 
 @frozen
 class Switches:
-    """What was said about plugins on the command line."""
+    """The options about plugins on the command line."""
 
     enable: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
@@ -27,12 +27,11 @@ class Switches:
 
     @classmethod
     def parse(cls, values: Iterable[str], *, no_plugins: bool = False) -> Switches:
-        """From the values of ``-p``: ``NAME``, ``no:NAME``, ``./file.py``. The last word on a name counts."""
+        """From the values of ``-p``: ``NAME``, ``no:NAME``, ``./file.py``. The last value for a name counts."""
         state: dict[str, bool] = {}
         for value in values:
-            off = value.startswith("no:")
             state.pop(name := value.removeprefix("no:"), None)
-            state[name] = not off
+            state[name] = name == value
         return cls(
             tuple(name for name, on in state.items() if on),
             tuple(name for name, on in state.items() if not on),
@@ -41,13 +40,13 @@ class Switches:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The enabled ones that are files."""
+        """The enabled plugins that are files."""
         return tuple(name for name in self.enable if is_file(name))
 
 
 @frozen
 class Decision:
-    """Whether one plugin is active, and because of what."""
+    """Whether one plugin is active, and the setting that decides it."""
 
     name: str
     active: bool
@@ -55,16 +54,17 @@ class Decision:
 
 
 @frozen
-class Wishes:
-    """What the ``[plugins]`` table says, read leniently: its types are checked when it is structured."""
+class PluginsTable:
+    """The ``[plugins]`` table, read leniently: its types are checked when it is structured."""
 
     disable: tuple[str, ...] = ()
     require: tuple[str, ...] = ()
     strict: bool = False
     tables: tuple[str, ...] = ()
+    """The plugins that have a table of their own in it."""
 
     @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> Wishes:
+    def read(cls, raw: Mapping[str, Any]) -> PluginsTable:
         return cls(
             _names(raw.get("disable")),
             _names(raw.get("require")),
@@ -74,38 +74,28 @@ class Wishes:
 
 
 def is_file(value: str) -> bool:
-    """``-p ./file.py`` as opposed to ``-p name``."""
+    """Whether a value of ``-p`` is the path of a file and not a name."""
     return value.endswith(".py") or "/" in value
 
 
 def decide(
     records: Mapping[str, PluginRecord],
-    wishes: Wishes,
+    table: PluginsTable,
     is_set: Callable[[str], bool],
     switches: Switches,
-    given: Sequence[str] = (),
+    given: Collection[str] = (),
     errors: list[GptSimpleError] | None = None,
 ) -> dict[str, Decision]:
-    """A decision for every known plugin, sorted by name. ``given``: names of passed classes and files, always
-    known.
+    """A decision for every known plugin, sorted by name. ``given``: the names of passed classes and files.
 
-    Names that do not exist and a required plugin that is off are the problems of one ConfigError: raised, or put into
-    ``errors`` if there is such a list.
+    Unknown names and required plugins that are off are the problems of one ConfigError. It is raised, or appended to
+    ``errors`` if that is a list.
     """
-    known = {*records, *given}
-    decisions = {name: _decide(name, records.get(name), wishes, is_set, switches, given) for name in sorted(known)}
-    mistakes = list(_unknown_names(known, wishes, switches))
-    mistakes += [
-        Problem(
-            None,
-            "plugins.require",
-            f"plugin {name!r} is required but not active ({decisions[name].why}): {_remedy(decisions[name])}",
-        )
-        for name in wishes.require
-        if name in decisions and not decisions[name].active
-    ]
-    if mistakes:
-        error = ConfigError(*mistakes)
+    known = sorted({*records, *given})
+    decisions = {name: _decide(name, records.get(name), table, is_set, switches, name in given) for name in known}
+    problems = [*_unknown_names(known, table, switches), *_missing_requirements(decisions, table)]
+    if problems:
+        error = ConfigError(*problems)
         if errors is None:
             raise error
         errors.append(error)
@@ -115,31 +105,38 @@ def decide(
 def _decide(
     name: str,
     record: PluginRecord | None,
-    wishes: Wishes,
+    table: PluginsTable,
     is_set: Callable[[str], bool],
     switches: Switches,
-    given: Sequence[str],
+    is_given: bool,
 ) -> Decision:
     builtin = record is not None and record.origin == "builtin"
     decision = Decision(name, False, "not asked for")
-    if name in given:
+    if is_given:
         decision = Decision(name, True, "passed")
     elif builtin and name in ENABLED_BY:
         switched_on = is_set(ENABLED_BY[name])
         decision = Decision(name, switched_on, ENABLED_BY[name] if switched_on else f"{ENABLED_BY[name]} is unset")
-    elif name in wishes.tables:
+    elif name in table.tables:
         decision = Decision(name, True, f"[plugins.{name}]")
     elif builtin and name in DEFAULT_ON:
         decision = Decision(name, True, "default")
-    if name in wishes.disable:
+    if name in table.disable:
         decision = Decision(name, False, "plugins.disable")
-    if switches.no_plugins and not builtin and name not in given:
+    if switches.no_plugins and not builtin and not is_given:
         decision = Decision(name, False, "--no-plugins")
     if name in switches.enable:
         decision = Decision(name, True, "-p")
     if name in switches.disable:
         decision = Decision(name, False, f"-p no:{name}")
     return decision
+
+
+def _missing_requirements(decisions: Mapping[str, Decision], table: PluginsTable) -> Iterator[Problem]:
+    for name in table.require:
+        if name in decisions and not decisions[name].active:
+            message = f"plugin {name!r} is required but not active ({decisions[name].why}): {_remedy(decisions[name])}"
+            yield Problem(None, "plugins.require", message)
 
 
 def _remedy(decision: Decision) -> str:
@@ -154,15 +151,15 @@ def _remedy(decision: Decision) -> str:
     return f"{remedies.get(why) or f'set {ENABLED_BY[name]}'}, or add -p {name}"
 
 
-def _unknown_names(known: set[str], wishes: Wishes, switches: Switches) -> Iterable[Problem]:
-    places: list[tuple[str, str | None, str]] = [(name, None, f"plugins.{name}") for name in wishes.tables]
-    places += [(name, None, "plugins.disable") for name in wishes.disable]
-    places += [(name, None, "plugins.require") for name in wishes.require]
+def _unknown_names(known: Sequence[str], table: PluginsTable, switches: Switches) -> Iterator[Problem]:
+    places: list[tuple[str, str | None, str]] = [(name, None, f"plugins.{name}") for name in table.tables]
+    places += [(name, None, "plugins.disable") for name in table.disable]
+    places += [(name, None, "plugins.require") for name in table.require]
     places += [(name, f"-p {name}", "") for name in switches.enable if not is_file(name)]
     places += [(name, f"-p no:{name}", "") for name in switches.disable]
     for name, location, key in places:
         if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), 1)
+            close = difflib.get_close_matches(name, known, 1)
             message, all_of_them = f"no plugin {name!r} is installed", f"(`{PROGRAM} plugins list` shows them all)"
             hint = f"did you mean {close[0]!r}? {all_of_them}" if close else ""
             yield Problem(location, key, message if close else f"{message} {all_of_them}", hint)

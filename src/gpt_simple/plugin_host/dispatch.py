@@ -1,7 +1,7 @@
 """Calling plugins: one caller per hook, with attribution, timing, result checks and the failure policy.
 
-pluggy validates and keeps the implementations; the calls are made here. A call costs about half of pluggy's and follows
-the declared order. A hook that nobody implements is None, so its event need not even be built.
+pluggy keeps and validates the implementations; this module calls them. A call costs about half of pluggy's and follows
+the declared order. A hook without implementations is None, so that its event is not built.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ OnFailure = Callable[[LoadedPlugin, str, PluginError], None]
 T = TypeVar("T")
 
 DISPATCHED = tuple(name for name in HOOKS if name not in ("register_components", "check_config"))
-"""Hooks of a running engine; the other two are called by the host itself, before there is one."""
+"""The hooks that the engine calls. The host calls the other two itself, before there is an engine."""
 
 
 class LeftChanged(Exception):
-    """A hook or method returned with another state of the process than it was called with."""
+    """A hook or method returned with the state of the process changed."""
 
 
 @frozen
 class Guard:
-    """State of the process that every plugin must leave as it found it; ``engine/process_state.py`` has torch's.
+    """State of the process that every plugin must leave unchanged; ``engine/process_state.py`` has torch's.
 
-    ``state(run)`` is the state now, something to compare; ``run`` is None in a plain method. ``restore(run, before)``
-    restores what has changed and describes it; empty if nothing has.
+    ``state(run)`` returns the current state, to be compared; ``run`` is None in a plain method.
+    ``restore(run, before)`` restores the state and returns a description of what was changed, empty if nothing was.
     """
 
     state: Callable[[Any], Any] = lambda run: None
     restore: Callable[[Any, Any], str] = lambda run, before: ""
 
     def call(self, work: Callable[[], T]) -> T:
-        """``work()``, which raises LeftChanged after restoring what it left changed."""
+        """Return ``work()``. Raises LeftChanged if that changed the state; the state is restored in any case."""
         before = self.state(None)
         try:
             result = work()
@@ -63,56 +63,32 @@ class Guard:
         return result
 
     def refuse(self, run: Any, before: Any) -> NoReturn:
-        """Restore the state, and raise LeftChanged with what had changed."""
+        """Restore the state and raise LeftChanged, which says what was changed."""
         raise LeftChanged(f"the process was left with {self.restore(run, before)}: put back what is changed")
-
-
-@frozen
-class Policy:
-    """What happens when a hook fails, on this process.
-
-    ``alone``: there is no other process that could be waiting for this one in a collective. ``strict``: every
-    failure ends the run.
-    """
-
-    on_failure: OnFailure
-    alone: bool = True
-    strict: bool = False
-
-    def disables(self, plugin: LoadedPlugin, hook: str) -> bool:
-        """Whether a failure in this hook or plain method switches the plugin off; otherwise it ends the run.
-
-        A hook that all processes run may meet in a collective: there a process that drops out would leave the
-        others waiting, so with several processes the run ends whatever the plugin prefers.
-        """
-        if self.strict or plugin.on_error == "abort":
-            return False
-        return self.alone or hook not in HOOKS or HOOKS[hook].ranks != "all"
 
 
 @define(eq=False)
 class HookCaller:
     """One hook on this process: calls its implementations in order and charges each with its time and its failures.
 
-    Whoever keeps ``call`` sees that a plugin was dropped: ``impls`` is then another tuple.
+    Dropping a plugin replaces ``impls``, so a kept ``call`` no longer reaches that plugin.
     """
 
     info: HookInfo
     impls: tuple[Impl, ...]
     guard: Guard
     fail: Callable[[LoadedPlugin, str, object, BaseException], PluginError]
-    answers: bool = field(init=False)
+    returns_results: bool = field(init=False)
     ends_run: bool = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.answers = self.info.returns != "none"
+        self.returns_results = self.info.returns != "none"
         self.ends_run = self.info.order == "reverse"
 
     def call(self, run: Any, event: Any) -> Any:
-        """``[(plugin, result), ...]`` with checked types; the failures of a hook that ends a run; else None.
+        """``[(plugin, result), ...]`` with checked types; the failures if the hook ends a run; else None.
 
-        Called in every step. What one plugin leaves is what the next one finds: one look at the state and one at the
-        clock serve both.
+        Called in every step. The state and the time after one plugin are those before the next, so each is read once.
         """
         state = self.guard.state
         outcomes: list[Any] = []
@@ -122,7 +98,7 @@ class HookCaller:
                 result = implementation(run, event)
                 if state(run) != before:
                     self.guard.refuse(run, before)
-                if result is not None or self.answers:
+                if result is not None or self.returns_results:
                     outcomes.append((plugin.name, checked(self.info, result)))
             except BaseException as error:
                 self.guard.restore(run, before)
@@ -135,21 +111,25 @@ class HookCaller:
             plugin.seconds += end - start
             start = end
         if self.ends_run:
-            self.impls = ()  # it is called once
+            self.impls = ()  # called once only
             return outcomes
-        return outcomes if self.answers else None
+        return outcomes if self.returns_results else None
 
 
 @define(eq=False)
 class Calls:
-    """The hooks on this process. An attribute is None when nobody listens, else a callable ``(run, event)``.
+    """The hooks on this process. An attribute is None if no plugin listens, else a callable ``(run, event)``.
 
-    Notifying hooks return None. The others return ``[(plugin, result), ...]`` in call order, with checked
-    types. ``on_run_error`` and ``on_close`` call everybody and return what failed, as PluginErrors, instead
-    of raising.
+    Notifying hooks return None. The others return ``[(plugin, result), ...]`` in call order, with checked types.
+    ``on_run_error`` and ``on_close`` call every plugin and return the failures as PluginErrors.
+
+    ``on_failure`` is called for each plugin that is switched off. ``alone``: there is one process, so no other can wait
+    for this one in a collective. ``strict``: every failure ends the run.
     """
 
-    policy: Policy
+    on_failure: OnFailure
+    alone: bool = True
+    strict: bool = False
     guard: Guard = field(factory=Guard)
     _callers: dict[str, HookCaller] = field(factory=dict)
     check_runtime: Callable[[Run, Preflight], Findings] | None = None
@@ -172,36 +152,45 @@ class Calls:
     on_close: Callable[[Run, events.Close], list[PluginError]] | None = None
 
     def listen(self, hook: str, impls: Sequence[Impl]) -> None:
-        """Make the caller of one hook; implementations come in plugin order."""
+        """Make the caller of one hook; ``impls`` are in plugin order."""
         info = HOOKS[hook]
         ordered = tuple(reversed(impls)) if info.order == "reverse" else tuple(impls)
         self._callers[hook] = HookCaller(info, ordered, self.guard, self.fail)
         self._publish(hook)
 
     def disable(self, name: str) -> None:
-        """Switch a plugin off in every hook but ``on_close``: what a vote of all processes ends in."""
+        """Switch a plugin off in every hook but ``on_close``, once all processes have agreed to that."""
         for hook in self._callers:
             self._drop(hook, name)
 
     def fail(self, plugin: LoadedPlugin, hook: str, event: object, error: BaseException) -> PluginError:
-        """Apply the policy to a failure: switch the plugin off and go on, or raise what ends the run."""
+        """Apply the policy to a failure in a hook or plain method: switch the plugin off or raise."""
         failure = plugin.failure(hook, error, getattr(event, "step", None))
         if hook in HOOKS and HOOKS[hook].order == "reverse":
             return failure  # the run ends anyway
         if failure is error:
-            raise error  # another plugin's, called from this hook, that was to end the run
-        if not self.policy.disables(plugin, hook):
+            raise error  # of another plugin, which this hook called: it already ends the run
+        if not self._disables(plugin, hook):
             if isinstance(error, GptSimpleError) and not isinstance(error, PluginError):
                 raise error
             raise failure from error
         plugin.failed = True
         for name in self._callers:
-            # Where other processes may be waiting the plugin goes on until all of them have agreed
-            # (``disable``).
-            if self.policy.alone or HOOKS[name].ranks != "all":
+            if self._can_drop_out(name):
                 self._drop(name, plugin.name)
-        self.policy.on_failure(plugin, hook, failure)
+        self.on_failure(plugin, hook, failure)
         return failure
+
+    def _disables(self, plugin: LoadedPlugin, hook: str) -> bool:
+        """Whether a failure in this hook or plain method switches the plugin off; otherwise it ends the run."""
+        return not self.strict and plugin.on_error == "disable" and self._can_drop_out(hook)
+
+    def _can_drop_out(self, hook: str) -> bool:
+        """Whether this process may skip the plugin alone. In a hook of all processes others may wait in a collective.
+
+        There the plugin stays until all processes have agreed (``disable``), and its failure ends the run.
+        """
+        return self.alone or hook not in HOOKS or HOOKS[hook].ranks != "all"
 
     def _drop(self, hook: str, name: str) -> None:
         if hook != "on_close":
@@ -215,7 +204,7 @@ class Calls:
 
 
 def checked(info: HookInfo, result: Any) -> Any:
-    """The result of a hook, or a PluginError when it is not what the hook promises."""
+    """The result of a hook. Raises PluginError if it is not of the type that the hook returns."""
     if info.returns == "metrics":
         if isinstance(result, Mapping) and all(
             isinstance(name, str)
@@ -241,7 +230,7 @@ def checked(info: HookInfo, result: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    """A number, or a tensor with one; told by its attributes, because torch is not imported here."""
+    """A number or a 0-d tensor, recognised by its attributes because this module does not import torch."""
     if isinstance(value, Real):
         return True
     return getattr(value, "ndim", None) == 0 and hasattr(value, "detach") and not getattr(value, "is_meta", False)

@@ -1,7 +1,7 @@
 """The plugin host: from the ``[plugins]`` table to a table of calls.
 
-``activate`` decides, imports and lints; ``instantiate`` makes the plugins once their configuration is
-structured; ``calls`` compiles the hooks for one process. The engine sees nothing of plugins but this.
+``activate`` decides, imports and lints; ``instantiate`` makes the plugins once their configuration is structured;
+``calls`` compiles the hooks for one process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gpt_simple.errors import GptSimpleError, PluginError, collecting, raise_all
 from gpt_simple.hooks.components import Registry
 from gpt_simple.hooks.results import Finding
 from gpt_simple.hooks.specs import HOOKS, PROJECT, HookSpecs
-from gpt_simple.plugin_host.activation import Decision, Switches, Wishes, decide
+from gpt_simple.plugin_host.activation import Decision, PluginsTable, Switches, decide
 from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.plugin_host.dispatch import (
     DISPATCHED,
@@ -29,7 +29,6 @@ from gpt_simple.plugin_host.dispatch import (
     Impl,
     Implementation,
     OnFailure,
-    Policy,
     checked,
 )
 from gpt_simple.plugin_host.loading import (
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
 
 
 class _Manager(PluginManager):
-    """pluggy looks at every attribute of a plugin, one by one; only those with the name of a hook can be one."""
+    """pluggy inspects every attribute of a plugin; only one with the name of a hook can be a hook."""
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> HookimplOpts | None:
         return super().parse_hookimpl_opts(plugin, name) if name in HOOKS else None
@@ -64,15 +63,17 @@ class PluginHost:
 
     plugins: tuple[LoadedPlugin, ...]
     decisions: Mapping[str, Decision]
-    validated: Mapping[str, type]
-    """Config classes of plugins that are off but have a table, which is checked all the same."""
+    failures: Mapping[str, GptSimpleError]
+    """The error of each active plugin that could not be loaded."""
+    inactive_configs: Mapping[str, type]
+    """Config classes of plugins that are off but have a table, which is validated all the same."""
     notes: tuple[str, ...] = ()
-    """Sentences worth a warning, for instance a disabled plugin that could not be imported."""
+    """Warnings, such as a disabled plugin that could not be imported."""
     broken: tuple[str, ...] = ()
     """A sentence for each installed plugin that cannot be used."""
     strict: bool = False
     guard: Guard = field(factory=Guard)
-    """Looks after every hook and plain method of a plugin; what it finds counts as the plugin's failure."""
+    """Checks the state of the process after every hook and plain method; a change is the plugin's failure."""
     wrap: Callable[[Implementation], Implementation] | None = None
     """Put around every implementation of a hook of a run, for tests."""
     _manager: PluginManager = field(init=False)
@@ -95,38 +96,43 @@ class PluginHost:
     ) -> PluginHost:
         """Decide which plugins are on, import exactly those and check them.
 
-        ``raw_plugins`` is the ``[plugins]`` table as it was read; ``set_keys`` tells whether a dotted key of
-        the configuration has a value; ``extra`` are classes or instances from Python, named like their class
-        in lower case. Names that do not exist are a ConfigError, each mistake of a plugin that the run uses is a
-        problem of a PluginError: raised, or put into ``errors`` if there is such a list; the host then has the other
-        plugins.
+        ``raw_plugins`` is the ``[plugins]`` table as it was read; ``set_keys`` returns whether a dotted key of the
+        configuration has a value; ``extra`` are classes or instances from Python, named like their class in lower
+        case. Unknown names are a ConfigError, each mistake of an active plugin is a problem of a PluginError. They are
+        raised, or appended to ``errors`` if that is a list; the host then has the other plugins.
         """
         found: list[GptSimpleError] = []
         switches = switches or Switches()
         everything = installed()
         records = usable(everything)
-        wishes = Wishes.read(raw_plugins)
-        given = name_passed(extra, records, wishes.tables)
+        table = PluginsTable.read(raw_plugins)
+        given = name_passed(extra, records, table.tables)
         for path in switches.files:
             with collecting(found):
                 given.update([load_file(path)])
         broken_files = {Path(path).stem for path in switches.files} - given.keys()
-        decisions = decide(records, wishes, set_keys, switches, (*given, *broken_files), found)
+        decisions = decide(records, table, set_keys, switches, {*given, *broken_files}, found)
         loaded: list[LoadedPlugin] = []
-        validated: dict[str, type] = {}
+        failures: dict[str, GptSimpleError] = {}
+        inactive_configs: dict[str, type] = {}
         notes: list[str] = []
         for name, decision in decisions.items():
-            record = records.get(name)
-            if name in broken_files:
+            has_table = name in table.tables and decision.why != "--no-plugins"
+            if name in broken_files or not (decision.active or has_table):
                 continue
-            if decision.active:
-                with collecting(found):
-                    loaded.append(load_plugin(name, given.get(name), record, decision.why))
-            elif name in wishes.tables and decision.why != "--no-plugins":
-                problems: list[GptSimpleError] = []
-                with collecting(problems):
-                    validated[name] = load_plugin(name, given.get(name), record, decision.why).cls.Config
-                notes += [f"[plugins.{name}] is off and was not checked: {problem}" for problem in problems]
+            try:
+                plugin = load_plugin(name, given.get(name), records.get(name), decision.why)
+            except GptSimpleError as error:
+                if decision.active:
+                    failures[name] = error
+                else:
+                    notes.append(f"[plugins.{name}] is off and was not checked: {error}")
+            else:
+                if decision.active:
+                    loaded.append(plugin)
+                else:
+                    inactive_configs[name] = plugin.cls.Config
+        found += failures.values()
         with collecting(found):
             loaded = ordered(loaded)
         if errors is None:
@@ -134,21 +140,21 @@ class PluginHost:
         else:
             errors += found
         broken = tuple(record.detail for record in everything if record.problem)
-        return cls(tuple(loaded), decisions, validated, tuple(notes), broken, wishes.strict)
+        return cls(tuple(loaded), decisions, failures, inactive_configs, tuple(notes), broken, table.strict)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The plugins' names in call order, but the built-in ones first."""
-        strangers_last = sorted(self.plugins, key=lambda plugin: plugin.distribution != DISTRIBUTION)
-        return tuple(plugin.name for plugin in strangers_last)
+        builtin_first = sorted(self.plugins, key=lambda plugin: plugin.distribution != DISTRIBUTION)
+        return tuple(plugin.name for plugin in builtin_first)
 
     def config_classes(self) -> dict[str, type]:
-        """Plugin -> its config class, for all whose table is to be structured."""
+        """Plugin -> its config class, for every table that is to be structured."""
         active = {plugin.name: plugin.cls.Config for plugin in self.plugins if plugin.instance is None}
-        return {**self.validated, **active}
+        return {**self.inactive_configs, **active}
 
     def register_components(self, registry: Registry) -> None:
-        """Let every plugin add its parts, each under its own name as owner. Raises the errors of all of them."""
+        """Let every plugin add its parts, with itself as their owner. Raises the errors of all plugins."""
         errors: list[GptSimpleError] = []
         for plugin in self.plugins:
             with collecting(errors):
@@ -156,9 +162,9 @@ class PluginHost:
         raise_all(errors)
 
     def instantiate(self, config: Config) -> None:
-        """Make every plugin with its own configuration; pluggy keeps it and checks it against the specs.
+        """Make every plugin with its own configuration; pluggy checks it against the specs.
 
-        Raises the errors of all of them.
+        Raises the errors of all plugins.
         """
         errors: list[GptSimpleError] = []
         for plugin in self.plugins:
@@ -177,12 +183,12 @@ class PluginHost:
             raise plugin.failure("__init__", error) from error
 
     def check_config(self, config: Config, preflight: Preflight) -> list[Finding]:
-        """The findings of all plugins; one without a place is put at its plugin's table. A failure is a finding."""
+        """The findings of all plugins; one without a place gets its plugin's table. A failure is a finding."""
         findings: list[Finding] = []
         for implementation, plugin in self._impls("check_config"):
             try:
-                answer = self.guard.call(partial(implementation, config, preflight))
-                found = checked(HOOKS["check_config"], answer)
+                result = self.guard.call(partial(implementation, config, preflight))
+                found = checked(HOOKS["check_config"], result)
             except FAILURES as error:
                 failure = plugin.failure("check_config", error)
                 findings += Finding.of_error(failure, "plugin-failed")
@@ -193,7 +199,7 @@ class PluginHost:
     def calls(self, is_main: bool, on_failure: OnFailure, *, world_size: int = 1, guard: Guard | None = None) -> Calls:
         """Compile the hooks for this process. ``on_failure`` is called for each plugin that is switched off."""
         self.guard = guard or self.guard
-        calls = Calls(Policy(on_failure, alone=world_size == 1, strict=self.strict), self.guard)
+        calls = Calls(on_failure, alone=world_size == 1, strict=self.strict, guard=self.guard)
         for hook in DISPATCHED:
             impls = self._impls(hook)
             calls.listen(hook, [impl for impl in impls if is_main or _runs_everywhere(hook, impl[1])])
@@ -202,27 +208,27 @@ class PluginHost:
 
     def order_hash(self) -> str:
         """A short hash of which plugins run, of which version, in which order; the same on all processes."""
-        import hashlib  # nothing but a run asks, and it loads OpenSSL
+        import hashlib  # only here, because it loads OpenSSL and only a run needs it
 
         lines = [f"{p.name} {p.distribution} {p.version} {p.cls.__qualname__}" for p in self.plugins]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """What plugins say for the summary, by name, without those that say nothing or were switched off."""
+        """The plugins' facts for the summary, by name, without plugins that have none or were switched off."""
         facts = {plugin.name: self._guarded(plugin, "describe", partial(_described, plugin)) for plugin in self.plugins}
         return {name: value for name, value in facts.items() if value}
 
     def state(self) -> tuple[dict[str, Record], dict[str, torch.Tensor]]:
         """The state of all plugins for a checkpoint: JSON by plugin, and tensors by ``plugin/path``.
 
-        Records that were loaded for a plugin that is not here are carried forward.
+        Records that were loaded for a missing plugin are carried forward.
         """
         return self._states.save(self.plugins, self._guarded)
 
     def load_state(
         self, records: Mapping[str, Record], tensors: Mapping[str, torch.Tensor], *, is_main: bool = True
     ) -> None:
-        """Hand stored state back to its owners here; CheckpointError if a required one is missing."""
+        """Hand stored state back to its owners. Raises CheckpointError if a required plugin is missing."""
         self._states.load(self.plugins, records, tensors, is_main, self.guard)
 
     def _impls(self, hook: str) -> list[Impl]:
@@ -233,7 +239,7 @@ class PluginHost:
         return [(taking_all(wrap(impl.function), impl.argnames, arguments), plugin) for impl, plugin in here]
 
     def _guarded(self, plugin: LoadedPlugin, method: str, call: Callable[[], Any]) -> Any:
-        """A plain method under the failure policy; None from a plugin that is off."""
+        """Call a plain method under the failure policy; None from a plugin that was switched off."""
         if plugin.failed:
             return None
         try:
@@ -246,7 +252,7 @@ class PluginHost:
 
 
 def _described(plugin: LoadedPlugin) -> Mapping[str, Any]:
-    """What a plugin says of itself, which must be something that can be written down."""
+    """What ``describe`` returns, which must be a mapping that JSON can hold."""
     facts = plugin.active.describe()
     if not isinstance(facts, Mapping):
         raise PluginError(f"it returned a {type(facts).__name__}; expected a mapping")

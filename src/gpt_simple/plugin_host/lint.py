@@ -1,44 +1,46 @@
-"""Every mistake of a plugin class at once, in the author's terms, before anything of it runs.
+"""All mistakes of a plugin class at once, in the author's terms, before any of its code runs.
 
-pluggy is silent about a misspelt hook, a forgotten decorator or a class where an instance belongs, and what
-it passes to an argument with a default differs between its versions. None of that should cost an author an
-evening.
+pluggy does not report a misspelt hook, a forgotten decorator or a class in the place of an instance, and its versions
+differ in what they pass to an argument with a default.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_type_hints
 
 import attrs
 
 from gpt_simple.config.types import UnsupportedType, parse_type
-from gpt_simple.errors import PluginError
+from gpt_simple.errors import PluginError, Problem
 from gpt_simple.hooks.plugin import Plugin
 from gpt_simple.hooks.specs import HOOKS, PROJECT
 
 MARK = f"{PROJECT}_impl"
-"""Where ``@hookimpl`` leaves its options."""
+"""The attribute in which ``@hookimpl`` keeps its options."""
 
 PLAIN_METHODS = frozenset({"describe", "load_state_dict", "state_dict"})
 FORBIDDEN_OPTIONS = ("wrapper", "hookwrapper", "tryfirst", "trylast", "specname")
 CLASS_HOOKS = frozenset({"register_components"})
+SUPPORTED_TYPES = (
+    "supported are bool, int, float, str, Literal, X | None, tuple[X, ...], Mapping[str, X] and frozen attrs classes"
+)
 
 
-def lint(cls: object, *, made: bool = False) -> list[str]:
-    """All mistakes, one sentence each; an empty list means that the class keeps the contract.
+def lint(cls: object, *, has_instance: bool = False) -> list[Problem]:
+    """All mistakes; an empty list means that the class keeps the contract.
 
-    ``made``: somebody has made the instance already, so its ``__init__`` may take what it likes.
+    ``has_instance``: the plugin was passed as an instance, so its ``__init__`` may take any arguments.
     """
     if not isinstance(cls, type):
-        kind = type(cls).__name__
-        hint = "name the class, not an instance of it" if isinstance(cls, Plugin) else f"found a {kind}"
-        return [f"expected a subclass of gpt_simple.Plugin; {hint}"]
+        is_plugin = isinstance(cls, Plugin)
+        hint = "name the class, not an instance of it" if is_plugin else f"found a {type(cls).__name__}"
+        return [_problem("expected a subclass of gpt_simple.Plugin", hint)]
     if not issubclass(cls, Plugin):
-        return [f"{cls.__name__} is not a subclass of gpt_simple.Plugin"]
-    return [*_hook_mistakes(cls), *_class_mistakes(cls, made), *_config_mistakes(cls)]
+        return [_problem(f"{cls.__name__} is not a subclass of gpt_simple.Plugin")]
+    return [*_hook_mistakes(cls), *_class_mistakes(cls, has_instance), *_config_mistakes(cls)]
 
 
 def hooks_of(cls: type) -> list[str]:
@@ -46,7 +48,7 @@ def hooks_of(cls: type) -> list[str]:
     return [name for name in HOOKS if _options(inspect.getattr_static(cls, name, None)) is not None]
 
 
-def _hook_mistakes(cls: type) -> Iterator[str]:
+def _hook_mistakes(cls: type) -> Iterator[Problem]:
     names = dict.fromkeys(name for owner in cls.__mro__ if owner not in Plugin.__mro__ for name in vars(owner))
     for name in names:
         member = inspect.getattr_static(cls, name)
@@ -54,20 +56,20 @@ def _hook_mistakes(cls: type) -> Iterator[str]:
         if options is None:
             if name in HOOKS:
                 how = "write @hookimpl above it" if callable(getattr(cls, name)) else "make it a method with @hookimpl"
-                yield f"{name} is the name of a hook but is not marked: {how}"
-            elif (meant := _probably_a_hook(name, member)) is not None:
-                yield f"{name} looks like {meant} misspelt, and without @hookimpl; if it is no hook, call it _{name}"
+                yield _problem(f"{name} is the name of a hook but is not marked", how)
+            elif meant := _probably_a_hook(name, member):
+                message = f"{name} looks like {meant} misspelt, and without @hookimpl"
+                yield _problem(message, f"if it is no hook, call it _{name}")
         elif name in HOOKS:
             yield from _implementation_mistakes(name, member, options)
         elif name in PLAIN_METHODS:
-            yield f"{name} is a plain method, not a hook: remove @hookimpl"
+            yield _problem(f"{name} is a plain method, not a hook", "remove @hookimpl")
         elif not options.get("optionalhook"):
-            close = difflib.get_close_matches(name, HOOKS, 1)
-            yield f"there is no hook {name}" + (f"; did you mean {close[0]}?" if close else "")
+            yield _problem(f"there is no hook {name}", _did_you_mean(name, HOOKS))
 
 
 def _probably_a_hook(name: str, member: object) -> str | None:
-    """The hook that an unmarked method is named almost like and takes arguments of."""
+    """The hook that an unmarked method has almost the name and some arguments of."""
     close = None if name.startswith("_") else next(iter(difflib.get_close_matches(name, HOOKS, 1, 0.8)), None)
     function = getattr(member, "__func__", member)
     if close is None or not inspect.isfunction(function):
@@ -76,26 +78,26 @@ def _probably_a_hook(name: str, member: object) -> str | None:
     return close if arguments and {*arguments} <= {*HOOKS[close].arguments} else None
 
 
-def _implementation_mistakes(name: str, member: object, options: Mapping[str, Any]) -> Iterator[str]:
+def _implementation_mistakes(name: str, member: object, options: Mapping[str, Any]) -> Iterator[Problem]:
     if used := [option for option in FORBIDDEN_OPTIONS if options.get(option)]:
-        yield f"{name}: @hookimpl takes no {', '.join(used)}: order is declared by before and after"
+        yield _problem(f"{name}: @hookimpl takes no {', '.join(used)}", "declare the order by before and after")
     if name in CLASS_HOOKS and not isinstance(member, classmethod):
-        yield f"{name} is called before there is an instance: write @classmethod above @hookimpl"
+        yield _problem(f"{name} is called before there is an instance", "write @classmethod above @hookimpl")
     if name not in CLASS_HOOKS and isinstance(member, (classmethod, staticmethod)):
-        yield f"{name} must be an ordinary method"
+        yield _problem(f"{name} must be an ordinary method")
         return
     function: Any = getattr(member, "__func__", member)
     if not hasattr(function, MARK):
-        yield f"{name}: write @classmethod above @hookimpl, not below it"
+        yield _problem(f"{name}: @classmethod is below @hookimpl", "write @classmethod above @hookimpl, not below it")
     function = inspect.unwrap(function)
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        yield f"{name} is async: hooks are called and not awaited"
+        yield _problem(f"{name} is async", "hooks are called and not awaited")
     elif inspect.isgeneratorfunction(function):
-        yield f"{name} has a yield, so calling it would run nothing: return the result instead"
+        yield _problem(f"{name} has a yield, so calling it would run nothing", "return the result instead")
     yield from _signature_mistakes(name, inspect.signature(function))
 
 
-def _signature_mistakes(name: str, signature: inspect.Signature) -> Iterator[str]:
+def _signature_mistakes(name: str, signature: inspect.Signature) -> Iterator[Problem]:
     """An implementation takes any of its hook's arguments, in any order: each is found by its name."""
     parameters = list(signature.parameters.values())
     expected = HOOKS[name].arguments
@@ -104,102 +106,98 @@ def _signature_mistakes(name: str, signature: inspect.Signature) -> Iterator[str
     if not all(plain) or not has_first:
         first = "cls" if name in CLASS_HOOKS else "self"
         given = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
-        yield (
+        yield _problem(
             f"{name} must take ({', '.join((first, *expected))}) or fewer of these, without defaults, * or "
-            f"keyword-only arguments; it takes {given}"
+            "keyword-only arguments",
+            f"it takes {given}",
         )
     for p in parameters[1:]:
         if p.name not in expected and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            close = difflib.get_close_matches(p.name, expected, 1)
-            meant = f"did you mean {close[0]}?" if close else f"it has {', '.join(expected)}"
-            yield f"{name} has no argument {p.name}; {meant}"
+            hint = _did_you_mean(p.name, expected) or f"it has {', '.join(expected)}"
+            yield _problem(f"{name} has no argument {p.name}", hint)
 
 
-def _class_mistakes(cls: type[Plugin[Any]], made: bool) -> Iterator[str]:
+def _class_mistakes(cls: type[Plugin[Any]], has_instance: bool) -> Iterator[Problem]:
     if cls.__eq__ is not object.__eq__ or cls.__hash__ is not object.__hash__:
-        yield "the class has an __eq__ of its own (attrs.define makes one): use @attrs.define(eq=False)"
+        message = "the class has an __eq__ of its own (attrs.define makes one)"
+        yield _problem(message, "use @attrs.define(eq=False)")
     if inspect.isabstract(cls):
-        yield f"{cls.__name__} is abstract and cannot be made"
+        yield _problem(f"{cls.__name__} is abstract and cannot be made")
     try:
         inspect.signature(cls.__init__).bind(None, None)
     except TypeError:
-        if not made:
-            yield "__init__ must take exactly (self, config)"
+        if not has_instance:
+            yield _problem("__init__ must take exactly (self, config)")
     if cls.ranks not in ("main", "all"):
-        yield f'ranks is {cls.ranks!r}; expected "main" or "all"'
+        yield _problem(f"ranks is {cls.ranks!r}", 'expected "main" or "all"')
     if cls.on_error not in (None, "abort", "disable"):
-        yield f'on_error is {cls.on_error!r}; expected "abort", "disable" or None'
+        yield _problem(f"on_error is {cls.on_error!r}", 'expected "abort", "disable" or None')
     for name in ("before", "after", "aliases"):
         value: object = getattr(cls, name)
         if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
-            yield f"{name} is {value!r}; expected a tuple of plugin names, such as ({str(value)!r},)"
+            yield _problem(f"{name} is {value!r}", f"expected a tuple of plugin names, such as ({str(value)!r},)")
     if not isinstance(cls.state_version, int) or cls.state_version < 1:
-        yield f"state_version is {cls.state_version!r}; expected a whole number from 1"
+        yield _problem(f"state_version is {cls.state_version!r}", "expected a whole number from 1")
 
 
-def _config_mistakes(cls: type[Plugin[Any]]) -> Iterator[str]:
+def _config_mistakes(cls: type[Plugin[Any]]) -> Iterator[Problem]:
     config: Any = cls.Config
     if not isinstance(config, type) or not attrs.has(config):
-        yield "Config must be a frozen attrs class: write @attrs.frozen above it"
+        yield _problem("Config must be a frozen attrs class", "write @attrs.frozen above it")
         return
     yield from _table_mistakes(config, "Config")
     for a in attrs.fields(config):
         if a.default is attrs.NOTHING:
-            yield f"Config.{a.name} has no default: a plugin must work without a table in the configuration"
+            message = f"Config.{a.name} has no default"
+            yield _problem(message, "a plugin must work without a table in the configuration")
 
 
-def _table_mistakes(table: type, path: str, outer: tuple[type, ...] = ()) -> Iterator[str]:
-    """Of the class of a table and of those in its fields; ``outer`` are the classes that it is in."""
+def _table_mistakes(table: type, path: str, outer: tuple[type, ...] = ()) -> Iterator[Problem]:
+    """Mistakes in a configuration class and the classes of its fields. ``outer``: the enclosing classes."""
     if table in outer:
-        yield f"{path} is a {table.__name__} inside a {table.__name__}, which has no end"
+        yield _problem(f"{path} is a {table.__name__} inside a {table.__name__}, which has no end")
         return
     if not attrs.inspect(table).is_frozen:
-        yield f"{path} can be changed after it is made: write @attrs.frozen above it"
+        yield _problem(f"{path} can be changed after it is made", "write @attrs.frozen above it")
     known = {a.name for a in attrs.fields(table)}
     for name, value in vars(table).items():
-        if not (name.startswith("_") or name in known or callable(value) or _is_descriptor(value)):
-            yield f"{path}.{name} has no type annotation, so it is not a field"
+        if not (name.startswith("_") or name in known or callable(value) or hasattr(type(value), "__get__")):
+            yield _problem(f"{path}.{name} has no type annotation, so it is not a field")
     try:
         hints = get_type_hints(table, include_extras=True)
     except Exception as error:
-        yield f"{path} has an annotation that cannot be read: {error}"
+        yield _problem(f"{path} has an annotation that cannot be read: {error}")
         return
     for a in attrs.fields(table):
         annotation = hints.get(a.name, a.type)
         try:
             type_ = parse_type(annotation)
         except UnsupportedType as error:
-            yield (
-                f"{path}.{a.name} has the type {_name(error.part)}; supported are bool, int, float, str, Literal, "
-                "X | None, tuple[X, ...], Mapping[str, X] and frozen attrs classes"
-            )
+            name = error.part.__name__ if isinstance(error.part, type) else str(error.part)
+            yield _problem(f"{path}.{a.name} has the type {name}", SUPPORTED_TYPES)
             continue
         if problem := _default_problem(a.default, annotation):
-            yield f"{path}.{a.name} has a default that it could not be set to: {problem}"
+            yield _problem(f"{path}.{a.name} has a default that it could not be set to: {problem}")
         for inner in type_.tables:
             yield from _table_mistakes(inner, f"{path}.{a.name}", (*outer, table))
 
 
 def _default_problem(default: object, kind: Any) -> str:
-    """Why a plain value cannot be the default of a field; empty if it can. Others are not looked at."""
-    from gpt_simple.config.convert import converter  # not needed to look at what is installed
+    """Why a plain value cannot be the default of a field; empty if it can. Other values are not checked."""
+    from gpt_simple.config.convert import converter  # slow to import, and only active plugins need it
 
     if default is None or isinstance(default, (bool, int, float, str)):
         try:
             converter().structure(default, kind)
         except PluginError:
-            return ""  # an impossible type somewhere in it, which is told anyway
+            return ""  # an unsupported type in it is reported by itself
         except ValueError as error:
             return str(error)
     return ""
 
 
-def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind)
-
-
 def _options(member: Any) -> dict[str, Any] | None:
-    """The options of ``@hookimpl``, whichever way round it was combined with another decorator."""
+    """The options of ``@hookimpl``, above or below another decorator."""
     for candidate in (member, getattr(member, "__func__", None)):
         options: object = getattr(candidate, MARK, None)
         if isinstance(options, dict):
@@ -207,5 +205,10 @@ def _options(member: Any) -> dict[str, Any] | None:
     return None
 
 
-def _is_descriptor(value: object) -> bool:
-    return hasattr(type(value), "__get__")
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _problem(message: str, hint: str = "") -> Problem:
+    return Problem(None, "", message, hint)

@@ -1,13 +1,13 @@
-"""From a name to a checked class: import one plugin, and say whose fault it is when that fails."""
+"""From a name to a checked class: import one plugin, and attribute every failure to it."""
 
 from __future__ import annotations
 
-import heapq
 import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 PassedPlugin = Plugin[Any] | type[Plugin[Any]]
 
 FAILURES = (Exception, SystemExit)
-"""What counts as a plugin's failure. Ctrl-C and the engine's own BaseExceptions pass through a hook."""
+"""The exceptions that count as a plugin's failure. Ctrl-C and the engine's BaseExceptions pass through a hook."""
 
 
 @define(eq=False)
 class LoadedPlugin:
-    """An active plugin: its class, who brought it, why it is on, and what it has cost so far."""
+    """An active plugin: its class, its distribution (empty if it has none), why it is on, its failures and its time.
+
+    ``failed``: a failure has switched it off.
+    """
 
     name: str
     cls: type[Plugin[Any]]
@@ -40,6 +43,7 @@ class LoadedPlugin:
     why: str
     instance: Plugin[Any] | None = None
     failed: bool = False
+    failures: list[PluginError] = field(factory=list)
     seconds: float = 0.0
     file: str = field(init=False)
 
@@ -58,9 +62,7 @@ class LoadedPlugin:
     @property
     def label(self) -> str:
         """``csvlog (gpt-simple-csvlog 0.1.0, .../csvlog.py)``: the attribution in every message."""
-        package = f"{self.distribution} {self.version}".strip()
-        origin = ", ".join(part for part in (package, self.file) if part)
-        return f"{self.name} ({origin})" if origin else self.name
+        return _label(self.name, self.distribution, self.version, self.file)
 
     @property
     def active(self) -> Plugin[Any]:
@@ -70,7 +72,7 @@ class LoadedPlugin:
         return self.instance
 
     def register_components(self, registry: Registry) -> None:
-        """Let the plugin add its parts. What it does wrong there is a PluginError that names it."""
+        """Call the plugin's hook of this name. Its failure is a PluginError that names it."""
         try:
             if (register := getattr(self.cls, "register_components", None)) is not None:
                 taken = inspect.signature(register).parameters
@@ -81,19 +83,20 @@ class LoadedPlugin:
             raise self.failure("register_components", error) from error
 
     def failure(self, where: str, error: BaseException, step: int | None = None) -> PluginError:
-        """The sentence for an exception in a hook or method of this plugin; what is such a sentence stays as it is."""
+        """The PluginError for an exception in a hook or method of this plugin; one made here before stays as it is."""
         if isinstance(error, PluginError) and error.blamed:
             return error
         at = "" if step is None else f" at step {step}"
         failure = PluginError(f"plugin {self.label} failed in {where}{at}: {_cause(error)}")
         failure.blamed = True
+        self.failures.append(failure)
         return failure
 
 
 def load_plugin(name: str, passed: object | None, record: PluginRecord | None, why: str) -> LoadedPlugin:
-    """The plugin behind a name: passed from Python or read from a file, else imported from its entry point.
+    """The plugin of a name: passed from Python or read from a file, else imported from its entry point.
 
-    Raises PluginError with one line for each mistake that the lint finds in the class.
+    Raises PluginError with one problem for each mistake that the lint finds in the class.
     """
     found = load_record(record) if passed is None and record is not None else passed
     instance = found if passed is not None and isinstance(found, Plugin) else None
@@ -101,30 +104,28 @@ def load_plugin(name: str, passed: object | None, record: PluginRecord | None, w
     own = record if record is not None and (passed is None or record.value == _path_of(cls)) else None
     distribution, version = (own.distribution, own.version) if own else ("", "")
     try:
-        mistakes = lint(cls, made=instance is not None)
+        mistakes = lint(cls, has_instance=instance is not None)
     except Exception as error:
-        mistakes = [f"the class cannot be looked at: {_cause(error)}"]
+        mistakes = [Problem(None, "", f"the class cannot be inspected: {_cause(error)}")]
     if own is None and (problem := name_problem(name)):
-        mistakes.append(problem)
+        mistakes.append(Problem(None, "", problem))
     if own is None and record is not None and record.origin == "builtin":
-        mistakes.append(f"{name!r} is the name of a built-in plugin: rename it")
+        mistakes.append(Problem(None, "", f"{name!r} is the name of a built-in plugin", "rename it"))
     if mistakes:
-        package = f"{distribution} {version}".strip()
-        origin = ", ".join(part for part in (package, _source_file(cls)) if part)
-        subject = f"plugin {name} ({origin})" if origin else f"plugin {name}"
-        raise PluginError(*(Problem(None, "", f"{subject}: {mistake}") for mistake in mistakes))
+        subject = f"plugin {_label(name, distribution, version, _source_file(cls))}"
+        raise PluginError(*(mistake._replace(message=f"{subject}: {mistake.message}") for mistake in mistakes))
     return LoadedPlugin(name, cls, distribution, version, why, instance)
 
 
 def load_record(record: PluginRecord, kind: str = "plugin") -> object:
-    """What an entry point points to. Anything that goes wrong in it is a PluginError that names the package."""
+    """The object that an entry point names. Any failure on the way is a PluginError that names the package."""
     if record.problem:
         raise PluginError(f"{kind} {record.detail}")
     module_name, _, attribute = record.value.partition(":")
     subject = f"{kind} {record.label}"
     if not attribute:
         raise PluginError(f"{subject}: its entry point is {record.value!r}", hint="expected MODULE:NAME")
-    with _foreign(f"{subject}: importing {module_name} failed"):
+    with _foreign_code(f"{subject}: importing {module_name} failed"):
         found: object = importlib.import_module(module_name)
     try:
         for part in attribute.split("."):
@@ -135,17 +136,17 @@ def load_record(record: PluginRecord, kind: str = "plugin") -> object:
 
 
 @contextmanager
-def _foreign(failure: str) -> Iterator[None]:
-    """Code of others is run for the first time: whatever it raises but Ctrl-C is a PluginError that begins so.
+def _foreign_code(failure: str) -> Iterator[None]:
+    """Run a plugin's module: any exception but Ctrl-C becomes a PluginError that begins with ``failure``.
 
-    What it prints goes to stderr: stdout belongs to the command that was typed.
+    Its output goes to stderr, because stdout belongs to the command.
     """
     try:
         with redirect_stdout(sys.stderr):
             yield
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # test frameworks skip a module with one that is no Exception
+    except BaseException as error:  # test frameworks skip a module with one that is not an Exception
         raise PluginError(f"{failure}: {_cause(error)}") from error
 
 
@@ -160,10 +161,10 @@ def load_file(path: str) -> tuple[str, object]:
     assert spec, "a .py file has a spec"
     assert spec.loader, "and a loader"
     module = module_from_spec(spec)
-    # Registered before it is executed: attrs and typing look the module up while classes are made.
+    # Registered before it is executed: attrs and typing look it up while they make classes.
     sys.modules[module.__name__] = module
     try:
-        with _foreign(f"plugin {file.stem} ({path}): running the file failed"):
+        with _foreign_code(f"plugin {file.stem} ({path}): running the file failed"):
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[module.__name__]
@@ -182,7 +183,7 @@ def load_file(path: str) -> tuple[str, object]:
 def name_passed(
     extra: Sequence[PassedPlugin], records: Mapping[str, PluginRecord], tables: Iterable[str]
 ) -> dict[str, object]:
-    """Names for plugins passed from Python: of the class's entry point, else the class's in lower case."""
+    """Names for plugins passed from Python: that of the class's entry point, else the class name in lower case."""
     by_value = {record.value: name for name, record in records.items()}
     given: dict[str, object] = {}
     for plugin in extra:
@@ -205,26 +206,23 @@ def name_passed(
 def ordered(plugins: Iterable[LoadedPlugin]) -> list[LoadedPlugin]:
     """Call order: by ``before`` and ``after``, then by name. A cycle is a PluginError with its members."""
     by_name = {plugin.name: plugin for plugin in plugins}
-    waits_for: dict[str, set[str]] = {name: set() for name in by_name}
+    sorter = TopologicalSorter(dict.fromkeys(by_name, ()))
     for name, plugin in by_name.items():
-        waits_for[name].update(other for other in plugin.cls.after if other in by_name)
+        sorter.add(name, *(other for other in plugin.cls.after if other in by_name))
         for other in plugin.cls.before:
             if other in by_name:
-                waits_for[other].add(name)
-    ready = [name for name, others in waits_for.items() if not others]
-    heapq.heapify(ready)
+                sorter.add(other, name)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        members = ", ".join(by_name[name].label for name in sorted(set(error.args[1])))
+        raise PluginError(f"the before and after of these plugins contradict each other: {members}") from error
     result: list[LoadedPlugin] = []
-    while ready:
-        done = heapq.heappop(ready)
-        result.append(by_name[done])
-        for name, others in waits_for.items():
-            if done in others:
-                others.remove(done)
-                if not others:
-                    heapq.heappush(ready, name)
-    if len(result) < len(by_name):
-        stuck = ", ".join(by_name[name].label for name in sorted(name for name, others in waits_for.items() if others))
-        raise PluginError(f"the before and after of these plugins contradict each other: {stuck}")
+    ready: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()])
+        result.append(by_name[name := ready.pop(0)])
+        sorter.done(name)
     return result
 
 
@@ -233,7 +231,7 @@ def taking_all(
 ) -> Callable[..., Any]:
     """An implementation that takes some of a hook's arguments, as a function of all of them in the hook's order.
 
-    One that takes them all is returned as it is, so only those that take fewer pay for it.
+    One that takes them all is returned unchanged and costs nothing more.
     """
     if (taken := tuple(taken)) == arguments:
         return implementation
@@ -241,17 +239,15 @@ def taking_all(
     return lambda *given: implementation(*[given[place] for place in places])
 
 
-def way_back(name: str, distribution: str, version: str) -> str:
-    """How to get this very plugin back into a run."""
-    if not distribution:
-        return f"pass it again, with -p ./{name}.py or plugins=[...]"
-    return f"activate it with -p {name} (to install it: pip install {distribution}=={version})"
-
-
 def _cause(error: BaseException) -> str:
-    if isinstance(error, PluginError):  # a sentence already
+    if isinstance(error, PluginError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _label(name: str, distribution: str, version: str, file: str) -> str:
+    origin = ", ".join(part for part in (f"{distribution} {version}".strip(), file) if part)
+    return f"{name} ({origin})" if origin else name
 
 
 def _path_of(cls: type) -> str:
@@ -259,7 +255,7 @@ def _path_of(cls: type) -> str:
 
 
 def _source_file(obj: object) -> str:
-    """The file that a class comes from; empty if it has none (typed into a prompt)."""
+    """The file that a class comes from; empty if it has none, as in an interactive session."""
     for candidate in (obj, type(obj)):
         with suppress(TypeError, OSError):
             return inspect.getsourcefile(candidate) or ""  # type: ignore[arg-type]

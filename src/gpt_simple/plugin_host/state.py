@@ -1,7 +1,7 @@
-"""The state of plugins, as JSON and tensors: nothing that a checkpoint holds needs pickle to come back.
+"""The state of plugins, as JSON and tensors: no checkpoint needs pickle.
 
-A record stays tied to its plugin's name. Tensors are replaced by a reference and floats that JSON lacks are
-spelled out, so ``load_state_dict`` gets what ``state_dict`` gave (tuples come back as lists).
+A record is kept under its plugin's name. Tensors become references and non-finite floats become text, so that
+``load_state_dict`` gets what ``state_dict`` returned (tuples come back as lists).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from attrs import define, field
 
 from gpt_simple.errors import CheckpointError, PluginError
 from gpt_simple.plugin_host.dispatch import Guard
-from gpt_simple.plugin_host.loading import FAILURES, LoadedPlugin, way_back
+from gpt_simple.plugin_host.loading import FAILURES, LoadedPlugin
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +31,12 @@ FLOAT = "$float"
 
 @define(eq=False)
 class PluginStates:
-    """Saves and restores the state of plugins; keeps the records of those that are not here or were switched off."""
+    """Saves and restores the state of plugins; keeps the records of plugins that are missing or were switched off."""
 
     carried: dict[str, Record] = field(factory=dict)
     carried_tensors: Tensors = field(factory=dict)
     _last: dict[str, tuple[str, Record, Tensors]] = field(factory=dict)
-    """Plugin -> name, record and tensors of its latest state, in case it is switched off before the next save."""
+    """Plugin -> name, record and tensors of its latest state, for when it is switched off before the next save."""
 
     def save(self, plugins: Iterable[LoadedPlugin], guarded: Guarded) -> tuple[dict[str, Record], Tensors]:
         """Records by plugin, and tensors by ``plugin/path``. ``guarded`` applies the failure policy."""
@@ -63,15 +63,14 @@ class PluginStates:
     ) -> None:
         """Hand records back to their owners on this process, and carry those without an owner.
 
-        A record whose plugin said that it is required and is not here raises CheckpointError before anything
-        is loaded.
+        Raises CheckpointError, before anything is loaded, if a required plugin is missing.
         """
         owners = {name: plugin for plugin in plugins for name in (*plugin.cls.aliases, plugin.name)}
         for name, record in records.items():
             if name not in owners and record["required"]:
                 raise CheckpointError(
                     f"the checkpoint holds state of plugin {name!r}, without which the run must not go on: "
-                    + way_back(name, record["distribution"], record["distribution_version"])
+                    + _remedy(name, record["distribution"], record["distribution_version"])
                 )
         for name, record in records.items():
             if (plugin := owners.get(name)) is None:
@@ -93,8 +92,8 @@ class PluginStates:
 
 
 def pack(state: Any, path: str, tensors: Tensors) -> Any:
-    """JSON for ``state``; its tensors go into ``tensors`` under their path. PluginError at anything else."""
-    # Told by what it has, because this layer never imports torch.
+    """JSON for ``state``; its tensors go into ``tensors`` under their path. Raises PluginError for anything else."""
+    # Recognised by an attribute, because this layer never imports torch.
     if hasattr(state, "untyped_storage"):
         tensors[path] = state
         return {TENSOR: path}
@@ -117,7 +116,7 @@ def pack(state: Any, path: str, tensors: Tensors) -> Any:
 
 
 def unpack(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """What was packed. A tensor that is missing raises KeyError with its path."""
+    """The state that was packed. A missing tensor raises KeyError with its path."""
     if isinstance(document, Mapping):
         if document.keys() == {TENSOR}:
             return tensors[document[TENSOR]]
@@ -149,3 +148,10 @@ def _pack_plugin(plugin: LoadedPlugin) -> tuple[Record, Tensors] | None:
         "state": packed,
     }
     return record, tensors
+
+
+def _remedy(name: str, distribution: str, version: str) -> str:
+    """How to get a plugin that a checkpoint needs back into the run."""
+    if not distribution:
+        return f"pass it again, with -p ./{name}.py or plugins=[...]"
+    return f"activate it with -p {name} (to install it: pip install {distribution}=={version})"

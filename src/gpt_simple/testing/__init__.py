@@ -1,8 +1,8 @@
 """The kit for plugin authors: try a plugin against a real, tiny run.
 
-``check_contract`` is the suite that every plugin should pass; ``train`` runs a plugin against a tiny model in a
-fraction of a second; ``train_on_ranks`` does so with several processes and finds the barrier that only one of them
-reaches; ``Recorder`` sees every hook, ``misbehaving`` makes a neighbour that fails, and ``no_host_sync`` raises when a
+``check_contract`` is the suite that every plugin should pass. ``train`` runs a plugin against a tiny model in a
+fraction of a second; ``train_on_ranks`` does so with several processes and finds a barrier that only one of them
+reaches. ``Recorder`` records every hook, ``misbehaving`` makes a plugin that fails, and ``no_host_sync`` raises when a
 device tensor is read.
 """
 

@@ -1,4 +1,4 @@
-"""The suite that every plugin should pass: what a run, its neighbours and its owner may expect of a plugin."""
+"""The suite that every plugin should pass."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from attrs import frozen
 
 from gpt_simple import Plugin, Run, hookimpl
 from gpt_simple.errors import GptSimpleError, PluginError
-from gpt_simple.hooks import NoConfig, StepEnd
+from gpt_simple.hooks import HOOKS, NoConfig, StepEnd
 from gpt_simple.plugin_host.lint import lint
 from gpt_simple.testing.faults import misbehaving
 from gpt_simple.testing.host_sync import HostSync, no_host_sync
+from gpt_simple.testing.recorder import Recorder
 from gpt_simple.testing.tiny import Trained, train
-
-STEP_HOOKS = frozenset({"on_step_start", "on_batch", "on_gradients", "on_step_end"})
-"""Called in every step, where reading a tensor would make the device wait."""
 
 Overrides = Mapping[str, Any] | None
 
@@ -33,12 +32,12 @@ def check_contract(
 ) -> None:
     """Raise one AssertionError that lists everything that ``plugin`` breaks.
 
-    ``overrides`` are dotted keys of the configuration that it needs. ``enable`` names a plugin that is installed and
-    switched on by name, instead of being passed. ``observes=False`` is for a plugin that is meant to change training.
+    ``overrides`` are the dotted keys of the configuration that it needs. ``enable`` switches an installed plugin on by
+    its name, instead of passing its class. ``observes=False`` is for a plugin that is meant to change training.
     """
     if mistakes := lint(plugin):
-        raise AssertionError("\n".join(mistakes))
-    subject = _Subject(plugin, overrides, enable)
+        raise AssertionError("\n".join(map(str, mistakes)))
+    subject = _Subject(plugin, overrides or {}, enable)
     try:
         broken = list(_fails_in_a_hook(subject))
     except GptSimpleError as error:
@@ -51,7 +50,7 @@ def check_contract(
 
 
 class StopsAfterTwo(Plugin[NoConfig]):
-    """Stops a run as a signal would, with the schedule of the whole run."""
+    """Stops a run after two steps, with the schedule of the whole run."""
 
     @hookimpl
     def on_step_end(self, run: Run, event: StepEnd) -> None:
@@ -59,13 +58,13 @@ class StopsAfterTwo(Plugin[NoConfig]):
             run.control.stop("the contract suite stops here")
 
 
+@frozen
 class _Subject:
     """The plugin under test, and how to run it."""
 
-    def __init__(self, plugin: type[Plugin[Any]], overrides: Overrides, enable: tuple[str, ...]) -> None:
-        self.plugin = plugin
-        self.overrides = dict(overrides or {})
-        self.enable = enable
+    plugin: type[Plugin[Any]]
+    overrides: Mapping[str, Any]
+    enable: tuple[str, ...]
 
     def train(self, *others: type[Plugin[Any]], **options: Any) -> Trained:
         passed = others if self.enable else (self.plugin, *others)
@@ -84,6 +83,8 @@ def _reads_a_tensor_in_a_step(subject: _Subject) -> Iterator[str]:
 
     def wrap(implementation: Callable[..., Any]) -> Callable[..., Any]:
         name = getattr(implementation, "__name__", "")
+        if name not in HOOKS or not HOOKS[name].hot:
+            return implementation
 
         @wraps(implementation)
         def guarded(*arguments: Any) -> Any:
@@ -94,7 +95,7 @@ def _reads_a_tensor_in_a_step(subject: _Subject) -> Iterator[str]:
                 found.append(f"{name} makes the device wait: {error}")
                 return None
 
-        return guarded if name in STEP_HOOKS else implementation
+        return guarded
 
     subject.train(wrap=wrap)
     yield from dict.fromkeys(found)
@@ -110,7 +111,7 @@ def _leaves_things_open(subject: _Subject) -> Iterator[str]:
 
 
 def _resumes_otherwise(subject: _Subject) -> Iterator[str]:
-    """Two steps, a stop, and two more give the weights of four, with the plugin's state on the way."""
+    """Two steps, a stop and two more give the weights of four; the plugin's state is saved and loaded on the way."""
     with TemporaryDirectory() as directory:
         straight = subject.train(max_steps=4)
         subject.train(StopsAfterTwo, max_steps=4, output_dir=directory)
@@ -124,15 +125,18 @@ def _resumes_otherwise(subject: _Subject) -> Iterator[str]:
 
 
 def _fails_when_others_fail(subject: _Subject) -> Iterator[str]:
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.suppress(PluginError):
-        subject.train(misbehaving("on_step_end", "raises", on_error="abort"))
-    name = subject.enable[0] if subject.enable else subject.plugin.__name__.lower()
-    yield from (line for line in said.getvalue().splitlines() if f"plugin {name}" in line)
+    """Another plugin ends the run with an error, so ``on_run_error`` and ``on_close`` are called."""
+    recorder = Recorder()
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(PluginError):
+        subject.train(misbehaving("on_step_end", "raises", on_error="abort"), recorder=recorder)
+    for plugin in recorder.plugins:
+        if plugin.cls is subject.plugin:
+            yield from map(str, plugin.failures)
 
 
 def _changes_training(subject: _Subject) -> Iterator[str]:
-    if not _equal(train(overrides=_without_tables(subject.overrides)), subject.train()):
+    overrides = {key: value for key, value in subject.overrides.items() if not key.startswith("plugins.")}
+    if not _equal(train(overrides=overrides), subject.train()):
         yield "the trained weights differ from those of a run without it; is that meant? then observes=False"
 
 
@@ -142,12 +146,8 @@ def _equal(one: Trained, other: Trained) -> bool:
     )
 
 
-def _without_tables(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in overrides.items() if not key.startswith("plugins.")}
-
-
 def _open_files(directory: Path) -> list[str]:
-    """Files under a directory that this process holds open, where the system can tell."""
+    """Files under a directory that this process holds open; none on a system without ``/proc``."""
     descriptors = Path("/proc/self/fd")
     if not descriptors.is_dir():
         return []

@@ -1,4 +1,4 @@
-"""Plugins that misbehave in one hook, to see that everybody else is left alone."""
+"""Plugins that misbehave in one hook, to test that a run and its other plugins are unaffected."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from gpt_simple import Config, Plugin, hookimpl
+from gpt_simple import Config, Plugin
 from gpt_simple.hooks import HOOKS
+from gpt_simple.testing.hook_methods import implement
 
 
 def _raise(_: object) -> None:
@@ -28,7 +29,7 @@ def _draw_random_numbers(_: object) -> None:
 
 
 def _enter(mode: Any) -> None:
-    _entered.append(mode)  # an inference mode that is forgotten would end by itself
+    _entered.append(mode)  # an inference mode ends when its object is deleted
     mode.__enter__()
 
 
@@ -42,8 +43,7 @@ _entered: list[Any] = []
 
 @frozen
 class Misbehaviour:
-    """What is done, given the configuration where there is one, and whether a well-guarded run takes it for a failure
-    of the plugin."""
+    """``act`` gets the configuration, or None where a hook has none. ``fails``: a run counts it as a failure."""
 
     act: Callable[[Config | None], Any]
     fails: bool = True
@@ -71,30 +71,14 @@ def misbehaving(
 ) -> type[Plugin[Any]]:
     """A plugin class called ``name`` that does ``how`` (a key of MISBEHAVIOURS) in ``hook``.
 
-    With ``rank`` only that process misbehaves, in a hook that is given the run. ``declared`` are class attributes such
-    as ``on_error="abort"``.
+    With ``rank`` only that process misbehaves, in a hook that gets the run. ``declared`` are class attributes such as
+    ``on_error="abort"``.
     """
-    info, act = HOOKS[hook], MISBEHAVIOURS[how].act
-    answer: Any = {"none": None, "metrics": {}, "findings": []}[info.returns]
+    misbehave = MISBEHAVIOURS[how].act
 
-    def misbehave(config: Config | None, run: Any = None) -> Any:
-        if rank is not None and run is not None and run.rank != rank:
-            return answer
-        result = act(config)
-        return answer if result is None else result
+    def act(self: Any, subject: Any, event: Any) -> Any:
+        if rank is not None and getattr(subject, "rank", rank) != rank:
+            return None
+        return misbehave(subject if isinstance(subject, Config) else getattr(subject, "config", None))
 
-    def of_config(self: Any, config: Any) -> Any:
-        return misbehave(config)
-
-    def of_run(self: Any, run: Any) -> Any:
-        return misbehave(run.config, run)
-
-    def of_registry(cls: Any, registry: Any) -> Any:
-        return misbehave(None)
-
-    implementations: dict[str, Any] = {
-        "registry": classmethod(hookimpl(of_registry)),
-        "config": hookimpl(of_config),
-        "run": hookimpl(of_run),
-    }
-    return type(name.title().replace("_", ""), (Plugin,), {hook: implementations[info.arguments[0]], **declared})
+    return type(name.title().replace("_", ""), (Plugin,), {hook: implement(HOOKS[hook], act), **declared})

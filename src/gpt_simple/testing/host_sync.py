@@ -1,7 +1,7 @@
 """Find the line that waits for the device.
 
-Reading a tensor on the host (``.item()``, ``float(tensor)``, ``if tensor:``) costs tens of milliseconds on a GPU and
-nothing on a CPU, so tests on a CPU would never notice. This makes it an error on every device.
+Reading a tensor on the host (``.item()``, ``float(tensor)``, ``if tensor:``) takes tens of milliseconds on a GPU and
+none on a CPU, so a test on a CPU cannot find it by its time. ``no_host_sync`` makes it an error on every device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class HostSync(AssertionError):
 
 
 class _RefuseScalars(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """``item``, ``float``, ``int`` and ``bool`` of a tensor all arrive at one operator."""
+    """``item``, ``float``, ``int`` and ``bool`` of a tensor all call one operator."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -38,7 +38,7 @@ def no_host_sync() -> Iterator[None]:
 
         return call
 
-    # These two read memory without an operator that a dispatch mode could see.
+    # These two read memory without an operator, so a dispatch mode does not see them.
     with (
         patch.object(torch.Tensor, "tolist", refuse("tolist")),
         patch.object(torch.Tensor, "numpy", refuse("numpy")),

@@ -1,6 +1,6 @@
-"""Several processes on this machine, with a limit on the time: a barrier that only one of them reaches is found.
+"""Train on several processes with a time limit, which finds a barrier that only one of them reaches.
 
-The processes are forked, so plugins may be defined in a test; on the CPU, so no device is needed.
+The processes are forked, so plugins may be defined in a test. They run on the CPU, so no device is needed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from gpt_simple.plugin_host.loading import PassedPlugin
 
 
 class Hang(AssertionError):
-    """Processes were still waiting when the time was up. The message shows where each of them stands."""
+    """Processes were still waiting at the time limit. The message has the stack of each."""
 
 
 @frozen
 class RankOutcome:
-    """What became of one process: its error (empty: none), the hooks it called, and a hash of its weights."""
+    """The result of one process: its error (empty: none), the hooks it called, and the sha256 of its weights."""
 
     rank: int
     error: str
@@ -45,10 +45,10 @@ def train_on_ranks(
     max_steps: int = 3,
     overrides: Mapping[str, Any] | None = None,
 ) -> list[RankOutcome]:
-    """Train the tiny model on ``ranks`` processes; each may fail, which is in its outcome.
+    """Train the tiny model on ``ranks`` processes; the failure of one is in its outcome.
 
-    When one process has failed the others get a grace of five seconds, as under a launcher. Raises Hang if nobody
-    failed and ``timeout`` seconds were not enough.
+    After one process fails, the others have five seconds to end, as under a launcher. Raises Hang if none failed and
+    one is still running after ``timeout`` seconds.
     """
     _import_what_a_run_needs()
     with tempfile.TemporaryDirectory(prefix="gpt-simple-ranks-") as scratch:
@@ -59,8 +59,8 @@ def train_on_ranks(
             "MASTER_PORT": str(_free_port()),
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
-            # Forked, a process has none of its parent's worker threads and would wait for them in its first kernel.
-            # Accelerate sets their number unless this says it.
+            # A forked process lacks its parent's worker threads and would wait for them in its first kernel. Without
+            # this variable Accelerate sets their number.
             "OMP_NUM_THREADS": "1",
         }
         options = {"output_dir": output_dir or folder / "run", "max_steps": max_steps, "overrides": overrides}
@@ -71,7 +71,7 @@ def train_on_ranks(
         for process in processes:
             process.start()
         _wait(processes, timeout)
-        # Asked before anybody is killed, because that makes the others fail.
+        # Checked before any process is killed, because that makes the others fail.
         hung = any(process.is_alive() for process in processes) and not any(p.exitcode for p in processes)
         for process in processes:
             process.kill()
@@ -84,13 +84,13 @@ def train_on_ranks(
 
 
 def _import_what_a_run_needs() -> None:
-    """Once, here, instead of in every process and within its limit of time."""
+    """Import once, before the fork, instead of in every process and within its time limit."""
     for module in ("accelerate", "torch._dynamo", "torch.nn.parallel.distributed", "gpt_simple.testing.tiny"):
         importlib.import_module(module)
 
 
 def _wait(processes: Sequence[Any], timeout: float) -> None:
-    """Until all processes have ended, the time is up, or the grace after a failure is over."""
+    """Wait until all processes have ended, the time is up, or the grace after a failure is over."""
     deadline = time.monotonic() + timeout
     grace = None
     while any(process.is_alive() for process in processes):
@@ -110,7 +110,7 @@ def _one_rank(
     plugins: Sequence[PassedPlugin],
     options: Mapping[str, Any],
 ) -> None:
-    """The life of one process; it never returns into the test that forked it."""
+    """The main function of one process; it never returns into the test that forked it."""
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     code = 1
     with open(folder / f"{rank}.stack", "w") as stack:
@@ -129,7 +129,7 @@ def _train(rank: int, folder: Path, plugins: Sequence[PassedPlugin], options: Ma
     from gpt_simple.testing.recorder import Recorder
     from gpt_simple.testing.tiny import train
 
-    # The parent had more threads, and its Accelerate another world.
+    # The parent had more threads, and its Accelerate another process group.
     torch.set_num_threads(1)
     AcceleratorState._reset_state(True)
     recorder, error = Recorder(), ""
@@ -138,19 +138,13 @@ def _train(rank: int, folder: Path, plugins: Sequence[PassedPlugin], options: Ma
     except BaseException as caught:
         error = f"{type(caught).__name__}: {caught}"
     weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in recorder.weights.values()))
-    document = {"error": error, "hooks": recorder.hooks(), "weights": weights.hexdigest()}
-    (folder / f"{rank}.json").write_text(json.dumps(document))
+    (folder / f"{rank}.json").write_text(json.dumps([error, recorder.hooks(), weights.hexdigest()]))
     return 1 if error else 0
 
 
 def _outcome(rank: int, folder: Path) -> RankOutcome:
-    document = json.loads(_read(folder / f"{rank}.json") or "{}")
-    return RankOutcome(
-        rank,
-        document.get("error", "was ended while it was waiting"),
-        tuple(document.get("hooks", ())),
-        document.get("weights", ""),
-    )
+    error, hooks, weights = json.loads(_read(folder / f"{rank}.json") or '["was ended while it was waiting", [], ""]')
+    return RankOutcome(rank, error, tuple(hooks), weights)
 
 
 def _read(path: Path) -> str:

@@ -1,21 +1,25 @@
-"""A plugin that implements every hook and writes down what it was told."""
+"""A plugin that implements every hook and records each call."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from gpt_simple import Plugin, hookimpl
+from gpt_simple import Plugin
 from gpt_simple.hooks import HOOKS, HookInfo, NoConfig, RunEnd
+from gpt_simple.testing.hook_methods import implement
 
 if TYPE_CHECKING:
     import torch
 
+    from gpt_simple.plugin_host.loading import LoadedPlugin
+
 
 @frozen
 class Call:
-    """One call of a hook: its name, its event (None for hooks without one) and the step the run had reached."""
+    """One call of a hook: its name, its event (None for hooks without one) and the run's last step."""
 
     hook: str
     event: Any
@@ -23,7 +27,10 @@ class Call:
 
 
 class Recorder(Plugin[NoConfig]):
-    """Pass an instance to a run and read ``calls`` afterwards; ``weights`` are those at the run's end."""
+    """Pass an instance to a run and read it afterwards.
+
+    ``calls`` are in order, ``weights`` those at the run's end, ``plugins`` all of the run with their failures.
+    """
 
     ranks = "all"
     on_error = "abort"
@@ -32,6 +39,7 @@ class Recorder(Plugin[NoConfig]):
         super().__init__(config or NoConfig())
         self.calls: list[Call] = []
         self.weights: dict[str, torch.Tensor] = {}
+        self.plugins: Sequence[LoadedPlugin] = ()
 
     def hooks(self) -> list[str]:
         """The names of the hooks in the order in which they were called."""
@@ -42,26 +50,15 @@ class Recorder(Plugin[NoConfig]):
         return [call.event for call in self.calls if call.hook == hook]
 
 
-def _implementation(info: HookInfo) -> Any:
-    answer: Any = {"none": None, "metrics": {}, "findings": []}[info.returns]
-
-    def of_config(self: Recorder, config: Any) -> Any:
-        self.calls.append(Call(info.name, None, 0))
-        return answer
-
-    def of_run(self: Recorder, run: Any) -> Any:
-        self.calls.append(Call(info.name, None, run.step))
-        return answer
-
-    def of_event(self: Recorder, run: Any, event: Any) -> Any:
-        self.calls.append(Call(info.name, event, run.step))
+def _recording(info: HookInfo) -> Any:
+    def record(self: Recorder, subject: Any, event: Any) -> None:
+        self.calls.append(Call(info.name, event, getattr(subject, "step", 0)))
         if isinstance(event, RunEnd):
-            self.weights = {name: value.detach().clone() for name, value in run.model.state_dict().items()}
-        return answer
+            self.weights = {name: value.detach().clone() for name, value in subject.model.state_dict().items()}
 
-    return of_config if "config" in info.arguments else of_event if "event" in info.arguments else of_run
+    return implement(info, record)
 
 
 for _info in HOOKS.values():
     if _info.name != "register_components":
-        setattr(Recorder, _info.name, hookimpl(_implementation(_info)))
+        setattr(Recorder, _info.name, _recording(_info))

@@ -44,15 +44,15 @@ TINY: Mapping[str, Any] = MappingProxyType(
         "training.save_steps": 2,
     }
 )
-"""Its configuration; every hook of a run has its turn in three steps."""
+"""Its configuration; three steps call every hook of a run but those of a resume and of an error."""
 
 QUIET = ("console", "sample")
-"""Built-in plugins that a tiny run leaves out: they only talk."""
+"""Built-in plugins that only print, which a tiny run leaves out."""
 
 
 @frozen
 class Trained:
-    """A finished tiny run. ``recorder`` saw every hook and has the weights that came out of it."""
+    """A finished tiny run. ``recorder`` has every call of a hook and the final weights."""
 
     result: TrainResult
     output_dir: Path
@@ -62,12 +62,12 @@ class Trained:
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """The parameters at the end, under their raw names."""
+        """The model's state at the end, under the raw names of its parameters."""
         return self.recorder.weights
 
     @property
     def failed(self) -> list[str]:
-        """Names of plugins that were switched off because they failed."""
+        """Names of the plugins that were switched off because they failed."""
         return [plugin.name for plugin in self.host.plugins if plugin.failed]
 
 
@@ -83,21 +83,19 @@ def train(
     """Train the tiny model with these plugins (classes or instances) beside the built-in ones.
 
     ``overrides`` are dotted keys of the configuration, the plugins' own too: ``{"plugins.csvlog.path": "a.csv"}``.
-    ``enable`` names installed plugins, as ``-p`` does. A directory that holds a run is resumed; without one a temporary
-    directory lives as long as the result. ``recorder`` is one to look at when the run raises, which it may: errors
-    leave as they do from ``gpt_simple.train``. ``wrap`` is put around every implementation of a hook. Torch has one
-    thread meanwhile.
+    ``enable`` names installed plugins, as ``-p`` does. An ``output_dir`` that holds a run is resumed; without one a
+    temporary directory exists as long as the result. Pass a ``recorder`` to read it after a run that raises. ``wrap``
+    is put around every implementation of a hook. Torch has one thread meanwhile. Raises what ``gpt_simple.train``
+    raises.
     """
     directory = None if output_dir else tempfile.TemporaryDirectory(prefix="gpt-simple-testing-")
     root = Path(output_dir or directory.name)  # type: ignore[union-attr]
     recorder = recorder or Recorder()
     values = {**TINY, "training.output_dir": str(root), "training.max_steps": max_steps, **(overrides or {})}
-    off = tuple(name for name in QUIET if name not in enable)
+    switches = Switches(enable, tuple(name for name in QUIET if name not in enable))
     with _shared_cache(), _one_thread():
-        spec = resolve_spec(
-            None, sections=_nested(values), switches=Switches(enable, off), plugins=[*plugins, recorder]
-        )
-        spec.host.wrap = wrap
+        spec = resolve_spec(None, sections=_nested(values), switches=switches, plugins=[*plugins, recorder])
+        recorder.plugins, spec.host.wrap = spec.host.plugins, wrap
         result = train_spec(spec)
     return Trained(result, root, recorder, spec.host, directory)
 
@@ -116,7 +114,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Several threads would spend their time waiting for each other: tensors are tiny, and tests run side by side."""
+    """One thread is fastest here: tensors are tiny, and tests run side by side."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -127,7 +125,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _shared_cache() -> Iterator[None]:
-    """The prepared stories of this process, kept out of the user's own cache."""
+    """Keep the prepared stories out of the user's cache, in one directory for this process."""
     if "GPT_SIMPLE_CACHE" in os.environ:
         yield
         return
