@@ -14,8 +14,8 @@ import tomli
 from click.testing import CliRunner, Result
 
 from gpt_simple.cli.fields import builtin_configs
-from gpt_simple.cli.plugin_details import toml_literal
 from gpt_simple.cli.plugins import plugins
+from gpt_simple.config.render import toml_text
 from gpt_simple.errors import ConfigError, PluginError
 from gpt_simple.spec import resolve_spec
 from tests.packages import PLUGIN, FakePackage
@@ -199,7 +199,7 @@ def test_show_of_a_name_that_does_not_exist() -> None:
 
 @pytest.mark.parametrize("value", [True, 3, 1e-8, 'q"\\', ["a", 1.5], {"a b": {"c": [1]}}, float("inf")])
 def test_values_are_written_as_toml(value: object) -> None:
-    assert tomli.loads(f"x = {toml_literal(value)}")["x"] == value
+    assert tomli.loads(f"x = {toml_text(value)}")["x"] == value
 
 
 def test_check_lints_and_runs(fake_package: FakePackage, tmp_path: Path) -> None:

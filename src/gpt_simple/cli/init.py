@@ -20,7 +20,7 @@ from gpt_simple.errors import ConfigError
 def _gpt2_shape(
     n_embd: int, n_layer: int, n_head: int, *, learning_rate: float, accumulation: int
 ) -> dict[str, dict[str, Any]]:
-    """The keys that a person who trains on their own data looks at first."""
+    """The keys that are set first for training on own data."""
     return {
         "model": {"n_embd": n_embd, "n_layer": n_layer, "n_head": n_head},
         "data": {"path": "data", "max_length": 2048},
@@ -58,7 +58,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command()
 @click.option(
     "--preset", type=click.Choice(list(PRESETS)), default="small", show_default=True, help="What to start from."
 )

@@ -1,7 +1,7 @@
 """List, inspect, check and make plugins.
 
-``list`` reads package metadata and imports no plugin, so what is broken shows up as broken. With ``--config``
-it says what that run would load, why and in which order, which takes importing them.
+``list`` reads package metadata and imports no plugin, so a broken one does not break it. With ``--config`` it shows
+which plugins that run would load, why and in which order, which takes importing them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import json
 from typing import Any
 
 import click
+from attrs import asdict
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+SCHEMA = 1
+"""Version of the JSON output; raised when a key changes its meaning or goes away."""
 
 
-@click.group(context_settings=_SETTINGS)
+@click.group()
 def plugins() -> None:
     """List, inspect, check and make plugins."""
 
@@ -32,33 +34,22 @@ def list_plugins(
     """Show the installed plugins. Nothing of them is imported unless --config is given."""
     from gpt_simple.cli import plugin_listing as listing
 
-    if (chosen or no_plugins) and config is None:
+    if config is not None:
+        from gpt_simple.plugin_host.activation import Switches
+
+        rows = listing.rows_of_run(config, Switches.parse(chosen, no_plugins=no_plugins))
+    elif chosen or no_plugins:
         raise click.UsageError("-p and --no-plugins need --config: without one nothing is active")
-    rows = listing.survey() if config is None else _survey_run(config, chosen, no_plugins)
+    else:
+        rows = listing.installed_rows()
     if external:
         rows = [row for row in rows if row.origin == "external"]
-    if hooks:
-        from gpt_simple.cli.plugin_survey import hook_rows
-
-        _print(hook_rows(rows), "hooks", as_json, listing.hook_table)
-    else:
-        _print(rows, "plugins", as_json, listing.plugin_table)
-
-
-def _survey_run(config: str, chosen: tuple[str, ...], no_plugins: bool) -> Any:
-    from gpt_simple.cli.plugin_survey import survey_run
-    from gpt_simple.plugin_host.activation import Switches
-
-    return survey_run(config, Switches.parse(chosen, no_plugins=no_plugins))
-
-
-def _print(rows: Any, key: str, as_json: bool, table: Any) -> None:
-    from gpt_simple.cli import plugin_listing as listing
-
+    found: list[Any] = listing.hook_rows(rows) if hooks else rows
     if as_json:
-        click.echo(json.dumps({"schema": listing.SCHEMA, key: [listing.as_json(row) for row in rows]}, indent=2))
+        document = {"schema": SCHEMA, "hooks" if hooks else "plugins": [asdict(row) for row in found]}
+        click.echo(json.dumps(document, indent=2))
     else:
-        click.echo(table(rows))
+        click.echo(listing.hook_table(found) if hooks else listing.plugin_table(found))
 
 
 @plugins.command()
@@ -74,8 +65,7 @@ def show(name: str) -> None:
 @click.argument("name", required=False)
 @click.option("--lint-only", is_flag=True, help="Do not train three steps with the plugin.")
 def check(name: str | None, lint_only: bool) -> int:
-    """Check plugin NAME (or ./file.py; all of other packages if not given): lint, then a run of three
-    steps."""
+    """Check plugin NAME (or ./file.py; all of other packages if not given): lint, then a run of three steps."""
     from gpt_simple.cli.plugin_check import check_plugins
 
     return check_plugins(name, smoke=not lint_only)
@@ -95,5 +85,4 @@ def new(name: str, template: str, directory: str) -> None:
     """Make the installable package of a new plugin NAME."""
     from gpt_simple.cli.scaffold import scaffold
 
-    for line in scaffold(name, template, directory):
-        click.echo(line)
+    click.echo(scaffold(name, template, directory))

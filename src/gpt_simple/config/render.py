@@ -37,7 +37,7 @@ def to_toml(
         # TOML has no null: what is unset by default is shown as a comment to fill in.
         texts = [
             ("#" if entry.value is entry.default is None or _is_left_out(table, entry, chosen) else "")
-            + f"{_key(entry.key)} = {_toml(entry.value)}"
+            + f"{_key(entry.key)} = {toml_text(entry.value)}"
             for entry in table.entries
         ]
         width = max((len(text) for text in texts if len(text) <= _WIDEST_ALIGNED), default=0)
@@ -124,12 +124,13 @@ def _table(path: str, table: Any) -> _Table:
     return _Table(path, "" if doc.rstrip(".") == f"[{path}]" else doc, tuple(entries))
 
 
-def _toml(value: Any) -> str:
+def toml_text(value: Any) -> str:
+    """A value of :func:`plain` as it is written in TOML."""
     if value is None:
         return '"null"'
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-    return _nested(value, _toml)
+        return "{" + ", ".join(f"{_key(key)} = {toml_text(item)}" for key, item in value.items()) + "}"
+    return _nested(value, toml_text)
 
 
 def value_text(value: Any) -> str:
