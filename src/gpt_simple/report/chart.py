@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Literal
+from itertools import groupby
+from typing import Literal, get_args
 
-from attrs import field, frozen
+from attrs import frozen
+
+from gpt_simple.report.history import Axis
 
 Style = Literal["raw", "line", "dots", "level"]
 """In the order in which they are drawn: ``raw`` is every row of a curve that is also drawn smoothed, as ``line``."""
@@ -23,7 +26,7 @@ class Line:
     """One curve, with a gap at NaN. ``colour`` is the number of its run; ``level`` is horizontal, at the only ``y``."""
 
     label: str
-    x: Sequence[float]
+    x: Mapping[Axis, Sequence[float]]
     y: Sequence[float]
     colour: int
     style: Style = "line"
@@ -31,12 +34,36 @@ class Line:
 
 @frozen
 class Mark:
-    """Something that happened at ``x``: a vertical line (``resume``) or a tick on the axis (``skipped``)."""
+    """An event at ``x``: a vertical line (``resume``) or a tick on the axis (``skipped``)."""
 
-    x: float
+    x: Mapping[Axis, float]
     kind: Literal["resume", "skipped"]
     text: str
     colour: int
+
+
+@frozen
+class HorizontalAxis:
+    """What is drawn from left to right, from ``low`` to ``high``. Its ticks are round numbers of ``unit``."""
+
+    name: Axis
+    low: float
+    high: float
+    write: Format
+    unit: float = 1.0
+
+
+@frozen
+class VerticalAxis:
+    """How the numbers of a chart are drawn.
+
+    ``settles``: the first twentieth of a curve may run off the top, so that the rest can be read.
+    """
+
+    write: Format = "{:.4g}".format
+    log: bool = False
+    settles: bool = False
+    from_zero: bool = False
 
 
 @frozen
@@ -75,58 +102,50 @@ class Range:
         return [(math.ceil(self.low / step - 1e-9) + index) * step for index in range(count)]
 
 
-@frozen
-class Drawing:
-    """What one chart shows, from ``ends[0]`` to ``ends[1]`` if they are given.
+def draw(
+    title: str,
+    horizontal: HorizontalAxis,
+    vertical: VerticalAxis,
+    lines: Sequence[Line],
+    marks: Sequence[Mark] = (),
+    *,
+    id: str,
+) -> str:
+    """The chart as an ``svg`` element that scales with its place. ``id`` is unique in the page."""
+    right = horizontal.high if horizontal.high > horizontal.low else horizontal.low + 1
+    x = Range(horizontal.low, right, _LEFT, WIDTH - _RIGHT, unit=horizontal.unit)
+    y = vertical_range(vertical, lines)
+    in_order = sorted(lines, key=lambda line: get_args(Style).index(line.style))
+    # Points at the ends of the axis are wider than it.
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f'<clipPath id="{id}"><rect x="{_LEFT - 4}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT + 8}" '
+        f'height="{HEIGHT - _TOP - _BOTTOM}"/></clipPath>',
+        *_grid(x, y, horizontal.write, vertical.write),
+        *(_mark(mark, mark.x[horizontal.name], x) for mark in marks),
+        f'<g clip-path="url(#{id})">',
+        *(_line(line, line.x.get(horizontal.name, ()), x, y) for line in in_order),
+        "</g></svg>",
+    ]
+    return "\n".join(parts)
 
-    ``settles``: the first twentieth may run off the top, so that the rest can be read.
-    """
 
-    title: str
-    lines: Sequence[Line]
-    marks: Sequence[Mark] = ()
-    x_format: Format = str
-    y_format: Format = str
-    log: bool = False
-    settles: bool = False
-    from_zero: bool = False
-    ends: tuple[float, float] | None = None
-    x_unit: float = 1.0
-    _id: str = field(kw_only=True)
+def vertical_range(axis: VerticalAxis, lines: Sequence[Line]) -> Range:
+    """The numbers of the lines, with a margin, on the height of the drawing."""
+    ys = [value for line in lines for value in _settled(line, axis.settles) if math.isfinite(value)]
+    ys = ys or [value for line in lines for value in line.y if math.isfinite(value)]
+    log = axis.log and min(ys) > 0
+    if log:
+        low, high = min(ys) / 1.15, max(ys) * 1.15
+    else:
+        margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
+        low, high = min(ys) - margin, max(ys) + margin
+        low = 0.0 if axis.from_zero else max(low, 0.0) if min(ys) >= 0 else low
+    return Range(low, high, HEIGHT - _BOTTOM, _TOP, log)
 
-    def svg(self) -> str:
-        """The chart as an ``svg`` element that scales with its place."""
-        x, y = self._ranges()
-        # Points at the ends of the axis are wider than it.
-        parts = [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">',
-            f'<clipPath id="{self._id}"><rect x="{_LEFT - 4}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT + 8}" '
-            f'height="{HEIGHT - _TOP - _BOTTOM}"/></clipPath>',
-            *_grid(x, y, self.x_format, self.y_format),
-            *(_mark(mark, x) for mark in self.marks),
-            f'<g clip-path="url(#{self._id})">',
-            *(_line(line, x, y) for line in self.lines),
-            "</g></svg>",
-        ]
-        return "\n".join(parts)
 
-    def _ranges(self) -> tuple[Range, Range]:
-        xs = [value for line in self.lines for value in line.x]
-        ys = [value for line in self.lines for value in self._settled(line)]
-        ys = ys or [value for line in self.lines for value in line.y if math.isfinite(value)]
-        if log := self.log and min(ys) > 0:
-            low, high = min(ys) / 1.15, max(ys) * 1.15
-        else:
-            margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
-            low, high = min(ys) - margin, max(ys) + margin
-            low = 0.0 if self.from_zero else max(low, 0.0) if min(ys) >= 0 else low
-        left, right = self.ends or (min(xs), max(xs))
-        across = Range(left, right if right > left else left + 1, _LEFT, WIDTH - _RIGHT, unit=self.x_unit)
-        return across, Range(low, high, HEIGHT - _BOTTOM, _TOP, log)
-
-    def _settled(self, line: Line) -> Sequence[float]:
-        settles = self.settles and line.style in ("raw", "line")
-        return [value for value in line.y[len(line.y) // 20 if settles else 0 :] if math.isfinite(value)]
+def _settled(line: Line, settles: bool) -> Sequence[float]:
+    return line.y[len(line.y) // 20 :] if settles and line.style in ("raw", "line") else line.y
 
 
 def _grid(x: Range, y: Range, x_format: Format, y_format: Format) -> list[str]:
@@ -144,26 +163,20 @@ def _grid(x: Range, y: Range, x_format: Format, y_format: Format) -> list[str]:
     return [*parts, f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/></g>']
 
 
-def _mark(mark: Mark, x: Range) -> str:
-    bottom = HEIGHT - _BOTTOM
+def _mark(mark: Mark, at: float, x: Range) -> str:
     reach = f"V{_TOP}" if mark.kind == "resume" else "v-9"
-    colour = f"c{mark.colour % _COLOURS}"
     return (
-        f'<path class="{mark.kind} {colour}" d="M{x(mark.x):.1f} {bottom}{reach}">'
+        f'<path class="{mark.kind} c{mark.colour % _COLOURS}" d="M{x(at):.1f} {HEIGHT - _BOTTOM}{reach}">'
         f"<title>{escape(mark.text)}</title></path>"
     )
 
 
-def _line(line: Line, x: Range, y: Range) -> str:
+def _line(line: Line, places: Sequence[float], x: Range, y: Range) -> str:
     title, colour = f"<title>{escape(line.label)}</title>", f"c{line.colour % _COLOURS}"
     if line.style == "level":
         return f'<path class="level {colour}" d="M{_LEFT} {y(line.y[0]):.1f}H{WIDTH - _RIGHT}">{title}</path>'
-    pieces: list[list[str]] = [[]]
-    for a, b in zip(line.x, line.y, strict=True):
-        if math.isfinite(b):
-            pieces[-1].append(f"{x(a):.1f} {y(b):.1f}")
-        elif pieces[-1]:
-            pieces.append([])
+    points = groupby(zip(places, line.y, strict=True), key=lambda point: math.isfinite(point[1]))
+    pieces = [[f"{x(a):.1f} {y(b):.1f}" for a, b in piece] for finite, piece in points if finite]
     drawn = "".join(f"M{'L'.join(piece)}" for piece in pieces if len(piece) > 1)
     alone = "".join(f"M{place}h0" for piece in pieces if line.style == "dots" or len(piece) == 1 for place in piece)
     parts = [f'<path class="{line.style} {colour}" d="{drawn}">{title}</path>'] if drawn else []
