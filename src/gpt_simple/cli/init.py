@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from gpt_simple._names import PROGRAM
+from gpt_simple.cli.fields import builtin_configs
 from gpt_simple.config import render
 from gpt_simple.config.load import read
 from gpt_simple.config.structure import structure
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ConfigError
+from gpt_simple.plugin_host.discovery import DEFAULT_ON
 
 
 def _gpt2_shape(
@@ -92,7 +94,9 @@ def init(preset: str, output: str, force: bool) -> None:
 def write(preset: str, path: Path) -> str:
     """The text of a preset in the format of the path's suffix: its own keys, and all others as comments."""
     raw = read(None, environ={}, sections=PRESETS[preset])
-    config = structure(raw, plugin_configs=_default_plugins())
+    # The plugins that every run has, if they have anything to configure.
+    plugins = {name: cls for name, cls in builtin_configs().items() if name in DEFAULT_ON and fields_of(cls)}
+    config = structure(raw, plugin_configs=plugins)
     match path.suffix.lower():
         case ".toml":
             body = render.to_toml(config, chosen=raw.origins)
@@ -107,11 +111,3 @@ def write(preset: str, path: Path) -> str:
 # Train: {PROGRAM} run {path.name}
 
 {body}"""
-
-
-def _default_plugins() -> dict[str, type]:
-    """Config classes of the plugins that every run has, if they have anything to configure."""
-    from gpt_simple.plugin_host.host import PluginHost
-
-    host = PluginHost.activate({}, set_keys=lambda key: False)
-    return {name: cls for name, cls in sorted(host.config_classes().items()) if fields_of(cls)}

@@ -8,9 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-from attrs import evolve, frozen
+from typing import TYPE_CHECKING, Any
 
 from gpt_simple.errors import ConfigError, GptSimpleError, raise_all
 from gpt_simple.plugin_host.discovery import DEFAULT_ON, PluginRecord, installed, summary, usable
@@ -22,43 +20,22 @@ if TYPE_CHECKING:
 _UNUSABLE = ("broken", "incompatible", "shadowed")
 
 
-@frozen
-class PluginRow:
-    """One line. ``status`` is active, default, available, disabled, broken, incompatible or shadowed.
+Row = dict[str, Any]
+"""One line of a list, and one object of its JSON form.
 
-    ``why`` explains it in a few words, ``order`` is the place in the call order of an active one, from 1.
-    """
-
-    name: str
-    version: str
-    package: str
-    origin: str
-    status: str
-    why: str
-    table: str
-    summary: str
-    order: int | None = None
-    hooks: tuple[str, ...] | None = None
+Of a plugin: name, version, package, origin, status (active, default, available, disabled, broken, incompatible or
+shadowed), why (explains the status in a few words), table, summary, order (the place in the call order of an active
+plugin, from 1) and hooks. Of a hook: name, ranks, returns, event, summary, and plugins, which implement it in call
+order. What is unknown without a configuration is None.
+"""
 
 
-@frozen
-class HookRow:
-    """One hook; ``plugins`` implement it, in call order, where that is known."""
-
-    name: str
-    ranks: str
-    returns: str
-    event: str
-    summary: str
-    plugins: tuple[str, ...] | None = None
-
-
-def installed_rows() -> list[PluginRow]:
+def installed_rows() -> list[Row]:
     """All installed plugins, from metadata."""
     return [_row(record) for record in installed()]
 
 
-def rows_of_run(config: str, switches: Switches) -> list[PluginRow]:
+def rows_of_run(config: str, switches: Switches) -> list[Row]:
     """All installed plugins as a run of ``config`` finds them; active ones first, in call order.
 
     A plugin that does not load is a row of status ``broken``; a run would stop with the same message.
@@ -77,102 +54,99 @@ def rows_of_run(config: str, switches: Switches) -> list[PluginRow]:
     everything = installed()
     records = usable(everything)
     rows = [_row(record) for record in everything if record is not records.get(record.name)]
-    for name in host.decisions:
-        file = PluginRow(name, "", "", "file", "available", "", f"[plugins.{name}]", "")
-        rows.append(_decided(_row(records[name]) if name in records else file, host))
-    return sorted(rows, key=lambda row: (row.order is None, row.order or 0, row.name, row.origin))
+    files = [
+        _row(PluginRecord(name, "", "", "", "external")) | {"origin": "file"}
+        for name in host.decisions
+        if name not in records
+    ]
+    rows += [_decided(row, host) for row in (*map(_row, records.values()), *files)]
+    return sorted(rows, key=lambda row: (row["order"] is None, row["order"], row["name"], row["origin"]))
 
 
-def hook_rows(plugins: Sequence[PluginRow]) -> list[HookRow]:
+def hook_rows(plugins: Sequence[Row]) -> list[Row]:
     """The catalogue of hooks; with the implementers if the plugins were loaded."""
     from gpt_simple.hooks.specs import HOOKS, HookSpecs
 
     rows = []
-    for info in HOOKS.values():
-        doc = (getattr(HookSpecs, info.name).__doc__ or "").partition("\n")[0].rstrip(":. ").replace("``", "")
-        row = HookRow(info.name, info.ranks, info.returns, info.event.__name__ if info.event else "", doc)
-        if any(plugin.hooks is not None for plugin in plugins):
-            names = tuple(plugin.name for plugin in plugins if info.name in (plugin.hooks or ()))
-            row = evolve(row, plugins=names[::-1] if info.order == "reverse" else names)
-        rows.append(row)
+    for hook in HOOKS.values():
+        doc = getattr(HookSpecs, hook.name).__doc__ or ""
+        names = None
+        if any(plugin["hooks"] is not None for plugin in plugins):
+            names = [plugin["name"] for plugin in plugins if hook.name in (plugin["hooks"] or ())]
+            names = names[::-1] if hook.order == "reverse" else names
+        rows.append(
+            {
+                "name": hook.name,
+                "ranks": hook.ranks,
+                "returns": hook.returns,
+                "event": hook.event.__name__ if hook.event else "",
+                "summary": doc.partition("\n")[0].rstrip(":. ").replace("``", ""),
+                "plugins": names,
+            }
+        )
     return rows
 
 
-def plugin_table(rows: Sequence[PluginRow]) -> str:
+def plugin_table(rows: Sequence[Row]) -> str:
     """Aligned columns; on a terminal the summaries are cut to its width."""
     if not rows:
         return "no plugins"
-    unusable = [row for row in rows if row.status in _UNUSABLE]
-    why = {"WHY": ["see below" if row in unusable else row.why for row in rows]}
-    text = _table(
-        {
-            "NAME": [row.name for row in rows],
-            "STATUS": [row.status for row in rows],
-            **(why if any(row.order is not None for row in rows) else {}),
-            "VERSION": [row.version for row in rows],
-            "PACKAGE": [row.package for row in rows],
-            "ORIGIN": [row.origin for row in rows],
-            "TABLE": [row.table for row in rows],
-            "SUMMARY": [row.summary for row in rows],
-        }
-    )
-    mistakes = [f"{row.name}: {line}" for row in unusable for line in row.why.splitlines()]
+    unusable = [row for row in rows if row["status"] in _UNUSABLE]
+    why = ["why"] if any(row["order"] is not None for row in rows) else []
+    columns = ["name", "status", *why, "version", "package", "origin", "table", "summary"]
+    shown = [row | {"why": "see below"} if row in unusable else row for row in rows]
+    text = _table(shown, {column.upper(): column for column in columns})
+    mistakes = [f"{row['name']}: {line}" for row in unusable for line in row["why"].splitlines()]
     return "\n".join([text, "", *dict.fromkeys(mistakes)]) if mistakes else text
 
 
-def hook_table(rows: Sequence[HookRow]) -> str:
+def hook_table(rows: Sequence[Row]) -> str:
     """Aligned columns."""
-    plugins = {"PLUGINS": [", ".join(row.plugins or ()) or "-" for row in rows]}
-    return _table(
-        {
-            "HOOK": [row.name for row in rows],
-            "RANKS": [row.ranks for row in rows],
-            "RETURNS": [row.returns for row in rows],
-            **(plugins if any(row.plugins is not None for row in rows) else {}),
-            "WHEN": [row.summary for row in rows],
-        }
-    )
+    plugins = {"PLUGINS": "plugins"} if any(row["plugins"] is not None for row in rows) else {}
+    shown = [row | {"plugins": ", ".join(row["plugins"] or ()) or "-"} for row in rows]
+    return _table(shown, {"HOOK": "name", "RANKS": "ranks", "RETURNS": "returns", **plugins, "WHEN": "summary"})
 
 
-def _table(columns: Mapping[str, Sequence[str]]) -> str:
-    padded = []
-    for head, cells in columns.items():
-        width = max(map(len, (head, *cells)))
-        padded.append([cell.ljust(width) for cell in (head, *cells)])
-    lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
+def _table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """A line for each row; ``columns`` maps the head of a column to its key."""
+    cells = [list(columns), *([row[key] for key in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         lines = [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
     return "\n".join(lines)
 
 
-def _row(record: PluginRecord) -> PluginRow:
+def _row(record: PluginRecord) -> Row:
     """A plugin as its metadata describe it."""
     status = "default" if record.origin == "builtin" and record.name in DEFAULT_ON else "available"
     if record.problem:
         status = record.problem if record.problem in _UNUSABLE else "broken"
-    return PluginRow(
-        name=record.name,
-        version=record.version,
-        package=record.distribution,
-        origin=record.origin,
-        status=status,
-        why=record.detail,
-        table=f"[plugins.{record.name}]",
-        summary=summary(record),
-    )
+    return {
+        "name": record.name,
+        "version": record.version,
+        "package": record.distribution,
+        "origin": record.origin,
+        "status": status,
+        "why": record.detail,
+        "table": f"[plugins.{record.name}]",
+        "summary": summary(record),
+        "order": None,
+        "hooks": None,
+    }
 
 
-def _decided(row: PluginRow, host: PluginHost) -> PluginRow:
+def _decided(row: Row, host: PluginHost) -> Row:
     """The row of a plugin that the run can choose, with what the host decided."""
     from gpt_simple.plugin_host.lint import hooks_of
 
-    why = host.decisions[row.name].why
-    if (failure := host.failures.get(row.name)) is not None:
-        return evolve(row, status=row.status if row.status in _UNUSABLE else "broken", why=str(failure))
+    why = host.decisions[row["name"]].why
+    if (failure := host.failures.get(row["name"])) is not None:
+        return row | {"status": row["status"] if row["status"] in _UNUSABLE else "broken", "why": str(failure)}
     for order, plugin in enumerate(host.plugins, 1):
-        if plugin.name == row.name:
-            return evolve(row, status="active", why=why, order=order, hooks=tuple(hooks_of(plugin.cls)))
-    if row.status in _UNUSABLE:
+        if plugin.name == row["name"]:
+            return row | {"status": "active", "why": why, "order": order, "hooks": hooks_of(plugin.cls)}
+    if row["status"] in _UNUSABLE:
         return row
-    return evolve(row, status="available" if why == "not asked for" else "disabled", why=why)
+    return row | {"status": "available" if why == "not asked for" else "disabled", "why": why}

@@ -7,10 +7,8 @@ which plugins that run would load, why and in which order, which takes importing
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
-from attrs import asdict
 
 SCHEMA = 1
 """Version of the JSON output; raised when a key changes its meaning or goes away."""
@@ -43,13 +41,13 @@ def list_plugins(
     else:
         rows = listing.installed_rows()
     if external:
-        rows = [row for row in rows if row.origin == "external"]
-    found: list[Any] = listing.hook_rows(rows) if hooks else rows
+        rows = [row for row in rows if row["origin"] == "external"]
+    if hooks:
+        rows = listing.hook_rows(rows)
     if as_json:
-        document = {"schema": SCHEMA, "hooks" if hooks else "plugins": [asdict(row) for row in found]}
-        click.echo(json.dumps(document, indent=2))
+        click.echo(json.dumps({"schema": SCHEMA, "hooks" if hooks else "plugins": rows}, indent=2))
     else:
-        click.echo(listing.hook_table(found) if hooks else listing.plugin_table(found))
+        click.echo(listing.hook_table(rows) if hooks else listing.plugin_table(rows))
 
 
 @plugins.command()

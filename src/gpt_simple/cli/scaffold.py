@@ -11,6 +11,12 @@ from gpt_simple.plugin_host.discovery import installed, name_problem, usable
 
 _SUFFIX = ".tmpl"
 
+DESCRIPTIONS = {
+    "logger": "Writes the metrics of a gpt-simple run to a file.",
+    "component": "A learning-rate schedule for gpt-simple.",
+}
+"""The templates, and the description of a package that is made from each."""
+
 _TAKEN = frozenset({DISTRIBUTION, "gpt-simple-lm"})
 """Packages that are not plugins: the trainer itself, and an unrelated one with the same import name."""
 
@@ -35,16 +41,18 @@ def scaffold(name: str, template: str, directory: str) -> str:
         "cls": "".join(part.capitalize() for part in name.split("_")),
         "package": package,
         "distribution": distribution,
+        "description": DESCRIPTIONS[template],
         "group": PLUGIN_GROUP,
         "core": DISTRIBUTION,
         "core_version": __version__,
     }
-    templates = Path(__file__).parents[1] / "templates" / template
+    templates = Path(__file__).parents[1] / "templates"
     texts = {}
-    for path in sorted(templates.rglob(f"*{_SUFFIX}")):
-        # Test files too: tests of two packages that are run together must not have one name.
-        name_of_file = str(path.relative_to(templates)).removesuffix(_SUFFIX).replace("package", package)
-        texts[folder / name_of_file] = Template(path.read_text(encoding="utf-8")).substitute(values)
+    for root in (templates / "common", templates / template):
+        for path in root.rglob(f"*{_SUFFIX}"):
+            # Test files too: tests of two packages that are run together must not have one name.
+            file = str(path.relative_to(root)).removesuffix(_SUFFIX).replace("package", package)
+            texts[folder / file] = Template(path.read_text(encoding="utf-8")).substitute(values)
     try:
         folder.mkdir(parents=True)
         for path, text in texts.items():
@@ -58,4 +66,4 @@ def scaffold(name: str, template: str, directory: str) -> str:
 next: pip install -e {folder}
       {PROGRAM} plugins show {name}
       {PROGRAM} run config.toml -p {name}"""
-    return "\n".join([*(f"wrote {path}" for path in texts), next_steps])
+    return "\n".join([*(f"wrote {path}" for path in sorted(texts)), next_steps])

@@ -8,13 +8,15 @@ from html import escape
 from itertools import groupby
 from typing import Literal, get_args
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from gpt_simple.report.history import Axis
 
 Style = Literal["raw", "line", "dots", "level"]
 """In the order in which they are drawn: ``raw`` is every row of a curve that is also drawn smoothed, as ``line``."""
 Format = Callable[[float], str]
+
+plain: Format = "{:.4g}".format
 
 WIDTH, HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
@@ -43,24 +45,13 @@ class Mark:
 
 
 @frozen
-class HorizontalAxis:
-    """What is drawn from left to right, from ``low`` to ``high``. Its ticks are round numbers of ``unit``."""
-
-    name: Axis
-    low: float
-    high: float
-    write: Format
-    unit: float = 1.0
-
-
-@frozen
 class VerticalAxis:
     """How the numbers of a chart are drawn.
 
     ``settles``: the first twentieth of a curve may run off the top, so that the rest can be read.
     """
 
-    write: Format = "{:.4g}".format
+    write: Format = plain
     log: bool = False
     settles: bool = False
     from_zero: bool = False
@@ -74,6 +65,7 @@ class Range:
     high: float
     start: float
     end: float
+    write: Format = plain
     log: bool = False
     unit: float = 1.0
 
@@ -93,7 +85,7 @@ class Range:
             if len(inside) > 1:
                 return inside
         if self.unit != 1:
-            inner = Range(self.low / self.unit, self.high / self.unit, self.start, self.end)
+            inner = evolve(self, low=self.low / self.unit, high=self.high / self.unit, unit=1)
             return [tick * self.unit for tick in inner.ticks()]
         rough = (self.high - self.low) / 6
         size = 10.0 ** math.floor(math.log10(rough))
@@ -103,31 +95,27 @@ class Range:
 
 
 def draw(
-    title: str,
-    horizontal: HorizontalAxis,
-    vertical: VerticalAxis,
-    lines: Sequence[Line],
-    marks: Sequence[Mark] = (),
-    *,
-    id: str,
+    title: str, axis: Axis, x: Range, y: Range, lines: Sequence[Line], marks: Sequence[Mark] = (), *, id: str
 ) -> str:
     """The chart as an ``svg`` element that scales with its place. ``id`` is unique in the page."""
-    right = horizontal.high if horizontal.high > horizontal.low else horizontal.low + 1
-    x = Range(horizontal.low, right, _LEFT, WIDTH - _RIGHT, unit=horizontal.unit)
-    y = vertical_range(vertical, lines)
     in_order = sorted(lines, key=lambda line: get_args(Style).index(line.style))
     # Points at the ends of the axis are wider than it.
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
         f'<clipPath id="{id}"><rect x="{_LEFT - 4}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT + 8}" '
         f'height="{HEIGHT - _TOP - _BOTTOM}"/></clipPath>',
-        *_grid(x, y, horizontal.write, vertical.write),
-        *(_mark(mark, mark.x[horizontal.name], x) for mark in marks),
+        *_grid(x, y),
+        *(_mark(mark, x(mark.x[axis])) for mark in marks),
         f'<g clip-path="url(#{id})">',
-        *(_line(line, line.x.get(horizontal.name, ()), x, y) for line in in_order),
+        *(_line(line, line.x.get(axis, ()), x, y) for line in in_order),
         "</g></svg>",
     ]
     return "\n".join(parts)
+
+
+def horizontal_range(low: float, high: float, write: Format, unit: float = 1.0) -> Range:
+    """The numbers from ``low`` to ``high`` on the width of the drawing."""
+    return Range(low, high if high > low else low + 1, _LEFT, WIDTH - _RIGHT, write, unit=unit)
 
 
 def vertical_range(axis: VerticalAxis, lines: Sequence[Line]) -> Range:
@@ -141,32 +129,32 @@ def vertical_range(axis: VerticalAxis, lines: Sequence[Line]) -> Range:
         margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
         low, high = min(ys) - margin, max(ys) + margin
         low = 0.0 if axis.from_zero else max(low, 0.0) if min(ys) >= 0 else low
-    return Range(low, high, HEIGHT - _BOTTOM, _TOP, log)
+    return Range(low, high, HEIGHT - _BOTTOM, _TOP, axis.write, log)
 
 
 def _settled(line: Line, settles: bool) -> Sequence[float]:
     return line.y[len(line.y) // 20 :] if settles and line.style in ("raw", "line") else line.y
 
 
-def _grid(x: Range, y: Range, x_format: Format, y_format: Format) -> list[str]:
+def _grid(x: Range, y: Range) -> list[str]:
     bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
     parts = ['<g class="grid">']
     for value in y.ticks():
         parts.append(f'<path d="M{_LEFT} {y(value):.1f}H{right}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{escape(y_format(value))}</text>')
+        parts.append(f'<text x="{_LEFT - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{escape(y.write(value))}</text>')
     for value in x.ticks():
         parts.append(f'<path d="M{x(value):.1f} {bottom}v5"/>')
         # The outermost labels must not leave the drawing.
         anchor = "end" if x(value) > right - 20 else "middle"
         place = f'x="{x(value):.1f}" y="{bottom + 20}"'
-        parts.append(f'<text {place} text-anchor="{anchor}">{escape(x_format(value))}</text>')
+        parts.append(f'<text {place} text-anchor="{anchor}">{escape(x.write(value))}</text>')
     return [*parts, f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/></g>']
 
 
-def _mark(mark: Mark, at: float, x: Range) -> str:
+def _mark(mark: Mark, x: float) -> str:
     reach = f"V{_TOP}" if mark.kind == "resume" else "v-9"
     return (
-        f'<path class="{mark.kind} c{mark.colour % _COLOURS}" d="M{x(at):.1f} {HEIGHT - _BOTTOM}{reach}">'
+        f'<path class="{mark.kind} c{mark.colour % _COLOURS}" d="M{x:.1f} {HEIGHT - _BOTTOM}{reach}">'
         f"<title>{escape(mark.text)}</title></path>"
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from attrs import field, frozen
 
-from gpt_simple.report.chart import HorizontalAxis, Line, Mark, VerticalAxis, draw
+from gpt_simple.report.chart import Line, Mark, Range, VerticalAxis, draw, horizontal_range, vertical_range
 from gpt_simple.report.history import AXES, Axis, History
 
 AXIS_NAMES: Mapping[Axis, str] = {"step": "steps", "tokens": "tokens", "time": "time"}
@@ -77,30 +77,26 @@ def figures(histories: Sequence[History]) -> Iterator[str]:
     most = max(200, _POINTS // len(histories))
     curves_of = {chart: curves for chart in _CHARTS if (curves := list(_curves(chart, histories, most)))}
     # The same for all charts, so that the eye can go from one to the next.
-    axes = [_horizontal(axis, [line for curves in curves_of.values() for line in curves]) for axis in AXES]
+    ranges = {axis: _across(axis, [line for curves in curves_of.values() for line in curves]) for axis in AXES}
     for number, (chart, curves) in enumerate(curves_of.items()):
+        lines = [*curves, *(levels if chart.floor else ())]
+        y = vertical_range(chart.vertical, lines)
         drawn = ""
-        for axis in axes:
-            svg = draw(
-                f"{chart.title} over {AXIS_NAMES[axis.name]}",
-                axis,
-                chart.vertical,
-                [*curves, *(levels if chart.floor else ())],
-                [mark for mark in marks if axis.low <= mark.x[axis.name] <= axis.high],
-                id=f"clip-{number}-{axis.name}",
-            )
-            drawn += f'<div class="over-{axis.name}">{svg}</div>'
+        for axis, x in ranges.items():
+            inside = [mark for mark in marks if x.low <= mark.x[axis] <= x.high]
+            title, id = f"{chart.title} over {AXIS_NAMES[axis]}", f"clip-{number}-{axis}"
+            drawn += f'<div class="over-{axis}">{draw(title, axis, x, y, lines, inside, id=id)}</div>'
         unit = f" <small>{chart.unit}</small>" if chart.unit else ""
         yield f"<figure><figcaption>{chart.title}{unit}</figcaption>{drawn}</figure>\n"
 
 
-def _horizontal(axis: Axis, curves: Sequence[Line]) -> HorizontalAxis:
+def _across(axis: Axis, curves: Sequence[Line]) -> Range:
     xs = [value for line in curves for value in line.x[axis]]
     low, high = min(xs, default=0.0), max(xs, default=0.0)
     if axis != "time":
-        return HorizontalAxis(axis, low, high, si)
+        return horizontal_range(low, high, si)
     unit, name = next((unit, name) for least, unit, name in _TIMES if high >= least)
-    return HorizontalAxis(axis, low, high, lambda value: f"{value / unit:.4g} {name}", unit)
+    return horizontal_range(low, high, lambda value: f"{value / unit:.4g} {name}", unit)
 
 
 def _curves(chart: _Chart, histories: Sequence[History], most: int) -> Iterator[Line]:
