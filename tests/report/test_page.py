@@ -71,7 +71,7 @@ def test_html_parsers_agree_about_the_nesting(make: Make) -> None:
     assert set(re.findall(r'for="([^"]+)"', html)) | set(re.findall(r"url\(#([^)]+)\)", html)) == set(ids)
 
 
-def test_what_a_run_says_is_text_and_never_markup(make: Make) -> None:
+def test_text_of_a_run_is_never_markup(make: Make) -> None:
     html = page([read_history(make("a"), "a<b&c>")])
     root = parsed(html)
     assert "<script" not in html
@@ -88,7 +88,7 @@ def test_secrets_of_the_configuration_are_left_out(make: Make) -> None:
     assert "plugins.notify.every" in html
 
 
-def test_several_runs_are_overlaid_and_their_configurations_compared(shell: Shell, make: Make, tmp_path: Path) -> None:
+def test_several_runs_are_overlaid_and_compared(shell: Shell, make: Make, tmp_path: Path) -> None:
     one, two = make("one"), make("two", **{"optimizer.learning_rate": 3e-4})
     ended = shell("report", str(one), str(two), "-o", str(tmp_path / "both.html"))
     assert ended.code == 0, ended.err
@@ -103,9 +103,7 @@ def test_several_runs_are_overlaid_and_their_configurations_compared(shell: Shel
     assert "max_steps" not in tables[1]
 
 
-def test_a_run_that_is_named_twice_is_shown_once_and_that_is_said(
-    shell: Shell, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_named_twice_is_shown_once(shell: Shell, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(make("one").parent)
     ended = shell("report", "one", "./one/", "two/../one")
     assert (ended.code, ended.out.split(" ")[0]) == (0, "one/report.html"), ended.err
@@ -132,7 +130,7 @@ def test_a_step_has_the_sample_of_each_prompt(make: Make) -> None:
     assert [text.text for text in step.iter("pre")] == ["One", "Two"]
 
 
-def test_steps_of_the_rows_count_before_the_status_knows_them(make: Make) -> None:
+def test_steps_of_the_rows_count_before_the_status_has_them(make: Make) -> None:
     root = make("a")
     (root / "status.json").write_text('{"state": "running", "step": 40, "max_steps": 200}')
     table = next(parsed(page([read_history(root, "a")])).iter("table"))
@@ -175,7 +173,7 @@ def test_a_run_that_ended_in_nan_says_so(make: Make) -> None:
     assert {str(row.findtext("th")): row.findtext("td") for row in table.iter("tr")}["training loss"] == "nan"
 
 
-def test_a_run_that_has_only_begun_or_never_had_a_number_has_a_page(make: Make) -> None:
+def test_a_run_without_a_number_has_a_page(make: Make) -> None:
     for name, rows in {"only nan": [nan(1), nan(2)], "one row": [train(1)], "nothing": []}.items():
         parsed(page([read_history(make(name, rows), name)]))
     diverged = [*map(train, range(1, 4)), *map(nan, range(4, 200))]
@@ -216,7 +214,7 @@ def test_the_legend_has_what_is_in_the_drawings(make: Make) -> None:
     ("seconds", "ticks"),
     [(60, ["0 s", "10 s"]), (7000, ["0 min", "20 min"]), (80_000, ["0 h", "5 h"]), (500_000, ["0 d", "1 d"])],
 )
-def test_time_is_in_round_numbers_of_the_unit_that_people_would_use(make: Make, seconds: int, ticks: list[str]) -> None:
+def test_time_is_in_round_numbers_of_a_common_unit(make: Make, seconds: int, ticks: list[str]) -> None:
     rows = [train(10) | {"time": 1000.0}, train(20) | {"time": 1000.0 + seconds}]
     record = json.loads((root := make("a", rows)).joinpath("run.json").read_text())
     record["lineage"] = record["lineage"][:1]
@@ -232,6 +230,9 @@ def test_a_report_of_no_run_exits_4_and_an_unwritable_place_2(shell: Shell, make
     (tmp_path / "file").touch()
     no_directory = shell("report", str(tmp_path / "file"))
     assert (no_directory.code, no_directory.err.count("\n")) == (4, 1)
+    (make("damaged") / "run.json").write_text('{"lineage": [], "facts": {}}')
+    damaged = shell("report", str(tmp_path / "damaged"))
+    assert (damaged.code, damaged.err.count("\n")) == (4, 1)
     unwritable = shell("report", str(make("a")), "-o", str(tmp_path / "no/such/place.html"))
     assert (unwritable.code, unwritable.err.count("\n")) == (2, 1)
 
