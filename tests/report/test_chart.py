@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpt_simple.report.chart import Line, Range, VerticalAxis, vertical_range
+from gpt_simple.report.chart import Line, Range, vertical_range
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -18,7 +18,7 @@ def test_ticks_are_round_and_inside() -> None:
 def test_the_start_of_a_loss_may_run_off_the_top() -> None:
     """So that the rest can be read."""
     line = Line("loss", {}, [100.0, 50.0, *[2.0 + 1 / index for index in range(1, 99)]], 0)
-    settled = vertical_range(VerticalAxis(settles=True), [line])
+    settled = vertical_range([line], settles=True)
     assert settled.low < 2.01
     assert settled.high < 3
-    assert vertical_range(VerticalAxis(), [line]).high > 100
+    assert vertical_range([line]).high > 100

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from gpt_simple.cli.fields import ConfigRequest, ConfiguredCommand, builtin_configs, plugin_options
-from gpt_simple.config.render import plain, to_json, to_toml
-from gpt_simple.config.structure import SECTIONS, SWITCHES
+from gpt_simple.config.render import tables, to_json, to_toml
+from gpt_simple.config.structure import SECTIONS
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.spec import RunSpec, resolve_spec
 
@@ -51,25 +51,19 @@ def schema(path: str | None, plugins: tuple[str, ...], no_plugins: bool) -> None
     """
     from gpt_simple.config.json_schema import json_schema
 
-    tables, sections = builtin_configs(), dict(SECTIONS)
+    plugin_configs, sections = builtin_configs(), dict(SECTIONS)
     if path is not None or plugins:
         spec = resolve_spec(path, switches=Switches.parse(plugins, no_plugins=no_plugins))
-        tables |= spec.host.config_classes()
-        tables |= {plugin.name: plugin.cls.Config for plugin in spec.host.plugins}
+        plugin_configs |= spec.host.config_classes()
+        plugin_configs |= {plugin.name: plugin.cls.Config for plugin in spec.host.plugins}
         sections = {name: type(getattr(spec.config, name)) for name in SECTIONS}
-    click.echo(json.dumps(json_schema(tables, sections=sections), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(json_schema(plugin_configs, sections=sections), indent=2, ensure_ascii=False))
 
 
 def _with_origins(spec: RunSpec) -> dict[str, Any]:
     """Dotted key -> value and the places that set it, strongest first."""
-    found: dict[str, Any] = {}
-    for section, values in plain(spec.config).items():
-        for key, value in values.items():
-            if section == "plugins" and key not in SWITCHES:
-                found |= {f"plugins.{key}.{inner}": item for inner, item in value.items()}
-            else:
-                found[f"{section}.{key}"] = value
+    values = {f"{table.path}.{entry.key}": entry.value for table in tables(spec.config) for entry in table.entries}
     return {
-        path: {"value": value, "kind": spec.origins.of(path).kind, "places": spec.origins.chain(path)}
-        for path, value in found.items()
+        key: {"value": value, "kind": spec.origins.of(key).kind, "places": spec.origins.chain(key)}
+        for key, value in values.items()
     }

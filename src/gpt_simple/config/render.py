@@ -32,7 +32,7 @@ def to_toml(
     there is written as a comment, so that it stays a default.
     """
     lines = []
-    for table in _tables(config):
+    for table in tables(config):
         lines += ["", *([f"# {table.doc}"] if comments and table.doc else []), f"[{_dotted(table.path)}]"]
         # TOML has no null: what is unset by default is shown as a comment to fill in.
         texts = [
@@ -53,7 +53,7 @@ def to_toml(
 def to_yaml(config: Config, *, comments: bool = True, chosen: Origins | None = None) -> str:
     """YAML that means the same under the rules of YAML 1.1 and 1.2; ``chosen`` as for TOML."""
     lines = []
-    for table in _tables(config):
+    for table in tables(config):
         path = table.path.split(".", 1)
         outer, inner = "  " * (len(path) - 1), "  " * len(path)
         lines += ["", *([f"{outer}# {table.doc}"] if comments and table.doc else [])]
@@ -103,7 +103,8 @@ class _Table:
     entries: tuple[_Entry, ...]
 
 
-def _tables(config: Config) -> Iterator[_Table]:
+def tables(config: Config) -> Iterator[_Table]:
+    """The tables of a configuration as they stand in a file, each with its entries."""
     for name in SECTIONS:
         yield _table(name, getattr(config, name))
     yield _table("plugins", config.plugins)

@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 from typing import Literal, get_args
 
-from attrs import evolve, frozen
+from attrs import frozen
 
 from gpt_simple.report.history import Axis
 
@@ -45,19 +45,6 @@ class Mark:
 
 
 @frozen
-class VerticalAxis:
-    """How the numbers of a chart are drawn.
-
-    ``settles``: the first twentieth of a curve may run off the top, so that the rest can be read.
-    """
-
-    write: Format = plain
-    log: bool = False
-    settles: bool = False
-    from_zero: bool = False
-
-
-@frozen
 class Range:
     """Numbers from ``low`` to ``high`` on ``start .. end`` of the drawing. Ticks are round numbers of ``unit``."""
 
@@ -84,14 +71,12 @@ class Range:
                 return [10.0**p for p in powers if self.low <= 10.0**p <= self.high]
             if len(inside) > 1:
                 return inside
-        if self.unit != 1:
-            inner = evolve(self, low=self.low / self.unit, high=self.high / self.unit, unit=1)
-            return [tick * self.unit for tick in inner.ticks()]
-        rough = (self.high - self.low) / 6
+        low, high = self.low / self.unit, self.high / self.unit
+        rough = (high - low) / 6
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
-        count = math.floor(self.high / step + 1e-9) - math.ceil(self.low / step - 1e-9) + 1
-        return [(math.ceil(self.low / step - 1e-9) + index) * step for index in range(count)]
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        return [index * step * self.unit for index in range(first, last + 1)]
 
 
 def draw(
@@ -118,22 +103,31 @@ def horizontal_range(low: float, high: float, write: Format, unit: float = 1.0) 
     return Range(low, high if high > low else low + 1, _LEFT, WIDTH - _RIGHT, write, unit=unit)
 
 
-def vertical_range(axis: VerticalAxis, lines: Sequence[Line]) -> Range:
-    """The numbers of the lines, with a margin, on the height of the drawing."""
-    ys = [value for line in lines for value in _settled(line, axis.settles) if math.isfinite(value)]
-    ys = ys or [value for line in lines for value in line.y if math.isfinite(value)]
-    log = axis.log and min(ys) > 0
-    if log:
-        low, high = min(ys) / 1.15, max(ys) * 1.15
-    else:
-        margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
-        low, high = min(ys) - margin, max(ys) + margin
-        low = 0.0 if axis.from_zero else max(low, 0.0) if min(ys) >= 0 else low
-    return Range(low, high, HEIGHT - _BOTTOM, _TOP, axis.write, log)
+def vertical_range(
+    lines: Sequence[Line],
+    *,
+    write: Format = plain,
+    log: bool = False,
+    settles: bool = False,
+    from_zero: bool = False,
+) -> Range:
+    """The numbers of the lines, with a margin, on the height of the drawing.
+
+    ``settles``: the first twentieth of a curve may run off the top, so that the rest can be read.
+    """
+    every = [y for line in lines for y in line.y if math.isfinite(y)]
+    settled = [y for line in lines for y in _settled(line) if math.isfinite(y)]
+    ys = settled if settles and settled else every
+    if log and min(ys) > 0:
+        return Range(min(ys) / 1.15, max(ys) * 1.15, HEIGHT - _BOTTOM, _TOP, write, log=True)
+    margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
+    low = min(ys) - margin
+    low = 0.0 if from_zero else max(low, 0.0) if min(ys) >= 0 else low
+    return Range(low, max(ys) + margin, HEIGHT - _BOTTOM, _TOP, write)
 
 
-def _settled(line: Line, settles: bool) -> Sequence[float]:
-    return line.y[len(line.y) // 20 :] if settles and line.style in ("raw", "line") else line.y
+def _settled(line: Line) -> Sequence[float]:
+    return line.y[len(line.y) // 20 :] if line.style in ("raw", "line") else line.y
 
 
 def _grid(x: Range, y: Range) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
-from attrs import field, frozen
+from attrs import frozen
 
-from gpt_simple.report.chart import Line, Mark, Range, VerticalAxis, draw, horizontal_range, vertical_range
+from gpt_simple.report.chart import Line, Mark, Range, draw, horizontal_range, vertical_range
 from gpt_simple.report.history import AXES, Axis, History
 
 AXIS_NAMES: Mapping[Axis, str] = {"step": "steps", "tokens": "tokens", "time": "time"}
@@ -40,29 +41,24 @@ class _Chart:
 
     title: str
     unit: str
-    train: str = ""
-    evaluation: str = ""
-    vertical: VerticalAxis = field(factory=VerticalAxis)
+    metrics: Sequence[str]
+    vertical: Callable[[Sequence[Line]], Range] = vertical_range
     floor: bool = False
     noisy: bool = False
 
 
-_FROM_ZERO = VerticalAxis(from_zero=True)
+_from_zero = partial(vertical_range, from_zero=True)
+_si_from_zero = partial(_from_zero, write=si)
+_settling = partial(vertical_range, settles=True)
 
 _CHARTS = (
-    _Chart("Loss", "nats per token", "train/loss", "eval/loss", VerticalAxis(settles=True), floor=True, noisy=True),
-    _Chart("Bits per byte", "validation", "", "eval/bits_per_byte"),
-    _Chart("Learning rate", "", "train/lr", "", VerticalAxis(_scientific, from_zero=True)),
-    _Chart("Gradient norm", "before clipping", "train/grad_norm", "", VerticalAxis(log=True), noisy=True),
-    _Chart(
-        "Throughput",
-        "tokens/s of training time",
-        "perf/tokens_per_second",
-        vertical=VerticalAxis(si, from_zero=True),
-        noisy=True,
-    ),
-    _Chart("MFU", "share of the device's peak", "perf/mfu", vertical=_FROM_ZERO, noisy=True),
-    _Chart("Peak memory", "GiB", "memory/peak_gib", vertical=_FROM_ZERO),
+    _Chart("Loss", "nats per token", ("train/loss", "eval/loss"), _settling, floor=True, noisy=True),
+    _Chart("Bits per byte", "validation", ("eval/bits_per_byte",)),
+    _Chart("Learning rate", "", ("train/lr",), partial(_from_zero, write=_scientific)),
+    _Chart("Gradient norm", "before clipping", ("train/grad_norm",), partial(vertical_range, log=True), noisy=True),
+    _Chart("Throughput", "tokens/s of training time", ("perf/tokens_per_second",), _si_from_zero, noisy=True),
+    _Chart("MFU", "share of the device's peak", ("perf/mfu",), _from_zero, noisy=True),
+    _Chart("Peak memory", "GiB", ("memory/peak_gib",), _from_zero),
 )
 
 _TIMES = ((2 * 86400.0, 86400.0, "d"), (2 * 3600.0, 3600.0, "h"), (120.0, 60.0, "min"), (0.0, 1.0, "s"))
@@ -80,7 +76,7 @@ def figures(histories: Sequence[History]) -> Iterator[str]:
     ranges = {axis: _across(axis, [line for curves in curves_of.values() for line in curves]) for axis in AXES}
     for number, (chart, curves) in enumerate(curves_of.items()):
         lines = [*curves, *(levels if chart.floor else ())]
-        y = vertical_range(chart.vertical, lines)
+        y = chart.vertical(lines)
         drawn = ""
         for axis, x in ranges.items():
             inside = [mark for mark in marks if x.low <= mark.x[axis] <= x.high]
@@ -101,13 +97,16 @@ def _across(axis: Axis, curves: Sequence[Line]) -> Range:
 
 def _curves(chart: _Chart, histories: Sequence[History], most: int) -> Iterator[Line]:
     for colour, history in enumerate(histories):
-        if chart.train and (points := history.points(chart.train, most)):
-            trend = history.trend(chart.train, _STRETCHES) if chart.noisy else None
+        for metric in chart.metrics:
+            if not (points := history.points(metric, most)):
+                continue
+            if metric.startswith("eval/"):
+                yield Line(f"{history.label}: validation", points.x, points.y, colour, "dots")
+                continue
+            trend = history.trend(metric, _STRETCHES) if chart.noisy else None
             yield Line(f"{history.label}: training", points.x, points.y, colour, "raw" if trend else "line")
             if trend:
                 yield Line(f"{history.label}: training, median", trend.x, trend.y, colour, "line")
-        if chart.evaluation and (points := history.points(chart.evaluation, most)):
-            yield Line(f"{history.label}: validation", points.x, points.y, colour, "dots")
 
 
 def _marks(history: History, colour: int) -> Iterator[Mark]:
