@@ -110,7 +110,7 @@ class ConfiguredCommand(click.Command):
         left = super().parse_args(context, args)
         if incomplete is not None:
             context.meta[_INCOMPLETE] = incomplete
-            # Else click would complete the argument CONFIG, if it is not there, and not ask this command.
+            # Otherwise click completes a missing argument CONFIG and does not call shell_complete below.
             for parameter in self.params:
                 context.set_parameter_source(str(parameter.name), ParameterSource.COMMANDLINE)
         return left
@@ -211,7 +211,7 @@ def _incomplete(args: list[str]) -> tuple[tuple[str, str] | None, list[str]]:
 
 
 def _meant(option: str) -> list[str]:
-    """The fields that an unknown option may be: those of that name without the section, else of a name like it."""
+    """The fields that an unknown option may mean: those of that name without the section, else of a similar name."""
     name = option.lstrip("-").replace("-", "_")
     fields: dict[str, list[str]] = {}
     for key in builtin_fields():

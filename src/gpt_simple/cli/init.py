@@ -22,7 +22,7 @@ from gpt_simple.plugin_host.discovery import DEFAULT_ON
 def _gpt2_shape(
     n_embd: int, n_layer: int, n_head: int, *, learning_rate: float, accumulation: int
 ) -> dict[str, dict[str, Any]]:
-    """The keys that are set first for training on own data."""
+    """The keys to set first for training on own data."""
     return {
         "model": {"n_embd": n_embd, "n_layer": n_layer, "n_head": n_head},
         "data": {"path": "data", "max_length": 2048},

@@ -13,7 +13,7 @@ from gpt_simple._names import PROGRAM, __version__
 from gpt_simple.errors import ExitCode, GptSimpleError
 
 BEGAN = time.monotonic()
-"""When the program began: what it imports later takes seconds."""
+"""When the program began. Its later imports take seconds, which count as time of the run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,8 +47,8 @@ def _run(arguments: list[str]) -> int:
         if not error.silent:
             from gpt_simple.config.mistakes import printable
 
-            with suppress(OSError):  # the terminal is gone: the exit code is all that is left to say
-                sys.stderr.write(printable(f"error: {error}\n"))  # in one piece: other processes may write there too
+            with suppress(OSError):  # the terminal is gone, and the exit code is enough
+                sys.stderr.write(printable(f"error: {error}\n"))  # one write: other processes write there too
         return int(error.exit_code)
     except click.ClickException as error:
         error.show()

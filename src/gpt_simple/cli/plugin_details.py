@@ -1,4 +1,4 @@
-"""The text of ``gpt-simple plugins show NAME``: what a plugin does and what can be set, ready to paste."""
+"""The text of ``gpt-simple plugins show NAME``: the hooks of a plugin, and its configuration ready to paste."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def find(name: str) -> tuple[LoadedPlugin, PluginRecord | None]:
 
 
 def details(name: str) -> str:
-    """All of it, as text."""
+    """The facts of a plugin, its hooks and components, and its configuration as TOML."""
     plugin, record = find(name)
     return "\n".join([*_head(plugin, record), "", *_hooks(plugin), *_parts(plugin), "", *_configuration(plugin)])
 

@@ -24,12 +24,12 @@ def plugins() -> None:
 @click.option("-p", "chosen", multiple=True, metavar="NAME", help="With --config: as for `run`.")
 @click.option("--no-plugins", is_flag=True, help="With --config: as for `run`.")
 @click.option("--external", is_flag=True, help="Only plugins of other packages.")
-@click.option("--hooks", is_flag=True, help="The hooks there are; with --config, who implements them.")
+@click.option("--hooks", is_flag=True, help="All hooks; with --config, the plugins that implement them.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def list_plugins(
     config: str | None, chosen: tuple[str, ...], no_plugins: bool, external: bool, hooks: bool, as_json: bool
 ) -> None:
-    """Show the installed plugins. Nothing of them is imported unless --config is given."""
+    """Show the installed plugins. They are imported only if --config is given."""
     from gpt_simple.cli import plugin_listing as listing
 
     if config is not None:
@@ -63,7 +63,7 @@ def show(name: str) -> None:
 @click.argument("name", required=False)
 @click.option("--lint-only", is_flag=True, help="Do not train three steps with the plugin.")
 def check(name: str | None, lint_only: bool) -> int:
-    """Check plugin NAME (or ./file.py; all of other packages if not given): lint, then a run of three steps."""
+    """Check plugin NAME (or ./file.py; without NAME all plugins of other packages): lint, then a run of three steps."""
     from gpt_simple.cli.plugin_check import check_plugins
 
     return check_plugins(name, smoke=not lint_only)

@@ -1,4 +1,4 @@
-"""Train a model as a configuration says, or go on with a run that was stopped."""
+"""Train a model as a configuration says, or continue a run that was stopped."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _SETTINGS = {"token_normalize_func": lambda name: name.replace("-", "_")}
     "--max_restarts",
     type=click.IntRange(min=0),
     metavar="N",
-    help="After a crash go on from the last checkpoint, at most N times.",
+    help="After a crash, resume from the last checkpoint, at most N times.",
 )
 def run(request: ConfigRequest, force: bool, progress: str | None, quiet: bool, **options: Any) -> int:
-    """Train as CONFIG (.toml, .yaml, .json) says. The same command goes on after a stop.
+    """Train as CONFIG (.toml, .yaml, .json) says. The same command continues a run that was stopped.
 
     Every field of the configuration is an option: --training.max_steps 5000 --optimizer.learning_rate=1e-4.
     """

@@ -1,4 +1,4 @@
-"""Let a trained model write: ``gpt-simple sample RUN --prompt TEXT``."""
+"""Generate text with a trained model: ``gpt-simple sample RUN --prompt TEXT``."""
 
 from __future__ import annotations
 

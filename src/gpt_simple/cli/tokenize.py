@@ -41,8 +41,8 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
     """Tokenize .txt .md .py .jsonl .jsonl.gz .jsonl.zst files into a dataset that a run reads as data.path.
 
-    Documents are kept whole: data.max_length is chosen by each run. Killed, the same command goes on where it was. The
-    result does not depend on --num_workers. A signal ends it with exit code 75: stopped and resumable.
+    Documents are kept whole: each run chooses its data.max_length. The result does not depend on --num_workers. A
+    signal ends the command with exit code 75: stopped and resumable. The same command continues, also after a kill.
     """
     if tokenizer_path is not None and tokenizer not in ("bpe", tokenizer_path):
         raise click.UsageError(f"two tokenizers were given: --tokenizer {tokenizer} and {tokenizer_path}")

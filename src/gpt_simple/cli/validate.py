@@ -49,7 +49,7 @@ class _Validate(ConfiguredCommand):
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def validate(request: ConfigRequest, strict: bool, as_json: bool, **options: Any) -> int:
-    """Check CONFIG, its data, what it would resume, its output and this machine. Nothing is changed.
+    """Check CONFIG, its data, the checkpoint to resume, the output directory and this machine. Nothing is changed.
 
     Exit code 0 without errors, else that of the worst: 2 configuration, 3 data, 4 checkpoint, 5 plugin.
     """

@@ -1,4 +1,4 @@
-"""A run as its files describe it, in the form in which a report shows it."""
+"""A run as its files describe it: status, configuration and rows, over the axes of a report."""
 
 from __future__ import annotations
 
