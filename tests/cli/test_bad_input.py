@@ -178,7 +178,7 @@ def test_a_secret_is_not_shown_by_a_plugin_that_fails(shell: Shell, here: Path, 
         assert "sekret" not in ended.out + ended.err
 
 
-def test_a_secret_of_the_command_line_is_not_in_the_command_that_goes_on(shell: Shell, here: Path) -> None:
+def test_the_command_to_go_on_shows_no_secret(shell: Shell, here: Path) -> None:
     (here / "secretive.py").write_text(SECRETIVE.format(hook=""))
     out = shell("run", "config.toml", "-p", "./secretive.py", "--plugins.secretive.api_key=sekret9").out
     assert "--plugins.secretive.api_key '(redacted)'" in out
@@ -212,7 +212,7 @@ def test_an_unknown_command_is_met_with_a_suggestion(shell: Shell) -> None:
     assert "'run'" in ended.err
 
 
-def test_data_that_are_refused_are_told_with_the_line_of_their_key(shell: Shell, here: Path) -> None:
+def test_refused_data_are_reported_with_the_line_of_their_key(shell: Shell, here: Path) -> None:
     (here / "data").mkdir()
     (here / "c.yaml").write_text("training: {compile: false}\ndata:\n  path: data\n  source: shards\n")
     assert shell("run", "c.yaml").err.startswith("error: c.yaml:3: data.path: data: there is no dataset.json")

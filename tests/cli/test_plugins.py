@@ -14,8 +14,8 @@ import tomli
 from click.testing import CliRunner, Result
 
 from gpt_simple.cli.fields import builtin_configs
-from gpt_simple.cli.plugin_details import toml_literal
 from gpt_simple.cli.plugins import plugins
+from gpt_simple.config.render import toml_text
 from gpt_simple.errors import ConfigError, PluginError
 from gpt_simple.spec import resolve_spec
 from tests.packages import PLUGIN, FakePackage
@@ -47,7 +47,7 @@ def in_a_new_process(*arguments: str, site: Path | None = None) -> subprocess.Co
     )
 
 
-def test_list_and_help_work_with_any_package_installed_and_import_nothing(fake_package: FakePackage) -> None:
+def test_list_and_help_work_beside_any_package_and_import_none(fake_package: FakePackage) -> None:
     install_broken(fake_package)
     site = fake_package("b-command", commands={"broken": "nowhere:main"})
     for arguments in (["plugins", "list"], ["--help"], ["plugins", "list", "--hooks"]):
@@ -68,9 +68,7 @@ def test_the_status_of_every_kind_of_plugin(fake_package: FakePackage) -> None:
     assert found["raises", "b-import"] == "available"
 
 
-def test_list_for_a_configuration_says_what_runs_why_and_in_which_order(
-    fake_package: FakePackage, tmp_path: Path
-) -> None:
+def test_list_for_a_configuration_has_reasons_and_call_order(fake_package: FakePackage, tmp_path: Path) -> None:
     install_broken(fake_package)
     source = PLUGIN.format(cls="Acme") + "    after = ('metrics',)\n    before = ('console',)\n"
     fake_package("acme-log", plugins={"acme": "acme_log:Acme"}, modules={"acme_log": source})
@@ -110,7 +108,7 @@ def test_many_mistakes_of_one_plugin_leave_the_table_readable(fake_package: Fake
     assert [line.partition(": plugin acme (")[0] for line in below.splitlines()] == ["acme"] * 3
 
 
-def test_show_tells_how_a_file_is_switched_on(tmp_path: Path) -> None:
+def test_show_says_how_a_file_is_switched_on(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN.format(cls="Mine"))
     assert f"  active    with -p {file}\n" in cli("show", str(file)).output
@@ -199,7 +197,7 @@ def test_show_of_a_name_that_does_not_exist() -> None:
 
 @pytest.mark.parametrize("value", [True, 3, 1e-8, 'q"\\', ["a", 1.5], {"a b": {"c": [1]}}, float("inf")])
 def test_values_are_written_as_toml(value: object) -> None:
-    assert tomli.loads(f"x = {toml_literal(value)}")["x"] == value
+    assert tomli.loads(f"x = {toml_text(value)}")["x"] == value
 
 
 def test_check_lints_and_runs(fake_package: FakePackage, tmp_path: Path) -> None:
@@ -301,7 +299,7 @@ def test_a_part_of_a_plugin_that_is_installed_but_off(fake_package: FakePackage)
         resolve_spec(None, overrides=[("optimizer.schedule", "zigzag")])
 
 
-def test_the_reference_of_the_configuration_has_built_in_plugins_alone(fake_package: FakePackage) -> None:
+def test_the_reference_has_built_in_plugins_alone(fake_package: FakePackage) -> None:
     before = set(builtin_configs())
     fake_package("acme-log", plugins={"acme": "acme_log:Acme"}, modules={"acme_log": DETAILED})
     assert set(builtin_configs()) == before

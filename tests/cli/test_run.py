@@ -84,7 +84,7 @@ def test_a_finished_run_without_its_summary_says_so(shell: Shell, here: Path, le
     assert (result.best_val_loss, result.checkpoint_path) == (best, Path("out/checkpoints/step-00000004"))
 
 
-def test_scratch_is_refused_over_checkpoints_and_force_discards_them(shell: Shell, here: Path) -> None:
+def test_scratch_over_checkpoints_is_refused_without_force(shell: Shell, here: Path) -> None:
     assert shell("run", "config.toml").code == 0
     (here / "out/mine.txt").write_text("keep me")
     refused = shell("run", "config.toml", "--training.resume", "scratch")
@@ -115,22 +115,22 @@ def test_force_removes_nothing_when_the_new_run_is_refused(shell: Shell, here: P
          "gpt-simple run config.toml -p no:sample --training.max_steps 4"),
     ],
 )  # fmt: skip
-def test_the_command_that_it_tells_goes_on_from_there(
+def test_the_command_that_it_prints_goes_on_from_there(
     shell: Shell, here: Path, arguments: tuple[str, ...], wanted: str
 ) -> None:
-    told = re.search(r"^next: (.*) goes on from here$", shell("run", "config.toml", *arguments).out, re.MULTILINE)
-    assert told
-    assert told[1] == wanted
-    again = shell(*shlex.split(told[1])[1:])
+    found = re.search(r"^next: (.*) goes on from here$", shell("run", "config.toml", *arguments).out, re.MULTILINE)
+    assert found
+    assert found[1] == wanted
+    again = shell(*shlex.split(found[1])[1:])
     assert again.code == 0
     assert "resumed from step 2: " in again.out
 
 
-def test_a_file_that_says_scratch_is_told_how_to_go_on(shell: Shell, here: Path) -> None:
+def test_how_to_go_on_where_the_file_says_scratch(shell: Shell, here: Path) -> None:
     (here / "config.toml").write_text((here / "config.toml").read_text().replace('"out"', '"out"\nresume = "scratch"'))
-    told = re.search(r"^next: (.*) goes on from here$", shell("run", "config.toml").out, re.MULTILINE)
-    assert told
-    assert told[1] == "gpt-simple run config.toml --training.max_steps 8 --training.resume auto"
+    found = re.search(r"^next: (.*) goes on from here$", shell("run", "config.toml").out, re.MULTILINE)
+    assert found
+    assert found[1] == "gpt-simple run config.toml --training.max_steps 8 --training.resume auto"
 
 
 def test_another_model_is_refused_with_the_difference(shell: Shell, here: Path) -> None:
@@ -140,7 +140,8 @@ def test_another_model_is_refused_with_the_difference(shell: Shell, here: Path) 
     assert "model.n_layer 1 -> 2" in ended.err
 
 
-def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(shell: Shell, here: Path) -> None:
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(shell: Shell, here: Path) -> None:
+    """And both are named."""
     assert shell("run", "config.toml").code == 0
     damage(here / "out", 4)
     weights = here / "out/checkpoints/step-00000004/model.safetensors"
@@ -154,8 +155,8 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(shel
     assert any("damaged" in path.name for path in (here / "out/checkpoints").iterdir())
 
 
-def test_damage_is_neither_passed_over_nor_removed_where_resume_names_a_path(shell: Shell, here: Path) -> None:
-    """Else the run would begin again at PATH without a word, and write over what was damaged."""
+def test_damage_stays_where_resume_names_a_path(shell: Shell, here: Path) -> None:
+    """It is reported. Else the run would start from PATH again and overwrite the damaged checkpoint."""
     shell("run", "config.toml", "--training.output_dir", "first")
     branch = ["run", "config.toml", "--training.resume", "first/checkpoints/step-00000002"]
     assert shell(*branch).code == 0
@@ -213,9 +214,7 @@ def test_a_plugin_of_the_user_that_fails_is_named_and_exits_5(shell: Shell, here
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_ends_in_a_checkpoint_and_75_and_the_same_command_goes_on(
-    here: Path, shell: Shell, number: signal.Signals
-) -> None:
+def test_a_signal_saves_exits_75_and_the_same_command_goes_on(here: Path, shell: Shell, number: signal.Signals) -> None:
     command = [*PROGRAM, "run", "config.toml", "--training.max_steps", "100000", "--training.logging_steps", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as run:
         assert run.stdout is not None
@@ -257,9 +256,10 @@ def test_a_second_ctrl_c_leaves_at_once(here: Path) -> None:
         assert run.wait(20) == 130
 
 
-def test_a_budget_that_a_checkpoint_uses_up_is_refused_before_anything_is_removed(
+def test_a_budget_that_one_checkpoint_uses_up_is_refused(
     shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before --force removes anything."""
     assert shell("run", "config.toml").code == 0
     before = sorted((here / "out").rglob("*"))
     monkeypatch.setattr("gpt_simple.engine.time_budget._FIRST_GUESS_BYTES_PER_SECOND", 0.1)

@@ -52,7 +52,7 @@ def test_a_seed_is_one_text_and_another_seed_another(trained: Path, shell: Shell
     assert one.rstrip("\n") != "A" + two.rstrip("\n")
 
 
-def test_an_older_checkpoint_can_be_asked(trained: Path, shell: Shell) -> None:
+def test_an_older_checkpoint_can_be_sampled(trained: Path, shell: Shell) -> None:
     older, newest = (shell("sample", "out", *GREEDY, "--step", str(step)) for step in (2, 4))
     assert (older.code, newest.code) == (0, 0)
     assert shell("sample", "out", *GREEDY).out == newest.out

@@ -1,4 +1,4 @@
-"""What one types before training starts at once: torch, wandb and accelerate are not imported."""
+"""Commands without computation start at once: torch, wandb and accelerate are not imported."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_no_heavy_import(arguments: list[str]) -> None:
     assert done.stdout
 
 
-def test_validate_looks_at_prepared_data_without_numpy(tmp_path: Path) -> None:
+def test_validate_inspects_prepared_data_without_numpy(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.txt").write_text("a few words " * 500)
     (tmp_path / "raw" / "b.txt").write_text("some others " * 500)
@@ -58,7 +58,7 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_mistake_in_the_configuration_is_told_without_loading_torch() -> None:
+def test_a_mistake_is_reported_without_loading_torch() -> None:
     arguments = ["run", str(EXAMPLE), "--training.max_step", "5"]
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[] 2"

@@ -7,47 +7,27 @@ from typing import Any
 
 import click
 
-from gpt_simple.cli.fields import ConfiguredCommand, pass_overrides, plugins_option
+from gpt_simple.cli.fields import ConfigRequest, ConfiguredCommand, builtin_configs, plugin_options
+from gpt_simple.config.render import tables, to_json, to_toml
+from gpt_simple.config.structure import SECTIONS
+from gpt_simple.plugin_host.activation import Switches
+from gpt_simple.spec import RunSpec, resolve_spec
 
-_PLUGINS = plugins_option("As for `run`.")
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
-
-@click.group(context_settings=_SETTINGS)
+@click.group()
 def config() -> None:
     """Show the configuration, and a schema for editors."""
 
 
-@config.command("show", cls=ConfiguredCommand)
-@click.argument("path", metavar="[CONFIG]", type=click.Path(), required=False)
-@click.option("-c", "--config", "option", metavar="FILE", type=click.Path(), help="The same as CONFIG.")
+@config.command(cls=ConfiguredCommand)
 @click.option("--origin", is_flag=True, help="Say where each value comes from, and what it overrode.")
 @click.option("--json", "as_json", is_flag=True, help="JSON.")
 @click.option("--toml", "as_toml", is_flag=True, help="TOML; the default.")
-@_PLUGINS
-@click.option("--no-plugins", is_flag=True, help="As for `run`.")
-@pass_overrides
-def show(
-    overrides: list[tuple[str, str]],
-    path: str | None,
-    option: str | None,
-    origin: bool,
-    as_json: bool,
-    as_toml: bool,
-    plugins: tuple[str, ...],
-    no_plugins: bool,
-) -> None:
+def show(request: ConfigRequest, origin: bool, as_json: bool, as_toml: bool) -> None:
     """Print every value that a run of CONFIG would use."""
-    from gpt_simple.config.render import to_json, to_toml
-    from gpt_simple.plugin_host.activation import Switches
-    from gpt_simple.spec import resolve_spec
-
-    if path and option and path != option:
-        raise click.UsageError(f"two configurations were given: {path} and --config {option}")
     if as_json and as_toml:
         raise click.UsageError("choose one of --json and --toml")
-    switches = Switches.parse(plugins, no_plugins=no_plugins)
-    spec = resolve_spec(path or option, overrides=overrides, switches=switches)
+    spec = request.resolve()
     for note in spec.notes:
         click.echo(f"note: {note}", err=True)
     if not as_json:
@@ -58,12 +38,10 @@ def show(
         click.echo(json.dumps(_with_origins(spec), indent=2, ensure_ascii=False))
 
 
-@config.command("schema")
+@config.command(params=plugin_options())
 @click.option(
     "-c", "--config", "path", metavar="FILE", type=click.Path(), help="Include the plugins and components of FILE."
 )
-@_PLUGINS
-@click.option("--no-plugins", is_flag=True, help="As for `run`.")
 def schema(path: str | None, plugins: tuple[str, ...], no_plugins: bool) -> None:
     """Print a JSON Schema (draft-07) of the configuration.
 
@@ -71,34 +49,21 @@ def schema(path: str | None, plugins: tuple[str, ...], no_plugins: bool) -> None
     Save it and name it in the first line of a configuration: `#:schema schema.json` in TOML,
     `# yaml-language-server: $schema=schema.json` in YAML.
     """
-    from gpt_simple.cli.fields import builtin_configs
     from gpt_simple.config.json_schema import json_schema
-    from gpt_simple.config.structure import SECTIONS
-    from gpt_simple.plugin_host.activation import Switches
-    from gpt_simple.spec import resolve_spec
 
-    tables, sections = builtin_configs(), dict(SECTIONS)
+    plugin_configs, sections = builtin_configs(), dict(SECTIONS)
     if path is not None or plugins:
-        spec = resolve_spec(path, switches=Switches.parse(plugins))
-        tables |= spec.host.config_classes()
-        tables |= {plugin.name: plugin.cls.Config for plugin in spec.host.plugins}
+        spec = resolve_spec(path, switches=Switches.parse(plugins, no_plugins=no_plugins))
+        plugin_configs |= spec.host.config_classes()
+        plugin_configs |= {plugin.name: plugin.cls.Config for plugin in spec.host.plugins}
         sections = {name: type(getattr(spec.config, name)) for name in SECTIONS}
-    click.echo(json.dumps(json_schema(tables, sections=sections), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(json_schema(plugin_configs, sections=sections), indent=2, ensure_ascii=False))
 
 
-def _with_origins(spec: Any) -> dict[str, Any]:
+def _with_origins(spec: RunSpec) -> dict[str, Any]:
     """Dotted key -> value and the places that set it, strongest first."""
-    from gpt_simple.config.frozen import json_value
-    from gpt_simple.config.structure import SWITCHES
-
-    found: dict[str, Any] = {}
-    for section, values in json_value(spec.config).items():
-        for key, value in values.items():
-            if section == "plugins" and key not in SWITCHES:
-                found |= {f"plugins.{key}.{inner}": item for inner, item in value.items()}
-            else:
-                found[f"{section}.{key}"] = value
+    values = {entry.path: entry.value for table in tables(spec.config, False) for entry in table.entries}
     return {
-        path: {"value": value, "kind": spec.origins.of(path).kind, "places": spec.origins.chain(path)}
-        for path, value in found.items()
+        key: {"value": value, "kind": spec.origins.of(key).kind, "places": spec.origins.chain(key)}
+        for key, value in values.items()
     }

@@ -1,4 +1,4 @@
-"""Look at prepared data: ``gpt-simple data inspect DATA``."""
+"""Inspect prepared data: ``gpt-simple data inspect DATA``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import click
 
 @click.group()
 def data() -> None:
-    """Look at prepared data."""
+    """Inspect prepared data."""
 
 
 @data.command()
 @click.argument("directory", metavar="DATA", type=click.Path(path_type=Path))
 @click.option("--sample", default=200, show_default=True, type=click.IntRange(0), help="Tokens of text to show.")
 def inspect(directory: Path, sample: int) -> None:
-    """Say what is in the dataset directory DATA, after comparing every file with its checksum."""
+    """Describe the dataset directory DATA, after comparing every file with its checksum."""
     from gpt_simple.data.inspect import inspect
 
     lines = inspect(directory, sample_tokens=sample, log=lambda message: click.echo(message, err=True))

@@ -10,17 +10,19 @@ from typing import Any
 import click
 
 from gpt_simple._names import PROGRAM
+from gpt_simple.cli.fields import builtin_configs
 from gpt_simple.config import render
 from gpt_simple.config.load import read
 from gpt_simple.config.structure import structure
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ConfigError
+from gpt_simple.plugin_host.discovery import DEFAULT_ON
 
 
 def _gpt2_shape(
     n_embd: int, n_layer: int, n_head: int, *, learning_rate: float, accumulation: int
 ) -> dict[str, dict[str, Any]]:
-    """The keys that a person who trains on their own data looks at first."""
+    """The keys to set first for training on own data."""
     return {
         "model": {"n_embd": n_embd, "n_layer": n_layer, "n_head": n_head},
         "data": {"path": "data", "max_length": 2048},
@@ -58,7 +60,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command()
 @click.option(
     "--preset", type=click.Choice(list(PRESETS)), default="small", show_default=True, help="What to start from."
 )
@@ -92,7 +94,9 @@ def init(preset: str, output: str, force: bool) -> None:
 def write(preset: str, path: Path) -> str:
     """The text of a preset in the format of the path's suffix: its own keys, and all others as comments."""
     raw = read(None, environ={}, sections=PRESETS[preset])
-    config = structure(raw, plugin_configs=_default_plugins())
+    # The plugins that every run has, if they have anything to configure.
+    plugins = {name: cls for name, cls in builtin_configs().items() if name in DEFAULT_ON and fields_of(cls)}
+    config = structure(raw, plugin_configs=plugins)
     match path.suffix.lower():
         case ".toml":
             body = render.to_toml(config, chosen=raw.origins)
@@ -107,11 +111,3 @@ def write(preset: str, path: Path) -> str:
 # Train: {PROGRAM} run {path.name}
 
 {body}"""
-
-
-def _default_plugins() -> dict[str, type]:
-    """Config classes of the plugins that every run has, if they have anything to configure."""
-    from gpt_simple.plugin_host.host import PluginHost
-
-    host = PluginHost.activate({}, set_keys=lambda key: False)
-    return {name: cls for name, cls in sorted(host.config_classes().items()) if fields_of(cls)}

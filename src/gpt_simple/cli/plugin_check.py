@@ -1,4 +1,4 @@
-"""``gpt-simple plugins check``: the lint, then the contract suite on a tiny run, for people without a test runner."""
+"""``gpt-simple plugins check``: the lint, then the contract suite on a tiny run, without a test runner."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def _check(name: str, *, smoke: bool) -> bool:
         plugin, _ = find(name)
         _components(plugin, load=smoke)
         if smoke:
-            _try(name, plugin.cls)
+            from gpt_simple.testing import check_contract  # only now: the lint alone does not need torch
+
+            with redirect_stdout(io.StringIO()):
+                # The plugin may be meant to change training.
+                check_contract(plugin.cls, enable=() if is_file(name) else (name,), observes=False)
     except (PluginError, AssertionError) as error:
         click.echo(f"{name}: broken\n{error}")
         return False
@@ -51,12 +55,3 @@ def _components(plugin: LoadedPlugin, *, load: bool) -> None:
                 registry.pair(part.name, schedule)
         if load:
             part.load()
-
-
-def _try(name: str, cls: type) -> None:
-    # Only now: the lint alone needs no torch.
-    from gpt_simple.testing import check_contract
-
-    # A plugin may be meant to change training, and nobody can ask it here.
-    with redirect_stdout(io.StringIO()):
-        check_contract(cls, enable=() if is_file(name) else (name,), observes=False)

@@ -1,15 +1,14 @@
-"""The text of ``gpt-simple plugins show NAME``: what a plugin does and what can be set, ready to paste."""
+"""The text of ``gpt-simple plugins show NAME``: the hooks of a plugin, and its configuration ready to paste."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-import attrs
+from collections.abc import Iterator
 
 from gpt_simple._names import PROGRAM
+from gpt_simple.config.frozen import json_value
+from gpt_simple.config.render import toml_text
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import CONFIG_KEY, Registry
@@ -21,8 +20,7 @@ from gpt_simple.plugin_host.loading import LoadedPlugin, load_file, load_plugin
 
 
 def find(name: str) -> tuple[LoadedPlugin, PluginRecord | None]:
-    """The plugin of an entry point or of a file, imported and linted. ConfigError if there is no such
-    name."""
+    """The plugin of an entry point or of a file, imported and linted. ConfigError if the name is unknown."""
     if is_file(name):
         own_name, cls = load_file(name)
         return load_plugin(own_name, cls, None), None
@@ -35,24 +33,9 @@ def find(name: str) -> tuple[LoadedPlugin, PluginRecord | None]:
 
 
 def details(name: str) -> str:
-    """All of it, as text."""
+    """The facts of a plugin, its hooks and components, and its configuration as TOML."""
     plugin, record = find(name)
     return "\n".join([*_head(plugin, record), "", *_hooks(plugin), *_parts(plugin), "", *_configuration(plugin)])
-
-
-def toml_literal(value: Any) -> str:
-    """A value as it is written in TOML."""
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml_literal(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(toml_literal, value))}]"
-    if attrs.has(type(value)):
-        return toml_literal({k: v for k, v in attrs.asdict(value, recurse=False).items() if v is not None})
-    return repr(value)
 
 
 def _head(plugin: LoadedPlugin, record: PluginRecord | None) -> Iterator[str]:
@@ -97,10 +80,8 @@ def _configuration(plugin: LoadedPlugin) -> Iterator[str]:
         if field.doc:
             yield f"# {field.doc}"
         # TOML has no null: a key that is unset by default is shown as a comment.
-        assignment = (
-            f"# {field.name} = ..." if field.default is None else f"{field.name} = {toml_literal(field.default)}"
-        )
-        yield f"{assignment}  # {field.type.description}"
+        default = "..." if field.default is None else toml_text(json_value(field.default))
+        yield f"{'# ' if field.default is None else ''}{field.name} = {default}  # {field.type.description}"
 
 
 def _summary(plugin: LoadedPlugin, record: PluginRecord | None) -> str:

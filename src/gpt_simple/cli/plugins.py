@@ -1,20 +1,20 @@
 """List, inspect, check and make plugins.
 
-``list`` reads package metadata and imports no plugin, so what is broken shows up as broken. With ``--config``
-it says what that run would load, why and in which order, which takes importing them.
+``list`` reads package metadata and imports no plugin, so a broken one does not break it. With ``--config`` it shows
+which plugins that run would load, why and in which order, which takes importing them.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+SCHEMA = 1
+"""Version of the JSON output; raised when a key changes its meaning or goes away."""
 
 
-@click.group(context_settings=_SETTINGS)
+@click.group()
 def plugins() -> None:
     """List, inspect, check and make plugins."""
 
@@ -24,41 +24,30 @@ def plugins() -> None:
 @click.option("-p", "chosen", multiple=True, metavar="NAME", help="With --config: as for `run`.")
 @click.option("--no-plugins", is_flag=True, help="With --config: as for `run`.")
 @click.option("--external", is_flag=True, help="Only plugins of other packages.")
-@click.option("--hooks", is_flag=True, help="The hooks there are; with --config, who implements them.")
+@click.option("--hooks", is_flag=True, help="All hooks; with --config, the plugins that implement them.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def list_plugins(
     config: str | None, chosen: tuple[str, ...], no_plugins: bool, external: bool, hooks: bool, as_json: bool
 ) -> None:
-    """Show the installed plugins. Nothing of them is imported unless --config is given."""
+    """Show the installed plugins. They are imported only if --config is given."""
     from gpt_simple.cli import plugin_listing as listing
 
-    if (chosen or no_plugins) and config is None:
+    if config is not None:
+        from gpt_simple.plugin_host.activation import Switches
+
+        rows = listing.rows_of_run(config, Switches.parse(chosen, no_plugins=no_plugins))
+    elif chosen or no_plugins:
         raise click.UsageError("-p and --no-plugins need --config: without one nothing is active")
-    rows = listing.survey() if config is None else _survey_run(config, chosen, no_plugins)
+    else:
+        rows = listing.installed_rows()
     if external:
-        rows = [row for row in rows if row.origin == "external"]
+        rows = [row for row in rows if row["origin"] == "external"]
     if hooks:
-        from gpt_simple.cli.plugin_survey import hook_rows
-
-        _print(hook_rows(rows), "hooks", as_json, listing.hook_table)
-    else:
-        _print(rows, "plugins", as_json, listing.plugin_table)
-
-
-def _survey_run(config: str, chosen: tuple[str, ...], no_plugins: bool) -> Any:
-    from gpt_simple.cli.plugin_survey import survey_run
-    from gpt_simple.plugin_host.activation import Switches
-
-    return survey_run(config, Switches.parse(chosen, no_plugins=no_plugins))
-
-
-def _print(rows: Any, key: str, as_json: bool, table: Any) -> None:
-    from gpt_simple.cli import plugin_listing as listing
-
+        rows = listing.hook_rows(rows)
     if as_json:
-        click.echo(json.dumps({"schema": listing.SCHEMA, key: [listing.as_json(row) for row in rows]}, indent=2))
+        click.echo(json.dumps({"schema": SCHEMA, "hooks" if hooks else "plugins": rows}, indent=2))
     else:
-        click.echo(table(rows))
+        click.echo(listing.hook_table(rows) if hooks else listing.plugin_table(rows))
 
 
 @plugins.command()
@@ -74,8 +63,7 @@ def show(name: str) -> None:
 @click.argument("name", required=False)
 @click.option("--lint-only", is_flag=True, help="Do not train three steps with the plugin.")
 def check(name: str | None, lint_only: bool) -> int:
-    """Check plugin NAME (or ./file.py; all of other packages if not given): lint, then a run of three
-    steps."""
+    """Check plugin NAME (or ./file.py; without NAME all plugins of other packages): lint, then a run of three steps."""
     from gpt_simple.cli.plugin_check import check_plugins
 
     return check_plugins(name, smoke=not lint_only)
@@ -95,5 +83,4 @@ def new(name: str, template: str, directory: str) -> None:
     """Make the installable package of a new plugin NAME."""
     from gpt_simple.cli.scaffold import scaffold
 
-    for line in scaffold(name, template, directory):
-        click.echo(line)
+    click.echo(scaffold(name, template, directory))

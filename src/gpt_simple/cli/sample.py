@@ -1,4 +1,4 @@
-"""Let a trained model write: ``gpt-simple sample RUN --prompt TEXT``."""
+"""Generate text with a trained model: ``gpt-simple sample RUN --prompt TEXT``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpt_simple.cli.fields import plugins_option
+from gpt_simple.cli.fields import complete_plugin
 
 if TYPE_CHECKING:
     import torch
 
 _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\n\t")}, "\ufffd")
-"""Control characters, which a young model writes, must not reach a terminal, now or when a file is looked at."""
+"""A model early in training writes control characters, which must not reach a terminal or a file."""
 
 
 class _Number(click.FloatRange):
-    """A range of numbers; click takes NaN for inside of every range."""
+    """A range of numbers without NaN, which click accepts in every range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
@@ -42,27 +42,32 @@ class _Number(click.FloatRange):
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="The same seed, the same text.")
 @click.option("--count", default=1, show_default=True, type=click.IntRange(1), help="Texts, with seeds from --seed on.")
 @click.option("--step", type=click.IntRange(1), help="The checkpoint of this step; unset: the newest.")
-@plugins_option("Switch a plugin on, the file that brings the model: NAME, ./file.py.")
+@click.option(
+    "-p",
+    "plugins",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=complete_plugin,
+    help="Switch a plugin on, the file that brings the model: NAME, ./file.py.",
+)
 @click.option("--device", help="For example cpu or cuda:1; unset: a GPU if there is one.")
 def sample(
     run: Path,
     prompt: str,
     tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
     seed: int,
     count: int,
     step: int | None,
     plugins: tuple[str, ...],
     device: str | None,
+    **sampling: Any,
 ) -> None:
     """Print text from the model of the run in directory RUN, the prompt included.
 
     RUN may also be the directory of one checkpoint, RUN/checkpoints/step-00001000.
     """
     run, step = _run_and_step(run, step)
-    # Only now: a mistake in the options is told without the seconds that torch takes to load.
+    # Only now: a mistake in the options is reported without the seconds that torch takes to load.
     import torch
 
     from gpt_simple.engine.precision import resolve
@@ -70,34 +75,25 @@ def sample(
     from gpt_simple.model.generate import generate
     from gpt_simple.run_dir.layout import RunDir
 
-    place = _device(device)
-    model, tokenizer = restore(RunDir(run), place, step=step, plugins=plugins)
+    torch_device = _device(device)
+    model, tokenizer = restore(RunDir(run), torch_device, step=step, plugins=plugins)
     for index in range(count):
-        with torch.no_grad(), resolve(None, place).autocast():
-            text = generate(
-                model,
-                tokenizer,
-                prompt,
-                max_new_tokens=tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed + index,
-            )
+        with torch.no_grad(), resolve(None, torch_device).autocast():
+            text = generate(model, tokenizer, prompt, max_new_tokens=tokens, seed=seed + index, **sampling)
         click.echo(("\n" if index else "") + text.translate(_CONTROLS))
 
 
 def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
-    """The run that a path means, and the step if it is the path of a checkpoint."""
-    place = path.absolute()
-    named = re.fullmatch(r"step-(\d+)", place.name)
-    if named is None or place.parent.name != "checkpoints":
+    """The directory of the run, and the step if ``path`` is a checkpoint of it."""
+    absolute = path.absolute()
+    named = re.fullmatch(r"step-(\d+)", absolute.name)
+    if named is None or absolute.parent.name != "checkpoints":
         return path, step
     if step not in (None, int(named[1])):
         raise click.UsageError(
             f"{path} is the checkpoint of step {int(named[1])}, and --step says {step}: leave one out"
         )
-    return path.parent.parent if len(path.parts) > 2 else place.parent.parent, int(named[1])
+    return path.parent.parent if len(path.parts) > 2 else absolute.parent.parent, int(named[1])
 
 
 def _device(name: str | None) -> torch.device:

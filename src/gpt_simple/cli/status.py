@@ -20,14 +20,14 @@ from gpt_simple.run_dir.status import Status, read_status
 def status(run: Path, as_json: bool) -> None:
     """Say whether the run in directory RUN is running, completed, stopped, halted, failed or crashed.
 
-    RUN is the training.output_dir of the run. The answer is true also when the process or the machine died.
+    RUN is the training.output_dir of the run. The answer is correct even if the process or the machine died.
     """
     found = read_status(RunDir(run))
     click.echo(json.dumps(asdict(found)) if as_json else describe(found, now=time.time()))
 
 
 def describe(status: Status, *, now: float) -> str:
-    """The status as text: one line of state and progress, then what else is known, one thing a line."""
+    """The status as text: a line of state and progress, then a line for each reason, error, note and the process."""
     progress = [status.state, f"step {status.step}" + (f"/{status.max_steps}" if status.max_steps else "")]
     if status.loss is not None:
         progress.append(f"loss {status.loss:.4f}")

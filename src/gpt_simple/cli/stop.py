@@ -1,4 +1,4 @@
-"""``gpt-simple stop RUN``: ask a run to save a checkpoint and leave, from any terminal and without torch."""
+"""``gpt-simple stop RUN``: ask a run to save a checkpoint and end, from any terminal and without torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gpt_simple.run_dir.stop_request import ask_to_stop
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="End it at once; the steps since its last checkpoint are lost.")
 def stop(run: Path, force: bool) -> None:
-    """Ask the run in directory RUN to save a checkpoint and leave (exit code 75). The same command goes on.
+    """Ask the run in directory RUN to save a checkpoint and end (exit code 75). The command of the run continues it.
 
-    RUN is the training.output_dir of the run. From another machine a file is left that the run looks for.
+    RUN is the training.output_dir of the run. From another machine, the request is a file that the run checks for.
     """
     click.echo(ask_to_stop(RunDir(run), force=force))

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import click
 
+from gpt_simple._names import PROGRAM
 from gpt_simple.errors import ExitCode
 from gpt_simple.launch.signals import stop_on_signals
 
@@ -32,26 +34,15 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
     "--val_fraction", default=0.05, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Held out."
 )
 @click.option(
-    "--max_length", type=click.IntRange(2), help="Tell how many rows of this length there are; none is an error."
+    "--max_length", type=click.IntRange(2), help="Say how many rows of this length there are; none is an error."
 )
 @click.option("--num_workers", default=_CORES, show_default="all cores", type=click.IntRange(1), help="Processes.")
 @click.option("--strict", is_flag=True, help="Stop at a document that cannot be read instead of skipping it.")
-def tokenize(
-    input_dir: Path,
-    output_dir: Path,
-    tokenizer: str,
-    tokenizer_path: str | None,
-    tokenizer_vocab_size: int,
-    text_key: str,
-    val_fraction: float,
-    max_length: int | None,
-    num_workers: int,
-    strict: bool,
-) -> int:
+def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
     """Tokenize .txt .md .py .jsonl .jsonl.gz .jsonl.zst files into a dataset that a run reads as data.path.
 
-    Documents are kept whole: data.max_length is chosen by each run. Killed, the same command goes on where it was. The
-    result does not depend on --num_workers. A signal ends it with exit code 75: stopped and resumable.
+    Documents are kept whole: each run chooses its data.max_length. The result does not depend on --num_workers. A
+    signal ends the command with exit code 75: stopped and resumable. The same command continues, also after a kill.
     """
     if tokenizer_path is not None and tokenizer not in ("bpe", tokenizer_path):
         raise click.UsageError(f"two tokenizers were given: --tokenizer {tokenizer} and {tokenizer_path}")
@@ -61,17 +52,7 @@ def tokenize(
             from gpt_simple.data.bulk import REPORT, Job, tokenize
             from gpt_simple.data.inspect import summary
 
-            job = Job(
-                input_dir=input_dir,
-                output_dir=output_dir,
-                tokenizer=tokenizer_path or tokenizer,
-                tokenizer_vocab_size=tokenizer_vocab_size,
-                text_key=text_key,
-                val_fraction=val_fraction,
-                max_length=max_length,
-                num_workers=num_workers,
-                strict=strict,
-            )
+            job = Job(tokenizer=tokenizer_path or tokenizer, **options)
             manifest = tokenize(job, log, progress)
     except (KeyboardInterrupt, OSError):
         if not stop.signal:
@@ -79,15 +60,16 @@ def tokenize(
         with suppress(OSError):  # the terminal may be gone, and the bar that was on it
             click.echo(f"stopped: {stop.signal}; what is done is kept, the same command goes on", err=True)
         return int(ExitCode.STOPPED)
-    click.echo("\n".join(summary(output_dir, manifest, max_length)))
-    report = json.loads((output_dir / REPORT).read_text(encoding="utf-8"))
-    click.echo(f"skipped {report['skipped']:,} documents and {report['empty']:,} without text: {output_dir / REPORT}")
-    click.echo(f"train on it: gpt-simple run CONFIG --data.path {output_dir}")
+    click.echo("\n".join(summary(job.output_dir, manifest, job.max_length)))
+    path = job.output_dir / REPORT
+    report = json.loads(path.read_text(encoding="utf-8"))
+    click.echo(f"skipped {report['skipped']:,} documents and {report['empty']:,} without text: {path}")
+    click.echo(f"train on it: {PROGRAM} run CONFIG --data.path {job.output_dir}")
     return int(ExitCode.COMPLETED)
 
 
 class _Stop:
-    """Unwinds at the first signal; others, which schedulers send as well, must not break off what that one began."""
+    """Unwinds at the first signal. Later ones, which schedulers send as well, must not interrupt the clean-up."""
 
     signal = ""
 
@@ -99,9 +81,9 @@ class _Stop:
 
 @contextmanager
 def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
-    """Where messages and progress go: a bar on a terminal, now and then a line elsewhere."""
+    """How to show messages and progress: a bar on a terminal, lines elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda message: click.echo(message, err=True), _Lines().tell
+        yield lambda message: click.echo(message, err=True), _progress_lines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -115,21 +97,22 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
         )
 
 
-class _Lines:
+def _progress_lines() -> Callable[[int, int], None]:
     """Progress as lines, one in ``LINE_EVERY`` seconds and one at the end."""
+    began = shown = 0.0
+    first: int | None = None
 
-    def __init__(self) -> None:
-        self._began = self._told = 0.0
-        self._first: int | None = None
-
-    def tell(self, done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
+        nonlocal began, shown, first
         now = time.monotonic()
-        if self._first is None:
+        if first is None:
             # What an earlier attempt has done says nothing about the speed of this one.
-            self._first, self._began, self._told = done, now, now
-        if done < total and now - self._told < LINE_EVERY:
+            first, began, shown = done, now, now
+        if done < total and now - shown < LINE_EVERY:
             return
-        self._told = now
-        rate = (done - self._first) / max(now - self._began, 1e-9)
+        shown = now
+        rate = (done - first) / max(now - began, 1e-9)
         left = f"  {(total - done) / rate / 60:.1f} min left" if rate and done < total else ""
         click.echo(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s{left}", err=True)
+
+    return show

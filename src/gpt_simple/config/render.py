@@ -33,12 +33,12 @@ def to_toml(
     there is written as a comment, so that it stays a default.
     """
     lines = []
-    for table in _tables(config, comments):
+    for table in tables(config, comments):
         lines += ["", *([f"# {table.doc}"] if table.doc else []), f"[{_dotted(table.path)}]"]
         # TOML has no null: a value that is unset by default is a comment to fill in.
         texts = [
             ("#" if entry.value is entry.default is None or _is_default(entry, chosen) else "")
-            + f"{_key(entry.key)} = {_toml(entry.value)}"
+            + f"{_key(entry.key)} = {toml_text(entry.value)}"
             for entry in table.entries
         ]
         width = max((len(text) for text in texts if len(text) <= _WIDEST_ALIGNED), default=0)
@@ -54,7 +54,7 @@ def to_toml(
 def to_yaml(config: Config, *, comments: bool = True, chosen: Origins | None = None) -> str:
     """YAML that means the same under the rules of YAML 1.1 and 1.2; ``chosen`` as for TOML."""
     lines = []
-    for table in _tables(config, comments):
+    for table in tables(config, comments):
         path = table.path.split(".", 1)
         outer, inner = "  " * (len(path) - 1), "  " * len(path)
         lines += ["", *([f"{outer}# {table.doc}"] if table.doc else [])]
@@ -102,7 +102,7 @@ def value_text(value: Any, *, null: str = "null", colon: str = ": ") -> str:
     return _quoted(str(value))
 
 
-_toml = partial(value_text, null='"null"', colon=" = ")
+toml_text = partial(value_text, null='"null"', colon=" = ")
 
 
 @frozen
@@ -121,7 +121,8 @@ class _Table:
     entries: list[_Entry]
 
 
-def _tables(config: Config, comments: bool) -> Iterator[_Table]:
+def tables(config: Config, comments: bool) -> Iterator[_Table]:
+    """The tables of a configuration as they stand in a file; with help if ``comments``."""
     sections = {name: getattr(config, name) for name in (*SECTIONS, "plugins")}
     for path, table in (sections | {f"plugins.{name}": table for name, table in config.plugins.tables.items()}).items():
         values = json_value(table)

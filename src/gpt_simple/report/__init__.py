@@ -1,1 +1,1 @@
-"""One HTML file about one run or several: what ``gpt-simple report`` writes. No torch, nothing from elsewhere."""
+"""The HTML file that ``gpt-simple report`` writes about one run or several. It needs no torch and no network."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Literal
+from itertools import groupby
+from typing import Literal, get_args
 
-from attrs import field, frozen
+from attrs import frozen
+
+from gpt_simple.report.history import Axis
 
 Style = Literal["raw", "line", "dots", "level"]
 """In the order in which they are drawn: ``raw`` is every row of a curve that is also drawn smoothed, as ``line``."""
 Format = Callable[[float], str]
+
+plain: Format = "{:.4g}".format
 
 WIDTH, HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
@@ -23,7 +28,7 @@ class Line:
     """One curve, with a gap at NaN. ``colour`` is the number of its run; ``level`` is horizontal, at the only ``y``."""
 
     label: str
-    x: Sequence[float]
+    x: Mapping[Axis, Sequence[float]]
     y: Sequence[float]
     colour: int
     style: Style = "line"
@@ -31,9 +36,9 @@ class Line:
 
 @frozen
 class Mark:
-    """Something that happened at ``x``: a vertical line (``resume``) or a tick on the axis (``skipped``)."""
+    """An event at ``x``: a vertical line (``resume``) or a tick on the axis (``skipped``)."""
 
-    x: float
+    x: Mapping[Axis, float]
     kind: Literal["resume", "skipped"]
     text: str
     colour: int
@@ -47,6 +52,7 @@ class Range:
     high: float
     start: float
     end: float
+    write: Format = plain
     log: bool = False
     unit: float = 1.0
 
@@ -65,105 +71,94 @@ class Range:
                 return [10.0**p for p in powers if self.low <= 10.0**p <= self.high]
             if len(inside) > 1:
                 return inside
-        if self.unit != 1:
-            inner = Range(self.low / self.unit, self.high / self.unit, self.start, self.end)
-            return [tick * self.unit for tick in inner.ticks()]
-        rough = (self.high - self.low) / 6
+        low, high = self.low / self.unit, self.high / self.unit
+        rough = (high - low) / 6
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
-        count = math.floor(self.high / step + 1e-9) - math.ceil(self.low / step - 1e-9) + 1
-        return [(math.ceil(self.low / step - 1e-9) + index) * step for index in range(count)]
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        return [index * step * self.unit for index in range(first, last + 1)]
 
 
-@frozen
-class Drawing:
-    """What one chart shows, from ``ends[0]`` to ``ends[1]`` if they are given.
+def draw(
+    title: str, axis: Axis, x: Range, y: Range, lines: Sequence[Line], marks: Sequence[Mark] = (), *, id: str
+) -> str:
+    """The chart as an ``svg`` element that scales with its place. ``id`` is unique in the page."""
+    in_order = sorted(lines, key=lambda line: get_args(Style).index(line.style))
+    # Points at the ends of the axis are wider than it.
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f'<clipPath id="{id}"><rect x="{_LEFT - 4}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT + 8}" '
+        f'height="{HEIGHT - _TOP - _BOTTOM}"/></clipPath>',
+        *_grid(x, y),
+        *(_mark(mark, x(mark.x[axis])) for mark in marks),
+        f'<g clip-path="url(#{id})">',
+        *(_line(line, line.x.get(axis, ()), x, y) for line in in_order),
+        "</g></svg>",
+    ]
+    return "\n".join(parts)
 
-    ``settles``: the first twentieth may run off the top, so that the rest can be read.
+
+def horizontal_range(low: float, high: float, write: Format, unit: float = 1.0) -> Range:
+    """The numbers from ``low`` to ``high`` on the width of the drawing."""
+    return Range(low, high if high > low else low + 1, _LEFT, WIDTH - _RIGHT, write, unit=unit)
+
+
+def vertical_range(
+    lines: Sequence[Line],
+    *,
+    write: Format = plain,
+    log: bool = False,
+    settles: bool = False,
+    from_zero: bool = False,
+) -> Range:
+    """The numbers of the lines, with a margin, on the height of the drawing.
+
+    ``settles``: the first twentieth of a curve may run off the top, so that the rest can be read.
     """
-
-    title: str
-    lines: Sequence[Line]
-    marks: Sequence[Mark] = ()
-    x_format: Format = str
-    y_format: Format = str
-    log: bool = False
-    settles: bool = False
-    from_zero: bool = False
-    ends: tuple[float, float] | None = None
-    x_unit: float = 1.0
-    _id: str = field(kw_only=True)
-
-    def svg(self) -> str:
-        """The chart as an ``svg`` element that scales with its place."""
-        x, y = self._ranges()
-        # Points at the ends of the axis are wider than it.
-        parts = [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">',
-            f'<clipPath id="{self._id}"><rect x="{_LEFT - 4}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT + 8}" '
-            f'height="{HEIGHT - _TOP - _BOTTOM}"/></clipPath>',
-            *_grid(x, y, self.x_format, self.y_format),
-            *(_mark(mark, x) for mark in self.marks),
-            f'<g clip-path="url(#{self._id})">',
-            *(_line(line, x, y) for line in self.lines),
-            "</g></svg>",
-        ]
-        return "\n".join(parts)
-
-    def _ranges(self) -> tuple[Range, Range]:
-        xs = [value for line in self.lines for value in line.x]
-        ys = [value for line in self.lines for value in self._settled(line)]
-        ys = ys or [value for line in self.lines for value in line.y if math.isfinite(value)]
-        if log := self.log and min(ys) > 0:
-            low, high = min(ys) / 1.15, max(ys) * 1.15
-        else:
-            margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
-            low, high = min(ys) - margin, max(ys) + margin
-            low = 0.0 if self.from_zero else max(low, 0.0) if min(ys) >= 0 else low
-        left, right = self.ends or (min(xs), max(xs))
-        across = Range(left, right if right > left else left + 1, _LEFT, WIDTH - _RIGHT, unit=self.x_unit)
-        return across, Range(low, high, HEIGHT - _BOTTOM, _TOP, log)
-
-    def _settled(self, line: Line) -> Sequence[float]:
-        settles = self.settles and line.style in ("raw", "line")
-        return [value for value in line.y[len(line.y) // 20 if settles else 0 :] if math.isfinite(value)]
+    every = [y for line in lines for y in line.y if math.isfinite(y)]
+    settled = [y for line in lines for y in _settled(line) if math.isfinite(y)]
+    ys = settled if settles and settled else every
+    if log and min(ys) > 0:
+        return Range(min(ys) / 1.15, max(ys) * 1.15, HEIGHT - _BOTTOM, _TOP, write, log=True)
+    margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
+    low = min(ys) - margin
+    low = 0.0 if from_zero else max(low, 0.0) if min(ys) >= 0 else low
+    return Range(low, max(ys) + margin, HEIGHT - _BOTTOM, _TOP, write)
 
 
-def _grid(x: Range, y: Range, x_format: Format, y_format: Format) -> list[str]:
+def _settled(line: Line) -> Sequence[float]:
+    return line.y[len(line.y) // 20 :] if line.style in ("raw", "line") else line.y
+
+
+def _grid(x: Range, y: Range) -> list[str]:
     bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
     parts = ['<g class="grid">']
     for value in y.ticks():
         parts.append(f'<path d="M{_LEFT} {y(value):.1f}H{right}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{escape(y_format(value))}</text>')
+        parts.append(f'<text x="{_LEFT - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{escape(y.write(value))}</text>')
     for value in x.ticks():
         parts.append(f'<path d="M{x(value):.1f} {bottom}v5"/>')
         # The outermost labels must not leave the drawing.
         anchor = "end" if x(value) > right - 20 else "middle"
         place = f'x="{x(value):.1f}" y="{bottom + 20}"'
-        parts.append(f'<text {place} text-anchor="{anchor}">{escape(x_format(value))}</text>')
+        parts.append(f'<text {place} text-anchor="{anchor}">{escape(x.write(value))}</text>')
     return [*parts, f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/></g>']
 
 
-def _mark(mark: Mark, x: Range) -> str:
-    bottom = HEIGHT - _BOTTOM
+def _mark(mark: Mark, x: float) -> str:
     reach = f"V{_TOP}" if mark.kind == "resume" else "v-9"
-    colour = f"c{mark.colour % _COLOURS}"
     return (
-        f'<path class="{mark.kind} {colour}" d="M{x(mark.x):.1f} {bottom}{reach}">'
+        f'<path class="{mark.kind} c{mark.colour % _COLOURS}" d="M{x:.1f} {HEIGHT - _BOTTOM}{reach}">'
         f"<title>{escape(mark.text)}</title></path>"
     )
 
 
-def _line(line: Line, x: Range, y: Range) -> str:
+def _line(line: Line, places: Sequence[float], x: Range, y: Range) -> str:
     title, colour = f"<title>{escape(line.label)}</title>", f"c{line.colour % _COLOURS}"
     if line.style == "level":
         return f'<path class="level {colour}" d="M{_LEFT} {y(line.y[0]):.1f}H{WIDTH - _RIGHT}">{title}</path>'
-    pieces: list[list[str]] = [[]]
-    for a, b in zip(line.x, line.y, strict=True):
-        if math.isfinite(b):
-            pieces[-1].append(f"{x(a):.1f} {y(b):.1f}")
-        elif pieces[-1]:
-            pieces.append([])
+    points = groupby(zip(places, line.y, strict=True), key=lambda point: math.isfinite(point[1]))
+    pieces = [[f"{x(a):.1f} {y(b):.1f}" for a, b in piece] for finite, piece in points if finite]
     drawn = "".join(f"M{'L'.join(piece)}" for piece in pieces if len(piece) > 1)
     alone = "".join(f"M{place}h0" for piece in pieces if line.style == "dots" or len(piece) == 1 for place in piece)
     parts = [f'<path class="{line.style} {colour}" d="{drawn}">{title}</path>'] if drawn else []

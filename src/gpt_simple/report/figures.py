@@ -1,19 +1,18 @@
-"""Which charts a report has: every metric once, over each of the three axes, with all runs in one drawing."""
+"""The charts of a report: every metric once, over each of the three axes, with all runs in one drawing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from attrs import frozen
 
-from gpt_simple.report.chart import Drawing, Format, Line, Mark
-from gpt_simple.report.history import AXES, Axis, History, Points
+from gpt_simple.report.chart import Line, Mark, Range, draw, horizontal_range, vertical_range
+from gpt_simple.report.history import AXES, Axis, History
 
 AXIS_NAMES: Mapping[Axis, str] = {"step": "steps", "tokens": "tokens", "time": "time"}
 _POINTS = 1500
 _STRETCHES = 120
-_ORDER = ("raw", "line", "dots", "level")
 
 
 def si(value: float) -> str:
@@ -31,10 +30,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
-def _plain(value: float) -> str:
-    return f"{value:.4g}"
-
-
 def _scientific(value: float) -> str:
     digits, _, power = f"{value:.3e}".partition("e")
     return f"{float(digits):g}e{int(power)}" if value else "0"
@@ -42,115 +37,86 @@ def _scientific(value: float) -> str:
 
 @frozen
 class _Chart:
-    """One figure: which metrics, and how their numbers are written. ``noisy``: with its trend."""
+    """One figure: which metrics, and how their numbers are drawn. ``noisy``: with the trend of the training metric."""
 
     title: str
     unit: str
-    train: str = ""
-    evaluation: str = ""
-    write: Format = _plain
-    log: bool = False
-    settles: bool = False
-    from_zero: bool = False
+    metrics: Sequence[str]
+    vertical: Callable[[Sequence[Line]], Range] = vertical_range
     floor: bool = False
     noisy: bool = False
 
 
-@frozen
-class _Curve:
-    """A metric of one run."""
+_from_zero = partial(vertical_range, from_zero=True)
+_si_from_zero = partial(_from_zero, write=si)
+_settling = partial(vertical_range, settles=True)
 
-    label: str
-    points: Points
-    colour: int
-    style: Literal["raw", "line", "dots"]
-
-
-@frozen
-class _Happening:
-    """A resume or skipped steps, on every axis."""
-
-    x: Mapping[Axis, float]
-    kind: Literal["resume", "skipped"]
-    text: str
-    colour: int
-
+_CHARTS = (
+    _Chart("Loss", "nats per token", ("train/loss", "eval/loss"), _settling, floor=True, noisy=True),
+    _Chart("Bits per byte", "validation", ("eval/bits_per_byte",)),
+    _Chart("Learning rate", "", ("train/lr",), partial(_from_zero, write=_scientific)),
+    _Chart("Gradient norm", "before clipping", ("train/grad_norm",), partial(vertical_range, log=True), noisy=True),
+    _Chart("Throughput", "tokens/s of training time", ("perf/tokens_per_second",), _si_from_zero, noisy=True),
+    _Chart("MFU", "share of the device's peak", ("perf/mfu",), _from_zero, noisy=True),
+    _Chart("Peak memory", "GiB", ("memory/peak_gib",), _from_zero),
+)
 
 _TIMES = ((2 * 86400.0, 86400.0, "d"), (2 * 3600.0, 3600.0, "h"), (120.0, 60.0, "min"), (0.0, 1.0, "s"))
 """From how many seconds on an axis is in which unit."""
 
-_CHARTS = (
-    _Chart("Loss", "nats per token", "train/loss", "eval/loss", settles=True, floor=True, noisy=True),
-    _Chart("Bits per byte", "validation", "", "eval/bits_per_byte"),
-    _Chart("Learning rate", "", "train/lr", write=_scientific, from_zero=True),
-    _Chart("Gradient norm", "before clipping", "train/grad_norm", log=True, noisy=True),
-    _Chart("Throughput", "tokens/s of training time", "perf/tokens_per_second", write=si, from_zero=True, noisy=True),
-    _Chart("MFU", "share of the device's peak", "perf/mfu", from_zero=True, noisy=True),
-    _Chart("Peak memory", "GiB", "memory/peak_gib", from_zero=True),
-)
-
 
 def figures(histories: Sequence[History]) -> Iterator[str]:
     """A ``figure`` element for every chart that some run has numbers for."""
-    happenings = [found for colour, history in enumerate(histories) for found in _happenings(history, colour)]
+    marks = [mark for colour, history in enumerate(histories) for mark in _marks(history, colour)]
     floors = {history.facts.get("floor"): colour for colour, history in enumerate(histories)}
-    levels = [Line("floor", (), (floor,), colour, "level") for floor, colour in floors.items() if floor is not None]
+    levels = [Line("floor", {}, (floor,), colour, "level") for floor, colour in floors.items() if floor is not None]
     most = max(200, _POINTS // len(histories))
     curves_of = {chart: curves for chart in _CHARTS if (curves := list(_curves(chart, histories, most)))}
+    # The same for all charts, so that the eye can go from one to the next.
+    ranges = {axis: _across(axis, [line for curves in curves_of.values() for line in curves]) for axis in AXES}
     for number, (chart, curves) in enumerate(curves_of.items()):
+        lines = [*curves, *(levels if chart.floor else ())]
+        y = chart.vertical(lines)
         drawn = ""
-        for axis in AXES:
-            lines = [
-                Line(curve.label, curve.points.x[axis], curve.points.y, curve.colour, curve.style) for curve in curves
-            ]
-            # The same for all charts, so that the eye can go from one to the next.
-            xs = [value for curves in curves_of.values() for curve in curves for value in curve.points.x[axis]]
-            ends = min(xs), max(xs)
-            x_format, x_unit = _time(ends[1]) if axis == "time" else (si, 1.0)
-            inside = [found for found in happenings if ends[0] <= found.x[axis] <= ends[1]]
-            drawing = Drawing(
-                f"{chart.title} over {AXIS_NAMES[axis]}",
-                sorted([*lines, *(levels if chart.floor else ())], key=lambda line: _ORDER.index(line.style)),
-                [Mark(found.x[axis], found.kind, found.text, found.colour) for found in inside],
-                x_format,
-                chart.write,
-                chart.log,
-                chart.settles,
-                chart.from_zero,
-                ends,
-                x_unit,
-                id=f"clip-{number}-{axis}",
-            )
-            drawn += f'<div class="over-{axis}">{drawing.svg()}</div>'
+        for axis, x in ranges.items():
+            inside = [mark for mark in marks if x.low <= mark.x[axis] <= x.high]
+            title, id = f"{chart.title} over {AXIS_NAMES[axis]}", f"clip-{number}-{axis}"
+            drawn += f'<div class="over-{axis}">{draw(title, axis, x, y, lines, inside, id=id)}</div>'
         unit = f" <small>{chart.unit}</small>" if chart.unit else ""
         yield f"<figure><figcaption>{chart.title}{unit}</figcaption>{drawn}</figure>\n"
 
 
-def _time(seconds: float) -> tuple[Format, float]:
-    """How the numbers of an axis of so many seconds are written, and the seconds of its unit."""
-    unit, name = next((unit, name) for least, unit, name in _TIMES if seconds >= least)
-    return lambda value: f"{value / unit:.4g} {name}", unit
+def _across(axis: Axis, curves: Sequence[Line]) -> Range:
+    xs = [value for line in curves for value in line.x[axis]]
+    low, high = min(xs, default=0.0), max(xs, default=0.0)
+    if axis != "time":
+        return horizontal_range(low, high, si)
+    unit, name = next((unit, name) for least, unit, name in _TIMES if high >= least)
+    return horizontal_range(low, high, lambda value: f"{value / unit:.4g} {name}", unit)
 
 
-def _curves(chart: _Chart, histories: Sequence[History], most: int) -> Iterator[_Curve]:
+def _curves(chart: _Chart, histories: Sequence[History], most: int) -> Iterator[Line]:
     for colour, history in enumerate(histories):
-        if chart.train and (points := history.points(chart.train, most)):
-            trend = history.trend(chart.train, _STRETCHES) if chart.noisy else None
-            yield _Curve(f"{history.label}: training", points, colour, "raw" if trend else "line")
+        for metric in chart.metrics:
+            if not (points := history.points(metric, most)):
+                continue
+            if metric.startswith("eval/"):
+                yield Line(f"{history.label}: validation", points.x, points.y, colour, "dots")
+                continue
+            trend = history.trend(metric, _STRETCHES) if chart.noisy else None
+            yield Line(f"{history.label}: training", points.x, points.y, colour, "raw" if trend else "line")
             if trend:
-                yield _Curve(f"{history.label}: training, median", trend, colour, "line")
-        if chart.evaluation and (points := history.points(chart.evaluation, most)):
-            yield _Curve(f"{history.label}: validation", points, colour, "dots")
+                yield Line(f"{history.label}: training, median", trend.x, trend.y, colour, "line")
 
 
-def _happenings(history: History, colour: int) -> Iterator[_Happening]:
+def _marks(history: History, colour: int) -> Iterator[Mark]:
     rows = history.rows["train"]
     for launch in history.launches[1:]:
         before = [row for row in rows if row["step"] <= launch.step]
         if before:
             text = f"{history.label}: resumed from step {launch.step} on {launch.host}"
-            yield _Happening({**history.place(before[-1]), "step": launch.step}, "resume", text, colour)
+            yield Mark({**history.place(before[-1]), "step": launch.step}, "resume", text, colour)
     for row in rows:
         if count := row.get("train/skipped_steps"):
             text = f"{history.label}: {count:.0f} skipped up to step {row['step']}"
-            yield _Happening(history.place(row), "skipped", text, colour)
+            yield Mark(history.place(row), "skipped", text, colour)

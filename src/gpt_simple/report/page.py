@@ -1,6 +1,6 @@
 """The page: facts, charts over three axes, configuration, samples and events. It needs no script.
 
-It is well-formed XML as well as HTML, so that a parser can hold it to account.
+It is well-formed XML as well as HTML, so that a parser can check it.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ _KEYS = {
 }
 """The lines of the drawings and what they mean."""
 
+_CHECKED = ' checked=""'
 _SAMPLES = 12
 _EVENTS = 50
 
 
 def page(histories: Sequence[History]) -> str:
     """The report about these runs, as one HTML document."""
-    names = ", ".join(history.label for history in histories)
+    names = _text(", ".join(history.label for history in histories))
     radios = "".join(
-        f'<input type="radio" name="axis" id="axis-{axis}"{" checked=" + chr(34) * 2 if axis == "step" else ""}/>'
-        for axis in AXES
+        f'<input type="radio" name="axis" id="axis-{axis}"{_CHECKED if axis == "step" else ""}/>' for axis in AXES
     )
     labels = "".join(f'<label for="axis-{axis}">{AXIS_NAMES[axis]}</label>' for axis in AXES)
     body = [
-        _runs(histories),
+        _table(histories, [_facts(history) for history in histories]),
         f'<nav aria-label="horizontal axis">over {labels}</nav>',
         _legend(histories),
         f'<div class="charts">{"".join(figures(histories))}</div>',
         _configuration(histories),
-        *(_samples(history) for history in histories),
-        *(_events(history) for history in histories),
+        *map(_samples, histories),
+        *map(_events, histories),
     ]
     style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
     return (
@@ -53,47 +53,40 @@ def page(histories: Sequence[History]) -> str:
         '<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
         '<meta name="color-scheme" content="light dark"/>'
-        f"<title>{_text(names)}</title><style>{style}</style></head>\n"
-        f"<body>{radios}<main><h1>{_text(names)}</h1>\n{chr(10).join(part for part in body if part)}\n"
+        f"<title>{names}</title><style>{style}</style></head>\n"
+        f"<body>{radios}<main><h1>{names}</h1>\n{chr(10).join(filter(None, body))}\n"
         f"<footer>{PROGRAM} {__version__}, {datetime.datetime.now():%Y-%m-%d %H:%M}</footer></main></body></html>\n"
     )
 
 
-def _runs(histories: Sequence[History]) -> str:
-    facts = [_facts(history) for history in histories]
-    names = list(dict.fromkeys(name for values in facts for name in values))
-    return _table(histories, names, facts)
-
-
-def _table(histories: Sequence[History], names: Sequence[str], values: Sequence[Mapping[str, Any]]) -> str:
+def _table(histories: Sequence[History], columns: Sequence[Mapping[str, Any]]) -> str:
     """A row for each name and a column for each run; one run needs no heading, as it is that of the page."""
     labels = "".join(f"<th>{_text(history.label)}</th>" for history in histories)
     head = f"<thead><tr><th></th>{labels}</tr></thead>" if len(histories) > 1 else ""
-    rows = "".join(
-        f"<tr><th>{_text(name)}</th>{''.join(f'<td>{_text(run.get(name, chr(45)))}</td>' for run in values)}</tr>"
-        for name in names
-    )
+    rows = ""
+    for name in dict.fromkeys(name for column in columns for name in column):
+        cells = "".join(f"<td>{_text(column.get(name, '-'))}</td>" for column in columns)
+        rows += f"<tr><th>{_text(name)}</th>{cells}</tr>"
     return f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
 
 
 def _facts(history: History) -> dict[str, str]:
-    """What one looks at first: from the rows of all processes, but for what only the last one's summary tells."""
+    """The first table: from the rows of all processes, and from the summary of the last one."""
     facts, status = history.facts, history.status
-    # Of a run that goes on or was lost it is an earlier process's.
+    # The summary of a run that is running or was lost belongs to an earlier process.
     summary = history.summary if status.state in ("completed", "stopped") else {}
     train = history.rows["train"][-1] if history.rows["train"] else {}
     evals = history.values("eval/loss")
-    best = min(evals) if evals else None
     bits, rates, memory = map(history.values, ("eval/bits_per_byte", "perf/tokens_per_second", "memory/peak_gib"))
+    of_steps = f" of {status.max_steps:,}" if status.max_steps else ""
     values = {
         "status": status.state + (f": {status.reason}" if status.reason else ""),
         # The status may be a second old.
-        "steps": f"{max(status.step, train.get('step', 0)):,}"
-        + (f" of {status.max_steps:,}" if status.max_steps else ""),
+        "steps": f"{max(status.step, train.get('step', 0)):,}" + of_steps,
         "tokens": si(train["tokens"]) if train else None,
         "training loss": _last(history.rows["train"], "train/loss"),
         "validation loss": _last(history.rows["eval"], "eval/loss"),
-        "best validation loss": _number(best),
+        "best validation loss": _number(min(evals, default=None)),
         "perplexity": f"{math.exp(min(evals[-1], 99)):.4g}" if evals else None,
         "floor": _number(facts.get("floor")),
         "bits per byte": _number(bits[-1] if bits else None),
@@ -138,34 +131,34 @@ def _legend(histories: Sequence[History]) -> str:
 
 
 def _configuration(histories: Sequence[History]) -> str:
-    keys = list(dict.fromkeys(key for history in histories for key in history.config))
     if len(histories) > 1:
         title = "Differences of configuration"
-        keys = [key for key in keys if len({str(history.config.get(key)) for history in histories}) > 1]
+        keys = dict.fromkeys(key for history in histories for key in history.config)
+        shown = {key for key in keys if len({str(history.config.get(key)) for history in histories}) > 1}
     else:
         title = "Configuration: what was chosen"
-        keys = [key for key in keys if histories[0].origins.get(key, "default") != "default"]
-    if not keys:
-        return f"<h2>{title}</h2><p>None.</p>"
-    return f"<h2>{title}</h2>{_table(histories, keys, [history.config for history in histories])}"
+        shown = {key for key, origin in histories[0].origins.items() if origin != "default"}
+    columns = [{key: value for key, value in history.config.items() if key in shown} for history in histories]
+    return f"<h2>{title}</h2>{_table(histories, columns) if any(columns) else '<p>None.</p>'}"
 
 
 def _samples(history: History) -> str:
     texts: dict[int, list[str]] = {}  # a step has one for each prompt
-    for row in history.events("sample"):
-        texts.setdefault(row["step"], []).append(row["message"])
-    found = list(texts)
-    if not found:
+    for row in history.rows["event"]:
+        if row.get("name") == "sample":
+            texts.setdefault(row["step"], []).append(row["message"])
+    if not texts:
         return ""
-    picked = (
-        found if len(found) <= _SAMPLES else [found[i * (len(found) - 1) // (_SAMPLES - 1)] for i in range(_SAMPLES)]
-    )
-    items = "".join(
-        f"<details{' open=' + chr(34) * 2 if step == picked[-1] else ''}><summary>step {step:,}</summary>"
-        f"{''.join(f'<pre>{_text(text)}</pre>' for text in texts[step])}</details>"
-        for step in picked
-    )
-    note = f"<p>{len(picked)} of {len(found)}, evenly spread.</p>" if len(picked) < len(found) else ""
+    steps = list(texts)
+    note = ""
+    if len(steps) > _SAMPLES:
+        note = f"<p>{_SAMPLES} of {len(steps)}, evenly spread.</p>"
+        steps = [steps[index * (len(steps) - 1) // (_SAMPLES - 1)] for index in range(_SAMPLES)]
+    items = ""
+    for step in steps:
+        samples = "".join(f"<pre>{_text(text)}</pre>" for text in texts[step])
+        is_open = ' open=""' if step == steps[-1] else ""
+        items += f"<details{is_open}><summary>step {step:,}</summary>{samples}</details>"
     return f"<h2>Samples over time: {_text(history.label)}</h2>{note}{items}"
 
 
@@ -175,17 +168,18 @@ def _events(history: History) -> str:
         f"{f'resumed from step {launch.step:,}' if launch.step else 'from scratch'}</li>"
         for launch in history.launches
     ]
-    warnings = history.warnings()
-    told = [f"<li>step {row['step']:,}: {_text(row['message'])}</li>" for row in warnings[-_EVENTS:]]
-    more = f"<li>and {len(warnings) - _EVENTS:,} before</li>" if len(warnings) > _EVENTS else ""
-    parts = [f"<h2>Processes: {_text(history.label)}</h2><ol>{''.join(launches)}</ol>"]
-    if told:
-        parts.append(f"<h2>Warnings: {_text(history.label)}</h2><ul>{more}{''.join(told)}</ul>")
-    return "".join(parts)
+    text = f"<h2>Processes: {_text(history.label)}</h2><ol>{''.join(launches)}</ol>"
+    warnings = [row for row in history.rows["event"] if row.get("level") in ("warning", "error")]
+    if warnings:
+        earlier = len(warnings) - _EVENTS
+        items = [f"<li>and {earlier:,} before</li>"] if earlier > 0 else []
+        items += [f"<li>step {row['step']:,}: {_text(row['message'])}</li>" for row in warnings[-_EVENTS:]]
+        text += f"<h2>Warnings: {_text(history.label)}</h2><ul>{''.join(items)}</ul>"
+    return text
 
 
 def _last(rows: Sequence[Row], metric: str) -> str | None:
-    """The last number of a metric, or what it was if that was none."""
+    """The last value of a metric, such as ``nan`` if it was not finite."""
     row = rows[-1] if rows else {}
     return str(row["nonfinite"][metric]) if metric in row.get("nonfinite", {}) else _number(row.get(metric))
 
@@ -195,6 +189,6 @@ def _number(value: float | None) -> str | None:
 
 
 def _text(value: Any) -> str:
-    """Text as it may stand in XML: escaped, and without the control characters that a young model writes."""
+    """Escaped text for XML, without the control characters that a model early in training writes."""
     text = str(value)
     return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))

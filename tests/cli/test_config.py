@@ -18,6 +18,7 @@ from gpt_simple.config.load import read
 from gpt_simple.config.structure import SECTIONS, structure
 from gpt_simple.config.types import fields_of
 from gpt_simple.plugin_host.discovery import installed, usable
+from tests.packages import PLUGIN
 
 
 @pytest.fixture
@@ -79,6 +80,19 @@ def test_schema_covers_the_built_in_plugins(cli):
     assert json.loads(cli("config", "schema", "--config", "c.toml")[0]) == schema
 
 
+def test_schema_has_no_other_plugin_with_no_plugins(cli, fake_package):
+    fake_package("acme-log", plugins={"acme": "acme_log:Acme"}, modules={"acme_log": PLUGIN.format(cls="Acme")})
+    Path("c.toml").write_text("[plugins.acme]\n")
+
+    def plugins(*options: str) -> set[str]:
+        return set(
+            json.loads(cli("config", "schema", "-c", "c.toml", *options)[0])["properties"]["plugins"]["properties"]
+        )
+
+    assert "acme" in plugins()
+    assert "acme" not in plugins("--no-plugins")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("suffix", [".toml", ".yaml", ".json"])
 def test_a_preset_reads_back_to_itself(cli, preset, suffix):
@@ -96,7 +110,7 @@ def test_a_preset_reads_back_to_itself(cli, preset, suffix):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("suffix", [".toml", ".yaml"])
-def test_a_preset_with_every_comment_switched_on_is_the_same(cli, preset, suffix):
+def test_a_preset_with_every_key_written_out_is_the_same(cli, preset, suffix):
     cli("init", "--preset", preset, "-o", f"c{suffix}")
     everything = Path(f"all{suffix}")
     everything.write_text(re.sub(r"^( *)#(?! )", r"\1", Path(f"c{suffix}").read_text(), flags=re.MULTILINE))
@@ -130,13 +144,13 @@ def test_init_never_overwrites_by_itself(cli):
 
 def test_help_and_completion_have_every_field():
     plugins = builtin_configs()
-    text = option_help(plugins)
+    text = option_help()
     keys = [f"--{name}.{spec.name}" for name, cls in SECTIONS.items() for spec in fields_of(cls)]
     keys += [f"--plugins.{name}.{spec.name}" for name, cls in plugins.items() for spec in fields_of(cls)]
     assert all(f"  {key}  " in text or f"  {key}\n" in text for key in keys)
-    assert set(keys) <= {item.value for item in complete("--", plugins)}
-    assert [item.value for item in complete("--training.max_st", plugins)] == ["--training.max_steps"]
-    assert complete("train", plugins) == []
+    assert set(keys) <= {item.value for item in complete("--")}
+    assert [item.value for item in complete("--training.max_st")] == ["--training.max_steps"]
+    assert complete("train") == []
 
 
 def test_completion_survives_an_option_without_its_value():
@@ -195,7 +209,7 @@ def test_a_shell_gets_values_and_files(cli, monkeypatch, words, wanted):
         ("data.tokenizer", "x" * 10_000, "there is no tokenizer 'xxx"),
     ],
 )
-def test_a_component_that_does_not_exist_is_named(cli, key, value, reason):
+def test_an_unknown_component_is_reported_whatever_its_name(cli, key, value, reason):
     _, err = cli("config", "show", f"--{key}", value, code=2)
     assert err.startswith(f"error: --{key}: {reason}")
 
