@@ -91,7 +91,8 @@ class RunSpec:
         try:
             yield
         except GptSimpleError as error:
-            error.replace_problems(_with_locations(error.problems, self.origins, self.secrets))
+            problems = _with_locations(error.problems, self.origins, self.secrets)
+            error.replace_problems(problems)
             raise
 
 

@@ -63,7 +63,7 @@ def validate(request: ConfigRequest, strict: bool, as_json: bool, **options: Any
         for error in errors:
             findings += from_error(error)
         if spec is not None:
-            from gpt_simple.engine.resume import keep_values_of_run
+            from gpt_simple.engine.compatibility import keep_values_of_run
 
             spec = keep_values_of_run(spec, force=options["force"])
             findings += [Finding("warning", "note", note) for note in (*spec.notes, *spec.host.notes)]

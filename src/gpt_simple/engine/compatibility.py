@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import attrs
 from attrs import evolve
 
+from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.frozen import json_value
 from gpt_simple.config.redact import redacted
 from gpt_simple.config.schema import Config
 from gpt_simple.config.types import FieldType, fields_of
+from gpt_simple.errors import GptSimpleError
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.spec import RunSpec
 
 _COMPONENT_KEY = {"model": "model.name", "data": "data.source", "optimizer": "optimizer.name", "training": None}
@@ -77,6 +83,27 @@ def _complete_items(value: Any, type_: FieldType) -> Any:
             fields = [f for f in fields_of(member.parts[0].annotation) if f.legacy_default is not attrs.NOTHING]
             return [{field.name: json_value(field.legacy_default) for field in fields} | table for table in value]
     return value
+
+
+def keep_values_of_run(spec: RunSpec, *, force: bool) -> RunSpec:
+    """``spec`` with the values of the run that it resumes, for fields that were set neither then nor now.
+
+    Raises ConfigError if these values contradict those that are set now. Whether the run can be resumed is decided
+    later.
+    """
+    training = spec.config.training
+    if force or training.resume == "scratch":
+        return spec
+    named = [] if training.resume == "auto" else [Path(training.resume).absolute().parent.parent]
+    for run_dir in map(RunDir, [Path(training.output_dir), *named]):
+        with suppress(GptSimpleError):
+            facts = RunRecord.load(run_dir).facts
+            if "origins" in facts and Store(run_dir.checkpoints).list():
+                break
+    else:
+        return spec
+    with spec.located_errors():
+        return keep_values(spec, facts["config"], facts["origins"])
 
 
 def keep_values(spec: RunSpec, saved: Mapping[str, Any], explicit: Collection[str] = ()) -> RunSpec:

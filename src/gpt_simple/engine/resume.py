@@ -10,18 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import define, field, frozen
+from attrs import field, frozen
 
 from gpt_simple._names import DISTRIBUTION
-from gpt_simple.checkpoint.manifest import Manifest, check_file
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.config.schema import Config
-from gpt_simple.engine.compatibility import flatten, keep_values, with_legacy_options, with_legacy_values
-from gpt_simple.errors import CheckpointError, GptSimpleError
+from gpt_simple.engine.compatibility import flatten, with_legacy_options, with_legacy_values
+from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.preflight import ConfigChanges
-from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.run_dir.lineage import RunRecord
-from gpt_simple.spec import RunSpec
 
 # Fields that do not affect training: when things are reported and kept, and where.
 _NEUTRAL = (
@@ -51,16 +47,6 @@ _AHEAD = " (the curriculum up to here is the same: nothing comes twice or is lef
 _READ = " (where a bucket has been read to its end before, the order of samples is another from here on)"
 # Fields of the model that can differ between two launches of one run.
 _MODEL_FREE = ("model.dropout",)
-
-
-@define
-class SizeCheckingStore(Store):
-    """A store that compares the sizes of files, and a checksum only of state.json, the one file that is read here."""
-
-    def verify(self, checkpoint: Checkpoint, *, full: bool = True) -> None:
-        super().verify(checkpoint, full=False)
-        check_file(checkpoint.path / "state.json", Manifest.read(checkpoint.path).files["state.json"], full=True)
-        self._verified.add(checkpoint.path)
 
 
 @frozen
@@ -129,23 +115,6 @@ def _load_state(config: Config, store: Store, checkpoint: Checkpoint) -> dict[st
     run = state["run"]
     values, options = with_legacy_values(run["config"], config), with_legacy_options(run.get("plugins", {}), config)
     return state | {"run": run | {"config": values, "plugins": options}}
-
-
-def keep_values_of_run(spec: RunSpec, *, force: bool) -> RunSpec:
-    """``spec`` with the values of the run that it resumes, for fields that were set neither then nor now.
-
-    Refuses nothing: ``find_checkpoint`` does that later.
-    """
-    run_dir = RunDir(Path(spec.config.training.output_dir))
-    try:
-        run_dir.check()
-        found = find_checkpoint(spec.config, SizeCheckingStore(run_dir.checkpoints), force=force)
-        if found.checkpoint is None:
-            return spec
-        explicit = RunRecord.load(RunDir(found.checkpoint.path.absolute().parent.parent)).facts["origins"]
-    except (GptSimpleError, KeyError):
-        return spec
-    return keep_values(spec, found.state["run"]["config"], explicit)
 
 
 @frozen

@@ -18,9 +18,9 @@ from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.prepare import prepare
 from gpt_simple.distributed.process_group import ProcessGroup
-from gpt_simple.engine.compatibility import flatten
+from gpt_simple.engine.compatibility import flatten, keep_values_of_run
 from gpt_simple.engine.compile import refuse_uncompilable
-from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, keep_values_of_run, run_fingerprint
+from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, run_fingerprint
 from gpt_simple.engine.resume import find_checkpoint as search_checkpoint
 from gpt_simple.engine.resume import plan_resume as compare_with_checkpoint
 from gpt_simple.engine.time_budget import TimeBudget
@@ -35,14 +35,18 @@ from gpt_simple.spec import RunSpec
 
 
 @contextmanager
-def init_distributed(spec: RunSpec) -> Iterator[ProcessGroup]:
-    """Join the other ranks, and raise ConfigError if they were not started with the same configuration."""
+def init_distributed(spec: RunSpec, *, force: bool) -> Iterator[tuple[ProcessGroup, RunSpec]]:
+    """Join the other ranks, and raise ConfigError if they were not started with the same configuration.
+
+    The specification keeps the defaults that the run began with.
+    """
     dist = ProcessGroup.join(spec.config.training.peer_timeout_seconds)
     try:
+        kept = dist.all_or_none(lambda: keep_values_of_run(spec, force=force))
         dist.assert_same_on_all_ranks(
-            lambda: _launch_info(spec), "start the same command with the same packages everywhere"
+            lambda: _launch_info(kept), "start the same command with the same packages everywhere"
         )
-        yield dist
+        yield dist, kept
     finally:
         dist.leave()
 
@@ -52,11 +56,6 @@ def _launch_info(spec: RunSpec) -> dict[str, Any]:
     plugins = [f"{plugin.name} {plugin.version}" for plugin in spec.host.plugins]
     versions = {"gpt-simple": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {**flatten(spec.config), "plugins": plugins, "their code": spec.host.order_hash(), **versions}
-
-
-def keep_values(spec: RunSpec, dist: ProcessGroup, *, force: bool) -> RunSpec:
-    """The configuration with the defaults of the run that is resumed. The first stage: precision depends on it."""
-    return dist.all_or_none(lambda: keep_values_of_run(spec, force=force))
 
 
 def check_config(job: Job) -> None:

@@ -19,7 +19,6 @@ from gpt_simple.job.stages import (
     check_config,
     find_checkpoint,
     init_distributed,
-    keep_values,
     plan_resume,
     preflight,
     prepare_data,
@@ -38,8 +37,7 @@ def train(
     launch began (None: now). A spec serves one launch: it holds the instances of its plugins.
     """
     began, state = time.monotonic() if started is None else started, TrainState()
-    with preserved_process_state(), spec.located_errors(), init_distributed(spec) as dist:
-        spec = keep_values(spec, dist, force=force)
+    with preserved_process_state(), spec.located_errors(), init_distributed(spec, force=force) as (dist, spec):
         runtime = resolve_runtime(spec, dist, began)
         with (
             compile_flags(runtime.compile_plan),
