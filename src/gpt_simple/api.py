@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt_simple.config.load import sections_of
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from gpt_simple.engine.compatibility import keep_values_of_run
 from gpt_simple.errors import ConfigError
 from gpt_simple.spec import resolve_spec
 
@@ -46,6 +47,7 @@ def train(
     sections |= {name: section for name, section in given.items() if section is not None}
     texts = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in (overrides or {}).items()]
     spec = resolve_spec(path, sections=sections, overrides=texts, plugins=plugins)
+    spec = keep_values_of_run(spec, force=force)
     # Imported here, because a mistake in the configuration must not cost the seconds that torch takes to load.
     from gpt_simple.job.train import train as run_job
 

@@ -12,6 +12,7 @@ import click
 
 from gpt_simple.cli.fields import ConfigRequest, ConfiguredCommand
 from gpt_simple.cli.main import BEGAN
+from gpt_simple.engine.compatibility import keep_values_of_run
 from gpt_simple.errors import ExitCode, GptSimpleError
 from gpt_simple.launch import member
 from gpt_simple.launch.record import Records
@@ -86,10 +87,11 @@ def _run_process(request: ConfigRequest, force: bool) -> int:
 
 
 def _train(request: ConfigRequest, force: bool, pending: list[str]) -> int:
-    spec = _resolve_once(request)
+    spec = _resolve_once(request, force)
     if member.is_restarted() and _has_begun(spec):
         # Whatever the launch began with, a restarted process resumes from what the launch has reached.
-        spec, force = request.overriding("training.resume", "auto").resolve(), False
+        force = False
+        spec = _resolve_once(request.overriding("training.resume", "auto"), force)
     # Only now: a mistake in the configuration is reported without the seconds that torch takes to load.
     from gpt_simple.distributed.process_group import disband
     from gpt_simple.job.train import train
@@ -101,10 +103,13 @@ def _train(request: ConfigRequest, force: bool, pending: list[str]) -> int:
     return code
 
 
-def _resolve_once(request: ConfigRequest) -> RunSpec:
-    """The configuration. Under a foreign launcher, where every process finds a mistake, one reports it."""
+def _resolve_once(request: ConfigRequest, force: bool) -> RunSpec:
+    """The configuration, with the defaults of the run that it resumes.
+
+    Under a foreign launcher every process finds a mistake, and one of them reports it.
+    """
     try:
-        return request.resolve()
+        return keep_values_of_run(request.resolve(), force=force)
     except GptSimpleError as error:
         if not member.has_foreign_launcher(os.environ):
             raise

@@ -15,7 +15,6 @@ from typing import Any
 import attrs
 from attrs import evolve
 
-from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.frozen import json_value
 from gpt_simple.config.redact import redacted
 from gpt_simple.config.schema import Config
@@ -98,7 +97,7 @@ def keep_values_of_run(spec: RunSpec, *, force: bool) -> RunSpec:
     for run_dir in map(RunDir, [Path(training.output_dir), *named]):
         with suppress(GptSimpleError):
             facts = RunRecord.load(run_dir).facts
-            if "origins" in facts and Store(run_dir.checkpoints).list():
+            if "origins" in facts and run_dir.has_checkpoints():
                 break
     else:
         return spec

@@ -18,7 +18,7 @@ from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.prepare import prepare
 from gpt_simple.distributed.process_group import ProcessGroup
-from gpt_simple.engine.compatibility import flatten, keep_values_of_run
+from gpt_simple.engine.compatibility import flatten
 from gpt_simple.engine.compile import refuse_uncompilable
 from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, run_fingerprint
 from gpt_simple.engine.resume import find_checkpoint as search_checkpoint
@@ -35,18 +35,14 @@ from gpt_simple.spec import RunSpec
 
 
 @contextmanager
-def init_distributed(spec: RunSpec, *, force: bool) -> Iterator[tuple[ProcessGroup, RunSpec]]:
-    """Join the other ranks, and raise ConfigError if they were not started with the same configuration.
-
-    The specification keeps the defaults that the run began with.
-    """
+def init_distributed(spec: RunSpec) -> Iterator[ProcessGroup]:
+    """Join the other ranks, and raise ConfigError if they were not started with the same configuration."""
     dist = ProcessGroup.join(spec.config.training.peer_timeout_seconds)
     try:
-        kept = dist.all_or_none(lambda: keep_values_of_run(spec, force=force))
         dist.assert_same_on_all_ranks(
-            lambda: _launch_info(kept), "start the same command with the same packages everywhere"
+            lambda: _launch_info(spec), "start the same command with the same packages everywhere"
         )
-        yield dist, kept
+        yield dist
     finally:
         dist.leave()
 

@@ -37,7 +37,7 @@ def train(
     launch began (None: now). A spec serves one launch: it holds the instances of its plugins.
     """
     began, state = time.monotonic() if started is None else started, TrainState()
-    with preserved_process_state(), spec.located_errors(), init_distributed(spec, force=force) as (dist, spec):
+    with preserved_process_state(), spec.located_errors(), init_distributed(spec) as dist:
         runtime = resolve_runtime(spec, dist, began)
         with (
             compile_flags(runtime.compile_plan),

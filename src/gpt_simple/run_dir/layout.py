@@ -65,7 +65,11 @@ class RunDir:
 
     def is_used(self) -> bool:
         """Whether a run has left something here that would mix with a new one."""
-        return any(path.exists() for path in self._documents()) or any(self._checkpoint_directories())
+        return any(path.exists() for path in self._documents()) or self.has_checkpoints()
+
+    def has_checkpoints(self) -> bool:
+        """Whether a run has saved a checkpoint here, or begun to."""
+        return any(self._checkpoint_directories())
 
     def remove_run_files(self) -> None:
         """Remove what runs wrote here, nothing else: foreign files and quarantined checkpoints stay.

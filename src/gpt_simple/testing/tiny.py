@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from gpt_simple.engine.compatibility import keep_values_of_run
 from gpt_simple.job.result import TrainResult
 from gpt_simple.job.train import train as train_spec
 from gpt_simple.plugin_host.activation import Switches
@@ -95,6 +96,7 @@ def train(
     switches = Switches(enable, tuple(name for name in QUIET if name not in enable))
     with _test_process():
         spec = resolve_spec(None, sections=_nested(values), switches=switches, plugins=[*plugins, recorder])
+        spec = keep_values_of_run(spec, force=False)
         recorder.plugins, spec.host.wrap = spec.host.plugins, wrap
         result = train_spec(spec)
     return Trained(result, root, recorder, spec.host, directory)
