@@ -1,14 +1,19 @@
-"""Directories that appear complete, and survive a power cut from then on."""
+"""Files and directories that appear complete, and survive a power cut from then on."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
 from attrs import Factory, define
+
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+"""Flag of ``os.open``: a symbolic link is an error."""
 
 
 @define
@@ -53,6 +58,56 @@ class AtomicDirectory:
         fsync(target.parent)
         if aside is not None:
             remove_tree(aside)
+
+
+def write_whole(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace a text file in one step: readers see the old or the new one, and an error leaves the old one.
+
+    A symbolic link is replaced and not followed. ``durable`` also makes the file survive a power cut, which costs a few
+    milliseconds.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a dead process that had the same pid
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[None]:
+    """Create a directory with its parents. After an error those that are new are removed, unless they hold anything."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for directory in missing:
+            remove_if_empty(directory)
+        raise
+
+
+def user_path(text: str) -> str:
+    """``text`` with the home directory for a leading ``~``. ValueError if it is empty, or if there is no such home."""
+    if not text:
+        raise ValueError('expected a path, got ""; the current directory is "."')
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        name = text.partition("/")[0]
+        raise ValueError(f"there is no home directory {name}; a file of this name in the current directory is ./{text}")
+    return path
+
+
+def remove_if_empty(directory: Path) -> None:
+    """Remove a directory unless it holds anything, or is not there."""
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def fsync(path: Path) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from attrs import evolve
 from safetensors.torch import load_file
 
 from gpt_simple._files import remove_tree
+from gpt_simple.checkpoint.manifest import MANIFEST, Manifest
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.errors import CheckpointError
 
@@ -267,3 +269,18 @@ def test_deleting_what_is_gone_is_an_error_that_names_it(store: Store) -> None:
     store.delete(checkpoint)
     with pytest.raises(CheckpointError, match="step-00000001 cannot be deleted: No such file"):
         store.delete(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/outside.json", "deeper/outside.json"])
+def test_a_file_outside_a_checkpoint_is_not_opened(store: Store, name: str) -> None:
+    """The digest of a manifest that somebody else made is right, too."""
+    publish(store, 1)
+    publish(store, 2)
+    path = store.root / "step-00000002"
+    manifest = Manifest.read(path)
+    files = {name if file == "state.json" else file: entry for file, entry in manifest.files.items()}
+    (path / MANIFEST).write_text(evolve(manifest, files=files).to_json())
+    newest, ((_, reason),) = Store(store.root).newest_valid()
+    assert newest is not None
+    assert newest.step == 1
+    assert f"{name} is not a file of the checkpoint" in reason

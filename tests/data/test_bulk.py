@@ -355,6 +355,24 @@ def test_a_finished_dataset_is_reused_or_refused(run: Run, raw: Path) -> None:
         run()
 
 
+@pytest.mark.parametrize("mine", ["notes.txt", ".work/notes.txt", ".work", "dataset.json", "link"])
+def test_an_output_of_something_else_stays_as_it_is(run: Run, tmp_path: Path, mine: str) -> None:
+    """Also with directories in it that have the names of a dataset's."""
+    output = tmp_path / "out"
+    for name in ("train/all/mine.bin", "elsewhere/mine"):
+        (output / name).parent.mkdir(parents=True)
+        (output / name).touch()
+    (output / mine).parent.mkdir(exist_ok=True)
+    if mine == "link":
+        (output / ".work").symlink_to(output / "elsewhere")
+    else:
+        (output / mine).touch()
+    before = sorted(output.rglob("*"))
+    with pytest.raises(DataError, match=r"holds other files|not JSON"):
+        run()
+    assert sorted(output.rglob("*")) == before
+
+
 def test_bad_options_create_nothing(raw: Path, tmp_path: Path, shell: Shell) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes").write_text("x")

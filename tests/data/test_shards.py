@@ -122,6 +122,18 @@ def test_a_manifest_of_another_kind_is_refused(change: dict[str, object], messag
         read_manifest(directory)
 
 
+@pytest.mark.parametrize("name", ["../outside", "train/../../outside", "/outside"])
+def test_a_shard_outside_its_dataset_is_not_opened(directory: Path, name: str) -> None:
+    outside = directory.parent / "outside"
+    name = name.replace("/outside", str(outside)) if name.startswith("/") else name
+    for suffix in (".bin", ".idx"):
+        (directory / f"train/code/shard-00000{suffix}").rename(outside.with_suffix(suffix))
+    file = directory / "dataset.json"
+    file.write_text(file.read_text().replace("train/code/shard-00000", name))
+    with pytest.raises(DataError, match=rf"the shard {name}\.bin is not inside the directory"):
+        read_manifest(directory)
+
+
 def test_totals_that_are_not_those_of_the_shards_are_refused(directory: Path) -> None:
     file = directory / "dataset.json"
     file.write_text(file.read_text().replace('"tokens": 34,', '"tokens": 43,', 1))

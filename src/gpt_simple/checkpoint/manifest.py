@@ -77,6 +77,8 @@ class Manifest:
             )
         if body.pop("sha256", None) != _digest(body):
             raise _damaged(path, "its own digest differs")
+        if outside := [name for name in body["files"] if Path(name).name != name]:
+            raise _damaged(path, f"{outside[0]} is not a file of the checkpoint")
         files = {name: FileEntry(file["size"], file["sha256"], file["tensors"]) for name, file in body["files"].items()}
         return cls(body["step"], body["sequence"], files)
 

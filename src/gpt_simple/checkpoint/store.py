@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 from attrs import define, field, frozen
 
-from gpt_simple._files import fsync, nearest_existing, remove_tree
+from gpt_simple._files import fsync, nearest_existing, remove_tree, write_whole
 from gpt_simple.checkpoint.draft import Draft, Published, hidden
 from gpt_simple.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, Unreadable, check_file
 from gpt_simple.errors import CheckpointError
@@ -156,7 +156,7 @@ class Store:
         except OSError as error:
             raise CheckpointError(f"{path} is damaged and cannot be renamed: {error.strerror}") from error
         with contextlib.suppress(OSError):  # it is no directory, or the disk is full: the caller reports the reason too
-            (target / "reason.txt").write_text(reason + "\n", encoding="utf-8")
+            write_whole(target / "reason.txt", reason + "\n")
         return target
 
     def load_document(self, checkpoint: Checkpoint, stem: str) -> Any:

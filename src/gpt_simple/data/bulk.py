@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -44,6 +45,8 @@ from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
 
 REPORT = "tokenize.json"
+_WORK_NAME = re.compile(r"\.work\.lock|parts|build|tokenizer-\w+(\.tmp)?")
+"""What ``WORK`` holds."""
 SHOWN = 20
 """How many skipped documents are logged; the report has more."""
 
@@ -78,6 +81,8 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
     units = find_units(job.input_dir)
     identity = _identity(job, units)
     work = _claim(job)
+    if not work.exists() and (job.output_dir / FILE).exists():
+        return _finished(job, identity, log)
     with locked(work, "work", log):
         if (job.output_dir / FILE).exists():
             return _finished(job, identity, log)
@@ -109,9 +114,14 @@ def _claim(job: Job) -> Path:
     output, work = job.output_dir, job.output_dir / WORK
     if output.exists() and not output.is_dir():
         raise DataError(f"--output_dir {output} is a file", hint="name a directory")
-    ours = (output / FILE).exists() or work.exists()
-    if output.exists() and any(output.iterdir()) and not ours:
-        raise DataError(f"--output_dir {output} holds other files", hint="name a new or an empty directory")
+    begun = work.is_dir() and not work.is_symlink()
+    strange = [path for path in work.iterdir() if not _WORK_NAME.fullmatch(path.name)] if begun else []
+    if output.exists() and not begun and not (output / FILE).is_file():
+        strange = sorted(output.iterdir())
+    if strange:
+        raise DataError(
+            f"--output_dir {output} holds other files: {strange[0]}", hint="name a new or an empty directory"
+        )
     return work
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import attrs
@@ -167,6 +167,8 @@ def read_manifest(directory: Path) -> Manifest:
         )
     for name, known in manifest.files():
         path = directory / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise _damaged(directory, f"{file}: damaged (the shard {name} is not inside the directory)")
         size = path.stat().st_size if path.is_file() else None
         if size != known.size:
             state = "is missing" if size is None else f"has {size} bytes"

@@ -20,6 +20,7 @@ from attrs import frozen
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from gpt_simple._files import write_whole
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
@@ -132,7 +133,7 @@ class JsonTokenizer:
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / FILE).write_text(self.backend.to_str(), encoding="utf-8")
+        write_whole(directory / FILE, self.backend.to_str())
 
 
 def bpe(config: DataConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:

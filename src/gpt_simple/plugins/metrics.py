@@ -45,7 +45,7 @@ class Metrics(Plugin[NoConfig]):
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
-        self._file = FileIO(run.output_dir / "metrics.jsonl", "a+")
+        self._file = _open(run.output_dir / "metrics.jsonl")
         size = self._file.seek(0, os.SEEK_END)
         if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
             self._waiting[:0] = b"\n"  # a kill tore the last line
@@ -117,11 +117,17 @@ class Metrics(Plugin[NoConfig]):
         """If the file was deleted or moved, continue in a new one with its content, which lives until it is closed."""
         if path.exists() or not path.parent.exists():
             return
-        old, self._file = self._file, FileIO(path, "a+")
+        old, self._file = self._file, _open(path)
         assert old is not None
         with old:
             old.seek(0)
             self._waiting[:0] = old.readall() or b""
+
+
+def _open(path: Path) -> FileIO:
+    """The file to append to. A symbolic link is an error: it may lead out of the run directory."""
+    no_follow = getattr(os, "O_NOFOLLOW", 0)
+    return FileIO(path, "a+", opener=lambda name, flags: os.open(name, flags | no_follow, 0o666))
 
 
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:

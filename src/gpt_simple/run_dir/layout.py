@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -12,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_simple._files import nearest_existing
+from gpt_simple._files import nearest_existing, new_directory, remove_if_empty, write_whole
 from gpt_simple.errors import CheckpointError, ConfigError
 
 _CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.(?:deleted|replaced|tmp-\d+)")
 _CHECKPOINT_FILE = re.compile(r"(?:model|optimizer|plugins|state|MANIFEST).*\.(?:json|safetensors)|\.tmp\w+")
-_TOKENIZER_FILE = re.compile(r".+\.json")
+_TOKENIZER_FILE = re.compile(r"tokenizer\.json")
 
 
 class RunDir:
@@ -43,24 +42,34 @@ class RunDir:
         """Directory of the checkpoints."""
 
     def check(self) -> None:
-        """Raise ConfigError if the directory plainly cannot be created or written. Changes nothing."""
+        """Refuse a directory that cannot be used. Changes nothing.
+
+        Raises ConfigError if it plainly cannot be created or written, and CheckpointError if a run would follow a
+        symbolic link in it, or change a file that no run wrote.
+        """
         nearest = nearest_existing(self.root)
         if not nearest.is_dir():
             raise _refusal(f"{nearest} is a file, not a directory")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise _refusal(f"{nearest} cannot be written")
+        self._refuse_links()
+        for path in (self.lock, *self._documents()):
+            if path.exists() and not path.is_file():
+                raise _in_the_way(path, "is not a file")
+        for path in (self.tokenizer, self.checkpoints):
+            if path.exists() and not path.is_dir():
+                raise _in_the_way(path, "is not a directory")
+        foreign = (self.lock, *self._documents(), *_children(self.tokenizer), *self._checkpoint_directories())
+        for path in foreign if not self._has_begun() else ():
+            if path.exists():
+                raise _in_the_way(path, "is there already, and no run wrote it")
 
     def create(self) -> None:
         """Create the directory and check that it can be written; on ConfigError nothing is left behind."""
-        missing: list[Path] = []
         try:
-            missing += [path for path in (self.root, *self.root.parents) if not path.exists()]
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
+            with new_directory(self.root), tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
-            for path in missing:
-                _remove_if_empty(path)
             raise _refusal(f"{self.root} cannot be written ({error.strerror})") from error
 
     def is_used(self) -> bool:
@@ -76,22 +85,40 @@ class RunDir:
 
         A symbolic link is never followed: one in the way is a CheckpointError before anything is removed.
         """
-        directories = [*self._checkpoint_directories(), self.tokenizer]
-        for path in (self.checkpoints, *directories):
-            if path.is_symlink():
-                raise CheckpointError(
-                    f"{path} is a symbolic link and --force removes nothing behind one: remove it yourself"
-                )
-        for directory in directories:
+        self._refuse_links()
+        for directory in [*self._checkpoint_directories(), self.tokenizer]:
             pattern = _TOKENIZER_FILE if directory == self.tokenizer else _CHECKPOINT_FILE
             # The manifest first: what is left of a checkpoint is not one.
             for path in sorted(_children(directory), key=lambda path: path.name != "MANIFEST.json"):
                 if pattern.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
                     path.unlink()
-            _remove_if_empty(directory)
-        _remove_if_empty(self.checkpoints)
+            remove_if_empty(directory)
+        remove_if_empty(self.checkpoints)
         for path in self._documents():
             path.unlink(missing_ok=True)
+
+    def _refuse_links(self) -> None:
+        """A link may have come with a copied directory, and lead to anything."""
+        directories = self.tokenizer, self.checkpoints
+        names = (
+            self.lock,
+            *self._documents(),
+            *directories,
+            *_children(self.tokenizer),
+            *self._checkpoint_directories(),
+        )
+        for path in names:
+            if path.is_symlink():
+                raise _in_the_way(path, "is a symbolic link, and a run follows none in its directory")
+
+    def _has_begun(self) -> bool:
+        """Whether a run has left a sign of itself here. An empty lock is one of a launch that ended early."""
+        signs = (self.run_json, {"run_id"}), (self.status_json, {"state"}), (self.lock, {"host", "pid"})
+        return (
+            any(keys <= _keys(path) for path, keys in signs)
+            or (self.lock.is_file() and not self.lock.stat().st_size)
+            or any((path / "MANIFEST.json").exists() for path in self._checkpoint_directories())
+        )
 
     def _documents(self) -> tuple[Path, ...]:
         return self.run_json, self.status_json, self.summary_json, self.metrics_jsonl, self.stop_request
@@ -104,23 +131,16 @@ def _refusal(message: str) -> ConfigError:
     return ConfigError(message, key="training.output_dir", hint="choose another directory")
 
 
+def _in_the_way(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"{path} {problem}", hint="move it away, or choose another training.output_dir")
+
+
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Replace a JSON file in one step: readers see the old or the new one. NaN and infinities become null.
 
     ``durable`` also makes it survive a power cut, which costs a few milliseconds.
     """
-    text = json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n", durable=durable)
 
 
 def finite(value: Any) -> Any:
@@ -138,6 +158,10 @@ def _children(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
-def _remove_if_empty(directory: Path) -> None:
-    with contextlib.suppress(OSError):  # foreign files are in it, or it was never created
-        directory.rmdir()
+def _keys(path: Path) -> set[str]:
+    """The keys of the object in a JSON file; empty if it holds anything else or cannot be read."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return set(document) if isinstance(document, dict) else set()

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 from attrs import asdict, define, field, frozen
 
+from gpt_simple._files import NO_FOLLOW
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir
 
@@ -219,7 +220,7 @@ def _lock(path: Path) -> tuple[int, bool]:
     """A descriptor of the file now at ``path``, and whether it holds the lock; False if another process does."""
     deadline = time.monotonic() + _PATIENCE
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):

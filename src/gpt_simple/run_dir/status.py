@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from attrs import asdict, define, evolve, field, fields, frozen
 
+from gpt_simple._files import NO_FOLLOW
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir, finite, write_json
 from gpt_simple.run_dir.lock import owner_of
@@ -80,7 +81,7 @@ class StatusFile:
 def _overwrite(path: Path, document: Mapping[str, Any]) -> None:
     """Write into the file itself: a full disk has no room for a second one, but the first keeps its blocks."""
     text = json.dumps(finite(document), indent=1).encode() + b"\n"
-    with contextlib.suppress(OSError), path.open("r+b") as file:
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDWR | NO_FOLLOW), "r+b") as file:
         if len(text) <= os.fstat(file.fileno()).st_blocks * 512:
             file.write(text)
             file.truncate()
