@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from gpt_simple.cli.paths import PATH
+
 
 @click.group()
 def data() -> None:
@@ -14,7 +16,7 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("directory", metavar="DATA", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DATA", type=PATH)
 @click.option("--sample", default=200, show_default=True, type=click.IntRange(0), help="Tokens of text to show.")
 def inspect(directory: Path, sample: int) -> None:
     """Describe the dataset directory DATA, after comparing every file with its checksum."""

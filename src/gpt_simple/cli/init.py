@@ -11,6 +11,7 @@ import click
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.fields import builtin_configs
+from gpt_simple.cli.paths import PATH
 from gpt_simple.config import render
 from gpt_simple.config.load import read
 from gpt_simple.config.structure import structure
@@ -65,18 +66,24 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "--preset", type=click.Choice(list(PRESETS)), default="small", show_default=True, help="What to start from."
 )
 @click.option(
-    "-o", "--output", default="config.toml", show_default=True, help="A .toml, .yaml or .json file; - prints."
+    "-o",
+    "--output",
+    type=PATH,
+    default="config.toml",
+    show_default=True,
+    help="A .toml, .yaml or .json file; - prints.",
 )
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
-def init(preset: str, output: str, force: bool) -> None:
+def init(preset: str, output: Path, force: bool) -> None:
     """Write a configuration to start from, with every field explained.
 
     tiny learns from generated stories on a CPU and needs no data; small, medium and large have the shapes of
     GPT-2's sizes and train on what data.path names.
     """
-    path = Path("config.toml" if output == "-" else output)
+    to_terminal = output == Path("-")
+    path = Path("config.toml") if to_terminal else output
     text = write(preset, path)
-    if output == "-":
+    if to_terminal:
         click.echo(text, nl=False)
         return
     try:

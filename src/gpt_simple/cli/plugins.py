@@ -7,8 +7,11 @@ which plugins that run would load, why and in which order, which takes importing
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
+
+from gpt_simple.cli.paths import PATH
 
 SCHEMA = 1
 """Version of the JSON output; raised when a key changes its meaning or goes away."""
@@ -78,8 +81,8 @@ def check(name: str | None, lint_only: bool) -> int:
     show_default=True,
     help="logger: writes metrics to a file; component: brings a learning-rate schedule.",
 )
-@click.option("--directory", metavar="DIR", default=".", help="Where the package's folder is made.")
-def new(name: str, template: str, directory: str) -> None:
+@click.option("--directory", metavar="DIR", type=PATH, default=".", help="Where the package's folder is made.")
+def new(name: str, template: str, directory: Path) -> None:
     """Make the installable package of a new plugin NAME."""
     from gpt_simple.cli.scaffold import scaffold
 

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import click
 
+from gpt_simple.cli.paths import PATH
 from gpt_simple.errors import ConfigError
 from gpt_simple.report.history import read_history
 from gpt_simple.report.page import page
 
 
 @click.command()
-@click.argument("runs", metavar="RUN...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("runs", metavar="RUN...", type=PATH, nargs=-1, required=True)
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The file to write; unset: report.html in RUN, or here if there are several.",
 )
 def report(runs: tuple[Path, ...], output: Path | None) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpt_simple.cli.fields import complete_plugin
+from gpt_simple.cli.paths import PATH
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ class _Number(click.FloatRange):
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--prompt", default="", help="Text to continue; unset: a new document.")
 @click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="Tokens to write at most.")
 @click.option("--temperature", default=0.8, show_default=True, type=_Number(0), help="0: the likeliest token.")

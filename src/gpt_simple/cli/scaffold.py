@@ -21,7 +21,7 @@ _TAKEN = frozenset({DISTRIBUTION, "gpt-simple-lm"})
 """Packages that are not plugins: the trainer itself, and an unrelated one with the same import name."""
 
 
-def scaffold(name: str, template: str, directory: str) -> str:
+def scaffold(name: str, template: str, directory: str | Path) -> str:
     """Write the package and return its files and the next steps as text.
 
     ConfigError for a name that cannot be used, or a folder that exists.

@@ -10,12 +10,13 @@ from pathlib import Path
 import click
 from attrs import asdict
 
+from gpt_simple.cli.paths import PATH
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.status import Status, read_status
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def status(run: Path, as_json: bool) -> None:
     """Say whether the run in directory RUN is running, completed, stopped, halted, failed or crashed.

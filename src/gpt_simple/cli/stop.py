@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from gpt_simple.cli.paths import PATH
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.stop_request import ask_to_stop
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--force", is_flag=True, help="End it at once; the steps since its last checkpoint are lost.")
 def stop(run: Path, force: bool) -> None:
     """Ask the run in directory RUN to save a checkpoint and end (exit code 75). The command of the run continues it.

@@ -8,12 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import click
 
 from gpt_simple._names import PROGRAM
+from gpt_simple.cli.paths import PATH, UserPath
 from gpt_simple.errors import ExitCode
 from gpt_simple.launch.signals import stop_on_signals
 
@@ -24,10 +24,21 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 
 
 @click.command()
-@click.option("--input_dir", required=True, type=click.Path(path_type=Path), help="Text; sub-directories are buckets.")
-@click.option("--output_dir", required=True, type=click.Path(path_type=Path), help="Where the dataset will be.")
-@click.option("--tokenizer", default="bpe", show_default=True, help="bpe (trained on the text), bytes, or a path.")
-@click.option("--tokenizer_path", metavar="PATH", help="A tokenizer.json or its directory; the same as --tokenizer.")
+@click.option("--input_dir", required=True, type=PATH, help="Text; sub-directories are buckets.")
+@click.option("--output_dir", required=True, type=PATH, help="Where the dataset will be.")
+@click.option(
+    "--tokenizer",
+    type=UserPath(),
+    default="bpe",
+    show_default=True,
+    help="bpe (trained on the text), bytes, or a path.",
+)
+@click.option(
+    "--tokenizer_path",
+    type=UserPath(),
+    metavar="PATH",
+    help="A tokenizer.json or its directory; the same as --tokenizer.",
+)
 @click.option("--tokenizer_vocab_size", default=8192, show_default=True, type=click.IntRange(257), help="Ids of a bpe.")
 @click.option("--text_key", default="text", show_default=True, help="The key of the text in a JSON line.")
 @click.option(

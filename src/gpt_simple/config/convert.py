@@ -127,7 +127,8 @@ def _record_hook(cls: type) -> Hook:
         for name, (spec, structure) in specs.items():
             try:
                 if name in value:
-                    values[name] = structure(value[name], spec.annotation)
+                    structured = structure(value[name], spec.annotation)
+                    values[name] = structured if spec.path is None else spec.path.resolved(structured)
                 elif spec.is_required:
                     raise ValueError(f"this key must be given; expected {spec.type.description}")
             except (BaseValidationError, ValueError) as error:

@@ -81,7 +81,7 @@ def read(
     """
     layers = _Layers()
     if path is not None:
-        layers.add_file(Path(path))
+        layers.add_file(Path(os.path.expanduser(path)))
     for name, section in (sections or {}).items():
         layers.add_section(name, section)
     layers.add_environment(os.environ if environ is None else environ)

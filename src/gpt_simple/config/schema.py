@@ -14,6 +14,7 @@ from attrs import field, frozen
 from typing_extensions import Doc
 
 from gpt_simple.config.frozen import frozen_dict
+from gpt_simple.config.types import IsPath
 
 Precision = Literal["auto", "bf16", "fp16", "no"]
 
@@ -75,9 +76,9 @@ class Phase:
 class DataConfig:
     """``[data]``: what is read, how it is cut into rows, and the order of rows."""
 
-    path: Annotated[str | tuple[str, ...] | None, Doc("a dataset directory, or files and directories of raw text")] = (
-        None
-    )
+    path: Annotated[
+        str | tuple[str, ...] | None, IsPath(), Doc("a dataset directory, or files and directories of raw text")
+    ] = None
     source: Annotated[str | None, Doc("data source component; unset: shards for format pretokenized, else files")] = (
         None
     )
@@ -92,7 +93,7 @@ class DataConfig:
         Doc("take at most this many documents; for stories, how many are generated (unset: 20,000)"),
     ] = None
     tokenizer: Annotated[
-        str, Doc('"bpe" (trained on the data), "bytes", a path to a tokenizer.json, or a tokenizer component')
+        str, IsPath(), Doc('"bpe" (trained on the data), "bytes", a path to a tokenizer.json, or a tokenizer component')
     ] = "bpe"
     tokenizer_vocab_size: Annotated[
         int, Ge(257), Le(1_000_000), Doc("size of the vocabulary when tokenizer is bpe")
@@ -179,9 +180,10 @@ class TrainingConfig:
     max_skipped_steps: Annotated[
         int | None, Ge(1), Doc("halt after this many steps in a row whose gradients were not finite; null: never")
     ] = 25
-    output_dir: Annotated[str, Doc("directory of the run, relative to the current one")] = "outputs"
+    output_dir: Annotated[str, IsPath(), Doc("directory of the run, relative to the current one")] = "outputs"
     resume: Annotated[
         str,
+        IsPath(),
         Doc('"auto" (the newest valid checkpoint, else from scratch), "scratch", or a checkpoint\'s path'),
     ] = "auto"
     max_runtime_seconds: Annotated[float | None, Gt(0), Doc("stop, resumable, before this much time has passed")] = None

@@ -20,6 +20,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from attrs import frozen
 from typing_extensions import Doc
 
+from gpt_simple._files import user_path
 from gpt_simple.config.frozen import is_key, json_value
 from gpt_simple.config.mistakes import closest, show
 from gpt_simple.errors import PluginError
@@ -138,6 +139,17 @@ class FieldType:
 
 
 @frozen
+class IsPath:
+    """Marks a field whose texts are paths: a leading ``~`` is the home directory, and an empty text is an error."""
+
+    def resolved(self, value: Any) -> Any:
+        """The value of the field with its paths resolved. Raises ValueError."""
+        if isinstance(value, tuple):
+            return tuple(map(user_path, value))
+        return user_path(value) if isinstance(value, str) else value
+
+
+@frozen
 class LegacyDefault:
     """The value of a new field in runs that began before the field existed, which keeps their behaviour.
 
@@ -162,6 +174,7 @@ class FieldSpec:
     doc: str
     default: Any
     legacy_default: Any
+    path: IsPath | None = None
 
     @property
     def is_required(self) -> bool:
@@ -201,7 +214,8 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
         extras = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
         doc = next((extra.documentation for extra in extras if isinstance(extra, Doc)), "")
         legacy = next((extra.value for extra in extras if isinstance(extra, LegacyDefault)), default)
-        specs.append(FieldSpec(attribute.name, annotation, type_, doc, default, legacy))
+        path = next((extra for extra in extras if isinstance(extra, IsPath)), None)
+        specs.append(FieldSpec(attribute.name, annotation, type_, doc, default, legacy, path))
     return tuple(specs)
 
 

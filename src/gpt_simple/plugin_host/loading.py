@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -144,7 +145,7 @@ def _foreign_code(failure: str) -> Iterator[None]:
 
 def load_file(path: str) -> tuple[str, object]:
     """The one plugin class of a Python file, under the name of the file."""
-    file = Path(path)
+    file = Path(os.path.expanduser(path))
     if not file.is_file() or file.suffix != ".py":
         raise ConfigError("expected the path of a Python file", location=f"-p {path}")
     if problem := name_problem(file.stem):
