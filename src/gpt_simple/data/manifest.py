@@ -140,7 +140,7 @@ def read_manifest(directory: Path) -> Manifest:
         if (directory / WORK).is_dir():
             raise unfinished(directory) from error
         raise DataError(f"{directory}: not a dataset directory, {FILE} cannot be read ({error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error})", hint=f"delete {directory} and prepare the data again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(f'{file}: expected "format": "{FORMAT}"', hint="this is not a manifest of token shards")
