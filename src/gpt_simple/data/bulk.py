@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gpt_simple._files import fsync, remove_tree
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.cache import Log, build_once, locked
-from gpt_simple.data.manifest import FILE, WORK, Manifest, read_manifest
+from gpt_simple.data.manifest import FILE, REPORT, WORK, Manifest, read_manifest
 from gpt_simple.data.parts import (
     DOCUMENT,
     Settings,
@@ -43,7 +43,6 @@ from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
 
-REPORT = "tokenize.json"
 SHOWN = 20
 """How many skipped documents are logged; the report has more."""
 
@@ -238,14 +237,15 @@ def _assemble(directory: Path, job: Job, units: Sequence[Unit], settings: Settin
     remove_tree(directory)
     directory.mkdir()
     tokenizer = tokenizer_of(settings)
-    writer = DatasetWriter(directory, tokenizer)
+    writer, bytes_known = DatasetWriter(directory, tokenizer), True
     for unit in units:
         tokens, documents = tokens_of(unit, settings), documents_of(unit, settings)
         held_out = held_out_of(documents["hash"], lowest, highest, job.val_fraction)
         if count == 1 and len(documents) and job.val_fraction:
             tokens, documents, held_out = _cut(tokens, job.val_fraction, tokenizer.token_bytes())
+            bytes_known = tokenizer.token_bytes_are_exact
         writer.add(unit.bucket, tokens, documents["tokens"], documents["bytes"], held_out)
-    return writer.close(content.hexdigest())
+    return writer.close(content.hexdigest(), bytes_known=bytes_known)
 
 
 def _cut(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.cache import Log, build_once, locked
 from gpt_simple.data.locate import index_of, packing_of
-from gpt_simple.data.manifest import Manifest, SplitRecord, verify_checksums
+from gpt_simple.data.manifest import NANOGPT, REPORT, Manifest, SplitRecord, verify_checksums
 from gpt_simple.data.mixture import Mixture, mixture
 from gpt_simple.data.order import I64
 from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
@@ -134,10 +134,20 @@ def open_dataset(directory: Path, tokenizer: Tokenizer, manifest: Manifest, conf
     """Map a dataset directory into memory, after its content was compared with its checksums once."""
     _verify_once(directory, manifest, index_of(directory, manifest), log)
     empty = SplitRecord(0, 0, 0, None, {})
-    train, val = (
-        _open_split(directory, manifest, manifest.splits.get(name, empty), config, log) for name in ("train", "val")
-    )
+    splits = [manifest.splits.get(name, empty) for name in ("train", "val")]
+    if _has_estimated_bytes(directory, manifest, splits) and not getattr(tokenizer, "token_bytes_are_exact", True):
+        splits = [evolve(split, bytes=None) for split in splits]
+    train, val = (_open_split(directory, manifest, split, config, log) for split in splits)
     return Dataset(directory, manifest, tokenizer, train, val)
+
+
+def _has_estimated_bytes(directory: Path, manifest: Manifest, splits: Sequence[SplitRecord]) -> bool:
+    """Whether the bytes in a manifest are sums of ``token_bytes``: those of nanoGPT's files are.
+
+    Those of the halves of a single document were, in data sets of the first version of `tokenize`.
+    """
+    halves = (directory / REPORT).exists() and [split.documents for split in splits] == [1, 1]
+    return manifest.source == NANOGPT or halves
 
 
 def _open_split(directory: Path, manifest: Manifest, record: SplitRecord, config: DataConfig, log: Log) -> Split:

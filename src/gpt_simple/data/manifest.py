@@ -29,6 +29,12 @@ TOKENIZER = "tokenizer"
 WORK = ".work"
 """What `gpt-simple tokenize` has done so far, until there is a manifest."""
 
+REPORT = "tokenize.json"
+"""What `gpt-simple tokenize` has left out of a dataset."""
+
+NANOGPT = "nanoGPT"
+"""``source`` of a dataset that stands for nanoGPT's files."""
+
 FORMAT = "gpt-simple dataset"
 VERSION = 1
 ALL = "all"
