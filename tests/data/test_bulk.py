@@ -259,6 +259,50 @@ def test_skipped_documents_beyond_the_limit_are_mentioned_once(
     assert [f"{tmp_path / 'out/tokenize.json'} will count" in line for line in mentions] == [True] * more
 
 
+def _nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _another_value(path: Path) -> None:
+    path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()[:1]) + path.read_bytes()[1:])
+
+
+def _another_type(path: Path) -> None:
+    path.write_bytes(b"[]")
+
+
+def _deep_nesting(path: Path) -> None:
+    path.write_bytes(b"[" * 100_000)
+
+
+def _a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [_nothing, _half, _another_value, _another_type, _deep_nesting, _a_directory])
+@pytest.mark.parametrize("name", ["parts/*.json", "parts/*.tokens", "parts/*.documents", "tokenizer-*/tokenizer.json"])
+def test_unfinished_work_that_is_damaged_is_done_again(
+    name: str, damage: Callable[[Path], None], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("whole")
+
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bulk, "_assemble", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    damage(next((tmp_path / "out/.work").glob(name)))
+    run()
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_strict_stops_at_a_bad_document_also_when_resumed(run: Run, raw: Path) -> None:
     (raw / "web/a.jsonl").write_bytes(json_lines(TEXTS[:3]) + b"{\n")
     for _ in range(2):

@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from gpt_simple.config.schema import Config
 from gpt_simple.data.cache import build_once, locked
+from gpt_simple.data.prepare import prepare
 from gpt_simple.errors import DataError
+from gpt_simple.hooks.components import builtin_registry
+from gpt_simple.preflight.data import inspect_data
 
 HOLDER = """
 import sys, time
@@ -91,3 +96,98 @@ def test_a_directory_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
     build("second")
     build("third")
     assert sorted(path.name for path in target.iterdir()) == ["first", "second"]
+
+
+def nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def another_value(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def deep_nesting(path: Path) -> None:
+    path.write_bytes(b"[" * 100_000)
+
+
+def another_type(path: Path) -> None:
+    path.write_bytes(b"[]")
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = [nothing, half, another_value, deep_nesting, another_type, gone, a_directory]
+DERIVED = [
+    *("dataset.json", "tokenizer/tokenizer.json", "train/all/shard-00000.bin", "train/all/shard-00000.idx"),
+    *("sha256", "spans.npy", "offsets.npy", "row_targets.npy", "verified-*.json"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_derived_file_that_is_damaged_is_made_again(
+    name: str,
+    damage: Callable[[Path], None],
+    tmp_path: Path,
+    config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GPT_SIMPLE_CACHE", str(tmp_path / "cache"))
+    settings = config(source="stories", max_documents=30, val_fraction=0.2, packing="best_fit")
+
+    def rows() -> list[list[list[int]]]:
+        train = prepare(settings, builtin_registry()).train
+        found = np.empty((2, train.rows, train.max_length), np.int64)
+        train.read(np.arange(train.rows), *found, None)
+        return found.tolist()
+
+    expected = rows()
+    damaged = next(path for path in sorted(tmp_path.glob(f"cache/**/{name}")) if "val-" not in str(path))
+    damage(damaged)
+    inspect_data(settings, builtin_registry())
+    assert rows() == expected
+    assert rows() == expected
+    assert inspect_data(settings, builtin_registry()).unpacked is False
+
+
+@pytest.mark.parametrize("place", [nothing, a_directory, gone])
+def test_what_is_in_the_place_of_a_directory_is_replaced(place: Callable[[Path], None], tmp_path: Path) -> None:
+    target, logged = tmp_path / "cache/it", list[str]()
+    target.parent.mkdir()
+    target.touch()
+    place(target)
+
+    def opened() -> str:
+        if not (target / "file").is_file():
+            raise DataError("damaged")
+        return (target / "file").read_text()
+
+    assert build_once(target, lambda path: (path / "file").touch(), logged.append, opened) == ""
+    assert logged == ["damaged; it is made again"] * (place is not gone)
+
+
+def test_a_link_in_the_place_of_a_directory_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").touch()
+    (tmp_path / "cache/it").symlink_to(tmp_path / "precious")
+
+    def opened() -> None:
+        if (tmp_path / "cache/it").is_symlink():
+            raise DataError("damaged")
+
+    build_once(tmp_path / "cache/it", lambda path: None, print, opened)
+    assert (tmp_path / "precious/file").exists()

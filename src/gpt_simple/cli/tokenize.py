@@ -60,8 +60,9 @@ def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
     stop = _Stop()
     try:
         with stop_on_signals(stop.by), _progress() as (log, progress):
-            from gpt_simple.data.bulk import REPORT, Job, tokenize
+            from gpt_simple.data.bulk import Job, tokenize
             from gpt_simple.data.inspect import summary
+            from gpt_simple.data.manifest import REPORT
 
             job = Job(tokenizer=tokenizer_path or tokenizer, **options)
             manifest = tokenize(job, log, progress)

@@ -20,10 +20,10 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from gpt_simple._files import AtomicDirectory, fsync, remove_tree
+from gpt_simple._files import fsync, remove_tree
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.cache import Log, locked
-from gpt_simple.data.manifest import FILE, WORK, Manifest, read_manifest
+from gpt_simple.data.cache import Log, build_once, locked
+from gpt_simple.data.manifest import FILE, REPORT, WORK, Manifest, read_manifest
 from gpt_simple.data.parts import (
     DOCUMENT,
     Settings,
@@ -44,7 +44,6 @@ from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
 
-REPORT = "tokenize.json"
 _WORK_NAME = re.compile(r"\.work\.lock|parts|build|tokenizer-\w+(\.tmp)?")
 """What ``WORK`` holds."""
 SHOWN = 20
@@ -167,13 +166,12 @@ def _require_rows(job: Job, manifest: Manifest) -> None:
 def _settings(job: Job, units: Sequence[Unit], work: Path, identity: str, log: Log) -> Settings:
     """The tokenizer, trained if need be, in a directory where all processes find it."""
     directory = work / f"tokenizer-{identity[:24]}"
-    if not directory.exists():
-        with AtomicDirectory(directory.with_suffix(".tmp")) as new:
-            _tokenizer(job, units, log).save(new.path)
-            new.rename(directory)
+    tokenizer = build_once(
+        directory, lambda new: _tokenizer(job, units, log).save(new), log, lambda: load_tokenizer(directory)
+    )
     parts = work / "parts"
     parts.mkdir(exist_ok=True)
-    return Settings(parts, directory, load_tokenizer(directory).fingerprint, job.text_key)
+    return Settings(parts, directory, tokenizer.fingerprint, job.text_key)
 
 
 def _tokenizer(job: Job, units: Sequence[Unit], log: Log) -> Tokenizer:
@@ -202,7 +200,8 @@ def _training_texts(job: Job, units: Sequence[Unit]) -> Iterator[str]:
 
 def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, progress: Progress) -> Skipped:
     """Make the parts that are missing. Returns all that was left out."""
-    missing = [unit for unit in units if skipped_of(unit, settings) is None]
+    found = {unit: skipped for unit in units if (skipped := skipped_of(unit, settings)) is not None}
+    missing = [unit for unit in units if unit not in found]
     total = sum(unit.size for unit in units)
     done = total - sum(unit.size for unit in missing)
     if done:
@@ -211,6 +210,7 @@ def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, p
     count = 0
     with closing(make_parts(missing, settings, job.num_workers)) as made:
         for unit, skipped in made:
+            found[unit] = skipped
             done += unit.size
             progress(done, total)
             if job.strict and skipped.errors:
@@ -222,11 +222,10 @@ def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, p
                 elif count == SHOWN + 1:
                     log(f"more documents are skipped, and not shown; {job.output_dir / REPORT} will count all of them")
     result = Skipped()
-    for unit in units:
-        found = skipped_of(unit, settings) or Skipped()
-        if job.strict and found.errors:
-            raise DataError(found.errors[0])
-        result.extend(found)
+    for skipped in (found[unit] for unit in units if unit in found):
+        if job.strict and skipped.errors:
+            raise DataError(skipped.errors[0])
+        result.extend(skipped)
     return result
 
 
@@ -248,14 +247,15 @@ def _assemble(directory: Path, job: Job, units: Sequence[Unit], settings: Settin
     remove_tree(directory)
     directory.mkdir()
     tokenizer = tokenizer_of(settings)
-    writer = DatasetWriter(directory, tokenizer)
+    writer, bytes_known = DatasetWriter(directory, tokenizer), True
     for unit in units:
         tokens, documents = tokens_of(unit, settings), documents_of(unit, settings)
         held_out = held_out_of(documents["hash"], lowest, highest, job.val_fraction)
         if count == 1 and len(documents) and job.val_fraction:
             tokens, documents, held_out = _cut(tokens, job.val_fraction, tokenizer.token_bytes())
+            bytes_known = tokenizer.token_bytes_are_exact
         writer.add(unit.bucket, tokens, documents["tokens"], documents["bytes"], held_out)
-    return writer.close(content.hexdigest())
+    return writer.close(content.hexdigest(), bytes_known=bytes_known)
 
 
 def _cut(

@@ -1,18 +1,24 @@
-"""Directories that are built once: by one process while others wait, and visible only when they are whole."""
+"""Directories that are built once: by one process while others wait, and visible only when they are whole.
+
+What is kept in a cache is derived from other data. So a directory that cannot be verified is built again.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
-from gpt_simple._files import AtomicDirectory
+from gpt_simple._files import AtomicDirectory, remove_tree
 from gpt_simple.errors import DataError
 
 ROOT_VARIABLE = "GPT_SIMPLE_CACHE"
 
 Log = Callable[[str], None]
+
+T = TypeVar("T")
 
 
 def cache_root() -> Path:
@@ -42,19 +48,40 @@ def locked(directory: Path, name: str, log: Log) -> Iterator[None]:
         lock.release()
 
 
-def build_once(target: Path, fill: Callable[[Path], None], log: Log) -> None:
-    """Make the directory ``target`` with ``fill``, unless it exists already.
+def build_once(
+    target: Path,
+    fill: Callable[[Path], None],
+    log: Log,
+    opened: Callable[[], T] = lambda: None,  # type: ignore[assignment, return-value]
+) -> T:
+    """Make the directory ``target`` with ``fill``, unless it exists already; return what ``opened`` returns.
 
-    Of several processes one calls ``fill`` while the others wait. After an error nothing of the directory is left, nor
-    of one that was begun by a process that was killed.
+    ``opened`` verifies the directory: after a DataError of it the directory is made again. Of several processes one
+    calls ``fill`` while the others wait. After an error nothing of a new directory is left, nor of one that was begun
+    by a process that was killed.
     """
     if target.exists():
-        return
+        with suppress(DataError):
+            return opened()
     with locked(target.parent, target.name, log):
-        if not target.exists():
-            with _writing(target.parent), AtomicDirectory(target.parent / f".{target.name}.tmp") as directory:
-                fill(directory.path)
-                directory.rename(target)
+        if os.path.lexists(target):
+            try:
+                return opened()
+            except DataError as error:
+                log(f"{error.problems[0].message}; it is made again")
+        with _writing(target.parent), AtomicDirectory(target.parent / f".{target.name}.tmp") as directory:
+            fill(directory.path)
+            remove(target)
+            directory.rename(target)
+    return opened()
+
+
+def remove(path: Path) -> None:
+    """Remove what has this name. A link is removed and not followed."""
+    if path.is_dir() and not path.is_symlink():
+        remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

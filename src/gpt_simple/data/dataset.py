@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.cache import Log, build_once, locked
 from gpt_simple.data.locate import index_of, packing_of
-from gpt_simple.data.manifest import Manifest, SplitRecord, verify_checksums
+from gpt_simple.data.manifest import NANOGPT, REPORT, Manifest, SplitRecord, verify_checksums
 from gpt_simple.data.mixture import Mixture, mixture
 from gpt_simple.data.order import I64
 from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
@@ -133,10 +134,20 @@ def open_dataset(directory: Path, tokenizer: Tokenizer, manifest: Manifest, conf
     """Map a dataset directory into memory, after its content was compared with its checksums once."""
     _verify_once(directory, manifest, index_of(directory, manifest), log)
     empty = SplitRecord(0, 0, 0, None, {})
-    train, val = (
-        _open_split(directory, manifest, manifest.splits.get(name, empty), config, log) for name in ("train", "val")
-    )
+    splits = [manifest.splits.get(name, empty) for name in ("train", "val")]
+    if _has_estimated_bytes(directory, manifest, splits) and not getattr(tokenizer, "token_bytes_are_exact", True):
+        splits = [evolve(split, bytes=None) for split in splits]
+    train, val = (_open_split(directory, manifest, split, config, log) for split in splits)
     return Dataset(directory, manifest, tokenizer, train, val)
+
+
+def _has_estimated_bytes(directory: Path, manifest: Manifest, splits: Sequence[SplitRecord]) -> bool:
+    """Whether the bytes in a manifest are sums of ``token_bytes``: those of nanoGPT's files are.
+
+    Those of the halves of a single document were, in data sets of the first version of `tokenize`.
+    """
+    halves = (directory / REPORT).exists() and [split.documents for split in splits] == [1, 1]
+    return manifest.source == NANOGPT or halves
 
 
 def _open_split(directory: Path, manifest: Manifest, record: SplitRecord, config: DataConfig, log: Log) -> Split:
@@ -147,7 +158,7 @@ def _open_split(directory: Path, manifest: Manifest, record: SplitRecord, config
         rows: list[Rows] = [
             ConcatRows(shard, config.max_length)
             if config.packing == "concat"
-            else _cached_best_fit(shard, packing_of(shard.record.name, directory, manifest, config), config, log)
+            else _cached_best_fit(shard, *packing_of(shard.record, directory, manifest, config), config, log)
             for shard in shards
         ]
         buckets[bucket] = sum(map(len, rows))
@@ -156,27 +167,32 @@ def _open_split(directory: Path, manifest: Manifest, record: SplitRecord, config
     return Split(config.max_length, tuple(parts), buckets, *totals)
 
 
-def _cached_best_fit(shard: Shard, target: Path, config: DataConfig, log: Log) -> BestFitRows:
+def _cached_best_fit(shard: Shard, target: Path, made_from: str, config: DataConfig, log: Log) -> BestFitRows:
     """The packing of a shard, which is computed once and then mapped into memory."""
-    fields = ("spans", "offsets", "row_targets")
 
     def fill(directory: Path) -> None:
-        packed = best_fit(shard, config.max_length, config.overlap_size)
-        for field in fields:
-            np.save(directory / f"{field}.npy", getattr(packed, field), allow_pickle=False)
+        best_fit(shard, config.max_length, config.overlap_size).save(directory, made_from)
 
-    build_once(target, fill, log)
-    arrays = {field: np.load(target / f"{field}.npy", mmap_mode="r", allow_pickle=False) for field in fields}
-    return BestFitRows(shard, config.max_length, **arrays)
+    return build_once(target, fill, log, lambda: BestFitRows.load(target, made_from, shard, config.max_length))
 
 
 def _verify_once(directory: Path, manifest: Manifest, index: Path, log: Log) -> None:
     """Compare the checksums of all files, but for those that have the size and time of an earlier comparison."""
     stamp = index / f"verified-{manifest.fingerprint[:16]}.json"
     with locked(index, "verified", log):
-        seen = json.loads(stamp.read_text()) if stamp.exists() else {}
+        seen = _seen(stamp)
         now = verify_checksums(directory, manifest, seen)
         if now != seen:
             temporary = stamp.with_suffix(".tmp")
-            temporary.write_text(json.dumps(now))
-            temporary.replace(stamp)
+            with suppress(OSError):  # it only saves time
+                temporary.write_text(json.dumps(now))
+                temporary.replace(stamp)
+
+
+def _seen(stamp: Path) -> dict[str, Any]:
+    """What an earlier comparison has found; nothing if its record cannot be read."""
+    try:
+        seen = json.loads(stamp.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return seen if isinstance(seen, dict) else {}

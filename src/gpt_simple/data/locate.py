@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gpt_simple.config.schema import Config, DataConfig
 from gpt_simple.data.cache import cache_root
-from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, WORK, Manifest, read_manifest
+from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, WORK, Manifest, ShardRecord, read_manifest
 from gpt_simple.data.sources import Source, Stream
 from gpt_simple.data.sources.shards import TRAIN, NanoGpt, Shards
 from gpt_simple.data.tokenizer import BYTE_IDS, Train, load_tokenizer
@@ -56,13 +56,18 @@ def find(source: Source | Shards, config: Config, registry: Registry) -> tuple[P
         return None
     if isinstance(source, Shards) and not isinstance(source, NanoGpt):
         directory = source.directory
-    else:
-        directory = cached(source.fingerprint(), config.data, registry)
-    if not directory.exists():
-        return None
+        return directory, _checked(directory, source, config.data, registry)
+    directory = cached(source.fingerprint(), config.data, registry)
+    try:
+        return directory, _checked(directory, source, config.data, registry)
+    except DataError:
+        return None  # a run prepares the data, or what is damaged of them, again
+
+
+def _checked(directory: Path, source: Source | Shards, data: DataConfig, registry: Registry) -> Manifest:
     manifest = read_manifest(directory)
-    tokenizer_of(directory, manifest, config.data, registry, raw=not isinstance(source, Shards))
-    return directory, manifest
+    tokenizer_of(directory, manifest, data, registry, raw=not isinstance(source, Shards))
+    return manifest
 
 
 def cached(fingerprint: str, data: DataConfig, registry: Registry) -> Path:
@@ -121,10 +126,11 @@ def index_of(directory: Path, manifest: Manifest) -> Path:
     return cache_root() / "index" / manifest.fingerprint[:24]
 
 
-def packing_of(shard: str, directory: Path, manifest: Manifest, data: DataConfig) -> Path:
-    """Where the ``best_fit`` packing of the shard of this name is kept."""
-    name = f"best_fit-{data.max_length}-{data.overlap_size}-{shard.replace('/', '-')}"
-    return index_of(directory, manifest) / manifest.fingerprint[:16] / name
+def packing_of(shard: ShardRecord, directory: Path, manifest: Manifest, data: DataConfig) -> tuple[Path, str]:
+    """Where the ``best_fit`` packing of a shard is kept, and a text of all that it is made from."""
+    name = f"best_fit-{data.max_length}-{data.overlap_size}-{shard.name.replace('/', '-')}"
+    made_from = json.dumps([shard.idx.sha256, data.max_length, data.overlap_size])
+    return index_of(directory, manifest) / manifest.fingerprint[:16] / name, made_from
 
 
 def order_seed(config: Config) -> int:

@@ -29,6 +29,12 @@ TOKENIZER = "tokenizer"
 WORK = ".work"
 """What `gpt-simple tokenize` has done so far, until there is a manifest."""
 
+REPORT = "tokenize.json"
+"""What `gpt-simple tokenize` has left out of a dataset."""
+
+NANOGPT = "nanoGPT"
+"""``source`` of a dataset that stands for nanoGPT's files."""
+
 FORMAT = "gpt-simple dataset"
 VERSION = 1
 ALL = "all"
@@ -140,7 +146,7 @@ def read_manifest(directory: Path) -> Manifest:
         if (directory / WORK).is_dir():
             raise unfinished(directory) from error
         raise DataError(f"{directory}: not a dataset directory, {FILE} cannot be read ({error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error})", hint=f"delete {directory} and prepare the data again") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(f'{file}: expected "format": "{FORMAT}"', hint="this is not a manifest of token shards")

@@ -12,6 +12,9 @@ that is no target. Whatever the policy, every token of every document and every 
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +22,15 @@ from attrs import frozen
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from gpt_simple.data.manifest import content
 from gpt_simple.data.order import I64
 from gpt_simple.data.shards import Shard
+from gpt_simple.errors import DataError
+
+CHECKSUM = "sha256"
+"""The file beside the arrays of a packing: a hash of them, and of what they were made from."""
+
+_ARRAYS = ("spans", "offsets", "row_targets")
 
 Bools = NDArray[np.bool_]
 
@@ -124,9 +134,50 @@ class BestFitRows:
         begins[padded, filled[padded]] = True
         return Block(inputs, labels, scored, begins)
 
+    def save(self, directory: Path, made_from: str) -> None:
+        """Write the arrays so that ``load`` with the same ``made_from`` returns equal rows."""
+        for name in _ARRAYS:
+            np.save(_file(directory, name), getattr(self, name), allow_pickle=False)
+        (directory / CHECKSUM).write_text(_checksum(directory, made_from))
+
+    @classmethod
+    def load(cls, directory: Path, made_from: str, shard: Shard, max_length: int) -> BestFitRows:
+        """Map the arrays into memory. Raises DataError unless they are as ``save`` wrote them."""
+        verify_packing(directory, made_from)
+        arrays = {name: np.load(_file(directory, name), mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+        return cls(shard, max_length, **arrays)
+
 
 Rows = ConcatRows | BestFitRows
 """The rows of a shard under a packing."""
+
+
+def verify_packing(directory: Path, made_from: str) -> None:
+    """Raise DataError unless the arrays in a directory are those that were made from this."""
+    try:
+        known, found = (directory / CHECKSUM).read_bytes().decode(errors="replace"), _checksum(directory, made_from)
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be read ({error})") from error
+    if known != found:
+        raise DataError(f"{directory}: its content is not what was written")
+
+
+def packed_rows(directory: Path, made_from: str) -> int | None:
+    """The number of rows of a packing that was saved; None if there is none that can be used."""
+    try:
+        verify_packing(directory, made_from)
+    except DataError:
+        return None
+    return len(np.load(_file(directory, "row_targets"), mmap_mode="r", allow_pickle=False))
+
+
+def _file(directory: Path, array: str) -> Path:
+    return directory / f"{array}.npy"
+
+
+def _checksum(directory: Path, made_from: str) -> str:
+    files = [content(_file(directory, name)) for name in _ARRAYS]
+    return hashlib.sha256(json.dumps([made_from, files]).encode()).hexdigest()
 
 
 def best_fit(shard: Shard, max_length: int, overlap: int) -> BestFitRows:

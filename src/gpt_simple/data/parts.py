@@ -28,7 +28,8 @@ from attrs import asdict, define, field, frozen
 from numpy.typing import NDArray
 
 from gpt_simple._files import fsync
-from gpt_simple.data.manifest import ALL, token_dtype
+from gpt_simple.data.cache import remove
+from gpt_simple.data.manifest import ALL, content, token_dtype
 from gpt_simple.data.sources import files
 from gpt_simple.data.tokenize import batches, key_hash
 from gpt_simple.data.tokenizer import JsonTokenizer, load_tokenizer
@@ -181,15 +182,29 @@ def tokens_of(unit: Unit, settings: Settings) -> NDArray[Any]:
 
 
 def skipped_of(unit: Unit, settings: Settings) -> Skipped | None:
-    """What was left out of the part of a unit; None if it has not been made."""
+    """What was left out of the part of a unit; None if there is no part, or another content than was written."""
     path = settings.part(unit)
-    return Skipped(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        record = json.loads(path.read_bytes())
+        skipped = Skipped(**record["skipped"])
+        whole = record["sha256"] == _checksum(path, skipped)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return skipped if whole else None
+
+
+def _checksum(path: Path, skipped: Skipped) -> str:
+    """A hash of all that a part holds."""
+    files = [content(path.with_suffix(suffix)) for suffix in (".tokens", ".documents")]
+    return hashlib.sha256(json.dumps([asdict(skipped), files]).encode()).hexdigest()
 
 
 def make_part(unit: Unit, settings: Settings) -> Skipped:
     """Encode a unit; returns what of it was left out."""
     tokenizer, skipped, path = tokenizer_of(settings), Skipped(), settings.part(unit)
     dtype = token_dtype(tokenizer.vocab_size)
+    for suffix in (".tokens", ".documents", ".json"):
+        remove(path.with_suffix(suffix))
     with path.with_suffix(".tokens").open("wb") as tokens, path.with_suffix(".documents").open("wb") as documents:
         for texts in batches(read(unit, settings.text_key, skipped), str):
             ids, sizes = tokenizer.encode_documents(texts)
@@ -200,7 +215,7 @@ def make_part(unit: Unit, settings: Settings) -> Skipped:
             file.flush()
             os.fsync(file.fileno())
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(skipped)))
+    temporary.write_text(json.dumps({"skipped": asdict(skipped), "sha256": _checksum(path, skipped)}))
     fsync(temporary)
     temporary.replace(path)
     return skipped

@@ -7,6 +7,8 @@ appears whole or not at all. This module needs no torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from attrs import evolve
@@ -23,6 +25,9 @@ from gpt_simple.data.tokenize import survey, write
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.components import Registry
 
+Opened = Callable[[Path], Dataset]
+"""Opens a dataset directory. Raises DataError for one that is damaged or not of this configuration."""
+
 
 def prepare(config: Config, registry: Registry, *, log: Log | None = None, require_val: bool = True) -> Dataset:
     """The dataset of a configuration, prepared now or before.
@@ -33,28 +38,31 @@ def prepare(config: Config, registry: Registry, *, log: Log | None = None, requi
     log = log or (lambda message: None)
     source = check(config, registry)
     data = config.data
+
+    def opened(directory: Path) -> Dataset:
+        manifest = read_manifest(directory)
+        tokenizer = tokenizer_of(directory, manifest, data, registry, raw=not isinstance(source, Shards))
+        return open_dataset(directory, tokenizer, manifest, data, log)
+
     if isinstance(source, NanoGpt):
-        directory = _linked(source, data, registry, log)
+        dataset = _linked(source, data, registry, log, opened)
     elif isinstance(source, Shards):
-        directory = source.directory
+        dataset = opened(source.directory)
     else:
         documents = Head(source) if isinstance(source, Stream) else source
-        directory = _prepared(documents, data, registry, log, require_val)
-    manifest = read_manifest(directory)
-    tokenizer = tokenizer_of(directory, manifest, data, registry, raw=not isinstance(source, Shards))
-    dataset = open_dataset(directory, tokenizer, manifest, data, log)
+        dataset = _prepared(documents, data, registry, log, require_val, opened)
     if not dataset.train.targets:
-        raise DataError(f"{directory}: the train split is empty", hint="lower data.val_fraction or add text")
+        raise DataError(f"{dataset.directory}: the train split is empty", hint="lower data.val_fraction or add text")
     if require_val:
         val, count = dataset.val, dataset.val.documents + dataset.train.documents
         _require_val(val.targets, val.documents, count, data, prepared=isinstance(source, Shards))
     if isinstance(source, Stream):
-        return evolve(dataset, stream=stream_rows(source, data, tokenizer))
+        return evolve(dataset, stream=stream_rows(source, data, dataset.tokenizer))
     dataset.order(data, order_seed(config))  # raises for a curriculum that the buckets do not allow
     return dataset
 
 
-def _linked(source: NanoGpt, data: DataConfig, registry: Registry, log: Log) -> Path:
+def _linked(source: NanoGpt, data: DataConfig, registry: Registry, log: Log, opened: Opened) -> Dataset:
     """A cached dataset that stands for nanoGPT's files."""
 
     def fill(directory: Path) -> None:
@@ -62,17 +70,20 @@ def _linked(source: NanoGpt, data: DataConfig, registry: Registry, log: Log) -> 
         source.link(directory, tokenizer_choice(data, registry)[1](data, lambda: iter(())))
 
     target = cached(source.fingerprint(), data, registry)
-    build_once(target, fill, log)
-    return target
+    return build_once(target, fill, log, lambda: opened(target))
 
 
-def _prepared(source: Source, data: DataConfig, registry: Registry, log: Log, require_val: bool) -> Path:
+def _prepared(
+    source: Source, data: DataConfig, registry: Registry, log: Log, require_val: bool, opened: Opened
+) -> Dataset:
     """The cached dataset of raw documents."""
     fingerprint = source.fingerprint()
     target = cached(fingerprint, data, registry)
     if target.exists():
-        log(f"reusing prepared data {target}")
-        return target
+        with suppress(DataError):
+            dataset = opened(target)
+            log(f"reusing prepared data {target}")
+            return dataset
     found = survey(source, data)
     if found.empty:
         log(f"skipped {found.empty:,} documents without text")
@@ -91,8 +102,7 @@ def _prepared(source: Source, data: DataConfig, registry: Registry, log: Log, re
             _require_val(val.tokens, val.documents, found.documents, data)
         log(f"prepared {splits['train'].tokens + val.tokens:,} tokens in {target}")
 
-    build_once(target, fill, log)
-    return target
+    return build_once(target, fill, log, lambda: opened(target))
 
 
 def _require_val(

@@ -215,14 +215,20 @@ class DatasetWriter:
                 self._documents[name] += int(mine.sum())
                 self._bytes[name] += int(text_bytes[mine].sum())
 
-    def close(self, source: str, nats: Mapping[str, float | None] | None = None) -> Manifest:
-        """``source`` is the fingerprint of the documents, ``nats`` minus their log-probability by split."""
+    def close(
+        self, source: str, nats: Mapping[str, float | None] | None = None, *, bytes_known: bool = True
+    ) -> Manifest:
+        """``source`` is the fingerprint of the documents, ``nats`` minus their log-probability by split.
+
+        ``bytes_known``: whether ``text_bytes`` was exact. Else the manifest has no bytes.
+        """
         tokenizer, splits = self._tokenizer, {}
         for name, writers in self._splits.items():
             shards = {bucket: writer.close() for bucket, writer in writers.items()}
             tokens = sum(shard.tokens for each in shards.values() for shard in each)
             split_nats = None if nats is None else nats[name]
-            splits[name] = SplitRecord(self._documents[name], tokens, self._bytes[name], split_nats, shards)
+            size = self._bytes[name] if bytes_known else None
+            splits[name] = SplitRecord(self._documents[name], tokens, size, split_nats, shards)
         manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, source, splits)
         write_manifest(self._directory, manifest, tokenizer)
         return manifest

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_simple._files import write_whole
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,19 +117,24 @@ class JsonTokenizer:
     def token_bytes(self) -> NDArray[np.int32]:
         import numpy as np
 
-        special = {token["id"] for token in self._spec["added_tokens"] if token["special"]}
+        added = {token["id"]: token["special"] for token in self._spec["added_tokens"]}
         byte_level = "ByteLevel" in json.dumps([self._spec["pre_tokenizer"], self._spec["decoder"]])
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, index in self.backend.get_vocab().items():
-            if index in special:
+            if index == self.eod_id or added.get(index):
                 continue
-            if byte_level:
+            if byte_level and index not in added:
                 sizes[index] = len(token)
             elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
                 sizes[index] = 1
             else:
                 sizes[index] = len(token.replace("▁", " ").encode())
         return sizes
+
+    @cached_property
+    def token_bytes_are_exact(self) -> bool:
+        """Whether ``token_bytes`` of the ids of any text adds up to the bytes of the text."""
+        return divides_bytes(self._spec)
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -199,6 +204,28 @@ def is_plain(spec: Mapping[str, Any]) -> bool:
         and pattern["use_regex"]
         and all(token["special"] for token in spec["added_tokens"])
     )
+
+
+def divides_bytes(spec: Mapping[str, Any]) -> bool:
+    """Whether the tokens of any text are its bytes, cut into pieces. ``spec``: the content of a tokenizer.json."""
+    first, model = spec["pre_tokenizer"] or {}, spec["model"]
+    steps = first.get("pretokenizers", [first])
+    return (
+        spec["normalizer"] is None
+        and any(step.get("type") == "ByteLevel" for step in steps)
+        and all(_keeps_characters(step) for step in steps)
+        and model["type"] == "BPE"
+        and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+        and all(character in model["vocab"] for character in pre_tokenizers.ByteLevel.alphabet())
+        and not any(token["lstrip"] or token["rstrip"] for token in spec["added_tokens"] if not token["special"])
+    )
+
+
+def _keeps_characters(step: Mapping[str, Any]) -> bool:
+    """Whether a step of a pre-tokenizer neither adds nor removes text."""
+    if step.get("type") == "ByteLevel":
+        return not step["add_prefix_space"]
+    return step.get("type") == "Digits" or (step.get("type") == "Split" and step["behavior"] != "Removed")
 
 
 def pieces(text: str) -> Iterator[str]:

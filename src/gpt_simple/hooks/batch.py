@@ -58,7 +58,11 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """The number of bytes of text of each id, shape [vocab_size]; 0 for special tokens."""
+        """The number of bytes of text of each id, shape [vocab_size]; 0 for special tokens.
+
+        A tokenizer that changes text, or whose tokens are not pieces of its bytes, has the attribute
+        ``token_bytes_are_exact = False``. Then bits per byte are computed from the bytes of the text alone.
+        """
 
     def save(self, directory: Path) -> None:
         """Write it so that ``load_tokenizer(directory)`` returns an equal one."""

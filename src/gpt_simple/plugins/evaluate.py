@@ -2,7 +2,8 @@
 
 Every ``training.eval_steps`` steps and at the end. ``eval/loss`` is in nats per target token; ``eval/bits_per_byte`` is
 the same nats over the bytes of the text (nats / (ln 2 x bytes)), so that tokenizers compare. The end-of-document
-tokens count in the nats and have no bytes: it is the length of the whole split when the model compresses it.
+tokens count in the nats and have no bytes: it is the length of the whole split when the model compresses it. The metric
+is left out where the bytes are not known exactly.
 """
 
 from __future__ import annotations
@@ -25,13 +26,23 @@ class Evaluate(Plugin[NoConfig]):
     ranks = "all"
     on_error = "abort"
 
-    _token_bytes: torch.Tensor
+    _token_bytes: torch.Tensor | None = None
+    """The bytes of each token, where they add up to those of the text."""
+    _bytes: int | None = None
+    """The bytes of all that an evaluation reads, for any other tokenizer."""
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
         import torch
 
-        self._token_bytes = torch.as_tensor(run.tokenizer.token_bytes(), dtype=torch.int64).to(run.device)
+        val, training = run.facts()["data"]["val"], run.config.training
+        batches = training.max_eval_batches
+        whole = batches is None or batches * training.per_device_batch_size >= val["rows"]
+        exact = getattr(run.tokenizer, "token_bytes_are_exact", None)  # a plugin's tokenizer may say nothing
+        if whole and val["bytes"] and not exact:
+            self._bytes = val["bytes"]
+        elif exact is not False:
+            self._token_bytes = torch.as_tensor(run.tokenizer.token_bytes(), dtype=torch.int64).to(run.device)
 
     @hookimpl
     def on_step_end(self, run: Run, event: ev.StepEnd) -> None:
@@ -48,13 +59,16 @@ class Evaluate(Plugin[NoConfig]):
         targets = 0
         for batch in run.val_batches(run.config.training.max_eval_batches):
             nats += run.loss(batch)
-            size += self._token_bytes[batch.labels.clamp(min=0)].masked_fill(batch.labels < 0, 0).sum()
+            if self._token_bytes is not None:
+                size += self._token_bytes[batch.labels.clamp(min=0)].masked_fill(batch.labels < 0, 0).sum()
             targets += batch.targets
         bits = nats / math.log(2)
-        return {
-            "eval/loss": Metric(nats / max(1, targets), weight=targets),
-            "eval/bits_per_byte": Metric(bits / size.clamp(min=1), weight=size),
-        }
+        metrics = {"eval/loss": Metric(nats / max(1, targets), weight=targets)}
+        if self._token_bytes is not None:
+            metrics["eval/bits_per_byte"] = Metric(bits / size.clamp(min=1), weight=size)
+        elif self._bytes is not None:
+            metrics["eval/bits_per_byte"] = Metric(bits / self._bytes, reduce="sum")
+        return metrics
 
     @hookimpl
     def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:

@@ -54,17 +54,23 @@ def _prepared(source: Source | Shards, directory: Path, manifest: Manifest, conf
     empty = SplitRecord(0, 0, 0, None, {})
     train, val = (manifest.splits.get(name, empty) for name in ("train", "val"))
 
-    def packing(shard: ShardRecord) -> Path:
-        return packing_of(shard.name, directory, manifest, data) / "row_targets.npy"
+    packed: dict[ShardRecord, int | None] = {}
+    if data.packing == "best_fit":
+        from gpt_simple.data.packing import packed_rows  # it imports numpy
+
+        records = [*train.shards, *val.shards]
+        packed = {shard: packed_rows(*packing_of(shard, directory, manifest, data)) for shard in records}
 
     def rows(split: SplitRecord) -> dict[str, int]:
-        shards = sorted(split.buckets.items())
-        return {name: sum(_rows(shard, packing(shard), data) for shard in bucket) for name, bucket in shards}
+        """At least so many where ``best_fit``, which leaves some space, was not done yet."""
+        return {
+            name: sum(packed.get(shard) or -(-shard.tokens // data.max_length) for shard in bucket)
+            for name, bucket in sorted(split.buckets.items())
+        }
 
     buckets = rows(train)
     order = _order(buckets, config)
     rows_once = None if data.on_exhaustion == "repeat" else sum(buckets.values())
-    packed = all(packing(shard).exists() for bucket in train.buckets.values() for shard in bucket)
     return InspectedData(
         source=_name(source, data),
         directory=directory,
@@ -79,7 +85,7 @@ def _prepared(source: Source | Shards, directory: Path, manifest: Manifest, conf
         fingerprints={"dataset": manifest.fingerprint, "tokenizer": manifest.tokenizer},
         total=rows_once if order is None else order.total,
         rows_taken=None if order is None else lambda samples: dict(zip(buckets, order.taken(samples), strict=True)),
-        unpacked=data.packing != "concat" and not packed,
+        unpacked=any(packed[shard] is None for shard in train.shards if packed),
     )
 
 
@@ -109,15 +115,6 @@ def _unprepared(source: Source | Shards, size: int | None, data: DataConfig, reg
         val_at_most=val_at_most,
         total=None if data.on_exhaustion == "repeat" else rows,
     )
-
-
-def _rows(shard: ShardRecord, packing: Path, data: DataConfig) -> int:
-    """Rows of a shard; at least so many where ``best_fit``, which leaves some space, was not done yet."""
-    if data.packing == "best_fit" and packing.exists():
-        import numpy as np
-
-        return len(np.load(packing, mmap_mode="r", allow_pickle=False))
-    return -(-shard.tokens // data.max_length)
 
 
 def _refuse_other_buckets(data: DataConfig) -> None:

@@ -18,6 +18,7 @@ from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.manifest import (
     ALL,
     FILE,
+    NANOGPT,
     VERSION,
     WORK,
     FileRecord,
@@ -85,7 +86,7 @@ class NanoGpt(Shards):
                 hint="name the one that it was made with (data.tokenizer)",
             )
         splits = {file.stem: _link(file, target, tokenizer) for file in self._files()}
-        manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, "nanoGPT", splits)
+        manifest = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, NANOGPT, splits)
         write_manifest(target, manifest, tokenizer)
 
     def describe(self) -> list[str]:
