@@ -129,3 +129,12 @@ def test_a_streak_is_followed_over_logging_points() -> None:
     assert "3 to 6" in monitor.streak(steps[5:])
     monitor = LossMonitor(4)
     assert monitor.streak([*steps[:4], steps[8], *steps[4:6]]) == ""
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_hides_no_later_spike(bad: float) -> None:
+    monitor = LossMonitor(None)
+    assert monitor.spike(records([bad] + [3.0 + 0.01 * (step % 2) for step in range(100)])) is None
+    spike = monitor.spike(records([9.0]))
+    assert spike is not None
+    assert math.isfinite(spike.usual)

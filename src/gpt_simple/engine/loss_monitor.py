@@ -81,6 +81,8 @@ class LossMonitor:
         )
 
     def _compare(self, record: StepRecord) -> Spike | None:
+        if not math.isfinite(record.loss):
+            return None  # the usual loss would never be finite again
         above = record.loss - self._usual
         limit = max(_SPREADS * self._spread, _SHARE * record.loss)
         spike = Spike(record, self._usual, self._spread) if self._seen >= _WARM_UP and above > limit else None
