@@ -192,11 +192,14 @@ class Trainer:
         skipped = floats.pop("train/skipped_steps")
         if skipped:
             floats["train/skipped_steps"] = skipped
-            run.log.warning(
-                f"{int(skipped)} of the last {split.steps} steps had a non-finite gradient and were skipped{where}",
-                name="skipped_steps",
-                count=int(skipped),
-            )
+            not_finite = sum(record.not_finite for record in records)
+            for count, why in (
+                (not_finite, f"had a non-finite gradient and were skipped{where}"),
+                (int(skipped) - not_finite, "were skipped because a plugin asked for it (run.control.skip_step)"),
+            ):
+                if count:
+                    message = f"{count} of the last {split.steps} steps {why}"
+                    run.log.warning(message, name="skipped_steps", count=count)
         if spike := self._loss_monitor.spike(records):
             at, loss = spike.record.step, spike.record.loss
             run.log.warning(str(spike), name="loss_spike", at=at, loss=loss, usual=spike.usual)
