@@ -10,9 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
-from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
+from gpt_simple.checkpoint.state import (
+    OptimizerAsBuilt,
+    flatten_optimizer,
+    load_model,
+    model_tensors,
+    restore_optimizer,
+)
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.errors import CheckpointError
+from tests.checkpoint.optimizers import SAVED, UNSAVABLE
 
 
 class Tiny(nn.Module):
@@ -48,6 +55,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd-momentum": lambda model: SGD(model.parameters(), lr=0.1, momentum=0.9),
     "sgd-without-state": lambda model: SGD(model.parameters(), lr=0.1),
     "muon": lambda model: Muon(matrices(model), lr=0.1),
+    **{kind.__name__: lambda model, kind=kind: kind(model.parameters()) for kind in SAVED},  # type: ignore[misc]
 }
 
 
@@ -57,17 +65,18 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 def test_training_goes_on_bit_equal_through_a_checkpoint(
     store: Store, kind: str, dtype: torch.dtype, tied: bool
 ) -> None:
-    def fresh(seed: int) -> tuple[Tiny, Optimizer]:
+    def fresh(seed: int) -> tuple[Tiny, Optimizer, OptimizerAsBuilt]:
         torch.manual_seed(seed)
         model = Tiny(tied=tied, dtype=dtype)
-        return model, OPTIMIZERS[kind](model)
+        optimizer = OPTIMIZERS[kind](model)
+        return model, optimizer, OptimizerAsBuilt.of(optimizer)
 
-    model, optimizer = fresh(0)
+    model, optimizer, built = fresh(0)
     train(model, optimizer, 3, seed=1)
-    tensors, document = flatten_optimizer(optimizer, model)
+    tensors, document = flatten_optimizer(optimizer, model, built)
     store.publish(3, tensors={"model": model_tensors(model), "optimizer": tensors}, documents={"optimizer": document})
     (checkpoint,) = store.list()
-    other, restored = fresh(7)
+    other, restored, built = fresh(7)
     load_model(other, store.load_tensors(checkpoint, "model"))
     restore_optimizer(
         restored,
@@ -79,6 +88,18 @@ def test_training_goes_on_bit_equal_through_a_checkpoint(
     train(other, restored, 3, seed=2)
     for (name, mine), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
+    assert flatten_optimizer(optimizer, model)[1]["parameters"] == flatten_optimizer(restored, other)[1]["parameters"]
+    assert flatten_optimizer(restored, other, built)[1].keys() == document.keys()
+
+
+@pytest.mark.parametrize("what", UNSAVABLE)
+def test_state_that_cannot_be_saved_is_refused(what: str) -> None:
+    model = Tiny()
+    optimizer = UNSAVABLE[what](model.parameters())
+    built = OptimizerAsBuilt.of(optimizer)
+    train(model, optimizer, 1, seed=0)
+    with pytest.raises(CheckpointError, match=r"which a checkpoint cannot hold"):
+        flatten_optimizer(optimizer, model, built)
 
 
 def test_state_follows_the_name_when_parameters_are_reordered() -> None:
@@ -97,9 +118,9 @@ def test_state_follows_the_name_when_parameters_are_reordered() -> None:
 def test_group_options_come_from_the_configuration() -> None:
     model = nn.Linear(2, 2)
     old = AdamW(model.parameters(), lr=1.0)
-    new = AdamW(model.parameters(), lr=0.5)
-    restore_optimizer(new, model, *flatten_optimizer(old, model))
-    assert new.param_groups[0]["lr"] == 0.5
+    new = AdamW(model.parameters(), lr=0.5, weight_decay=0.2)
+    restore_optimizer(new, model, *flatten_optimizer(old, model, OptimizerAsBuilt.of(old)))
+    assert (new.param_groups[0]["lr"], new.param_groups[0]["weight_decay"]) == (0.5, 0.2)
 
 
 def test_restored_state_is_not_shared_with_the_caller() -> None:

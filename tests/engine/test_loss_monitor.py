@@ -60,6 +60,45 @@ def test_too_many_skipped_steps_halt_and_name_the_samples(tiny: TinyRun, what: s
     assert tiny(**options).status == "completed", "a person may let it go on"
 
 
+class Asks(Plugin[Any]):
+    """Asks to skip these steps. The gradients of the steps in ``bad`` are not finite, too."""
+
+    ranks, on_error = "all", "abort"
+
+    def __init__(self, asked: range, bad: range = range(0)) -> None:
+        super().__init__(None)
+        self.asked, self.bad = asked, bad
+
+    @hookimpl
+    def on_gradients(self, run: Any, event: Any) -> None:
+        if event.step in self.bad:
+            next(run.model.parameters()).grad.view(-1)[7] = math.inf
+        if event.step in self.asked:
+            run.control.skip_step(torch.tensor(True))
+
+
+def test_requests_to_skip_are_reported_as_such_and_never_halt(tiny: TinyRun) -> None:
+    limit = {"training__max_skipped_steps": 3, "training__max_steps": 12, "training__logging_steps": 4}
+    result = tiny(plugins=[Asks(range(2, 12), bad=range(6, 8))], **limit)
+    assert (result.status, result.steps) == ("completed", 12)
+    asked, bad = "because a plugin asked for it (run.control.skip_step)", "had a non-finite gradient and were skipped"
+    assert [(row["step"], row["message"]) for row in events(result, "skipped_steps")] == [
+        (4, f"3 of the last 4 steps were skipped {asked}"),
+        (8, f"2 of the last 4 steps {bad}"),
+        (8, f"2 of the last 4 steps were skipped {asked}"),
+        (12, f"3 of the last 4 steps were skipped {asked}"),
+    ]
+    rows = [row for row in read_metrics(result.output_dir / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["train/skipped_steps"] for row in rows] == [3.0, 4.0, 3.0]
+
+
+@pytest.mark.parametrize("asked", [range(0), range(1, 13)])
+def test_requests_do_not_hide_gradients_that_are_not_finite(tiny: TinyRun, asked: range) -> None:
+    result = tiny(plugins=[Asks(asked, bad=range(5, 9))], training__max_skipped_steps=4, training__max_steps=12)
+    assert (result.status, result.steps) == ("halted", 8)
+    assert "4 steps in a row, 5 to 8, were skipped because their gradients were not finite" in result.reason
+
+
 def test_fewer_skipped_steps_do_not_halt(tiny: TinyRun) -> None:
     result = tiny(plugins=[Spoils(3, 5, "one gradient")], training__max_skipped_steps=4, training__max_steps=8)
     assert (result.status, result.steps) == ("completed", 8)
@@ -102,7 +141,10 @@ def test_a_spike_is_reported_once_with_its_samples(tiny: TinyRun) -> None:
 
 
 def records(losses: list[float], skipped: tuple[int, ...] = ()) -> list[StepRecord]:
-    return [StepRecord(step, 8 * (step - 1), 8, loss, step in skipped) for step, loss in enumerate(losses, 1)]
+    return [
+        StepRecord(step, 8 * (step - 1), 8, loss, step in skipped, step in skipped)
+        for step, loss in enumerate(losses, 1)
+    ]
 
 
 def test_noise_and_a_falling_loss_are_no_spikes() -> None:
@@ -129,3 +171,12 @@ def test_a_streak_is_followed_over_logging_points() -> None:
     assert "3 to 6" in monitor.streak(steps[5:])
     monitor = LossMonitor(4)
     assert monitor.streak([*steps[:4], steps[8], *steps[4:6]]) == ""
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_hides_no_later_spike(bad: float) -> None:
+    monitor = LossMonitor(None)
+    assert monitor.spike(records([bad] + [3.0 + 0.01 * (step % 2) for step in range(100)])) is None
+    spike = monitor.spike(records([9.0]))
+    assert spike is not None
+    assert math.isfinite(spike.usual)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt_simple import Plugin, hookimpl
+from gpt_simple import Plugin, PluginError, hookimpl
 from gpt_simple.run_dir.lineage import read_metrics
+from tests.checkpoint.optimizers import SAVED, UNSAVABLE
 from tests.tiny import TinyRun, state_bytes, weights
 
 
@@ -342,3 +343,48 @@ def test_order_of_the_boundary(tiny: TinyRun) -> None:
         "metrics",
         "checkpoint",
     ]
+
+
+def brings(optimizer: type[torch.optim.Optimizer]) -> type[Plugin[Any]]:
+    class Brings(Everywhere):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Any) -> None:
+            registry.add("optimizer", "foreign", lambda model, config, device: optimizer(model.parameters()))
+
+    return Brings
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_foreign_optimizer_resumes_bit_for_bit(tiny: TinyRun, kind: type[torch.optim.Optimizer]) -> None:
+    options: dict[str, Any] = {"optimizer__name": "foreign", "training__gradient_accumulation_steps": 1}
+    whole = tiny("whole", plugins=[brings(kind)], **options)
+    tiny("parts", plugins=[brings(kind), StopAfter(3)], **options)
+    rest = tiny("parts", plugins=[brings(kind)], **options)
+    assert state_bytes(rest) == state_bytes(whole)
+
+
+class OwnParameters(torch.optim.SGD):
+    """Holds a copy of the model, so nothing would be trained."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__([torch.nn.Parameter(each.detach().clone()) for each in parameters])
+
+
+@pytest.mark.parametrize("what", [*UNSAVABLE, "parameters of another model"])
+def test_unsavable_optimizer_state_ends_the_first_step(tiny: TinyRun, what: str, tmp_path: Path) -> None:
+    plugin = brings(UNSAVABLE.get(what, OwnParameters))
+    steps = Counts(None)
+    with pytest.raises(PluginError, match=r"optimizer 'foreign' of the plugin") as refused:
+        tiny(plugins=[plugin, steps], optimizer__name="foreign", training__max_steps=300)
+    assert refused.value.exit_code == 5
+    assert steps.ended == 0
+    assert not list((tmp_path / "run/checkpoints").glob("*"))
+
+
+class Counts(Everywhere):
+    ended = 0
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        self.ended += 1

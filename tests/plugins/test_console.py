@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -149,6 +150,14 @@ def _view(best: float | None = None, **options: Any) -> LiveView:
     start = RunStart(100, 1000, tokens=0, resumed_from=None, promise="", best_val_loss=best, facts=facts)
     options = {"step": lambda: 250, "left": lambda: 90.0, **options}
     return LiveView(start, terminal=Terminal(file=io.StringIO()), **options)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_not_shown_as_the_best(bad: float) -> None:
+    view = _view()
+    for loss in (bad, 3.0, bad, 2.0, bad):
+        view.evaluation({"eval/loss": loss})
+    assert "best 2.0000" in "".join(_drawn(view))
 
 
 def _drawn(view: LiveView, width: int = 120) -> list[str]:

@@ -6,12 +6,14 @@ Here every tensor carries the name it has in the raw module, and restoring is st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
+from gpt_simple.checkpoint.packed import add_tensor, mark_of, may_be_state, pack, packed_tensors, plain, unpack
 from gpt_simple.errors import CheckpointError
 
 _MOST_LISTED = 10
@@ -40,23 +42,93 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+@frozen(eq=False)
+class OptimizerAsBuilt:
+    """The options of an optimizer's groups, and its own attributes, just after it was built.
+
+    What differs from them later is state, which some optimizers keep there and not in ``state``. What does not differ
+    follows from the configuration, and may be another after a resume.
+    """
+
+    groups: Sequence[Mapping[str, tuple[Any, Any]]]
+    attributes: Mapping[str, tuple[Any, Any]]
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> OptimizerAsBuilt:
+        """Values, each with what shows a change of it."""
+        groups = [{key: (value, mark_of(value)) for key, value in _options(group)} for group in optimizer.param_groups]
+        return cls(groups, {name: (value, mark_of(value)) for name, value in _attributes(optimizer)})
+
+    def changed_options(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of group number ``index`` that have another value now."""
+        before = self.groups[index] if index < len(self.groups) else {}
+        return {key: value for key, value in _options(group) if _differs(value, before.get(key))}
+
+    def changed_attributes(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The attributes that have another value now. A cache of functions or modules is no state."""
+        return {
+            name: value
+            for name, value in _attributes(optimizer)
+            if _differs(value, self.attributes.get(name)) and may_be_state(value)
+        }
+
+
+def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All but the parameters and the rate, which the engine sets in every step."""
+    return ((key, value) for key, value in group.items() if key not in ("params", "lr"))
+
+
+def _attributes(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
+    """The attributes of an optimizer of others: torch's keep caches and flags there, and no state."""
+    if not type(optimizer).__module__.startswith("torch."):
+        known = {*vars(torch.optim.SGD([torch.zeros(1)])), "grad_scale", "found_inf", "_step_supports_amp_scaling"}
+        for name, value in vars(optimizer).items():
+            # Another optimizer that is wrapped may share the state.
+            if name not in known and getattr(value, "state", None) is not optimizer.state:
+                yield name, value
+
+
+def _differs(value: object, before: tuple[Any, Any] | None) -> bool:
+    return before is None or mark_of(value) != before[1]
+
+
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, built: OptimizerAsBuilt | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state by parameter name: tensors ``exp_avg.blocks.0.attn.wq.weight``, the rest as JSON.
 
-    The options of the parameter groups are not state: they follow from the configuration and the step.
+    With ``built``, what has changed in groups and attributes since then is state, too.
+    Raises CheckpointError, naming the entry, for state that a checkpoint cannot hold.
     """
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, Any] = {}
-    for name, parameter in _named_parameters(optimizer, model):
+    named, home = _named_parameters(optimizer, model), _device(model)
+    for name, parameter in named:
         state = optimizer.state.get(parameter, {})
-        held = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        tensors |= {f"{key}.{name}": value for key, value in held.items()}
-        parameters[name] = {
-            "layout": _layout(parameter),
-            "tensors": sorted(held),
-            "values": {key: value for key, value in state.items() if key not in held},
-        }
-    return tensors, {"optimizer": type(optimizer).__name__, "parameters": parameters}
+        held = {key: value for key, value in state.items() if isinstance(value, Tensor) and isinstance(key, str)}
+        values, nested = {}, {}
+        for key, value in state.items():
+            if key in held:
+                add_tensor(value, f"{key}.{name}", tensors)
+            elif isinstance(key, str) and not isinstance(value, (list, tuple, dict)):
+                values[key] = plain(value, f"{key}.{name}")
+            else:
+                nested[key] = pack(value, f"{key}.{name}", tensors, home)
+        parameters[name] = {"layout": _layout(parameter), "tensors": sorted(held), "values": values}
+        if nested:
+            parameters[name]["nested"] = {"dict": [[plain(key, name), value] for key, value in nested.items()]}
+    own = {id(parameter) for _, parameter in named}
+    elsewhere: dict[str, Any] = {
+        "state": {key: value for key, value in optimizer.state.items() if id(key) not in own},
+        "extra": {key: v for key, v in optimizer.state_dict().items() if key not in ("state", "param_groups")},
+    }
+    if built is not None:
+        changed = [built.changed_options(index, group) for index, group in enumerate(optimizer.param_groups)]
+        elsewhere["groups"] = changed if any(changed) else []
+        # An optimizer with entries of its own in state_dict keeps its attributes there.
+        elsewhere["attributes"] = {} if elsewhere["extra"] else built.changed_attributes(optimizer)
+    packed = {kind: pack(value, kind, tensors, home) for kind, value in elsewhere.items() if value}
+    return tensors, {"optimizer": type(optimizer).__name__, "parameters": parameters, **packed}
 
 
 def restore_optimizer(
@@ -69,20 +141,60 @@ def restore_optimizer(
     if (kind := type(optimizer).__name__) != document["optimizer"]:
         raise CheckpointError(f"the checkpoint has the state of {document['optimizer']}, this run uses {kind}")
     saved = document["parameters"]
-    named = _named_parameters(optimizer, model)
+    named, home = _named_parameters(optimizer, model), _device(model)
     differences = _compare({name: record["layout"] for name, record in saved.items()}, _layouts(dict(named)))
     expected = {f"{key}.{name}" for name, record in saved.items() for key in record["tensors"]}
+    packed = {kind: document[kind] for kind in ("state", "extra", "groups", "attributes") if kind in document}
+    expected.update(packed_tensors([*packed.values(), *(record.get("nested") for record in saved.values())]))
     differences += [f"{name}: missing in the checkpoint" for name in sorted(expected - tensors.keys())]
     differences += [f"{name}: not expected" for name in sorted(tensors.keys() - expected)]
+    elsewhere = {} if differences else {kind: unpack(value, tensors, home) for kind, value in packed.items()}
+    groups = optimizer.state_dict()["param_groups"]
+    if elsewhere.get("groups") and len(elsewhere["groups"]) != len(groups):
+        differences.append(f"{len(elsewhere['groups'])} groups of parameters in the checkpoint, {len(groups)} here")
     _raise_if(differences, "the checkpoint's optimizer state does not fit")
-    state = {}
+    state: dict[Any, Any] = {}
     for index, (name, _) in enumerate(named):
         record = saved[name]
         # Cloned: torch keeps a tensor that fits as it is, and the caller's would then change with training.
         held = {key: tensors[f"{key}.{name}"].clone() for key in record["tensors"]}
-        if held or record["values"]:
-            state[index] = held | record["values"]
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        held |= record["values"] | unpack(record.get("nested", {"dict": []}), tensors, home)
+        if held:
+            state[index] = held
+    for group, options in zip(groups, elsewhere.get("groups") or [{}] * len(groups), strict=True):
+        group.update(options)
+    everything = state | elsewhere.get("state", {})
+    optimizer.load_state_dict({**elsewhere.get("extra", {}), "state": everything, "param_groups": groups})
+    for index, (_, parameter) in enumerate(named):
+        loaded = optimizer.state.get(parameter, {})
+        for key in state.get(index, {}).keys() & loaded.keys() - {"step"}:
+            loaded[key] = _as_saved(loaded[key], state[index][key])
+    for name, value in elsewhere.get("attributes", {}).items():
+        _set_attribute(optimizer, name, value)
+
+
+def _as_saved(loaded: Any, saved: Any) -> Any:
+    """``saved`` on the device of ``loaded``: torch casts tensors to the parameter's dtype, and destroys text."""
+    if isinstance(saved, Tensor):
+        return loaded if loaded.dtype is saved.dtype else saved.to(loaded.device)
+    if isinstance(saved, dict):
+        return {key: _as_saved(loaded[key], value) for key, value in saved.items()}
+    if isinstance(saved, (list, tuple)):
+        return type(saved)(map(_as_saved, loaded, saved))
+    return saved
+
+
+def _set_attribute(optimizer: torch.optim.Optimizer, name: str, value: Any) -> None:
+    own = getattr(optimizer, name, None)
+    if isinstance(own, Tensor) and isinstance(value, Tensor) and _layout(own) == _layout(value):
+        with torch.no_grad():
+            own.copy_(value)  # other objects may hold the same tensor
+    else:
+        setattr(optimizer, name, value)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _named_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -27,13 +27,17 @@ _SHARE = 0.1
 
 @frozen
 class StepRecord:
-    """A step, read at the next logging point. ``loss`` in nats per target, of this process's targets."""
+    """A step, read at the next logging point. ``loss`` in nats per target, of this process's targets.
+
+    A step is ``skipped`` because its gradients were ``not_finite``, or else because a plugin asked for it.
+    """
 
     step: int
     first_sample: int
     samples: int
     loss: float
     skipped: bool
+    not_finite: bool
 
 
 @frozen
@@ -71,7 +75,7 @@ class LossMonitor:
         """Why the run must halt, with the samples to inspect; empty if it need not."""
         worst: list[StepRecord] = []
         for record in records:
-            self._streak = [*self._streak, record] if record.skipped else []
+            self._streak = [*self._streak, record] if record.not_finite else []
             worst = max(worst, self._streak, key=len)
         if self.limit is None or len(worst) < self.limit:
             return ""
@@ -81,6 +85,8 @@ class LossMonitor:
         )
 
     def _compare(self, record: StepRecord) -> Spike | None:
+        if not math.isfinite(record.loss):
+            return None  # the usual loss would never be finite again
         above = record.loss - self._usual
         limit = max(_SPREADS * self._spread, _SHARE * record.loss)
         spike = Spike(record, self._usual, self._spread) if self._seen >= _WARM_UP and above > limit else None
@@ -94,8 +100,8 @@ class LossMonitor:
 
 
 def not_finite_on(records: Iterable[StepRecord], rank: int) -> Metric:
-    """The lowest rank whose own loss was not finite in a skipped step; infinity if there is none."""
-    here = any(record.skipped and not math.isfinite(record.loss) for record in records)
+    """The lowest rank whose own loss was not finite in a step that was skipped for it; infinity if there is none."""
+    here = any(record.not_finite and not math.isfinite(record.loss) for record in records)
     return Metric(rank if here else math.inf, reduce="min")
 
 

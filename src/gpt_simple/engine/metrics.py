@@ -12,6 +12,7 @@ from attrs import define, field
 
 from gpt_simple.data.loader import StepData
 from gpt_simple.engine.loss_monitor import StepRecord
+from gpt_simple.engine.step import SKIP_REQUESTED
 from gpt_simple.hooks.events import CollectMetrics
 from gpt_simple.hooks.results import Metric
 
@@ -34,7 +35,7 @@ class MetricBuffer:
     _norm: torch.Tensor | None = field(default=None, init=False)
 
     def add(self, step: int, data: StepData, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
-        """One optimizer step: this process's summed loss in nats, the gradient's norm, 1.0 if it was skipped."""
+        """One optimizer step: this process's summed loss in nats, the gradient's norm, ``StepResult.skipped``."""
         self._steps.append((step, data.first_sample, data.samples, data.targets))
         self._values += loss, skipped
         self._norm = norm
@@ -54,7 +55,8 @@ class MetricBuffer:
         for (step, first, samples, count), loss, skipped in zip(self._steps, values[::2], values[1::2], strict=True):
             # Every process has about its share of the nats; the count is that of all processes.
             mean = loss * world_size / max(1, count)
-            records.append(StepRecord(step, first, samples, mean, bool(skipped)))
+            not_finite = bool(skipped % SKIP_REQUESTED)
+            records.append(StepRecord(step, first, samples, mean, bool(skipped), not_finite))
             if not skipped:
                 nats, targets = nats + loss, targets + count
         self._steps, self._values, self._folded, self._norm = [], [], [], None
@@ -62,7 +64,7 @@ class MetricBuffer:
             "train/loss": Metric(nats / targets if targets else math.nan, reduce="sum"),
             "train/lr": Metric(learning_rate, reduce="last"),
             "train/grad_norm": Metric(norm, reduce="last"),
-            "train/skipped_steps": Metric(sum(values[1::2]), reduce="max"),
+            "train/skipped_steps": Metric(sum(record.skipped for record in records), reduce="max"),
         }
         return metrics, records
 

@@ -26,6 +26,10 @@ _CLIP_EPSILON = 1e-6
 """As in ``torch.nn.utils.clip_grad_norm_``: the norm afterwards is the limit or slightly less."""
 
 
+SKIP_REQUESTED = 4096.0
+"""What a request of ``skip_step`` adds to ``StepResult.skipped``. All processes together add less for a gradient."""
+
+
 class StepResult(NamedTuple):
     """What a step leaves on the device."""
 
@@ -34,7 +38,7 @@ class StepResult(NamedTuple):
     norm: torch.Tensor
     """The norm of the gradients before clipping."""
     skipped: torch.Tensor
-    """1.0 if the weights stay as they were, else 0.0."""
+    """0.0 if the weights were updated. Less than SKIP_REQUESTED: the gradients were not finite, and nobody asked."""
 
 
 @define(slots=False, eq=False, kw_only=True)
@@ -81,12 +85,14 @@ class TrainStep:
         self.precision.scaler.unscale_(self.optimizer)
         flag = on_gradients() if on_gradients is not None else None
         norm, skipped = self._clip()
+        found_inf = skipped
         if on_gradients is not None:
             # On all processes: one without a flag takes part in the sum, for which the others wait.
-            skipped = (self.dist.sum(skipped if flag is None else skipped + flag) > 0).float()
+            skipped = self.dist.sum(skipped if flag is None else torch.add(skipped, flag, alpha=SKIP_REQUESTED))
+            found_inf = (skipped > 0).float()
         if before_update is not None:
             before_update()
-        self._update(number, skipped)
+        self._update(number, found_inf)
         return StepResult(loss, norm, skipped)
 
     def _accumulate(self, batches: Sequence[Batch], targets: int, on_batch: OnBatch | None) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from attrs import define, field, frozen
@@ -51,7 +51,10 @@ class FitResult:
 
 @define(slots=False, eq=False)
 class Trainer:
-    """A prepared run. ``fit`` runs its steps to the end of the run, a stop or a halt."""
+    """A prepared run. ``fit`` runs its steps to the end of the run, a stop or a halt.
+
+    ``after_first_update`` may refuse what a checkpoint will need, before hours of training depend on it.
+    """
 
     run: RunView
     calls: Calls
@@ -60,6 +63,7 @@ class Trainer:
     checkpointer: Checkpointer
     signals: StopSignals
     time_budget: TimeBudget | None
+    after_first_update: Callable[[], object]
     _last_train: Mapping[str, float] = field(factory=dict, init=False)
     _last_eval: Mapping[str, float] = field(factory=dict, init=False)
     _rates: list[float] = field(factory=list, init=False)
@@ -122,7 +126,9 @@ class Trainer:
         state.advance(data.tokens, data.targets)
         self._buffer.add(step, data, result.loss, result.norm, result.skipped)
         self._timer.step(data.tokens, data.targets)
-        if self._first_step:  # compiles and warms caches up: no part of throughput
+        if self._first_step:
+            self.after_first_update()
+            # The step compiles and warms caches up: it is no part of throughput.
             self._first_step = False
             self._synchronize()
             self._timer.exclude_step(time.perf_counter() - started, data.tokens)
@@ -186,11 +192,14 @@ class Trainer:
         skipped = floats.pop("train/skipped_steps")
         if skipped:
             floats["train/skipped_steps"] = skipped
-            run.log.warning(
-                f"{int(skipped)} of the last {split.steps} steps had a non-finite gradient and were skipped{where}",
-                name="skipped_steps",
-                count=int(skipped),
-            )
+            not_finite = sum(record.not_finite for record in records)
+            for count, why in (
+                (not_finite, f"had a non-finite gradient and were skipped{where}"),
+                (int(skipped) - not_finite, "were skipped because a plugin asked for it (run.control.skip_step)"),
+            ):
+                if count:
+                    message = f"{count} of the last {split.steps} steps {why}"
+                    run.log.warning(message, name="skipped_steps", count=count)
         if spike := self._loss_monitor.spike(records):
             at, loss = spike.record.step, spike.record.loss
             run.log.warning(str(spike), name="loss_spike", at=at, loss=loss, usual=spike.usual)

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from gpt_simple._names import __version__
-from gpt_simple.checkpoint.state import flatten_optimizer, load_model, model_tensors, restore_optimizer
+from gpt_simple.checkpoint.state import (
+    OptimizerAsBuilt,
+    flatten_optimizer,
+    load_model,
+    model_tensors,
+    restore_optimizer,
+)
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
@@ -23,7 +29,7 @@ from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
-from gpt_simple.errors import CheckpointError
+from gpt_simple.errors import CheckpointError, PluginError
 from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
 from gpt_simple.hooks.results import VAL_LOSS
@@ -33,6 +39,8 @@ from gpt_simple.job.model import checkpoint_activations, new_model
 from gpt_simple.job.stages import model_view
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
+
+OptimizerState = Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]
 
 _MODEL_STREAM = 0x6D6F64656C  # differs from the streams of micro-batches, which count samples from 0
 
@@ -50,6 +58,7 @@ def build_trainer(
     with job.signals.interrupting(dist.size == 1):
         model = _build_model(job, data, plan)
         optimizer = _build_optimizer(job, model)
+        optimizer_state = partial(_optimizer_state, job, model, optimizer, OptimizerAsBuilt.of(optimizer))
         _restore(job, plan, model, optimizer)
         schedule = job.spec.registry.get("schedule", config.optimizer.schedule)
         train_step = TrainStep(
@@ -73,7 +82,7 @@ def build_trainer(
         )
         with closing(loader):
             _warn_of_early_end(job, loader, plan.samples)
-            yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader)
+            yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader, optimizer_state)
 
 
 def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
@@ -150,6 +159,7 @@ def _trainer(
     run_dir: ClaimedRunDir,
     train_step: TrainStep,
     loader: Loader,
+    optimizer_state: OptimizerState,
 ) -> Trainer:
     plugins, model = job.plugins, train_step.model
     conditions = [] if time_budget is None else [time_budget.reason_to_stop]
@@ -167,7 +177,7 @@ def _trainer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, train_step.optimizer),
+        snapshot=partial(_snapshot, job, plan, model, optimizer_state),
         must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
         time_budget=time_budget,
     )
@@ -179,6 +189,7 @@ def _trainer(
         checkpointer=checkpointer,
         signals=job.signals,
         time_budget=time_budget,
+        after_first_update=optimizer_state,
     )
 
 
@@ -192,9 +203,25 @@ def _warn_of_early_end(job: Job, loader: Loader, consumed: int) -> None:
         )
 
 
-def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+def _optimizer_state(
+    job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, built: OptimizerAsBuilt
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The optimizer's part of a checkpoint. Raises PluginError, naming the component, for state that cannot be saved.
+
+    The run ends with it: a save that is tried again fails again.
+    """
+    label = job.spec.registry.get("optimizer", job.config.optimizer.name).label
+    try:
+        return flatten_optimizer(optimizer, model, built)
+    except CheckpointError as error:
+        raise PluginError(*(p._replace(message=f"{label}: {p.message}") for p in error.problems)) from error
+    except Exception as error:
+        raise PluginError(f"{label}: its state cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_state: OptimizerState) -> Snapshot:
     """The content of a checkpoint: tensors and JSON documents by file stem."""
-    moments, optimizer_document = flatten_optimizer(optimizer, model)
+    moments, optimizer_document = optimizer_state()
     plugin_records, plugin_tensors = job.spec.host.state()
     state = {
         "version": __version__,

@@ -6,6 +6,7 @@ keeps the newest ``keep_last_k``, multiples of ``keep_milestone_every``, and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,7 @@ class Checkpoint(Plugin[NoConfig]):
         path = run.output_dir / "metrics.jsonl"
         if event.resumed_from is not None and path.exists():
             found = {row["step"]: row.get("eval/loss") for row in read_metrics(path, "eval")}
-            if (loss := found.get(event.step)) is not None:
-                self._losses[event.step] = loss
+            self._record(event.step, found.get(event.step))
 
     @hookimpl
     def on_step_end(self, run: Run, event: ev.StepEnd) -> None:
@@ -43,8 +43,7 @@ class Checkpoint(Plugin[NoConfig]):
 
     @hookimpl
     def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
-        if (loss := event.metrics.get("eval/loss")) is not None:
-            self._losses[event.step] = loss
+        self._record(event.step, event.metrics.get("eval/loss"))
 
     @hookimpl
     def on_checkpoint_saved(self, run: Run, event: ev.CheckpointSaved) -> None:
@@ -57,4 +56,11 @@ class Checkpoint(Plugin[NoConfig]):
         return {"losses": {str(step): loss for step, loss in self._losses.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
-        self._losses = {int(step): loss for step, loss in state["losses"].items()}
+        self._losses = {}
+        for step, loss in state["losses"].items():
+            self._record(int(step), loss)
+
+    def _record(self, step: int, loss: float | None) -> None:
+        # NaN compares as false with every number, so that it would stay the lowest.
+        if loss is not None and math.isfinite(loss):
+            self._losses[step] = loss

@@ -104,7 +104,7 @@ class LiveView:
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """Show the metrics of an evaluation."""
         self._numbers |= metrics
-        if (loss := metrics.get("eval/loss")) is not None:
+        if (loss := metrics.get("eval/loss")) is not None and isfinite(loss):
             self._numbers["best"] = min(loss, self._numbers.get("best", loss))
 
     def checkpoint(self, step: int) -> None:
