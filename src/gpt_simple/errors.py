@@ -143,6 +143,23 @@ class Halted(GptSimpleError):
     exit_code = ExitCode.HALTED
 
 
+class Interruption(BaseException):
+    """Base of what leaves a hook or method without being its failure. Not an Exception, so that no handler takes it."""
+
+
+PASSING = (KeyboardInterrupt, Interruption)
+"""The exceptions that no code of a plugin fails with; any other counts as its failure, also a BaseException."""
+
+
+def describe(error: BaseException) -> str:
+    """``ValueError: message``; only the class if there is no message, or if the exception cannot show it."""
+    try:
+        message = str(error)
+    except Exception:
+        message = "(its message cannot be shown)"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 @contextmanager
 def collecting(errors: list[GptSimpleError]) -> Iterator[None]:
     """Append an error raised in the block to ``errors`` and go on, so that all errors are reported at once."""

@@ -196,6 +196,38 @@ def test_misbehaviour_of_one_process_does_not_affect_the_other(alone_on_two: str
     assert first.weights == second.weights == alone_on_two
 
 
+def test_a_failure_on_another_process_is_in_the_log_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also one that both processes have, and one after the last decision, which is on stderr."""
+    hooks = [hook for hook in DURING if HOOKS[hook].ranks == "plugin"]
+    alone = [misbehaving(hook, "raises", rank=1, name=hook, ranks="all", on_error="disable") for hook in hooks]
+    both = misbehaving("on_step_end", "raises", name="both", ranks="all", on_error="disable")
+    outcomes = train_on_ranks(*alone, both, output_dir=tmp_path, max_steps=3)
+    assert [outcome.error for outcome in outcomes] == ["", ""]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = {row["plugin"]: row["message"] for row in rows if row.get("name") == "plugin_failed"}
+    assert len(logged) == sum(row.get("name") == "plugin_failed" for row in rows)
+    assert logged.pop("both").startswith("plugin both (")
+    names = {hook.replace("_", ""): hook for hook in hooks}
+    assert names.keys() - logged.keys() == {"onrunend"}
+    logged["onrunend"] = capfd.readouterr().err
+    for name, hook in names.items():
+        assert re.search(rf"process 1: plugin {name} .*failed in {hook}.*; it is switched off", logged[name])
+
+
+def test_describe_is_called_where_the_plugin_runs() -> None:
+    class Described(Plugin[Any]):
+        on_error = "abort"
+
+        @hookimpl
+        def on_run_start(self) -> None:
+            self.started = True
+
+        def describe(self) -> dict[str, Any]:
+            return {"started": self.started}
+
+    assert [outcome.error for outcome in train_on_ranks(Described, max_steps=2)] == ["", ""]
+
+
 @pytest.mark.parametrize("hook", DURING)
 @pytest.mark.parametrize("how", ["raises", "returns garbage"])
 def test_if_one_process_ends_the_other_ends_and_says_why(hook: str, how: str) -> None:

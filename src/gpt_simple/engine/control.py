@@ -34,6 +34,8 @@ class Decision:
     halt: str = ""
     disabled_plugins: tuple[str, ...] = ()
     """Plugins that failed on some rank and are switched off on all."""
+    failures: tuple[str, ...] = ()
+    """The message for each of them, empty if the main rank has logged it."""
 
     @property
     def should_stop(self) -> bool:
@@ -50,7 +52,8 @@ class Requests:
 
     reasons: dict[str, str] = field(factory=dict, init=False)
     """The first reason for each kind of request since the last decision."""
-    failed_plugins: set[str] = field(factory=set, init=False)
+    failed_plugins: dict[str, str] = field(factory=dict, init=False)
+    """Plugins that failed on this rank since the last decision, each with a message that is still to be logged."""
     _skip: torch.Tensor | None = field(default=None, init=False)
 
     def save(self, reason: str) -> None:
@@ -81,9 +84,9 @@ class Requests:
         skip, self._skip = self._skip, None
         return skip
 
-    def disable(self, plugin: str) -> None:
-        """Ask all ranks to switch off a plugin that failed on this one."""
-        self.failed_plugins.add(plugin)
+    def disable(self, plugin: str, message: str = "") -> None:
+        """Ask all ranks to switch off a plugin that failed on this one, and the main rank to log ``message``."""
+        self.failed_plugins[plugin] = message
 
     def clear(self) -> None:
         """Remove what was decided. A request to stop or halt is final and stays."""
@@ -119,15 +122,18 @@ class Control:
         mine = [requests.reasons.get(kind, "") for kind in _KINDS]
         failed = [name in requests.failed_plugins for name in self.plugins]
         agreed = self.dist.all_reduce_max([*map(bool, mine), *failed])
-        # Texts need a second collective: only where the loop ends anyway.
+        # Texts need a second collective: only where the loop ends anyway or a plugin has failed.
         texts = self.dist.gather(mine) if any(agreed[2 : len(_KINDS)]) else [mine]
         save, evaluate, stop, halt = (
             next(filter(None, given), "another process asked for it") if yes else ""
             for yes, given in zip(agreed, zip(*texts, strict=True), strict=False)
         )
         disabled = tuple(name for name, yes in zip(self.plugins, agreed[len(_KINDS) :], strict=True) if yes)
+        own = [requests.failed_plugins.get(name) for name in disabled]
+        messages = zip(*self.dist.gather(own), strict=False) if disabled else ()
+        failures = tuple(next((text for text in given if text is not None), "") for given in messages)
         requests.clear()
-        return Decision(save, evaluate, stop, halt, disabled)
+        return Decision(save, evaluate, stop, halt, disabled, failures)
 
     def _apply_stop_conditions(self) -> None:
         if "stop" not in self.requests.reasons:

@@ -14,7 +14,7 @@ from gpt_simple.data.loader import StepData
 from gpt_simple.engine.loss_monitor import StepRecord
 from gpt_simple.engine.step import SKIP_REQUESTED
 from gpt_simple.hooks.events import CollectMetrics
-from gpt_simple.hooks.results import Metric
+from gpt_simple.hooks.results import COLUMNS, Metric
 
 _FOLD_AT = 1024
 
@@ -138,11 +138,12 @@ def namespaced(contributions: list[tuple[str, Mapping[str, Metric]]]) -> dict[st
 def resolve_name_collisions(values: Mapping[str, float], owners: Sequence[str]) -> dict[str, float]:
     """Names without their owners, the engine's own first, then in the order of ``owners``.
 
-    The first metric of a name keeps it, so a plugin replaces no metric of the engine or of an earlier plugin.
+    The first metric of a name keeps it, so a plugin replaces no metric of the engine or of an earlier plugin, and no
+    column of a row.
     """
     places = {owner: place for place, owner in enumerate(owners)}
     resolved: dict[str, float] = {}
     for label in sorted(values, key=lambda label: places.get(label.rpartition("@")[2], -1)):
         name = label.rpartition("@")[0] or label
-        resolved[label if name in resolved else name] = values[label]
+        resolved[label if name in resolved or name in COLUMNS else name] = values[label]
     return resolved

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 
 from attrs import define, field
 
+from gpt_simple.errors import Interruption
 from gpt_simple.launch.signals import stop_on_signals
 
 
-class StopNow(BaseException):
-    """A stop before this launch finished a step. Not an Exception: no handler may treat it as a failure."""
+class StopNow(Interruption):
+    """A stop before this launch finished a step."""
 
 
 @define(eq=False)

@@ -172,8 +172,10 @@ class Trainer:
 
     def _decide(self) -> Decision:
         decision = self.control.decide()
-        for name in decision.disabled_plugins:
+        for name, message in zip(decision.disabled_plugins, decision.failures, strict=True):
             self.calls.disable(name)
+            if message:
+                self.run.log.warning(message, name="plugin_failed", plugin=name)
         return decision
 
     def _log(self, *, notify: bool) -> None:

@@ -6,11 +6,12 @@ restored. They implement ``gpt_simple.hooks.run.Run``; a member that a view does
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from attrs import define, field, frozen
@@ -26,35 +27,54 @@ from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import derive_seed
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.step import summed_loss
-from gpt_simple.errors import PluginError
+from gpt_simple.errors import Interruption, PluginError, describe
 from gpt_simple.hooks.batch import Batch, Tokenizer
 from gpt_simple.hooks.events import LogRecord
 from gpt_simple.hooks.run import CheckpointInfo
 from gpt_simple.model.generate import generate
 
 
-class EvaluationAbandoned(BaseException):
-    """A stop arrived during an evaluation, and all ranks agreed to abandon it.
-
-    Not an Exception, so that it does not count as a failure of the plugin that evaluates.
-    """
+class EvaluationAbandoned(Interruption):
+    """A stop arrived during an evaluation, and all ranks agreed to abandon it."""
 
 
 @frozen(eq=False)
 class EngineLog:
-    """Publishes log records; implements ``gpt_simple.hooks.run.Log``."""
+    """Publishes log records; implements ``gpt_simple.hooks.run.Log``.
+
+    Refuses a line that a logger could not write, so that the caller fails and not every logger.
+    """
 
     _publish: Callable[[LogRecord], None]
     _state: TrainState
 
     def info(self, message: str, *, name: str = "info", **fields: Any) -> None:
-        self._publish(LogRecord("info", message, self._state.step, name, fields))
+        self._log("info", message, name, fields)
 
     def warning(self, message: str, *, name: str = "warning", **fields: Any) -> None:
-        self._publish(LogRecord("warning", message, self._state.step, name, fields))
+        self._log("warning", message, name, fields)
 
     def error(self, message: str, *, name: str = "error", **fields: Any) -> None:
-        self._publish(LogRecord("error", message, self._state.step, name, fields))
+        self._log("error", message, name, fields)
+
+    def _log(
+        self, level: Literal["info", "warning", "error"], message: str, name: str, fields: Mapping[str, Any]
+    ) -> None:
+        for what, text in (("message", message), ("name", name)):
+            if not isinstance(text, str):
+                raise PluginError(f"run.log.{level} was given a {type(text).__name__} as its {what}; expected text")
+        try:
+            json.dumps(fields, default=str)
+            record = LogRecord(level, _printable(message), self._state.step, _printable(name), fields)
+        except Exception as error:
+            reason = f"run.log.{level} was given fields that JSON cannot hold ({describe(error)})"
+            raise PluginError(reason, hint="expected text, numbers, lists and mappings with text as keys") from error
+        self._publish(record)
+
+
+def _printable(text: str) -> str:
+    """``text`` with escapes for what UTF-8 cannot hold: the undecodable bytes of a file name."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @define(eq=False)

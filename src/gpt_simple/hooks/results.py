@@ -16,6 +16,11 @@ Reduction = Literal["mean", "sum", "max", "min", "last"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 Severity = Literal["error", "warning", "info"]
 
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+
+COLUMNS = ("kind", "step", "tokens", "time", "nonfinite", "name", "level", "message")
+"""Columns of ``metrics.jsonl``, which no metric replaces."""
+
 VAL_LOSS = "eval/loss"
 """The metric of ``evaluate`` that is the run's validation loss, in nats per target token: "best" refers to it."""
 

@@ -47,7 +47,11 @@ class Control(Protocol):
 
 
 class Log(Protocol):
-    """One line for people, and its fields for machines. Only lines of the main process are kept."""
+    """One line for people, and its fields for machines. Only lines of the main process are kept.
+
+    Raises PluginError for a line that no logger could write: a message that is no text, and a field that JSON cannot
+    hold. An object of another type is written as its text.
+    """
 
     def info(self, message: str, *, name: str = "info", **fields: Any) -> None: ...
 

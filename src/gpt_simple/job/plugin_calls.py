@@ -53,12 +53,14 @@ class PluginCalls:
 
     def close(self, error: BaseException | None) -> None:
         """Call ``on_run_error`` if there is an error, and ``on_close``. Their own failures are printed."""
-        failures: list[PluginError] = []
+        failures: list[object] = []
         if error is not None and self.calls.on_run_error is not None:
             failures += self.calls.on_run_error(self.view, RunError(error, self.view.step))
         if self.calls.on_close is not None:
             failures += self.calls.on_close(self.view, Close(error is None))
-        for failure in failures:
+        # A failure of this rank after the last decision of the run has reached no log.
+        late = [message for message in self.requests.failed_plugins.values() if message]
+        for failure in [*late, *failures]:
             # The loggers are closed, and the terminal may be gone.
             with suppress(OSError):
                 print(f"warning: {failure}", file=sys.stderr)
@@ -69,8 +71,12 @@ class PluginCalls:
                 self.calls.on_log(self.view, record)
 
     def _plugin_failed(self, plugin: LoadedPlugin, hook: str, error: PluginError) -> None:
-        self.log.warning(f"{error}; it is switched off", name="plugin_failed", plugin=plugin.name, hook=hook)
-        self.requests.disable(plugin.name)
+        message = f"{error}; it is switched off"
+        if self.view.is_main:
+            self.log.warning(message, name="plugin_failed", plugin=plugin.name, hook=hook)
+            self.requests.disable(plugin.name)
+        else:
+            self.requests.disable(plugin.name, f"process {self.view.rank}: {message}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ the declared order. A hook without implementations is None, so that its event is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from attrs import define, field, frozen
 
 from gpt_simple.errors import GptSimpleError, PluginError
-from gpt_simple.hooks.results import REDUCTIONS, Finding, Metric
+from gpt_simple.hooks.results import REDUCTIONS, SEVERITIES, Finding, Metric
 from gpt_simple.hooks.specs import HOOKS, HookInfo
 from gpt_simple.plugin_host.loading import FAILURES, LoadedPlugin
 
@@ -216,12 +217,13 @@ def checked(info: HookInfo, result: Any) -> Any:
         ):
             return result
         expected = (
-            f"a mapping of names to Metric, each with a number or a 0-d tensor and one of {', '.join(REDUCTIONS)}"
+            "a mapping of names to Metric, each with a number that a float can hold or a dense, real 0-d tensor, and "
+            f"one of {', '.join(REDUCTIONS)}"
         )
     elif info.returns == "findings":
-        if isinstance(result, (list, tuple)) and all(isinstance(item, Finding) for item in result):
+        if isinstance(result, (list, tuple)) and all(map(_is_finding, result)):
             return result
-        expected = "a list of Finding"
+        expected = f"a list of Finding, each with text, one of {', '.join(SEVERITIES)} and an exit code from 1 to 255"
     else:
         if result is None:
             return None
@@ -229,11 +231,36 @@ def checked(info: HookInfo, result: Any) -> Any:
     raise PluginError(f"it returned {_describe(result)}; expected {expected}")
 
 
-def _is_number(value: object) -> bool:
-    """A number or a 0-d tensor, recognised by its attributes because this module does not import torch."""
+def _is_finding(item: object) -> bool:
+    if not isinstance(item, Finding):
+        return False
+    texts = (item.code, item.message, item.place, item.hint)
+    return (
+        item.severity in SEVERITIES
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(item.exit_code, int)
+        and 0 < item.exit_code < 256
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """A number that a float can hold or a 0-d tensor of one."""
     if isinstance(value, Real):
-        return True
-    return getattr(value, "ndim", None) == 0 and hasattr(value, "detach") and not getattr(value, "is_meta", False)
+        with suppress(OverflowError):
+            float(value)
+            return True
+    return getattr(value, "ndim", None) == 0 and is_dense(value) and not value.is_complex()
+
+
+def is_dense(value: Any) -> bool:
+    """Whether ``value`` is a tensor with values of its own, one after another in memory.
+
+    Recognised by its attributes, because this package does not import torch.
+    """
+    if not hasattr(value, "untyped_storage"):
+        return False
+    is_strided = str(value.layout) == "torch.strided" and not value.is_nested
+    return is_strided and not (value.is_meta or value.is_quantized)
 
 
 def _describe(result: object) -> str:

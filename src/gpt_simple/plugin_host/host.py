@@ -78,6 +78,7 @@ class PluginHost:
     """Put around every implementation of a hook of a run, for tests."""
     _manager: PluginManager = field(init=False)
     _calls: Calls | None = None
+    _is_main: bool = True
     _states: PluginStates = field(factory=PluginStates)
 
     def __attrs_post_init__(self) -> None:
@@ -203,7 +204,7 @@ class PluginHost:
         for hook in DISPATCHED:
             impls = self._impls(hook)
             calls.listen(hook, [impl for impl in impls if is_main or _runs_everywhere(hook, impl[1])])
-        self._calls = calls
+        self._calls, self._is_main = calls, is_main
         return calls
 
     def order_hash(self) -> str:
@@ -214,8 +215,12 @@ class PluginHost:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """The plugins' facts for the summary, by name, without plugins that have none or were switched off."""
-        facts = {plugin.name: self._guarded(plugin, "describe", partial(_described, plugin)) for plugin in self.plugins}
+        """The plugins' facts for the summary, by name, without plugins that have none or were switched off.
+
+        Only plugins that run on this process are called: on another one they have seen nothing of the run.
+        """
+        here = [plugin for plugin in self.plugins if self._is_main or plugin.ranks == "all"]
+        facts = {plugin.name: self._guarded(plugin, "describe", partial(_described, plugin)) for plugin in here}
         return {name: value for name, value in facts.items() if value}
 
     def state(self) -> tuple[dict[str, Record], dict[str, torch.Tensor]]:

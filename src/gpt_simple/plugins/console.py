@@ -83,7 +83,7 @@ class Console(Plugin[ConsoleConfig]):
             self._view.metrics(event.metrics)
             return
         left = self._left(run)
-        fields = {"step": event.step, "tokens": event.tokens, "eta_seconds": left, **event.metrics}
+        fields = {**event.metrics, "step": event.step, "tokens": event.tokens, "eta_seconds": left}
         self._write("train", [metrics_line(event, left)], fields)
 
     @hookimpl
@@ -91,7 +91,7 @@ class Console(Plugin[ConsoleConfig]):
         if self._view is not None:
             self._view.evaluation(event.metrics)
         line = evaluation_line(event, run.facts()["floor"])
-        fields = {"step": event.step, "tokens": event.tokens, "seconds": event.seconds, **event.metrics}
+        fields = {**event.metrics, "step": event.step, "tokens": event.tokens, "seconds": event.seconds}
         self._write("eval", [line], fields)
 
     @hookimpl

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 
+_NO_FIELDS: Mapping[str, Any] = {}
+
 _LIMIT = 1 << 24
 """Bytes of rows that are kept while they cannot be written: some days of an ordinary run."""
 
@@ -66,7 +68,8 @@ class Metrics(Plugin[NoConfig]):
 
     @hookimpl
     def on_log(self, run: Run, event: ev.LogRecord) -> None:
-        self._write(run, "event", {"name": event.name, "level": event.level, "message": event.message, **event.fields})
+        line = {"name": event.name, "level": event.level, "message": event.message}
+        self._write(run, "event", line, fields=event.fields)
 
     @hookimpl
     def on_checkpoint_saved(self, run: Run, event: ev.CheckpointSaved) -> None:
@@ -87,15 +90,27 @@ class Metrics(Plugin[NoConfig]):
             if self._waiting:
                 raise PluginError(f"{file.name}: the last rows could not be written")
 
-    def _write(self, run: Run, kind: str, values: Mapping[str, Any], *, step: int | None = None) -> None:
-        row = {
+    def _write(
+        self,
+        run: Run,
+        kind: str,
+        values: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        fields: Mapping[str, Any] = _NO_FIELDS,
+    ) -> None:
+        """Write a row. One of ``fields`` that has the name of a column becomes ``NAME@log``."""
+        columns = {
             "kind": kind,
             "step": run.step if step is None else step,
             "tokens": run.tokens,
             "time": round(time.time(), 3),
-            **without_nan(values),
+            **values,
         }
-        self._waiting += _JSON.encode(row).encode() + b"\n"
+        taken = {*columns, "nonfinite"}
+        row = without_nan(columns | {f"{key}@log" if key in taken else key: fields[key] for key in fields})
+        # A lone surrogate, from the undecodable bytes of a file name, becomes the escape that JSON has for it.
+        self._waiting += _JSON.encode(row).encode(errors="backslashreplace") + b"\n"
         if self._file is not None:  # what is logged before the run starts is written when it does
             self._flush(run)
 
