@@ -6,7 +6,8 @@ is structured against these classes, and all mistakes are reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
@@ -16,11 +17,18 @@ from attrs import evolve, field, frozen
 
 from gpt_simple.config.load import RawConfig, read
 from gpt_simple.config.origin import Origins
-from gpt_simple.config.redact import secrets_in, without
+from gpt_simple.config.redact import (
+    all_without,
+    hide_in_error,
+    secrets_in,
+    secrets_of_environment,
+    spellings,
+    without,
+)
 from gpt_simple.config.schema import Config
 from gpt_simple.config.structure import structure
 from gpt_simple.config.types import NULL_WORDS
-from gpt_simple.errors import ConfigError, GptSimpleError, Problem, collecting, raise_all
+from gpt_simple.errors import ConfigError, GptSimpleError, collecting, raise_all
 from gpt_simple.hooks.components import CONFIG_KEY, Component, Kind, Registry, builtin_registry
 from gpt_simple.hooks.results import Finding
 from gpt_simple.plugin_host.activation import Switches
@@ -87,13 +95,18 @@ class RunSpec:
 
     @contextmanager
     def located_errors(self) -> Iterator[None]:
-        """Add the location of their keys to the errors raised within, and remove secrets from them."""
+        """Add the location of their keys to the errors raised within, and hide the secrets in all that are raised."""
         try:
             yield
-        except GptSimpleError as error:
-            problems = _with_locations(error.problems, self.origins, self.secrets)
-            error.replace_problems(problems)
+        except BaseException as error:
+            if isinstance(error, GptSimpleError):
+                error.replace_problems(map(self.origins.locate, error.problems))
+            hide_in_error(error, self.secrets)
             raise
+
+    def without_secrets(self, value: Any) -> Any:
+        """A value for logs and files with the secrets hidden in each of its texts."""
+        return all_without(value, self.secrets)
 
 
 def resolve_spec(
@@ -144,7 +157,7 @@ def try_resolve(
         host.register_components(registry)
     classes, unchecked, unknown = _section_classes(raw, registry, host)
     checked = evolve(raw, values={name: values for name, values in raw.values.items() if name not in unchecked})
-    secrets = sorted(set(secrets_in(raw.values)))
+    secrets = spellings((*secrets_in(raw.values), *secrets_in(raw.texts), *secrets_of_environment(os.environ)))
     wrong: list[GptSimpleError] = []
     with collecting(wrong):
         config = structure(checked, sections=classes, plugin_configs=host.config_classes())
@@ -157,15 +170,9 @@ def try_resolve(
             host.instantiate(config)
         source = Path(path) if path is not None else None
         spec = RunSpec(config, raw, host, registry, source, raw.notes, secrets=secrets)
-    return spec, [error.replace_problems(_with_locations(error.problems, raw.origins, secrets)) for error in errors]
-
-
-def _with_locations(problems: Iterable[Problem], origins: Origins, secrets: Sequence[str]) -> list[Problem]:
-    """Problems with the location of their keys, and without the values of secrets."""
-    return [
-        problem._replace(message=without(problem.message, secrets), hint=without(problem.hint, secrets))
-        for problem in map(origins.locate, problems)
-    ]
+    for error in errors:
+        hide_in_error(error.replace_problems(map(raw.origins.locate, error.problems)), secrets)
+    return spec, errors
 
 
 def _section_classes(

@@ -193,6 +193,52 @@ def test_a_secret_is_in_no_file_of_the_run(shell: Shell, here: Path) -> None:
     assert facts["config"]["plugins.tables.secretive.api_key"] == "(redacted)"
 
 
+LEAKS = {
+    "log line": ("main", "abort", "on_step_end", "run.log.warning(f'at {key}', at=[{'x': key}], error=OSError(key))"),
+    "switched off": ("main", "disable", "on_step_end", "raise OSError(key)"),
+    "abort": ("main", "abort", "on_step_end", "raise OSError(key)"),
+    "before the claim": ("main", "abort", "check_runtime", "raise OSError(key)"),
+    "while it is built": ("main", "abort", "on_model_built", "raise OSError(key)"),
+    "stop": ("main", "abort", "on_step_end", "run.control.stop(key)"),
+    "halt": ("main", "abort", "on_step_end", "run.control.halt(key)"),
+    "on_close": ("main", "abort", "on_close", "raise OSError(key)"),
+}
+LEAKY = """\
+from attrs import frozen
+from gpt_simple import Plugin, hookimpl
+
+@frozen
+class Settings:
+    api_key: str = ""
+
+class Leaky(Plugin[Settings]):
+    Config = Settings
+    ranks, on_error = {ranks!r}, {policy!r}
+
+    def describe(self):
+        return {{"at": [self.config.api_key]}}
+
+    @hookimpl
+    def {hook}(self, run):
+        key = self.config.api_key
+        {body}
+
+    @hookimpl
+    def on_run_error(self, run, event):
+        run.log.error(f"{{event.error!r}} of {{event.error.__cause__!r}}")
+"""
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_no_output_of_a_run_shows_a_secret(shell: Shell, here: Path, leak: str) -> None:
+    ranks, policy, hook, body = LEAKS[leak]
+    (here / "leaky.py").write_text(LEAKY.format(ranks=ranks, policy=policy, hook=hook, body=body))
+    ended = shell("run", "config.toml", "-p", "./leaky.py", "--plugins.leaky.api_key=sekret9")
+    outputs = {"out": ended.out, "err": ended.err, **{name: str(content) for name, content in snapshot(here / "out")}}
+    assert [name for name, text in outputs.items() if "sekret9" in text] == []
+    assert any("(redacted)" in text for text in outputs.values())
+
+
 def test_a_missing_configuration(shell: Shell) -> None:
     assert shell("run", "missing.toml").code == 2
     assert shell("run").code == 2

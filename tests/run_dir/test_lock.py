@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -268,3 +269,14 @@ def test_release_ends_the_thread_and_allows_another_acquire(tmp_path: Path) -> N
         assert "lock-beat" in {thread.name for thread in threading.enumerate()}
         lock.release()
         assert "lock-beat" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_lock_holds_no_secret_of_the_command(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["gpt-simple", "run", "--plugins.hook.password=sekret9", "--plugins.hook.token", "4"]
+    )
+    with RunLock(run_dir):
+        owner, _ = owner_of(run_dir)
+        assert "sekret9" not in run_dir.lock.read_text()
+    assert owner is not None
+    assert owner.command == "gpt-simple run --plugins.hook.password=(redacted) --plugins.hook.token (redacted)"

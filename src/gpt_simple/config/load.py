@@ -23,6 +23,7 @@ from gpt_simple.config.legacy import translate
 from gpt_simple.config.mistakes import config_error, file_error
 from gpt_simple.config.origin import Mistake, Origin, Origins, join
 from gpt_simple.config.parsed import UNREADABLE, Parsed
+from gpt_simple.config.redact import HIDDEN, is_secret, secrets_in, without
 from gpt_simple.config.schema import Config
 from gpt_simple.config.types import NULL_WORDS
 
@@ -32,6 +33,8 @@ OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
 """``--section.key`` or ``--section.key=value``."""
 _ALMOST_ENV = re.compile(rf"GPT_SIMPLE_({'|'.join(a.name.upper() for a in attrs.fields(Config))})_+(\w+)")
 """A variable that is meant for this program, but lacks an underscore."""
+_ASSIGNED = re.compile(r"(-*)([A-Za-z_][^=\s]*)=(.*)", re.DOTALL)
+"""``--option=value`` and ``NAME=value``."""
 _PYTHON = Origin("python", "train(...)")
 _UNSET = (None, *NULL_WORDS, UNREADABLE)
 
@@ -114,6 +117,25 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], li
             text = remaining.pop(0)
         overrides.append((key, text))
     return overrides, rest
+
+
+def redacted_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line, of this program or of another, with the values of its secrets hidden."""
+    shown: list[str] = []
+    key = ""
+    for word in arguments:
+        if found := _ASSIGNED.fullmatch(word):
+            shown.append(f"{found[1]}{found[2]}={redacted_text(found[2], found[3])}")
+        else:
+            shown.append(redacted_text(key, word))
+        key = word.lstrip("-") if word.startswith("-") and not found else ""
+    return shown
+
+
+def redacted_text(key: str, text: str) -> str:
+    """The text of an option, hidden if the key is a secret's, else without the secrets of the table that it gives."""
+    key = key.replace("-", "_")
+    return HIDDEN if is_secret(key) and text else without(text, secrets_in(_literal(text), key))
 
 
 def sections_of(config: Config) -> dict[str, object]:

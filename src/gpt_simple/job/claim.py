@@ -113,7 +113,11 @@ def claim_run_dir(job: Job, data: Dataset, plan: ResumePlan) -> Iterator[Claimed
         try:
             record = job.dist.on_main(lambda: _acquire(job, data, plan, lock))
             claimed = ClaimedRunDir(paths, store, status, BackgroundWriter(store), record, lock, data.tokenizer, log)
-            with _status_of_errors(claimed, state, step), job.dist.explained_failures(lambda: state.step):
+            with (
+                _status_of_errors(claimed, state, step),
+                job.dist.explained_failures(lambda: state.step),
+                job.spec.located_errors(),  # the status and the other ranks show no secrets
+            ):
                 status.update(state="running", step=step, max_steps=job.config.training.max_steps, force=True)
                 yield claimed
         finally:

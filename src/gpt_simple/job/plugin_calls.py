@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import attrs
 
+from gpt_simple.config.mistakes import printable
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.control import Requests
 from gpt_simple.engine.precision import Precision
@@ -28,6 +29,7 @@ class PluginCalls:
     """The compiled hooks of this rank, and the newest view of the run, which ``adopt`` replaces."""
 
     def __init__(self, spec: RunSpec, dist: ProcessGroup, precision: Precision, state: TrainState) -> None:
+        self._spec = spec
         self.requests = Requests()
         self.log = EngineLog(self._publish, state)
         self.comm = EngineComm(dist)
@@ -63,12 +65,13 @@ class PluginCalls:
         for failure in [*late, *failures]:
             # The loggers are closed, and the terminal may be gone.
             with suppress(OSError):
-                print(f"warning: {failure}", file=sys.stderr)
+                print(printable(self._spec.without_secrets(f"warning: {failure}")), file=sys.stderr)
 
     def _publish(self, record: LogRecord) -> None:
         if self.view.is_main and self.calls.on_log is not None:
             with self.comm.during(""):
-                self.calls.on_log(self.view, record)
+                message, fields = self._spec.without_secrets([record.message, record.fields])
+                self.calls.on_log(self.view, attrs.evolve(record, message=message, fields=fields))
 
     def _plugin_failed(self, plugin: LoadedPlugin, hook: str, error: PluginError) -> None:
         message = f"{error}; it is switched off"

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import fields
+from attrs import evolve, fields
 
 from gpt_simple._names import PROGRAM, __version__
-from gpt_simple.config.load import split_overrides
-from gpt_simple.config.redact import redacted
+from gpt_simple.config.load import redacted_arguments, redacted_text, split_overrides
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.engine.compatibility import flatten
 from gpt_simple.engine.memory import GIB, peak_bytes
@@ -56,6 +55,7 @@ def run_to_end(job: Job, data: Dataset, plan: ResumePlan, run_dir: ClaimedRunDir
         )
         calls.on_run_start(run, event)
     fit = trainer.fit()
+    fit = evolve(fit, reason=job.spec.without_secrets(fit.reason))
     summary = _summarise(job, data, run_dir, fit)
     if calls.on_run_end is not None:
         calls.on_run_end(run, RunEnd(fit.status, state.step, state.tokens, fit.reason, summary))
@@ -118,7 +118,7 @@ def _summarise(job: Job, data: Dataset, run_dir: ClaimedRunDir, fit: FitResult) 
         "peak_memory_gib": peak_bytes(job.dist.device) / GIB,
         "seconds": time.monotonic() - job.began,
         "checkpoint": str(newest[-1].path) if newest else None,
-        "plugins": host.describe(),
+        "plugins": job.spec.without_secrets(host.describe()),
         "plugin_seconds": {plugin.name: round(plugin.seconds, 4) for plugin in host.plugins},
         "next": f"{_again(job.spec, change)} goes on from here",
         "sample": _sample(job.spec),
@@ -137,8 +137,9 @@ def _again(spec: RunSpec, change: Mapping[str, str]) -> str:
     origins = spec.origins.chain("training.resume")
     if spec.config.training.resume == "scratch" and origins != ["--training.resume"]:
         overrides["training.resume"] = "auto"
-    command = [PROGRAM, *(word for word in words if word not in ("--force", "--"))]
-    for key, text in redacted(overrides).items():
+    command = [PROGRAM, *redacted_arguments([word for word in words if word not in ("--force", "--")])]
+    for key, text in overrides.items():
+        text = redacted_text(key, text)
         command += [f"--{key}={text}"] if text.startswith("--") else [f"--{key}", text]
     return shlex.join(command)
 

@@ -53,13 +53,15 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
+        from gpt_simple.config.load import redacted_arguments  # only here: other commands start faster without it
+
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
             boot=_boot_id(),
             ticks=_start_ticks(os.getpid()),
             since=time.strftime("%Y-%m-%d %H:%M:%S%z"),
-            command=" ".join(sys.argv)[:500],
+            command=" ".join(redacted_arguments(sys.argv))[:500],
         )
 
     def may_live(self) -> bool:
