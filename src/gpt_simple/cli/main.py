@@ -45,14 +45,24 @@ def _run(arguments: list[str]) -> int:
         outcome = program.main(arguments, prog_name=PROGRAM, standalone_mode=False)
     except GptSimpleError as error:
         if not error.silent:
-            from gpt_simple.config.mistakes import printable
-
-            with suppress(OSError):  # the terminal is gone, and the exit code is enough
-                sys.stderr.write(printable(f"error: {error}\n"))  # one write: other processes write there too
+            _print(f"error: {error}\n")
         return int(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, click.NoSuchOption):
+            from gpt_simple.cli.options import as_typed
+
+            error = as_typed(error, arguments)
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        usage = f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n\n" if context else ""
+        _print(f"{usage}error: {error.format_message()}\n")
         return int(ExitCode.CONFIG)
     except (KeyboardInterrupt, click.Abort):
         return int(ExitCode.FORCED)
     return int(outcome) if isinstance(outcome, int) else int(ExitCode.COMPLETED)
+
+
+def _print(message: str) -> None:
+    from gpt_simple.config.mistakes import printable
+
+    with suppress(OSError):  # the terminal is gone, and the exit code is enough
+        sys.stderr.write(printable(message))  # one write: other processes write there too

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from gpt_simple._names import PROGRAM
+from gpt_simple.cli.options import Number
 from gpt_simple.errors import ExitCode
 from gpt_simple.launch.signals import stop_on_signals
 
@@ -30,9 +31,7 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 @click.option("--tokenizer_path", metavar="PATH", help="A tokenizer.json or its directory; the same as --tokenizer.")
 @click.option("--tokenizer_vocab_size", default=8192, show_default=True, type=click.IntRange(257), help="Ids of a bpe.")
 @click.option("--text_key", default="text", show_default=True, help="The key of the text in a JSON line.")
-@click.option(
-    "--val_fraction", default=0.05, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Held out."
-)
+@click.option("--val_fraction", default=0.05, show_default=True, type=Number(0, 1, max_open=True), help="Held out.")
 @click.option(
     "--max_length", type=click.IntRange(2), help="Say how many rows of this length there are; none is an error."
 )

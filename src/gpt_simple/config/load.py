@@ -29,7 +29,7 @@ from gpt_simple.config.types import NULL_WORDS
 T = TypeVar("T")
 
 OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
-"""``--section.key`` or ``--section.key=value``."""
+"""``--section.key`` or ``--section.key=value``; also with dashes for underscores."""
 _ALMOST_ENV = re.compile(rf"GPT_SIMPLE_({'|'.join(a.name.upper() for a in attrs.fields(Config))})_+(\w+)")
 """A variable that is meant for this program, but lacks an underscore."""
 _PYTHON = Origin("python", "train(...)")
@@ -106,14 +106,21 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], li
         if not (found := OVERRIDE.fullmatch(argument)):
             rest.append(argument)
             continue
-        key, text = found.groups()
+        key, text = field_key(found[1]), found[2]
         if text is None:
             if not remaining or remaining[0].startswith("--"):
-                hint = f"write --{key} VALUE or --{key}=VALUE"
+                hint = f"write --{found[1]} VALUE or --{found[1]}=VALUE"
                 raise config_error([Origin("cli", f"--{key}").mistake(key, "a value is missing", hint)])
             text = remaining.pop(0)
         overrides.append((key, text))
     return overrides, rest
+
+
+def field_key(option: str) -> str:
+    """The dotted key of ``--section.key``. Fields may be written with dashes; keys of a mapping stay as typed."""
+    parts = option.split(".")
+    depth = 3 if parts[0] == "plugins" else 2
+    return ".".join([*(part.replace("-", "_") for part in parts[:depth]), *parts[depth:]])
 
 
 def sections_of(config: Config) -> dict[str, object]:
