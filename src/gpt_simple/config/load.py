@@ -141,7 +141,9 @@ class _Layers:
     def add_file(self, path: Path) -> None:
         parsed = _parse(path)
         self.mistakes += parsed.mistakes
-        self.origins |= {key: Origin.in_file(str(path), line) for key, line in parsed.lines.items()}
+        self.origins |= {
+            key: Origin.in_file(str(path), line, typed=parsed.typed.get(key, "")) for key, line in parsed.lines.items()
+        }
         for name, section in self._translated(parsed.values).items():
             # `plugins:` with nothing below it is an empty table.
             self.values[name] = {} if section is None else section
