@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gpt_simple._names import PROGRAM, __version__
-from gpt_simple.errors import ExitCode, GptSimpleError
+from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
 
 BEGAN = time.monotonic()
 """When the program began. Its later imports take seconds, which count as time of the run."""
@@ -22,6 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given == ["--version"]:  # without the imports of all that follows
         print(f"{PROGRAM} {__version__}")
         sys.exit(ExitCode.COMPLETED)
+    from gpt_simple.hardware import check_system
+
+    try:
+        check_system()
+    except ConfigError as error:
+        _print(f"error: {error}\n")
+        sys.exit(error.exit_code)
     code = _run(given)
     if arguments is None:
         from gpt_simple.launch.signals import STOPPING

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +15,11 @@ import click
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.options import Number
 from gpt_simple.errors import ExitCode
+from gpt_simple.hardware import cores
 from gpt_simple.launch.signals import stop_on_signals
 
 LINE_EVERY = 10.0
 """Seconds between two lines of progress where there is no terminal."""
-
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @click.command()
@@ -35,7 +33,7 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 @click.option(
     "--max_length", type=click.IntRange(2), help="Say how many rows of this length there are; none is an error."
 )
-@click.option("--num_workers", default=_CORES, show_default="all cores", type=click.IntRange(1), help="Processes.")
+@click.option("--num_workers", default=cores, show_default="all cores", type=click.IntRange(1), help="Processes.")
 @click.option("--strict", is_flag=True, help="Stop at a document that cannot be read instead of skipping it.")
 def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
     """Tokenize .txt .md .py .jsonl .jsonl.gz .jsonl.zst files into a dataset that a run reads as data.path.
