@@ -1,10 +1,57 @@
-"""The peak arithmetic of known GPUs."""
+"""The system, its cores, and the peak arithmetic of known GPUs."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from gpt_simple.hardware import peak_flops
+from gpt_simple.hardware import cores, peak_flops
+from gpt_simple.plugin_host.discovery import own_commands
+
+_WINDOWS = """
+import os, signal, sys
+sys.modules |= {"fcntl": None, "resource": None, "pwd": None, "grp": None, "termios": None}
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL", "pthread_sigmask"):
+    delattr(signal, name)
+del os.sched_getaffinity
+"""
+_LINE = "gpt-simple works on Linux and macOS: this system has no fcntl; on Windows, use WSL"
+
+
+def on_windows(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _WINDOWS + code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_on_windows_every_command_says_that_it_does_not_work() -> None:
+    code = "from gpt_simple.cli.main import main\nfor name in sys.argv[1:]:\n"
+    code += "    try: main([name, '--help'])\n    except SystemExit as end: print(end.code)\nmain()"
+    ended = on_windows(code, *own_commands())
+    assert ended.stderr.splitlines() == [f"error: {_LINE}"] * (len(own_commands()) + 1)
+    assert ended.stdout.split() == ["2"] * len(own_commands())
+    assert ended.returncode == 2
+
+
+def test_on_windows_train_says_that_it_does_not_work() -> None:
+    ended = on_windows("import gpt_simple\ntry: gpt_simple.train()\nexcept gpt_simple.ConfigError as e: print(e)")
+    assert (ended.stdout, ended.stderr) == (_LINE + "\n", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_only_cores_of_the_process_are_counted() -> None:
+    source = Path(__file__).parents[1] / "src"
+    counting = [path.name for path in source.rglob("*.py") if "cpu_count" in path.read_text()]
+    assert counting == ["hardware.py"]
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @pytest.mark.parametrize(

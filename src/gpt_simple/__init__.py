@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         GptSimpleError,
         PluginError,
     )
-    from gpt_simple.hooks import Finding, Metric, Plugin, Run, hookimpl
+    from gpt_simple.hooks import Finding, Metric, NoConfig, Plugin, Run, hookimpl
     from gpt_simple.job.result import TrainResult
     from gpt_simple.run_dir.lineage import read_metrics
 
@@ -50,7 +50,7 @@ _HOMES = {
     ),
     "LegacyDefault": "gpt_simple.config.types",
     "Document": "gpt_simple.data.sources",
-    **dict.fromkeys(("Finding", "Metric", "Plugin", "Run", "hookimpl"), "gpt_simple.hooks"),
+    **dict.fromkeys(("Finding", "Metric", "NoConfig", "Plugin", "Run", "hookimpl"), "gpt_simple.hooks"),
 }
 
 _DEPRECATED = {
@@ -72,6 +72,7 @@ __all__ = [
     "LegacyDefault",
     "Metric",
     "ModelConfig",
+    "NoConfig",
     "OptimizerConfig",
     "Plugin",
     "PluginError",

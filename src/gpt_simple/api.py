@@ -11,6 +11,7 @@ from gpt_simple.config.load import sections_of
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from gpt_simple.engine.compatibility import keep_values_of_run
 from gpt_simple.errors import ConfigError
+from gpt_simple.hardware import check_system
 from gpt_simple.spec import resolve_spec
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def train(
     The call leaves the process (random states, signal handlers, torch's flags) and ``config`` unchanged. Raises a
     subclass of GptSimpleError for an error that the user can correct.
     """
+    check_system()
     if not (config is None or isinstance(config, Config | str | Path)):
         raise ConfigError(f"train(config=...): expected a path or a Config, got {type(config).__name__}")
     path, sections = (None, sections_of(config)) if isinstance(config, Config) else (config, {})

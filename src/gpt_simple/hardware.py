@@ -1,13 +1,15 @@
-"""Known GPUs: their memory, their peak FLOP/s, and their names in drivers."""
+"""This system and its cores; known GPUs with their memory, their peak FLOP/s, and their names in drivers."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 
 from attrs import field, frozen
 
+from gpt_simple._names import PROGRAM
 from gpt_simple.errors import ConfigError
 
 _GIB = 2**30
@@ -15,6 +17,22 @@ _RESERVE = 1.5 * _GIB
 """Bytes not available to tensors: the CUDA context, cuBLAS workspaces, NCCL, and fragmentation."""
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def check_system() -> None:
+    """Raise ConfigError on a system without the locks, signals and process limits that a run is built on: Windows."""
+    try:
+        import fcntl  # noqa: F401
+        import resource  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"{PROGRAM} works on Linux and macOS: this system has no {error.name}", hint="on Windows, use WSL"
+        ) from None
+
+
+def cores() -> int:
+    """The cores that this process may use: fewer than the machine has under taskset, SLURM or a container's cpuset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @frozen

@@ -18,6 +18,7 @@ from gpt_simple.config.parse_yaml import parse_json, parse_yaml
         ("seed = .5", "config.toml:2:8: write 0.5, not .5"),
         ("seed = 5.", "config.toml:2:9: write 5.0, not 5."),
         ("seed = 007", "config.toml:2:9: write 7, not 007"),
+        ("output_dir = 010", 'config.toml:2:15: write 10, not 010, or "010" for text'),
         ("seed = -.5e-3", "write -0.5e-3, not -.5e-3"),
         ("output_dir = my runs", 'config.toml:2:14: text needs quotes: "my runs"'),
         ("seed =", "config.toml:2:7: a value is missing after the ="),

@@ -69,6 +69,46 @@ def test_one_wrong_value(bench, key, value, message):
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("suffix", "text", "word"),
+    [
+        (".yaml", "training: {output_dir: 010}", '"010"'),
+        (".yaml", "training: {output_dir: True}", '"True"'),
+        (".yaml", "training:\n  output_dir: 0x1F  # hex", '"0x1F"'),
+        (".yaml", "data: {path: [1_0]}", '"1_0"'),
+        (".yaml", "plugins: {disable: 1e3}", '["1e3"]'),
+        (".json", '{"training": {"output_dir": 1.50}}', '"1.50"'),
+        (".toml", "training.output_dir = 1_000  # text", '"1_000"'),
+        (".toml", "training = {output_dir = 2024-01-01}", '"2024-01-01"'),
+        (".toml", "[data]\npath = [\n  'a', +1,\n]", '"+1"'),
+    ],
+)
+def test_a_hint_quotes_the_value_as_it_was_typed(bench, suffix, text, word):
+    (line,) = bench.mistakes(text, suffix)
+    assert line.endswith(f"; write {word}")
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("model.n_embd = 66\nmodel.n_heads = 6", "model.n_heads"),
+        ("model.n_embd = 66\n[data]\nn_head = 6", "data.n_head"),
+        ("n_head = 6\n[model]\nn_embd = 66", "n_head"),
+        ("[modle]\nn_head = 6\nn_embd = 66\n[model]\nn_kv_head = 5", "modle"),
+        ("data.overlap_size = 8\ndata.pakcing = 'best_fit'", "data.pakcing"),
+        ("training.max_runtime_seconds = 60\ntraining.reserve_seconds = 5", "training.reserve_seconds"),
+    ],
+)
+def test_a_misspelt_key_is_no_conflict_with_its_default(bench, text, near):
+    (line,) = bench.mistakes(text)
+    assert f" {near}: unknown " in line
+    assert "did you mean" in line
+
+
+def test_a_misspelt_key_hides_no_conflict_with_a_value(bench):
+    assert len(bench.mistakes("[model]\nn_embd = 66\nn_head = 12\nn_heads = 6")) == 2
+
+
 def test_integral_floats_are_integers_and_integers_are_numbers(bench):
     config = bench.config("training.max_steps = 1e3\noptimizer.weight_decay = 0\n")
     assert (config.training.max_steps, type(config.training.max_steps)) == (1000, int)

@@ -11,6 +11,7 @@ from functools import cache
 import click
 
 from gpt_simple._names import __version__
+from gpt_simple.cli.options import spelling
 from gpt_simple.errors import PluginError
 from gpt_simple.plugin_host.discovery import PluginRecord, commands, own_commands, summary, usable
 
@@ -61,7 +62,12 @@ def _installed_commands() -> dict[str, PluginRecord]:
 @click.version_option(__version__, message="%(prog)s %(version)s", help="Print the version.")
 @click.group(
     cls=_Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    # Commands inherit the spelling: every option works with dashes and with underscores, and --help has one of them.
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "token_normalize_func": spelling,
+    },
 )
 def program() -> None:
     """Pretrain GPT-style language models: a small engine, everything else a plugin."""

@@ -13,7 +13,8 @@ from attrs import evolve, frozen
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem, split_arg_string
 
-from gpt_simple.config.load import OVERRIDE, split_overrides
+from gpt_simple.cli.options import as_typed
+from gpt_simple.config.load import OVERRIDE, field_key, split_overrides
 from gpt_simple.config.mistakes import closest
 from gpt_simple.config.render import field_help
 from gpt_simple.config.schema import PluginsConfig
@@ -87,9 +88,10 @@ class ConfiguredCommand(click.Command):
         overrides, rest = split_overrides(args)
         try:
             left = super().parse_args(context, rest)
-        except click.NoSuchOption as error:
+        except click.NoSuchOption as unknown:
+            error = as_typed(unknown, args)
             if not (meant := _meant(error.option_name)):
-                raise
+                raise error from None
             message = f"there is no option {error.option_name}; did you mean {' or '.join(meant)}?"
             raise click.UsageError(message, error.ctx) from None
         path, option, plugins, no_plugins = map(context.params.pop, ("path", "option", "plugins", "no_plugins"))
@@ -200,13 +202,13 @@ def _incomplete(args: list[str]) -> tuple[tuple[str, str] | None, list[str]]:
     words, position = split_arg_string(os.environ.get("COMP_WORDS", "")), os.environ.get("COMP_CWORD", "")
     word = "".join(words[int(position) : int(position) + 1]) if position.isdigit() else position
     if (found := OVERRIDE.fullmatch(word)) and found[2] is not None:
-        return (found[1], f"--{found[1]}="), args
+        return (field_key(found[1]), f"--{found[1]}="), args
     typed = [*args, word] if word == ":" else args
     if typed[-3:] == ["-p", "no", ":"]:
         return (_OFF, ""), typed[:-3]
     before = args[:-1] if args[-1:] == ["="] else args
     if before and (found := OVERRIDE.fullmatch(before[-1])) and found[2] is None:
-        return (found[1], ""), before[:-1]
+        return (field_key(found[1]), ""), before[:-1]
     return None, args
 
 

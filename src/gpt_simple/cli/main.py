@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gpt_simple._names import PROGRAM, __version__
-from gpt_simple.errors import ExitCode, GptSimpleError
+from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
 
 BEGAN = time.monotonic()
 """When the program began. Its later imports take seconds, which count as time of the run."""
@@ -22,6 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given == ["--version"]:  # without the imports of all that follows
         print(f"{PROGRAM} {__version__}")
         sys.exit(ExitCode.COMPLETED)
+    from gpt_simple.hardware import check_system
+
+    try:
+        check_system()
+    except ConfigError as error:
+        _print(f"error: {error}\n")
+        sys.exit(error.exit_code)
     code = _run(given)
     if arguments is None:
         from gpt_simple.launch.signals import STOPPING
@@ -45,14 +52,24 @@ def _run(arguments: list[str]) -> int:
         outcome = program.main(arguments, prog_name=PROGRAM, standalone_mode=False)
     except GptSimpleError as error:
         if not error.silent:
-            from gpt_simple.config.mistakes import printable
-
-            with suppress(OSError):  # the terminal is gone, and the exit code is enough
-                sys.stderr.write(printable(f"error: {error}\n"))  # one write: other processes write there too
+            _print(f"error: {error}\n")
         return int(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, click.NoSuchOption):
+            from gpt_simple.cli.options import as_typed
+
+            error = as_typed(error, arguments)
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        usage = f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n\n" if context else ""
+        _print(f"{usage}error: {error.format_message()}\n")
         return int(ExitCode.CONFIG)
     except (KeyboardInterrupt, click.Abort):
         return int(ExitCode.FORCED)
     return int(outcome) if isinstance(outcome, int) else int(ExitCode.COMPLETED)
+
+
+def _print(message: str) -> None:
+    from gpt_simple.config.mistakes import printable
+
+    with suppress(OSError):  # the terminal is gone, and the exit code is enough
+        sys.stderr.write(printable(message))  # one write: other processes write there too

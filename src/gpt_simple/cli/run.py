@@ -23,11 +23,8 @@ from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.run_dir.stop_request import record_kill
 from gpt_simple.spec import RunSpec
 
-# torchrun also takes its options with dashes; --help has one spelling of each.
-_SETTINGS = {"token_normalize_func": lambda name: name.replace("-", "_")}
 
-
-@click.command(cls=ConfiguredCommand, config_required=True, context_settings=_SETTINGS)
+@click.command(cls=ConfiguredCommand, config_required=True)
 @click.option("--force", is_flag=True, help="Discard the run in output_dir, once the new one is validated.")
 @click.option(
     "--progress",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpt_simple.cli.fields import complete_plugin
+from gpt_simple.cli.options import Number
 from gpt_simple.cli.paths import PATH
 
 if TYPE_CHECKING:
@@ -19,25 +19,15 @@ _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\n\t"
 """A model early in training writes control characters, which must not reach a terminal or a file."""
 
 
-class _Number(click.FloatRange):
-    """A range of numbers without NaN, which click accepts in every range."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number: float = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail("expected a number, got NaN", param, ctx)
-        return number
-
-
 @click.command()
 @click.argument("run", type=PATH)
 @click.option("--prompt", default="", help="Text to continue; unset: a new document.")
 @click.option("--tokens", default=200, show_default=True, type=click.IntRange(1), help="Tokens to write at most.")
-@click.option("--temperature", default=0.8, show_default=True, type=_Number(0), help="0: the likeliest token.")
+@click.option("--temperature", default=0.8, show_default=True, type=Number(0), help="0: the likeliest token.")
 @click.option("--top-k", type=click.IntRange(1), help="Choose among this many likeliest tokens.")
 @click.option(
     "--top-p",
-    type=_Number(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     help="Choose among the fewest tokens that together hold this probability.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="The same seed, the same text.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +12,14 @@ from typing import Any
 import click
 
 from gpt_simple._names import PROGRAM
+from gpt_simple.cli.options import Number
 from gpt_simple.cli.paths import PATH, UserPath
 from gpt_simple.errors import ExitCode
+from gpt_simple.hardware import cores
 from gpt_simple.launch.signals import stop_on_signals
 
 LINE_EVERY = 10.0
 """Seconds between two lines of progress where there is no terminal."""
-
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @click.command()
@@ -41,13 +40,11 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 )
 @click.option("--tokenizer_vocab_size", default=8192, show_default=True, type=click.IntRange(257), help="Ids of a bpe.")
 @click.option("--text_key", default="text", show_default=True, help="The key of the text in a JSON line.")
-@click.option(
-    "--val_fraction", default=0.05, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Held out."
-)
+@click.option("--val_fraction", default=0.05, show_default=True, type=Number(0, 1, max_open=True), help="Held out.")
 @click.option(
     "--max_length", type=click.IntRange(2), help="Say how many rows of this length there are; none is an error."
 )
-@click.option("--num_workers", default=_CORES, show_default="all cores", type=click.IntRange(1), help="Processes.")
+@click.option("--num_workers", default=cores, show_default="all cores", type=click.IntRange(1), help="Processes.")
 @click.option("--strict", is_flag=True, help="Stop at a document that cannot be read instead of skipping it.")
 def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
     """Tokenize .txt .md .py .jsonl .jsonl.gz .jsonl.zst files into a dataset that a run reads as data.path.

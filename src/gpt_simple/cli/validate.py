@@ -8,6 +8,7 @@ import click
 from attrs import evolve
 
 from gpt_simple.cli.fields import ConfigRequest, ConfiguredCommand
+from gpt_simple.cli.options import Number
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
@@ -45,7 +46,7 @@ class _Validate(ConfiguredCommand):
 )
 @click.option("--fit", is_flag=True, help="Find the largest per_device_batch_size that fits. Implies --memory.")
 @click.option("--probe", is_flag=True, help="Make some real steps on this machine and say how long the run takes.")
-@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), default=0.4, help="Assumed without --probe.")
+@click.option("--mfu", type=Number(0, 1, min_open=True), default=0.4, help="Assumed without --probe.")
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def validate(request: ConfigRequest, strict: bool, as_json: bool, **options: Any) -> int:

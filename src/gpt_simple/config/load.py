@@ -30,7 +30,7 @@ from gpt_simple.config.types import NULL_WORDS
 T = TypeVar("T")
 
 OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
-"""``--section.key`` or ``--section.key=value``."""
+"""``--section.key`` or ``--section.key=value``; also with dashes for underscores."""
 _ALMOST_ENV = re.compile(rf"GPT_SIMPLE_({'|'.join(a.name.upper() for a in attrs.fields(Config))})_+(\w+)")
 """A variable that is meant for this program, but lacks an underscore."""
 _ASSIGNED = re.compile(r"(-*)([A-Za-z_][^=\s]*)=(.*)", re.DOTALL)
@@ -109,10 +109,10 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], li
         if not (found := OVERRIDE.fullmatch(argument)):
             rest.append(argument)
             continue
-        key, text = found.groups()
+        key, text = field_key(found[1]), found[2]
         if text is None:
             if not remaining or remaining[0].startswith("--"):
-                hint = f"write --{key} VALUE or --{key}=VALUE"
+                hint = f"write --{found[1]} VALUE or --{found[1]}=VALUE"
                 raise config_error([Origin("cli", f"--{key}").mistake(key, "a value is missing", hint)])
             text = remaining.pop(0)
         overrides.append((key, text))
@@ -138,6 +138,13 @@ def redacted_text(key: str, text: str) -> str:
     return HIDDEN if is_secret(key) and text else without(text, secrets_in(_literal(text), key))
 
 
+def field_key(option: str) -> str:
+    """The dotted key of ``--section.key``. Fields may be written with dashes; keys of a mapping stay as typed."""
+    parts = option.split(".")
+    depth = 3 if parts[0] == "plugins" else 2
+    return ".".join([*(part.replace("-", "_") for part in parts[:depth]), *parts[depth:]])
+
+
 def sections_of(config: Config) -> dict[str, object]:
     """A configuration built in Python, as the ``sections`` of :func:`read`."""
     return {attribute.name: getattr(config, attribute.name) for attribute in attrs.fields(Config)}
@@ -156,7 +163,9 @@ class _Layers:
     def add_file(self, path: Path) -> None:
         parsed = _parse(path)
         self.mistakes += parsed.mistakes
-        self.origins |= {key: Origin.in_file(str(path), line) for key, line in parsed.lines.items()}
+        self.origins |= {
+            key: Origin.in_file(str(path), line, typed=parsed.typed.get(key, "")) for key, line in parsed.lines.items()
+        }
         for name, section in self._translated(parsed.values).items():
             # `plugins:` with nothing below it is an empty table.
             self.values[name] = {} if section is None else section

@@ -19,18 +19,19 @@ class Origin:
     """The place that set a value, and the weaker place that it overrode.
 
     ``where`` reads ``config.toml:12``, ``$GPT_SIMPLE__TRAINING__SEED``, ``--training.seed`` or ``train(...)``. ``line``
-    is 0 unless the place is a line of a file.
+    is 0 unless the place is a line of a file. ``typed`` is the text there of a number, a date or a boolean.
     """
 
     kind: Kind
     where: str
     overrides: Origin | None = None
     line: int = 0
+    typed: str = ""
 
     @classmethod
-    def in_file(cls, file: str, line: int, column: int = 0) -> Origin:
+    def in_file(cls, file: str, line: int, column: int = 0, *, typed: str = "") -> Origin:
         """A place in a file. Line and column count from 1; 0 is unknown."""
-        return cls("file", ":".join([file, *(str(number) for number in (line, column) if number)]), line=line)
+        return cls("file", ":".join([file, *(str(number) for number in (line, column) if number)]), None, line, typed)
 
     @property
     def location(self) -> str | None:

@@ -22,7 +22,8 @@ def parse_toml(text: str, file: str) -> Parsed:
     """Values and lines of a TOML document. The first error in its text is a ConfigError."""
     text = text.replace("\r\n", "\n")  # tomli does the same before it counts positions
     try:
-        return Parsed(tomli.loads(text), _Scanner(text).scan())
+        values, scanner = tomli.loads(text), _Scanner(text)
+        return Parsed(values, scanner.scan(), typed=scanner.typed)
     except tomli.TOMLDecodeError as error:
         found = _explained(text, error) or Problem(None, "", _first_lower(error.msg))
         origin = Origin.in_file(file, error.lineno, error.colno)
@@ -100,7 +101,8 @@ def _meant(word: str) -> str:
     if number and (number[2] or number[4]):
         sign, whole, dot, fraction, exponent = (part or "" for part in number.groups())
         value = f"{sign}{whole.lstrip('0_') or '0'}{dot and '.' + (fraction or '0')}{exponent}"
-        return "" if value == word else f"write {short(value)}, not {short(word)}"
+        text = f", or {show(word)} for text" if whole.startswith("0") else ""
+        return "" if value == word else f"write {short(value)}, not {short(word)}{text}"
     return f"text needs quotes: {show(word)}" if word else "a value is missing after the ="
 
 
@@ -126,6 +128,7 @@ class _Scanner:
         self.text = text
         self.position = 0
         self.lines: dict[str, int] = {}
+        self.typed: dict[str, str] = {}
         self.array_lengths: dict[str, int] = {}
         self.last = ""
 
@@ -178,6 +181,7 @@ class _Scanner:
                 self._take(",")
         elif bare := self._BARE.match(self.text, self.position):
             self.position = bare.end()
+            self.typed[path] = bare[0].strip()
 
     def _header(self) -> str:
         path = ""

@@ -64,7 +64,7 @@ def parse_yaml(text: str, file: str) -> Parsed:
         values = {}
     elif not isinstance(values, dict):
         raise file_error(file, "expected sections such as `training:` with keys below them", line=1, column=1)
-    return Parsed(values, walk.lines, walk.mistakes)
+    return Parsed(values, walk.lines, walk.mistakes, walk.typed)
 
 
 def parse_json(text: str, file: str) -> Parsed:
@@ -86,7 +86,7 @@ def parse_json(text: str, file: str) -> Parsed:
     # tokens, which never occur inside a JSON string, and some characters.
     with suppress(ConfigError):
         as_yaml = parse_yaml(text.replace("\t", " "), file)
-        return Parsed(values, as_yaml.lines, as_yaml.mistakes)
+        return Parsed(values, as_yaml.lines, as_yaml.mistakes, as_yaml.typed)
     return Parsed(values, {})
 
 
@@ -96,6 +96,7 @@ class _Walk:
     def __init__(self, file: str) -> None:
         self.file = file
         self.lines: dict[str, int] = {}
+        self.typed: dict[str, str] = {}
         self.mistakes: list[Mistake] = []
         self._open: list[yaml.Node] = []
 
@@ -108,7 +109,10 @@ class _Walk:
                 return self._mapping(node, path)
             if isinstance(node, yaml.SequenceNode):
                 return self._sequence(node, path)
-            return self._scalar(node)
+            value = self._scalar(node)
+            if isinstance(value, bool | int | float):
+                self.typed[path] = node.value
+            return value
         finally:
             self._open.pop()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from gpt_simple.config.origin import Mistake
 
@@ -15,8 +15,12 @@ UNREADABLE: Any = object()
 
 @frozen
 class Parsed:
-    """A document: its values, dotted path -> line, and the errors in its text that did not end the reading."""
+    """A document: its values, and the errors in its text that did not end the reading.
+
+    ``lines`` and ``typed`` are dotted path -> line, and the text of a value that is a number, a date or a boolean.
+    """
 
     values: dict[str, Any]
     lines: Mapping[str, int]
     mistakes: Sequence[Mistake] = ()
+    typed: Mapping[str, str] = field(factory=dict)

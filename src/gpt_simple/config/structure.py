@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -95,7 +95,7 @@ class _Structuring:
             elif is_secret(place):
                 self._report(place, error.discreet)
             else:
-                self._report(place, str(error), error.hint)
+                self._report(place, str(error), error.hint(self.raw.origins.of(place).typed))
         return made
 
     def _plugins(self, value: Any) -> PluginsConfig | None:
@@ -124,9 +124,11 @@ class _Structuring:
         """Message and hint."""
         names = [*self.sections, "plugins"]
         if meant := closest(name, names):
+            if meant in self.sections:
+                self._doubt([f"{meant}.{spec.name}" for spec in fields_of(self.sections[meant])])
             return "unknown section", f"did you mean [{meant}]?"
         if not isinstance(value, Mapping) and (home := self._fields_named(name) or self._fields_like(name)):
-            return "unknown key", f"did you mean {home}?"
+            return "unknown key", self._did_you_mean(home)
         return "unknown section", f"expected one of {', '.join(names)}"
 
     def _report_unknown(self, path: str, cls: type) -> None:
@@ -137,8 +139,8 @@ class _Structuring:
         message = "unknown key"
         if path in OLD_VALUES:
             message, hint = OLD_VALUES[path]
-        elif meant := self._fields_named(key) or (near and f"{table}.{near}") or self._fields_like(key):
-            hint = f"did you mean {meant}?"
+        elif meant := self._fields_named(key) or ([f"{table}.{near}"] if near else []) or self._fields_like(key):
+            hint = self._did_you_mean(meant)
         elif "epoch" in key:
             hint = "a run is as long as training.max_steps says"
         elif cls is PluginsConfig:
@@ -158,10 +160,18 @@ class _Structuring:
         of_plugins = _paths_by_name({f"plugins.{name}": cls for name, cls in self.plugin_configs.items()})
         return fields | {name: paths for name, paths in of_plugins.items() if name not in fields}
 
-    def _fields_named(self, key: str) -> str:
-        return " or ".join(self._fields.get(key, ()))
+    def _did_you_mean(self, fields: Sequence[str]) -> str:
+        self._doubt(fields)
+        return f"did you mean {' or '.join(fields)}?"
 
-    def _fields_like(self, key: str) -> str:
+    def _doubt(self, fields: Sequence[str]) -> None:
+        """Report no conflict with the default of a field whose value probably stands under another name."""
+        self.wrong.update(path for path in fields if self.raw.origins.is_default(path))
+
+    def _fields_named(self, key: str) -> Sequence[str]:
+        return self._fields.get(key, ())
+
+    def _fields_like(self, key: str) -> Sequence[str]:
         """The cutoff is high: what a field of another section sets is something else."""
         return self._fields_named(closest(key, self._fields, cutoff=0.8) or "")
 

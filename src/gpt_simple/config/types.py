@@ -51,15 +51,19 @@ _SCALARS: Mapping[Any, tuple[str, str, str, str]] = {
 class Mismatch(ValueError):
     """A value of another type than its field.
 
-    ``discreet`` is the message without the value, ``hint`` says how the value was probably meant.
+    ``discreet`` is the message without the value.
     """
 
     def __init__(self, type_: FieldType, value: Any, expected: str = "") -> None:
         wanted = f"expected {expected or type_.description}"
         self.value = value
         self.discreet = f"{wanted}, got something else, which is not shown"
-        self.hint = _hint(type_, value)
+        self.type = type_
         super().__init__(f"{wanted}, got {show(value)}")
+
+    def hint(self, typed: str) -> str:
+        """How the value was probably meant; empty if there is no guess. ``typed`` is its text in the file, if known."""
+        return _hint(self.type, self.value, typed)
 
 
 class UnsupportedType(TypeError):
@@ -271,11 +275,13 @@ def _limit(bound: Bound) -> Any:
     return getattr(bound, type(bound).__name__.lower())
 
 
-def _hint(type_: FieldType, value: Any) -> str:
-    """How the value was probably meant; empty if there is no guess."""
+def _hint(type_: FieldType, value: Any, typed: str) -> str:
+    is_list = any(member.kind == "list" and member.parts[0].annotation is str for member in type_.members)
     if not isinstance(value, str):
-        is_word = type_.accepts(str) and isinstance(value, bool | int | float)
-        return f'write "{show(value)}"' if is_word else ""
+        word = typed or (show(value) if isinstance(value, bool | int | float) else "")
+        if not word or not (type_.accepts(str) or is_list):
+            return ""
+        return f'write "{word}"' if type_.accepts(str) else f'write ["{word}"]'
     for member in type_.members:
         if member.kind == "choice" and (choice := closest(value, member.choices)):
             return f'did you mean "{choice}"?'
@@ -286,7 +292,7 @@ def _hint(type_: FieldType, value: Any) -> str:
         return 'write null (in TOML "null", or leave the key out)'
     if (type_.accepts(int) or type_.accepts(float)) and (number := _number(word)) is not None:
         return f"write {number}"
-    if any(member.kind == "list" and member.parts[0].annotation is str for member in type_.members):
+    if is_list:
         return f"write [{show(value)}]"
     return ""
 

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tiktoken import Encoding
+
+from gpt_simple.hardware import cores
 from tokenizers import Tokenizer as Backend
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -44,7 +46,7 @@ def _library_ids(backend: Backend, texts: Sequence[str]) -> Iterable[U32]:
 
 
 def _tiktoken_ids(encoding: Encoding, texts: Sequence[str]) -> Iterable[U32]:
-    """Uses as many threads as there are cores, unless TOKENIZERS_PARALLELISM is false."""
+    """Uses as many threads as this process has cores, unless TOKENIZERS_PARALLELISM is false."""
 
     def encode(text: str) -> U32:
         # A list of Python's numbers would cost a fifth of the encoding itself.
@@ -53,7 +55,7 @@ def _tiktoken_ids(encoding: Encoding, texts: Sequence[str]) -> Iterable[U32]:
         except UnicodeEncodeError:  # a prompt that is not UTF-8 has halves of surrogate pairs: replace them
             return np.array(encoding.encode_ordinary(text), np.uint32)
 
-    threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count() or 1
+    threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else cores()
     if threads == 1 or len(texts) == 1:
         return map(encode, texts)
     with ThreadPoolExecutor(threads) as pool:

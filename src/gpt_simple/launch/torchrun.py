@@ -26,6 +26,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError, Problem
+from gpt_simple.hardware import cores
 from gpt_simple.launch.member import AGAIN, processes_here, under_torchrun
 from gpt_simple.launch.record import DIRECTORY, LAUNCHER, STARTED, Record, Records
 from gpt_simple.launch.signals import ONE_PRESS_SECONDS, handling
@@ -117,7 +118,7 @@ class Launch:
         # The launcher prints one message itself.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         count = max(1, torch.cuda.device_count()) if self.nproc_per_node == "auto" else int(self.nproc_per_node)
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
         os.environ |= {DIRECTORY: directory, LAUNCHER: str(os.getpid()), STARTED: str(time.monotonic())}
         if self.max_restarts:
             # A shared store would give restarted processes the addresses of those before them.
