@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gpt_simple._files import AtomicDirectory, fsync, remove_tree
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.cache import Log, locked
+from gpt_simple.data.cache import Log, locked, writing
 from gpt_simple.data.manifest import FILE, WORK, Manifest, read_manifest
 from gpt_simple.data.parts import (
     DOCUMENT,
@@ -83,7 +83,8 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
     work = _claim(job)
     if not work.exists() and (job.output_dir / FILE).exists():
         return _finished(job, identity, log)
-    with locked(work, "work", log):
+    hint = "make room, and the same command goes on, or name another directory"
+    with locked(work, "work", log, hint), writing(job.output_dir, hint):
         if (job.output_dir / FILE).exists():
             return _finished(job, identity, log)
         settings = _settings(job, units, work, identity, log)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from gpt_simple._files import write_whole
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.cache import Log, build_once, locked
+from gpt_simple.data.cache import Log, NotWritable, build_once, locked
 from gpt_simple.data.locate import index_of, packing_of
-from gpt_simple.data.manifest import Manifest, SplitRecord, verify_checksums
+from gpt_simple.data.manifest import Manifest, SplitRecord, file_states, verify_checksums
 from gpt_simple.data.mixture import Mixture, mixture
 from gpt_simple.data.order import I64
 from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
@@ -157,7 +159,10 @@ def _open_split(directory: Path, manifest: Manifest, record: SplitRecord, config
 
 
 def _cached_best_fit(shard: Shard, target: Path, config: DataConfig, log: Log) -> BestFitRows:
-    """The packing of a shard, which is computed once and then mapped into memory."""
+    """The packing of a shard, which is computed once and then mapped into memory.
+
+    Where it cannot be kept, each process computes its own.
+    """
     fields = ("spans", "offsets", "row_targets")
 
     def fill(directory: Path) -> None:
@@ -165,7 +170,11 @@ def _cached_best_fit(shard: Shard, target: Path, config: DataConfig, log: Log) -
         for field in fields:
             np.save(directory / f"{field}.npy", getattr(packed, field), allow_pickle=False)
 
-    build_once(target, fill, log)
+    try:
+        build_once(target, fill, log)
+    except NotWritable as error:
+        log(f"{error.problems[0].message}: the packing is computed again in every launch")
+        return best_fit(shard, config.max_length, config.overlap_size)
     arrays = {field: np.load(target / f"{field}.npy", mmap_mode="r", allow_pickle=False) for field in fields}
     return BestFitRows(shard, config.max_length, **arrays)
 
@@ -173,10 +182,28 @@ def _cached_best_fit(shard: Shard, target: Path, config: DataConfig, log: Log) -
 def _verify_once(directory: Path, manifest: Manifest, index: Path, log: Log) -> None:
     """Compare the checksums of all files, but for those that have the size and time of an earlier comparison."""
     stamp = index / f"verified-{manifest.fingerprint[:16]}.json"
-    with locked(index, "verified", log):
-        seen = json.loads(stamp.read_text()) if stamp.exists() else {}
+    if _seen(stamp) == file_states(directory, manifest):
+        return
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(locked(index, "verified", log))
+        except NotWritable as error:
+            log(f"{error.problems[0].message}: the data are compared with their checksums in every launch")
+            verify_checksums(directory, manifest, {})
+            return
+        seen = _seen(stamp)
         now = verify_checksums(directory, manifest, seen)
         if now != seen:
-            temporary = stamp.with_suffix(".tmp")
-            temporary.write_text(json.dumps(now))
-            temporary.replace(stamp)
+            try:
+                write_whole(stamp, json.dumps(now))
+            except OSError as error:
+                log(f"{stamp}: {error.strerror}: the data are compared with their checksums in every launch")
+
+
+def _seen(stamp: Path) -> dict[str, list[int]]:
+    """The sizes and times of an earlier comparison; empty if there is none that can be read."""
+    try:
+        seen = json.loads(stamp.read_text())
+    except (OSError, ValueError):
+        return {}
+    return seen if isinstance(seen, dict) else {}
