@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import time
@@ -245,3 +246,38 @@ def test_100000_steps_stay_small(make: Make) -> None:
     html = page([read_history(root, "long")])
     assert len(html) < 2_000_000
     assert time.process_time() - started < 6  # 3 s and room for a slow machine
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "out/report.html")])
+def test_a_file_that_is_no_report_is_not_replaced(shell: Shell, here: Path, make: Make, options: tuple[str]) -> None:
+    make("a").rename(here / "out")
+    target = here / "out/report.html"
+    target.write_text("mine")
+    ended = shell("report", "out", *options)
+    assert (ended.code, "out/report.html is there already and is no report" in ended.err) == (2, True), ended.err
+    assert target.read_text() == "mine"
+    target.unlink()
+    assert [shell("report", "out", *options).code for _ in range(2)] == [0, 0]
+
+
+def test_a_report_replaces_a_link_and_not_its_target(shell: Shell, here: Path, make: Make) -> None:
+    make("a").rename(here / "out")
+    assert shell("report", "out", "-o", "older.html").code == 0
+    older = (here / "older.html").read_bytes()
+    (here / "out/report.html").symlink_to(here / "older.html")
+    (here / "older.html").write_bytes(older + b"\n")
+    assert shell("report", "out").code == 0
+    assert not (here / "out/report.html").is_symlink()
+    assert (here / "older.html").read_bytes() == older + b"\n"
+
+
+def test_a_report_goes_through_a_pipe_and_a_named_link(shell: Shell, here: Path, make: Make) -> None:
+    os.mkfifo(here / "pipe")
+    (here / "link").symlink_to(here / "pipe")
+    reader = os.open(here / "pipe", os.O_RDWR)  # as if somebody read it; it holds 64 KiB
+    make("a").rename(here / "out")
+    for name in ("pipe", "link"):
+        assert shell("report", "out", "-o", name).code == 0
+        assert os.read(reader, 1 << 20).startswith(b"<!DOCTYPE html>")
+    os.close(reader)
+    assert (here / "link").is_symlink()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gpt_simple._files import write_whole
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.fields import builtin_configs
 from gpt_simple.cli.paths import PATH
@@ -86,13 +88,10 @@ def init(preset: str, output: Path, force: bool) -> None:
     if to_terminal:
         click.echo(text, nl=False)
         return
+    if not force and os.path.lexists(path):
+        raise ConfigError(f"{path} exists already", hint="choose another name with -o, or --force to overwrite it")
     try:
-        with path.open("w" if force else "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ConfigError(
-            f"{path} exists already", hint="choose another name with -o, or --force to overwrite it"
-        ) from None
+        write_whole(path, text)
     except OSError as error:
         raise ConfigError(f"{path}: the file cannot be written ({error.strerror})") from None
     click.echo(f"{path} written; look it over, then: {PROGRAM} run {path}")

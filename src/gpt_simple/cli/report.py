@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from gpt_simple._files import write_whole
 from gpt_simple.cli.paths import PATH
 from gpt_simple.errors import ConfigError
 from gpt_simple.report.history import read_history
-from gpt_simple.report.page import page
+from gpt_simple.report.page import SIGNATURE, page
 
 
 @click.command()
@@ -31,10 +32,23 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
     histories = [read_history(root, label) for root, label in zip(directories, _labels(directories), strict=True)]
     target = output or (directories[0] if len(directories) == 1 else Path()) / "report.html"
     try:
-        target.write_text(page(histories), encoding="utf-8")
+        if _is_foreign(target):
+            raise ConfigError(
+                f"{target} is there already and is no report", hint="move it away, or choose another one with --output"
+            )
+        text = page(histories)
+        if output is not None and (output.is_symlink() or (output.exists() and not output.is_file())):
+            output.write_text(text, encoding="utf-8")  # a terminal, a pipe, or a link that the user has named
+        else:
+            write_whole(target, text)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error.strerror}): choose another one with --output") from error
-    click.echo(f"{target} ({target.stat().st_size / 1024:.0f} KiB)")
+    click.echo(f"{target} ({len(text.encode()) / 1024:.0f} KiB)")
+
+
+def _is_foreign(target: Path) -> bool:
+    """Whether something else than this command wrote the file. An empty one holds nothing that could be lost."""
+    return target.is_file() and target.stat().st_size > 0 and SIGNATURE.encode() not in target.read_bytes()[-500:]
 
 
 def _labels(directories: list[Path]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from string import Template
 
+from gpt_simple._files import AtomicDirectory, new_directory
 from gpt_simple._names import DISTRIBUTION, PLUGIN_GROUP, PROGRAM, __version__
 from gpt_simple.errors import ConfigError
 from gpt_simple.plugin_host.discovery import installed, name_problem, usable
@@ -52,18 +54,19 @@ def scaffold(name: str, template: str, directory: str | Path) -> str:
         for path in root.rglob(f"*{_SUFFIX}"):
             # Test files too: tests of two packages that are run together must not have one name.
             file = str(path.relative_to(root)).removesuffix(_SUFFIX).replace("package", package)
-            texts[folder / file] = Template(path.read_text(encoding="utf-8")).substitute(values)
+            texts[file] = Template(path.read_text(encoding="utf-8")).substitute(values)
+    if os.path.lexists(folder):
+        raise ConfigError(f"plugins new: {folder} exists already: remove it or choose another name")
     try:
-        folder.mkdir(parents=True)
-        for path, text in texts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    except FileExistsError:
-        raise ConfigError(f"plugins new: {folder} exists already: remove it or choose another name") from None
+        with new_directory(folder.parent), AtomicDirectory(folder.with_name(f".{distribution}.{os.getpid()}")) as new:
+            for file, text in texts.items():
+                (new.path / file).parent.mkdir(parents=True, exist_ok=True)
+                (new.path / file).write_text(text, encoding="utf-8")
+            new.rename(folder)
     except OSError as error:
         raise ConfigError(f"plugins new: {folder} cannot be written: {error.strerror}") from None
     next_steps = f"""
 next: pip install -e {folder}
       {PROGRAM} plugins show {name}
       {PROGRAM} run config.toml -p {name}"""
-    return "\n".join([*(f"wrote {path}" for path in sorted(texts)), next_steps])
+    return "\n".join([*(f"wrote {folder / file}" for file in sorted(texts)), next_steps])

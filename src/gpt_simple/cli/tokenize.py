@@ -14,6 +14,7 @@ import click
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.options import Number
 from gpt_simple.cli.paths import PATH, UserPath
+from gpt_simple.data.cache import NotWritable
 from gpt_simple.errors import ExitCode
 from gpt_simple.hardware import cores
 from gpt_simple.launch.signals import stop_on_signals
@@ -63,7 +64,7 @@ def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
 
             job = Job(tokenizer=tokenizer_path or tokenizer, **options)
             manifest = tokenize(job, log, progress)
-    except (KeyboardInterrupt, OSError):
+    except (KeyboardInterrupt, OSError, NotWritable):
         if not stop.signal:
             raise
         with suppress(OSError):  # the terminal may be gone, and the bar that was on it

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gpt_simple._files import fsync, remove_tree
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.cache import Log, build_once, locked
+from gpt_simple.data.cache import Log, build_once, locked, writing
 from gpt_simple.data.manifest import FILE, REPORT, WORK, Manifest, read_manifest
 from gpt_simple.data.parts import (
     DOCUMENT,
@@ -44,7 +44,7 @@ from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
 
-_WORK_NAME = re.compile(r"\.work\.lock|parts|build|tokenizer-\w+(\.tmp)?")
+_WORK_NAME = re.compile(r"\.(work|tokenizer-\w+)\.(lock|tmp)|parts|build|tokenizer-\w+(\.tmp)?")
 """What ``WORK`` holds."""
 SHOWN = 20
 """How many skipped documents are logged; the report has more."""
@@ -82,7 +82,8 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
     work = _claim(job)
     if not work.exists() and (job.output_dir / FILE).exists():
         return _finished(job, identity, log)
-    with locked(work, "work", log):
+    hint = "make room, and the same command goes on, or name another directory"
+    with locked(work, "work", log, hint), writing(job.output_dir, hint):
         if (job.output_dir / FILE).exists():
             return _finished(job, identity, log)
         settings = _settings(job, units, work, identity, log)

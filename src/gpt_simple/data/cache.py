@@ -18,7 +18,13 @@ ROOT_VARIABLE = "GPT_SIMPLE_CACHE"
 
 Log = Callable[[str], None]
 
+_HINT = f"prepared data are kept there, set {ROOT_VARIABLE} to a directory that has room"
+
 T = TypeVar("T")
+
+
+class NotWritable(DataError):
+    """A directory cannot be written: the disk is full, or it may only be read."""
 
 
 def cache_root() -> Path:
@@ -27,12 +33,15 @@ def cache_root() -> Path:
 
 
 @contextmanager
-def locked(directory: Path, name: str, log: Log) -> Iterator[None]:
-    """Hold the lock ``name`` of a directory, which is made if need be; the end of the process releases it."""
+def locked(directory: Path, name: str, log: Log, hint: str = _HINT) -> Iterator[None]:
+    """Hold the lock ``name`` of a directory, which is made if need be; the end of the process releases it.
+
+    Raises NotWritable with ``hint``.
+    """
     from filelock import FileLock, Timeout  # only where something is written: importing it takes a while
 
     lock, waits = FileLock(directory / f".{name}.lock"), False
-    with _writing(directory):
+    with writing(directory, hint):
         while not lock.is_locked:
             directory.mkdir(parents=True, exist_ok=True)
             try:
@@ -69,7 +78,7 @@ def build_once(
                 return opened()
             except DataError as error:
                 log(f"{error.problems[0].message}; it is made again")
-        with _writing(target.parent), AtomicDirectory(target.parent / f".{target.name}.tmp") as directory:
+        with writing(target.parent), AtomicDirectory(target.parent / f".{target.name}.tmp") as directory:
             fill(directory.path)
             remove(target)
             directory.rename(target)
@@ -85,11 +94,11 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def _writing(directory: Path) -> Iterator[None]:
+def writing(directory: Path, hint: str = _HINT) -> Iterator[None]:
+    """Raise NotWritable for an error of the system, but not for an output that nobody reads any more."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise DataError(
-            f"{directory}: cannot be written ({error})",
-            hint=f"prepared data are kept there, set {ROOT_VARIABLE} to a directory that has room",
-        ) from error
+        raise NotWritable(f"{directory}: cannot be written ({error})", hint=hint) from error

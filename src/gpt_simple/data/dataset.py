@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import numpy as np
 from attrs import evolve, frozen
 from numpy.typing import NDArray
 
+from gpt_simple._files import write_whole
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.cache import Log, build_once, locked
+from gpt_simple.data.cache import Log, NotWritable, build_once, locked
 from gpt_simple.data.locate import index_of, packing_of
-from gpt_simple.data.manifest import NANOGPT, REPORT, Manifest, SplitRecord, verify_checksums
+from gpt_simple.data.manifest import NANOGPT, REPORT, Manifest, SplitRecord, file_states, verify_checksums
 from gpt_simple.data.mixture import Mixture, mixture
 from gpt_simple.data.order import I64
 from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
@@ -168,25 +169,40 @@ def _open_split(directory: Path, manifest: Manifest, record: SplitRecord, config
 
 
 def _cached_best_fit(shard: Shard, target: Path, made_from: str, config: DataConfig, log: Log) -> BestFitRows:
-    """The packing of a shard, which is computed once and then mapped into memory."""
+    """The packing of a shard, which is computed once and then mapped into memory.
+
+    Where it cannot be kept, each process computes its own.
+    """
 
     def fill(directory: Path) -> None:
         best_fit(shard, config.max_length, config.overlap_size).save(directory, made_from)
 
-    return build_once(target, fill, log, lambda: BestFitRows.load(target, made_from, shard, config.max_length))
+    try:
+        return build_once(target, fill, log, lambda: BestFitRows.load(target, made_from, shard, config.max_length))
+    except NotWritable as error:
+        log(f"{error.problems[0].message}: the packing is computed again in every launch")
+        return best_fit(shard, config.max_length, config.overlap_size)
 
 
 def _verify_once(directory: Path, manifest: Manifest, index: Path, log: Log) -> None:
     """Compare the checksums of all files, but for those that have the size and time of an earlier comparison."""
     stamp = index / f"verified-{manifest.fingerprint[:16]}.json"
-    with locked(index, "verified", log):
+    if _seen(stamp) == file_states(directory, manifest):
+        return
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(locked(index, "verified", log))
+        except NotWritable as error:
+            log(f"{error.problems[0].message}: the data are compared with their checksums in every launch")
+            verify_checksums(directory, manifest, {})
+            return
         seen = _seen(stamp)
         now = verify_checksums(directory, manifest, seen)
         if now != seen:
-            temporary = stamp.with_suffix(".tmp")
-            with suppress(OSError):  # it only saves time
-                temporary.write_text(json.dumps(now))
-                temporary.replace(stamp)
+            try:
+                write_whole(stamp, json.dumps(now))
+            except OSError as error:
+                log(f"{stamp}: {error.strerror}: the data are compared with their checksums in every launch")
 
 
 def _seen(stamp: Path) -> dict[str, Any]:

@@ -187,11 +187,9 @@ def verify_checksums(directory: Path, manifest: Manifest, seen: Mapping[str, lis
 
     Files that are as ``seen`` (what an earlier call returned) are not read again.
     """
-    now: dict[str, list[int]] = {}
+    now = file_states(directory, manifest)
     for name, expected in manifest.files():
         path = directory / name
-        stat = path.stat()
-        now[name] = [stat.st_size, stat.st_mtime_ns]
         if seen.get(name) != now[name] and (found := content(path)) != expected.sha256:
             raise _damaged(
                 directory,
@@ -199,6 +197,12 @@ def verify_checksums(directory: Path, manifest: Manifest, seen: Mapping[str, lis
                 f"{expected.sha256[:12]}...)",
             )
     return now
+
+
+def file_states(directory: Path, manifest: Manifest) -> dict[str, list[int]]:
+    """(size, mtime in ns) of every file of the shards."""
+    stats = {name: (directory / name).stat() for name, _ in manifest.files()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def content(path: Path) -> str:

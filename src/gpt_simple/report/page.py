@@ -17,6 +17,9 @@ from gpt_simple._names import PROGRAM, __version__
 from gpt_simple.report.figures import AXIS_NAMES, duration, figures, si
 from gpt_simple.report.history import AXES, History, Row
 
+SIGNATURE = f"<footer>{PROGRAM}"
+"""Near the end of every report, by which a later one recognises a file that it may replace."""
+
 _KEYS = {
     "training": '<path class="line" d="M0 7H30"/>',
     "validation": '<path class="dots" d="M0 7H30"/><path class="points" d="M15 7h0"/>',
@@ -55,7 +58,7 @@ def page(histories: Sequence[History]) -> str:
         '<meta name="color-scheme" content="light dark"/>'
         f"<title>{names}</title><style>{style}</style></head>\n"
         f"<body>{radios}<main><h1>{names}</h1>\n{chr(10).join(filter(None, body))}\n"
-        f"<footer>{PROGRAM} {__version__}, {datetime.datetime.now():%Y-%m-%d %H:%M}</footer></main></body></html>\n"
+        f"{SIGNATURE} {__version__}, {datetime.datetime.now():%Y-%m-%d %H:%M}</footer></main></body></html>\n"
     )
 
 

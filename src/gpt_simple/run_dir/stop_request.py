@@ -37,7 +37,10 @@ def ask_to_stop(run_dir: RunDir, *, force: bool = False) -> str:
         return f"asked {owner} to stop: it saves a checkpoint and exits after its present step"
     if force:
         raise CheckpointError(f"{owner} cannot be reached from here: run this on {owner.host}, or leave out --force")
-    write_json(run_dir.stop_request, {"by": socket.gethostname(), "time": time.time()})
+    try:
+        write_json(run_dir.stop_request, {"by": socket.gethostname(), "time": time.time()})
+    except OSError as error:
+        raise CheckpointError(f"{run_dir.stop_request} cannot be written: {error.strerror}") from error
     return f"left a request for {owner}: it reads it after every step"
 
 
