@@ -46,6 +46,7 @@ from gpt_simple.hooks.batch import Tokenizer
 
 _WORK_NAME = re.compile(r"\.(work|tokenizer-\w+)\.(lock|tmp)|parts|build|tokenizer-\w+(\.tmp)?")
 """What ``WORK`` holds."""
+_HINT = "make room, and the same command goes on, or name another directory"
 SHOWN = 20
 """How many skipped documents are logged; the report has more."""
 
@@ -82,8 +83,7 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
     work = _claim(job)
     if not work.exists() and (job.output_dir / FILE).exists():
         return _finished(job, identity, log)
-    hint = "make room, and the same command goes on, or name another directory"
-    with locked(work, "work", log, hint), writing(job.output_dir, hint):
+    with locked(work, "work", log, _HINT), writing(job.output_dir, _HINT):
         if (job.output_dir / FILE).exists():
             return _finished(job, identity, log)
         settings = _settings(job, units, work, identity, log)
@@ -168,7 +168,7 @@ def _settings(job: Job, units: Sequence[Unit], work: Path, identity: str, log: L
     """The tokenizer, trained if need be, in a directory where all processes find it."""
     directory = work / f"tokenizer-{identity[:24]}"
     tokenizer = build_once(
-        directory, lambda new: _tokenizer(job, units, log).save(new), log, lambda: load_tokenizer(directory)
+        directory, lambda new: _tokenizer(job, units, log).save(new), log, lambda: load_tokenizer(directory), _HINT
     )
     parts = work / "parts"
     parts.mkdir(exist_ok=True)

@@ -62,23 +62,24 @@ def build_once(
     fill: Callable[[Path], None],
     log: Log,
     opened: Callable[[], T] = lambda: None,  # type: ignore[assignment, return-value]
+    hint: str = _HINT,
 ) -> T:
     """Make the directory ``target`` with ``fill``, unless it exists already; return what ``opened`` returns.
 
     ``opened`` verifies the directory: after a DataError of it the directory is made again. Of several processes one
     calls ``fill`` while the others wait. After an error nothing of a new directory is left, nor of one that was begun
-    by a process that was killed.
+    by a process that was killed. Raises NotWritable with ``hint``.
     """
     if target.exists():
         with suppress(DataError):
             return opened()
-    with locked(target.parent, target.name, log):
+    with locked(target.parent, target.name, log, hint):
         if os.path.lexists(target):
             try:
                 return opened()
             except DataError as error:
                 log(f"{error.problems[0].message}; it is made again")
-        with writing(target.parent), AtomicDirectory(target.parent / f".{target.name}.tmp") as directory:
+        with writing(target.parent, hint), AtomicDirectory(target.parent / f".{target.name}.tmp") as directory:
             fill(directory.path)
             remove(target)
             directory.rename(target)
