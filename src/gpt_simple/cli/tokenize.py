@@ -29,6 +29,7 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 @click.option("--tokenizer", default="bpe", show_default=True, help="bpe (trained on the text), bytes, or a path.")
 @click.option("--tokenizer_path", metavar="PATH", help="A tokenizer.json or its directory; the same as --tokenizer.")
 @click.option("--tokenizer_vocab_size", default=8192, show_default=True, type=click.IntRange(257), help="Ids of a bpe.")
+@click.option("--end_token", metavar="TOKEN", help="The token of a tokenizer.json that ends a document.")
 @click.option("--text_key", default="text", show_default=True, help="The key of the text in a JSON line.")
 @click.option(
     "--val_fraction", default=0.05, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Held out."

@@ -12,7 +12,7 @@ from attrs import evolve
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.config.schema import Config, DataConfig
-from gpt_simple.data.locate import check, find, order_seed, packing_of
+from gpt_simple.data.locate import check, end_token, find, order_seed, packing_of
 from gpt_simple.data.manifest import ALL, Manifest, ShardRecord, SplitRecord
 from gpt_simple.data.sources import Source
 from gpt_simple.data.sources.files import Files, holds_json_lines
@@ -176,7 +176,9 @@ def _size(source: Source | Shards) -> int | None:
 def _vocab_size(data: DataConfig, registry: Registry) -> int | None:
     if data.tokenizer in ("bpe", "bytes"):
         return data.tokenizer_vocab_size if data.tokenizer == "bpe" else BYTE_IDS
-    return None if data.tokenizer in registry.names("tokenizer") else load_tokenizer(Path(data.tokenizer)).vocab_size
+    if data.tokenizer in registry.names("tokenizer"):
+        return None
+    return load_tokenizer(Path(data.tokenizer), end=end_token(data)).vocab_size
 
 
 def _name(source: Source | Shards, data: DataConfig) -> str:
