@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gpt_simple._files import fsync, remove_tree
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.cache import Log, build_once, locked
-from gpt_simple.data.manifest import FILE, REPORT, WORK, Manifest, read_manifest
+from gpt_simple.data.manifest import FILE, REPORT, WORK, Manifest, held_out_note, holds_out_too_much, read_manifest
 from gpt_simple.data.parts import (
     DOCUMENT,
     Settings,
@@ -97,6 +97,10 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
             )
         manifest = _assemble(work / "build", job, units, settings, skipped)
         _require_rows(job, manifest)
+        train, val = manifest.splits["train"], manifest.splits["val"]
+        documents, tokens = train.documents + val.documents, train.tokens + val.tokens
+        if holds_out_too_much(val.tokens, tokens, job.val_fraction):
+            log(held_out_note(val.documents, documents, val.tokens, tokens, job.val_fraction, "--val_fraction"))
         report = {
             "identity": identity,
             "empty": skipped.empty,
