@@ -9,6 +9,7 @@ import pytest
 
 import gpt_simple
 from tests.conftest import Shell
+from tests.tokenizers import TEXTS, word_piece
 
 GREEDY = ("--temperature", "0", "--tokens", "12")
 
@@ -138,4 +139,36 @@ def test_the_record_of_the_run_is_enough(trained: Path, shell: Shell, here: Path
     """The configuration file may be gone or changed."""
     (here / "config.toml").unlink()
     assert json.loads((trained / "run.json").read_text())["facts"]["config"]["model.n_embd"] == 32
+    assert shell("sample", "out", *GREEDY).code == 0
+
+
+@pytest.mark.parametrize("way", ["documents", "dataset", "nanogpt"])
+def test_a_tokenizer_with_another_end_trains_and_samples(way: str, here: Path, shell: Shell) -> None:
+    Path("t").mkdir()
+    Path("t/tokenizer.json").write_text(word_piece().to_str().replace("[SEP]", "<stop>"))
+    Path("raw").mkdir()
+    for i, document in enumerate(TEXTS):
+        Path(f"raw/{i}.txt").write_text(document)
+    source = ["--data.source", "files" if way == "documents" else "shards"]
+    options = [*source, "--data.tokenizer", "t", "--data.path", "raw", "--data.val_fraction", "0.3"]
+    end = ["--data.end_token", "<stop>"]
+    if way == "dataset":
+        made = shell("tokenize", "--input_dir", "raw", "--output_dir", "d", "--tokenizer", "t", "--end_token", "<stop>")
+        assert made.code == 0, made.err
+        assert "EOD 1," in shell("data", "inspect", "d").out
+        options = [*source, "--data.path", "d", "--data.tokenizer", "bpe"]
+        refused = shell("run", "config.toml", *options, "--data.end_token", "a")
+        assert (refused.code, "data.end_token" in refused.err) == (3, True)
+        end = []
+    elif way == "nanogpt":
+        Path("raw/train.bin").write_bytes(bytes([5, 0, 6, 0, 1, 0]) * 200)
+        Path("raw/val.bin").write_bytes(bytes([5, 0, 6, 0, 1, 0]) * 50)
+    else:
+        refused = shell("run", "config.toml", *options)
+        assert (refused.code, "data.end_token" in refused.err) == (3, True)
+        own = shell("run", "config.toml", *options, "--data.tokenizer", "bytes", *end)
+        assert (own.code, "data.end_token" in own.err) == (2, True)
+    for command in (["validate"], ["run"], ["run", "--training.max_steps", "6"]):
+        ended = shell(command[0], "config.toml", *command[1:], *options, *end)
+        assert ended.code == 0, ended.err
     assert shell("sample", "out", *GREEDY).code == 0

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 
 from gpt_simple.config.schema import Config, Phase
-from gpt_simple.data import shards, tokenize
+from gpt_simple.data import bulk, shards, tokenize
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.prepare import prepare
 from gpt_simple.data.sources.stories import Stories
 from gpt_simple.errors import ConfigError, DataError, ExitCode
 from gpt_simple.hooks.components import builtin_registry
+from tests.conftest import Shell
 
 MakeConfig = Callable[..., Config]
 
@@ -126,6 +128,36 @@ def test_of_few_documents_neither_split_is_empty(tmp_path: Path, cache: Path, co
             dataset, _ = prepared(config(path=str(tmp_path), val_fraction=fraction, format="text"))
             assert dataset.train.documents >= 1
             assert dataset.val.documents >= 1
+
+
+FILES = {"few": (3, "though .* is 0.05: .* more documents"), "many": (300, r"documents, \d\.\d% of the tokens$")}
+
+
+@pytest.mark.parametrize("count", FILES)
+@pytest.mark.parametrize("way", ["run", "run again", "tokenize", "validate"])
+def test_how_much_is_held_out_is_said(
+    way: str, count: str, tmp_path: Path, cache: Path, config: MakeConfig, shell: Shell
+) -> None:
+    (tmp_path / "files").mkdir()
+    number, message = FILES[count]
+    for i in range(number):
+        (tmp_path / "files" / f"{i}.txt").write_text(f"document {i:03} says the same as many others do.\n")
+    settings = config(path=str(tmp_path / "files"))
+    if way == "validate":
+        found = shell("validate", "--data.path", str(tmp_path / "files"), "--data.max_length", "8", "--json").out
+        codes = [finding["code"] for finding in json.loads(found)["findings"]]
+        assert ("held-out-share" in codes) == (count == "few")
+        return
+    if way == "tokenize":
+        said: list[str] = []
+        job = bulk.Job(tmp_path / "files", tmp_path / "out", tokenizer="bytes")
+        bulk.tokenize(job, said.append, lambda done, total: None)
+    else:
+        said = prepared(settings)[1]
+        if way == "run again":
+            said = prepared(settings)[1]
+    notes = [line for line in said if line.startswith("held out")]
+    assert [bool(re.search(message, note)) for note in notes] == [True] * (way != "tokenize" or count == "few")
 
 
 def test_documents_without_text_are_counted_and_skipped(raw: Path, cache: Path, config: MakeConfig) -> None:

@@ -7,21 +7,25 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from attrs import evolve
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data import tokenizer as module
+from gpt_simple.data.tokenize import encode_documents
 from gpt_simple.data.tokenizer import JsonTokenizer, bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
+from tests.tokenizers import EXACT, INEXACT, saved, word_piece
+from tests.tokenizers import TEXTS as FOREIGN_TEXTS
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 TEXTS = [
     "the cat sat on the mat, the cat sat.",
@@ -199,3 +203,90 @@ def test_a_foreign_tokenizer_keeps_its_own_end(tmp_path: Path) -> None:
     assert tokenizer.decode([2, 2, 5]) == "a a"
     assert tokenizer.token_bytes().tolist() == [1, 1, 2, 1, 0, 0]
     assert tokenizer.token_bytes().dtype == np.int32
+
+
+def renamed_end(backend: Backend) -> Backend:
+    """With another name of the token that ends a document."""
+    text = backend.to_str().replace("</s>", "<stop>").replace("[SEP]", "<stop>")
+    return Backend.from_str(text)
+
+
+def not_special(backend: Backend) -> Backend:
+    """With the end of a document among the tokens that are found in text."""
+    spec = json.loads(backend.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    return Backend.from_str(json.dumps(spec))
+
+
+def not_added(backend: Backend) -> Backend:
+    """With the end of a document as a piece of the model alone."""
+    spec = json.loads(backend.to_str())
+    return Backend.from_str(json.dumps(spec | {"added_tokens": []}))
+
+
+def merged_end() -> Backend:
+    """Merges that make the end of a document from its characters."""
+    vocab = {"<": 0, "/": 1, "s": 2, ">": 3, "</": 4, "s>": 5, "</s>": 6, "a": 7, "</s>a": 8, " ": 9}
+    merges = [("<", "/"), ("s", ">"), ("</", "s>"), ("</s>", "a")]
+    return Backend(models.BPE(vocab=vocab, merges=merges))
+
+
+def whole_words() -> Backend:
+    """A BPE that takes a whole word from its vocabulary first."""
+    backend = Backend(models.BPE(vocab={"<": 0, "/": 1, "s": 2, ">": 3, "</s>": 4}, merges=[], ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return backend
+
+
+ENDS = ["", "</s>", "a </s>", "</s></s>", "a</s>b", "</s>a", " [SEP] ", "a [SEP] b", "<stop> <stop>"]
+
+
+def unchanged(backend: Backend) -> Backend:
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        *product([*EXACT, *INEXACT, whole_words], [unchanged, not_special, not_added, renamed_end]),
+        *product([merged_end], [unchanged]),
+    ],
+)
+def test_text_is_never_the_end_of_a_document_for_any_tokenizer(
+    make: Callable[[], Backend], change: Callable[[Backend], Backend], tmp_path: Path
+) -> None:
+    file = saved(lambda: change(make()), tmp_path)
+    backend = Backend.from_file(str(file))
+    end = next((name for name in ("</s>", "[SEP]", "<stop>") if backend.token_to_id(name) is not None), None)
+    if end is None:
+        pytest.skip("a trained tokenizer without its added tokens has no end")
+    tokenizer = load_tokenizer(file, end=end)
+    for texts in (ENDS, [*TEXTS, *FOREIGN_TEXTS]):
+        ids, sizes = encode_documents(tokenizer, texts)
+        ends = np.cumsum(sizes) - 1
+        assert np.flatnonzero(ids == tokenizer.eod_id).tolist() == ends.tolist()
+    # Text without the end has the ids of the library.
+    backend.encode_special_tokens = True
+    plain = [text.replace("</s>", "").replace("[SEP]", "") for text in FOREIGN_TEXTS]
+    expected = [each.ids for each in backend.encode_batch(plain, add_special_tokens=False)]
+    assert tokenizer.encode_batch(plain) == expected
+    tokenizer.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again", end=end).fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_that_gives_text_its_end_is_refused(tmp_path: Path) -> None:
+    backend = Backend(models.WordLevel(vocab={"</s>": 0, "a": 1}, unk_token="</s>"))
+    tokenizer = load_tokenizer(saved(lambda: backend, tmp_path))
+    assert encode_documents(tokenizer, ["a"])[0].tolist() == [1, 0]
+    with pytest.raises(DataError, match="gives text the id 0, which ends a document"):
+        encode_documents(tokenizer, ["a", "unknown"])
+
+
+def test_the_end_of_a_document_can_be_named(tmp_path: Path) -> None:
+    file = saved(lambda: renamed_end(word_piece()), tmp_path)
+    with pytest.raises(DataError, match=r"data\.end_token \(its special tokens: \[UNK\], <stop>\)"):
+        load_tokenizer(file)
+    with pytest.raises(DataError, match="no token '</s>'"):
+        load_tokenizer(file, end="</s>")
+    assert load_tokenizer(file, end="<stop>").eod_id == 1

@@ -40,6 +40,7 @@ LINE_EVERY = 10.0
     help="A tokenizer.json or its directory; the same as --tokenizer.",
 )
 @click.option("--tokenizer_vocab_size", default=8192, show_default=True, type=click.IntRange(257), help="Ids of a bpe.")
+@click.option("--end_token", metavar="TOKEN", help="The token of a tokenizer.json that ends a document.")
 @click.option("--text_key", default="text", show_default=True, help="The key of the text in a JSON line.")
 @click.option("--val_fraction", default=0.05, show_default=True, type=Number(0, 1, max_open=True), help="Held out.")
 @click.option(

@@ -98,6 +98,10 @@ class DataConfig:
     tokenizer_vocab_size: Annotated[
         int, Ge(257), Le(1_000_000), Doc("size of the vocabulary when tokenizer is bpe")
     ] = 8192
+    end_token: Annotated[
+        str | None,
+        Doc("token of a tokenizer.json that ends a document; unset: the first known name that it has, like </s>"),
+    ] = None
     max_length: Annotated[int, Ge(2), Doc("tokens in a row: the context the model is trained on")] = 2048
     packing: Annotated[
         Literal["concat", "best_fit"],

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from gpt_simple._files import fsync, remove_tree
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.cache import Log, build_once, locked, writing
-from gpt_simple.data.manifest import FILE, REPORT, WORK, Manifest, read_manifest
+from gpt_simple.data.manifest import FILE, REPORT, WORK, Manifest, held_out_note, holds_out_too_much, read_manifest
 from gpt_simple.data.parts import (
     DOCUMENT,
     Settings,
@@ -41,7 +41,7 @@ from gpt_simple.data.shards import DatasetWriter
 from gpt_simple.data.tokenize import TRAINING_BYTES, held_out_of, key_hash
 from gpt_simple.data.tokenizer import bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
-from gpt_simple.errors import DataError
+from gpt_simple.errors import ConfigError, DataError
 from gpt_simple.hooks.batch import Tokenizer
 
 _WORK_NAME = re.compile(r"\.(work|tokenizer-\w+)\.(lock|tmp)|parts|build|tokenizer-\w+(\.tmp)?")
@@ -65,6 +65,7 @@ class Job:
     output_dir: Path
     tokenizer: str = "bpe"
     tokenizer_vocab_size: int = 8192
+    end_token: str | None = None
     text_key: str = "text"
     val_fraction: float = 0.05
     max_length: int | None = None
@@ -78,6 +79,12 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
     Documents that cannot be read are skipped, logged and counted in ``tokenize.json``; ``strict`` makes the first of
     them a DataError. DataError too if the output belongs to something else. After an error nothing was published.
     """
+    if job.end_token and job.tokenizer in ("bpe", "bytes"):
+        raise ConfigError(
+            f"the tokenizer {job.tokenizer!r} has its own token that ends a document",
+            location="--end_token",
+            hint="leave it out: it is for the path of a tokenizer.json",
+        )
     units = find_units(job.input_dir)
     identity = _identity(job, units)
     work = _claim(job)
@@ -96,6 +103,10 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
             )
         manifest = _assemble(work / "build", job, units, settings, skipped)
         _require_rows(job, manifest)
+        train, val = manifest.splits["train"], manifest.splits["val"]
+        documents, tokens = train.documents + val.documents, train.tokens + val.tokens
+        if holds_out_too_much(val.tokens, tokens, job.val_fraction):
+            log(held_out_note(val.documents, documents, val.tokens, tokens, job.val_fraction, "--val_fraction"))
         report = {
             "identity": identity,
             "empty": skipped.empty,
@@ -129,7 +140,7 @@ def _identity(job: Job, units: Sequence[Unit]) -> str:
     """A hash of all that decides the result: the options, and the names, sizes and times of the files."""
     tokenizer = job.tokenizer
     if tokenizer not in ("bpe", "bytes"):
-        tokenizer = load_tokenizer(Path(tokenizer)).fingerprint
+        tokenizer = load_tokenizer(Path(tokenizer), end=job.end_token).settings
     options = [tokenizer, job.tokenizer_vocab_size if tokenizer == "bpe" else 0, job.text_key, job.val_fraction]
     return hashlib.sha256(json.dumps([options, [unit.state for unit in units]]).encode()).hexdigest()
 
@@ -168,18 +179,22 @@ def _settings(job: Job, units: Sequence[Unit], work: Path, identity: str, log: L
     """The tokenizer, trained if need be, in a directory where all processes find it."""
     directory = work / f"tokenizer-{identity[:24]}"
     tokenizer = build_once(
-        directory, lambda new: _tokenizer(job, units, log).save(new), log, lambda: load_tokenizer(directory), _HINT
+        directory,
+        lambda new: _tokenizer(job, units, log).save(new),
+        log,
+        lambda: load_tokenizer(directory, end=job.end_token),
+        _HINT,
     )
     parts = work / "parts"
     parts.mkdir(exist_ok=True)
-    return Settings(parts, directory, tokenizer.fingerprint, job.text_key)
+    return Settings(parts, directory, tokenizer.settings, job.text_key, tokenizer.eod_id)
 
 
 def _tokenizer(job: Job, units: Sequence[Unit], log: Log) -> Tokenizer:
     if job.tokenizer == "bytes":
         return byte_tokenizer(DataConfig(), lambda: iter(()))
     if job.tokenizer != "bpe":
-        return load_tokenizer(Path(job.tokenizer))
+        return load_tokenizer(Path(job.tokenizer), end=job.end_token)
     log(f"training a tokenizer of {job.tokenizer_vocab_size:,} ids")
     return bpe(DataConfig(tokenizer_vocab_size=job.tokenizer_vocab_size), lambda: _training_texts(job, units))
 

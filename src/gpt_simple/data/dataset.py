@@ -122,6 +122,7 @@ class Dataset:
         return {
             "directory": str(self.directory),
             "tokenizer": self.tokenizer.name,
+            "eod_id": self.tokenizer.eod_id,
             "vocab_size": self.tokenizer.vocab_size,
             "max_length": self.train.max_length,
             "buckets": dict(self.train.buckets),

@@ -42,7 +42,7 @@ def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
     if (directory / TRAIN).is_file() and not (directory / FILE).exists():
         return NanoGpt(directory).describe()
     manifest = read_manifest(directory)
-    tokenizer = load_tokenizer(directory / TOKENIZER)
+    tokenizer = load_tokenizer(directory / TOKENIZER, end=manifest.eod_id)
     if tokenizer.fingerprint != manifest.tokenizer:
         raise DataError(
             f"{directory / TOKENIZER}: its fingerprint is {tokenizer.fingerprint[:12]}, {FILE} says "

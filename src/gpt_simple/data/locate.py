@@ -43,6 +43,12 @@ def check(config: Config, registry: Registry) -> Source | Shards:
         )
     if isinstance(source, Stream):
         _refuse_what_needs_an_index(data)
+    if end_token(data) and data.tokenizer in registry.names("tokenizer") and type(source) is not Shards:
+        raise ConfigError(
+            f"the tokenizer {data.tokenizer!r} has its own token that ends a document",
+            key="data.end_token",
+            hint="leave it out: it is for the path of a tokenizer.json",
+        )
     tokenizer_choice(data, registry)
     return source
 
@@ -85,8 +91,8 @@ def tokenizer_choice(data: DataConfig, registry: Registry) -> tuple[str, Train]:
         return settings, registry.get("tokenizer", name).build
     path = Path(name)
     if path.exists() or path.suffix or len(path.parts) > 1:
-        tokenizer = load_tokenizer(path)
-        return tokenizer.fingerprint, lambda config, texts: tokenizer
+        tokenizer = load_tokenizer(path, None, end_token(data))
+        return tokenizer.settings, lambda config, texts: tokenizer
     raise ConfigError(
         f"{name!r} is neither a tokenizer ({', '.join(registry.names('tokenizer'))}) nor a file",
         key="data.tokenizer",
@@ -99,7 +105,14 @@ def tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registry
     own = directory / TOKENIZER
     trained = data.tokenizer in registry.names("tokenizer")
     if (raw or trained) and (own / TOKENIZER_FILE).is_file():
-        tokenizer: Tokenizer = load_tokenizer(own, data.tokenizer if raw else None)
+        tokenizer: Tokenizer = load_tokenizer(own, data.tokenizer if raw else None, manifest.eod_id)
+        named = end_token(data)
+        if named is not None and load_tokenizer(own, None, named).eod_id != manifest.eod_id:
+            raise DataError(
+                f"{directory}: the token that ends its documents is {manifest.eod_id}, not {named!r}",
+                key="data.end_token",
+                hint="leave it out: a dataset brings its own",
+            )
     else:
         tokenizer = tokenizer_choice(data, registry)[1](data, lambda: iter(()))
     if tokenizer.fingerprint != manifest.tokenizer:
@@ -117,6 +130,12 @@ def tokenizer_of(directory: Path, manifest: Manifest, data: DataConfig, registry
             hint="leave data.tokenizer out, or prepare the data again",
         )
     return tokenizer
+
+
+def end_token(data: DataConfig) -> str | None:
+    """The token that ends a document, if the configuration names it. A plugin's class of ``[data]`` may lack it."""
+    name: str | None = getattr(data, "end_token", None)
+    return name
 
 
 def index_of(directory: Path, manifest: Manifest) -> Path:

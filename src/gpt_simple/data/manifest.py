@@ -121,6 +121,25 @@ class Manifest:
                 yield f"{shard.name}.idx", shard.idx
 
 
+def held_out_note(
+    val_documents: int, documents: int, val_tokens: int, tokens: int, val_fraction: float, option: str
+) -> str:
+    """How much is held out, and what to do if that is far more than was asked for. ``option``: val_fraction's name."""
+    note = f"held out {val_documents:,} of {documents:,} documents, {val_tokens / max(1, tokens):.1%} of the tokens"
+    if not holds_out_too_much(val_tokens, tokens, val_fraction):
+        return note
+    return (
+        f"{note}, though {option} is {val_fraction:g}: a document is held out as a whole, and at least one is. Divide"
+        " the text into more documents, join it to one file (of a single document the end is held out), or set"
+        f" {option} = 0 and evaluate nothing"
+    )
+
+
+def holds_out_too_much(val_tokens: int, tokens: int, val_fraction: float) -> bool:
+    """Whether more than twice the share ``val_fraction`` is held out."""
+    return val_tokens > 2 * val_fraction * tokens > 0
+
+
 def token_dtype(vocab_size: int) -> Dtype:
     """The smaller of uint16 and uint32, little-endian, that holds every id."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"

@@ -31,7 +31,7 @@ from gpt_simple._files import fsync
 from gpt_simple.data.cache import remove
 from gpt_simple.data.manifest import ALL, content, token_dtype
 from gpt_simple.data.sources import files
-from gpt_simple.data.tokenize import batches, key_hash
+from gpt_simple.data.tokenize import batches, encode_documents, key_hash
 from gpt_simple.data.tokenizer import JsonTokenizer, load_tokenizer
 from gpt_simple.errors import DataError, GptSimpleError
 
@@ -158,12 +158,13 @@ def _units(bucket: str, pieces: list[Piece], wanted: int) -> Iterator[Unit]:
 
 @frozen
 class Settings:
-    """What a part depends on beside its unit, and the directory of parts."""
+    """What a part depends on beside its unit, and the directory of parts. ``fingerprint``: the tokenizer's settings."""
 
     directory: Path
     tokenizer: Path
     fingerprint: str
     text_key: str
+    eod_id: int
 
     def part(self, unit: Unit) -> Path:
         """The ``.json`` of the unit's part."""
@@ -207,7 +208,7 @@ def make_part(unit: Unit, settings: Settings) -> Skipped:
         remove(path.with_suffix(suffix))
     with path.with_suffix(".tokens").open("wb") as tokens, path.with_suffix(".documents").open("wb") as documents:
         for texts in batches(read(unit, settings.text_key, skipped), str):
-            ids, sizes = tokenizer.encode_documents(texts)
+            ids, sizes = encode_documents(tokenizer, texts)
             tokens.write(ids.astype(dtype).data)
             known = [(key_hash(t), size, len(t.encode())) for t, size in zip(texts, sizes.tolist(), strict=True)]
             documents.write(np.array(known, DOCUMENT).data)
@@ -274,4 +275,4 @@ def _start() -> None:
 @lru_cache(maxsize=1)
 def tokenizer_of(settings: Settings) -> JsonTokenizer:
     """The tokenizer of all parts, loaded once in each process."""
-    return load_tokenizer(settings.tokenizer)
+    return load_tokenizer(settings.tokenizer, end=settings.eod_id)

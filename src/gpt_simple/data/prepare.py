@@ -17,7 +17,7 @@ from gpt_simple.config.schema import Config, DataConfig
 from gpt_simple.data.cache import Log, build_once
 from gpt_simple.data.dataset import Dataset, open_dataset
 from gpt_simple.data.locate import cached, check, order_seed, tokenizer_choice, tokenizer_of
-from gpt_simple.data.manifest import read_manifest
+from gpt_simple.data.manifest import held_out_note, read_manifest
 from gpt_simple.data.sources import Source, Stream
 from gpt_simple.data.sources.shards import NanoGpt, Shards
 from gpt_simple.data.stream import Head, stream_rows
@@ -51,10 +51,14 @@ def prepare(config: Config, registry: Registry, *, log: Log | None = None, requi
     else:
         documents = Head(source) if isinstance(source, Stream) else source
         dataset = _prepared(documents, data, registry, log, require_val, opened)
+    train, val = dataset.train, dataset.val
+    count = train.documents + val.documents
+    if not isinstance(source, Shards) and data.val_fraction:
+        tokens = train.targets + val.targets
+        log(held_out_note(val.documents, count, val.targets, tokens, data.val_fraction, "data.val_fraction"))
     if not dataset.train.targets:
         raise DataError(f"{dataset.directory}: the train split is empty", hint="lower data.val_fraction or add text")
     if require_val:
-        val, count = dataset.val, dataset.val.documents + dataset.train.documents
         _require_val(val.targets, val.documents, count, data, prepared=isinstance(source, Shards))
     if isinstance(source, Stream):
         return evolve(dataset, stream=stream_rows(source, data, dataset.tokenizer))

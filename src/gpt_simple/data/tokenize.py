@@ -106,11 +106,22 @@ def write(directory: Path, source: Source, data: DataConfig, found: Survey, trai
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Ids of all texts in one array, each text followed by EOD, and how many each has with it."""
+    """Ids of all texts in one array, each text followed by EOD, and how many each has with it.
+
+    Raises DataError if a text has the id of EOD.
+    """
     if isinstance(tokenizer, JsonTokenizer):
-        return tokenizer.encode_documents(texts)
-    ended = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
-    return np.array(list(itertools.chain.from_iterable(ended)), np.int64), np.array([len(ids) for ids in ended])
+        tokens, sizes = tokenizer.encode_documents(texts)
+    else:
+        ended = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
+        tokens, sizes = np.array(list(itertools.chain.from_iterable(ended))), np.array([len(ids) for ids in ended])
+    if np.count_nonzero(tokens == tokenizer.eod_id) != len(texts):
+        raise DataError(
+            f"the tokenizer {tokenizer.name} gives text the id {tokenizer.eod_id}, which ends a document",
+            key="data.tokenizer",
+            hint="choose another tokenizer, or another of its tokens with data.end_token",
+        )
+    return tokens, sizes
 
 
 def batches(items: Iterable[T], text_of: Callable[[T], str], limit: int = BATCH_BYTES) -> Iterator[list[T]]:

@@ -39,6 +39,12 @@ BYTE_IDS = 257
 _IDS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 """The parts of a tokenizer.json that determine ids."""
 
+UNREACHABLE = "\ue000" * 200
+"""The name of a token that no text contains."""
+
+SHOWN = 20
+"""How many special tokens an error lists."""
+
 PIECE = 1 << 16
 """Longer texts are encoded in pieces of about this many characters: in parallel, and in bounded memory."""
 
@@ -70,6 +76,24 @@ class JsonTokenizer:
         return spec
 
     @cached_property
+    def _encoding(self) -> tuple[dict[str, Any], Backend]:
+        """What text is encoded with: the same tokenizer, except that no text becomes the end of a document."""
+        spec = without_end(self._spec, self.backend.id_to_token(self.eod_id))
+        if spec is None:
+            return self._spec, self.backend
+        backend = Backend.from_str(json.dumps(spec))
+        backend.encode_special_tokens = True
+        return spec, backend
+
+    @cached_property
+    def settings(self) -> str:
+        """A text of all that determines how documents are encoded."""
+        usual = _known_end(self.backend) == self.eod_id
+        end = "" if usual else f" end {self.eod_id}"
+        # Text that became the end of a document in an earlier version is encoded otherwise now.
+        return self.fingerprint + end + (" text" if self._encoding[1] is not self.backend else "")
+
+    @cached_property
     def vocab_size(self) -> int:
         return max(self.backend.get_vocab().values()) + 1
 
@@ -82,11 +106,12 @@ class JsonTokenizer:
     def _encode(self) -> Callable[[Sequence[str]], Iterable[NDArray[np.uint32]]]:
         from gpt_simple.data.encoder import encoder  # needs numpy; loading a tokenizer does not
 
-        return encoder(self.backend, self._spec, plain=is_plain(self._spec))
+        spec, backend = self._encoding
+        return encoder(backend, spec, plain=is_plain(spec))
 
     def _arrays(self, texts: Sequence[str]) -> Iterator[list[NDArray[np.uint32]]]:
         """The ids of each text, in one or more arrays."""
-        plain = is_plain(self._spec)
+        plain = is_plain(self._encoding[0])
         groups = [list(pieces(text)) if plain else [text] for text in texts]
         encoded = iter(self._encode([piece for group in groups for piece in group]))
         return ([next(encoded) for _ in group] for group in groups)
@@ -154,8 +179,11 @@ def bytes(config: DataConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
     return JsonTokenizer("bytes", _train(BYTE_IDS, ()), 0)
 
 
-def load_tokenizer(path: Path, name: str | None = None) -> JsonTokenizer:
-    """A tokenizer.json, or a directory that holds one. A name that does not exist is an error, never a fallback."""
+def load_tokenizer(path: Path, name: str | None = None, end: str | int | None = None) -> JsonTokenizer:
+    """A tokenizer.json, or a directory that holds one. A name that does not exist is an error, never a fallback.
+
+    ``end`` is the token that ends a document, or its id; by default the first of ``KNOWN_ENDS`` that exists.
+    """
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise DataError(
@@ -167,13 +195,21 @@ def load_tokenizer(path: Path, name: str | None = None) -> JsonTokenizer:
         raise DataError(
             f"tokenizer {file}: not a tokenizer.json that the tokenizers library reads ({error})"
         ) from error
-    ends = (backend.token_to_id(token) for token in KNOWN_ENDS)
-    eod = next((index for index in ends if index is not None), None)
+    eod = end if isinstance(end, int) else _known_end(backend) if end is None else backend.token_to_id(end)
     if eod is None:
+        tokens = sorted(backend.get_added_tokens_decoder().items())
+        special = ", ".join(token.content for _, token in tokens[:SHOWN] if token.special) or "none"
+        missing = f"none of {', '.join(KNOWN_ENDS)}" if end is None else f"no token {end!r}"
         raise DataError(
-            f"tokenizer {file}: it has no token that ends a document", hint=f"add one of {', '.join(KNOWN_ENDS)} to it"
+            f"tokenizer {file}: it has no token that ends a document: {missing}",
+            hint=f"name one of its tokens with data.end_token (its special tokens: {special})",
         )
     return JsonTokenizer(name or str(path), backend, eod)
+
+
+def _known_end(backend: Backend) -> int | None:
+    ends = (backend.token_to_id(token) for token in KNOWN_ENDS)
+    return next((index for index in ends if index is not None), None)
 
 
 def _train(vocab_size: int, texts: Iterable[str]) -> Backend:
@@ -189,6 +225,44 @@ def _train(vocab_size: int, texts: Iterable[str]) -> Backend:
     parts = (part for text in texts for piece in pieces(text) for part in stretches(piece))
     backend.train_from_iterator(parts, trainer)
     return backend
+
+
+def without_end(spec: Mapping[str, Any], end: str | None) -> dict[str, Any] | None:
+    """``spec`` of a tokenizer.json, changed so that no text is encoded as the token ``end``; None if none is anyway.
+
+    All other ids are the same. A model that encodes what it lacks as ``end`` is left as it is.
+    """
+    model, added = spec["model"], spec["added_tokens"]
+    vocab = model["vocab"]
+    pieces = [piece for piece, _ in vocab] if isinstance(vocab, list) else vocab
+    if end is None:
+        return None
+    merges = [pair for pair in model.get("merges") or () if end in (*pair, _merged(pair, model))]
+    reachable = end in pieces and (model["type"] != "BPE" or bool(merges) or bool(model.get("ignore_merges")))
+    if reachable and (model.get("unk_token") == end or len(end) == 1):
+        return None
+    if reachable:
+        names = {end: UNREACHABLE}
+        renamed: Any
+        if isinstance(vocab, list):
+            renamed = [[names.get(piece, piece), score] for piece, score in vocab]
+        else:
+            renamed = {names.get(piece, piece): index for piece, index in vocab.items()}
+        model = {**model, "vocab": renamed}
+        if merges:
+            model["merges"] = [pair for pair in model["merges"] if pair not in merges]
+        return {**spec, "model": model, "added_tokens": [token for token in added if token["content"] != end]}
+    if all(token["special"] for token in added if token["content"] == end):
+        return None
+    # The library does not search text for special tokens.
+    return {
+        **spec,
+        "added_tokens": [token | {"special": token["special"] or token["content"] == end} for token in added],
+    }
+
+
+def _merged(pair: Sequence[str], model: Mapping[str, Any]) -> str:
+    return pair[0] + pair[1].removeprefix(model.get("continuing_subword_prefix") or "")
 
 
 def is_plain(spec: Mapping[str, Any]) -> bool:

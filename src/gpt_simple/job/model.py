@@ -84,7 +84,7 @@ def restore(
     store = Store(run_dir.checkpoints)
     checkpoint = _find(store, step)
     info = _read_info(run_dir)
-    values, tokenizer = info["config"], load_tokenizer(run_dir.tokenizer)
+    values, tokenizer = info["config"], load_tokenizer(run_dir.tokenizer, end=_eod_id(info))
     saved = {key: value for key, value in values.items() if key.startswith("model.")}
     sections = {
         "model": {key.removeprefix("model."): value for key, value in saved.items()},
@@ -122,6 +122,12 @@ def _find(store: Store, step: int | None) -> Checkpoint:
         kept = ", ".join(map(str, sorted(steps))) or "none"
         raise CheckpointError(f"{store.root} has no checkpoint of step {step}", hint=f"expected one of: {kept}")
     return steps[step]
+
+
+def _eod_id(info: dict[str, Any]) -> int | None:
+    """The id that ends a document. Earlier versions do not record it: their tokenizers have a known name for it."""
+    eod_id: int | None = info.get("run", {}).get("data", {}).get("eod_id")
+    return eod_id
 
 
 def _read_info(run_dir: RunDir) -> dict[str, Any]:

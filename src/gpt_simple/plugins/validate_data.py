@@ -120,6 +120,15 @@ def _validation(preflight: Preflight) -> Iterator[Finding]:
         return
     if data.val_tokens is None:
         return
+    fraction, total = config.data.val_fraction, data.val_tokens + (data.train_tokens or 0)
+    if data.source != "token shards" and data.val_tokens > 2 * fraction * total > 0:
+        about = "about " if data.estimated else ""
+        message = (
+            f"{about}{data.val_tokens / total:.0%} of the tokens are held out, though val_fraction is {fraction:g}: a"
+            " document is held out as a whole, and at least one is"
+        )
+        divide = "divide the text into more documents, join it to one file, or set it and training.eval_steps to 0"
+        yield Finding("warning", "held-out-share", message, "data.val_fraction", divide, _DATA)
     if data.val_tokens < length:
         message = (
             f"the validation split has about {data.val_tokens:,} tokens, an estimate, and a sample is data.max_length"

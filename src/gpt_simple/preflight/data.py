@@ -12,7 +12,7 @@ from attrs import evolve
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.config.schema import Config, DataConfig
-from gpt_simple.data.locate import check, find, order_seed, packing_of
+from gpt_simple.data.locate import check, end_token, find, order_seed, packing_of
 from gpt_simple.data.manifest import ALL, Manifest, ShardRecord, SplitRecord
 from gpt_simple.data.sources import Source
 from gpt_simple.data.sources.files import Files, holds_json_lines
@@ -96,6 +96,8 @@ def _unprepared(source: Source | Shards, size: int | None, data: DataConfig, reg
     if size is not None:
         tokens = int(size * _text_share(source, data) / _bytes_per_token(vocab_size))
         val = int(tokens * data.val_fraction)
+        if val and isinstance(source, Files) and not _json_lines(source) and len(source.files) > 1:
+            val = max(val, tokens // len(source.files))  # a document is held out as a whole, and at least one is
         train = tokens - val
         rows = train // data.max_length
     val_at_most = _at_most(source, size)
@@ -133,8 +135,7 @@ def _text_share(source: Source | Shards, data: DataConfig) -> float:
     """Bytes of text in a byte of the files, by the first lines. Raises DataError for lines that a run refuses."""
     if not isinstance(source, Files):
         return 1.0
-    as_json = source.json_lines
-    file = next((file for file in source.files if (holds_json_lines(file) if as_json is None else as_json)), None)
+    file = next(iter(_json_lines(source)), None)
     if file is None:
         return 1.0
     most = min(SAMPLED, data.max_documents or SAMPLED)
@@ -144,6 +145,12 @@ def _text_share(source: Source | Shards, data: DataConfig) -> float:
     with file.open("rb") as stream:
         size = sum(len(line) for line in islice((line for line in stream if line.strip()), most))
     return text / max(1, size)
+
+
+def _json_lines(source: Files) -> list[Path]:
+    """The files of a source that hold one document per line."""
+    as_json = source.json_lines
+    return [file for file in source.files if (holds_json_lines(file) if as_json is None else as_json)]
 
 
 def _bytes_per_token(vocab_size: int | None) -> float:
@@ -176,7 +183,9 @@ def _size(source: Source | Shards) -> int | None:
 def _vocab_size(data: DataConfig, registry: Registry) -> int | None:
     if data.tokenizer in ("bpe", "bytes"):
         return data.tokenizer_vocab_size if data.tokenizer == "bpe" else BYTE_IDS
-    return None if data.tokenizer in registry.names("tokenizer") else load_tokenizer(Path(data.tokenizer)).vocab_size
+    if data.tokenizer in registry.names("tokenizer"):
+        return None
+    return load_tokenizer(Path(data.tokenizer), end=end_token(data)).vocab_size
 
 
 def _name(source: Source | Shards, data: DataConfig) -> str:
