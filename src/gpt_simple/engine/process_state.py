@@ -28,8 +28,10 @@ from torch import (
 from torch.overrides import has_torch_function
 
 from gpt_simple.errors import PluginError
+from gpt_simple.hooks.batch import Batch
+from gpt_simple.hooks.events import BatchReady
 from gpt_simple.launch.signals import STOPPING
-from gpt_simple.plugin_host.dispatch import Guard
+from gpt_simple.plugin_host.dispatch import Copies, Guard
 
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 """Types of devices that autocast is switched on for."""
@@ -151,7 +153,25 @@ def _on_off(on: bool) -> str:
     return "on" if on else "off"
 
 
-TORCH_STATE = Guard(_state, _restore)
+def _with_own_batch(event: BatchReady) -> BatchReady:
+    batch = event.batch
+    inputs, labels, positions, documents = (None if x is None else x.clone() for x in _tensors(batch))
+    assert inputs is not None
+    assert labels is not None
+    copy = Batch(inputs, labels, positions, documents, batch.first_sample, batch.targets)
+    return BatchReady(event.step, event.micro_batch, copy)
+
+
+def _edited_batch(event: BatchReady) -> str:
+    # An edit in place counts up the version. Reading it needs no device.
+    return "event.batch" if any(x is not None and x._version for x in _tensors(event.batch)) else ""
+
+
+def _tensors(batch: Batch) -> tuple[torch.Tensor | None, ...]:
+    return batch.input_ids, batch.labels, batch.position_ids, batch.document_ids
+
+
+TORCH_STATE = Guard(_state, _restore, copies={"on_batch": Copies(_with_own_batch, _edited_batch)})
 
 
 @contextmanager
