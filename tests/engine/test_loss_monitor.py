@@ -130,9 +130,11 @@ def test_a_spike_is_reported_once_with_its_samples(tiny: TinyRun) -> None:
         ranks, on_error = "all", "abort"
 
         @hookimpl
-        def on_batch(self, run: Any, event: Any) -> None:
-            if event.step == 105:
-                event.batch.labels.fill_(255)
+        def on_run_start(self, run: Any, event: Any) -> None:
+            run.model.register_forward_pre_hook(lambda model, given: self.scramble(run, *given))
+
+        def scramble(self, run: Any, inputs: torch.Tensor, labels: torch.Tensor) -> Any:
+            return inputs, torch.full_like(labels, 255) if run.step + 1 == 105 else labels
 
     result = tiny(plugins=[Scrambles(None)], training__max_steps=120, training__logging_steps=20)
     (row,) = events(result, "loss_spike")

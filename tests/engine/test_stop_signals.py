@@ -21,13 +21,13 @@ import pytest
 from gpt_simple import Plugin, hookimpl
 from gpt_simple.cli.main import BEGAN
 from gpt_simple.errors import GptSimpleError
-from gpt_simple.launch.signals import stop_on_signals
+from gpt_simple.launch.signals import STOPPING, stop_on_signals
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import read_metrics
 from gpt_simple.run_dir.lock import Owner
 from gpt_simple.run_dir.status import read_status
 from gpt_simple.run_dir.stop_request import ask_to_stop
-from tests.children import At, Ended, Everywhere, terminate_self, wait_until
+from tests.children import At, At2, Ended, Everywhere, terminate_self, wait_until
 from tests.conftest import Shell
 from tests.tiny import TinyRun
 
@@ -282,3 +282,55 @@ def test_a_signal_while_the_program_loads_is_a_stop(here: Path) -> None:
     assert done.returncode == 75, done.stderr
     assert "stopped: SIGTERM, before the first step" in done.stdout
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_that_the_parent_process_blocked_is_heard(number: signal.Signals) -> None:
+    received: list[str] = []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        with stop_on_signals(received.append):
+            os.kill(os.getpid(), number)
+        assert received == [number.name]
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {*before, *STOPPING}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_a_run_with_a_blocked_sigterm_stops(apart: Callable[..., Ended]) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        ended = apart(plugins=[At("on_step_end", 2, terminate_self)])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert (ended.code, ended.status.state, ended.status.reason) == (75, "stopped", "SIGTERM")
+
+
+class Listens(At):
+    """A plugin of somebody else, which wants to hear signals itself."""
+
+    on_error = "disable"
+
+    def __init__(self, hook: str, number: signal.Signals) -> None:
+        super().__init__(hook, {"on_model_built": 0, "on_run_start": 0}.get(hook, 1), self.install)
+        self.number = number
+
+    def install(self, run: Any) -> None:
+        signal.signal(self.number, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("hook", ["on_model_built", "on_run_start", "on_step_start", "on_gradients", "on_step_end"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_plugin_cannot_disarm_a_signal(apart: Callable[..., Ended], hook: str, number: signal.Signals) -> None:
+    def kill(run: Any) -> None:
+        os.kill(os.getpid(), number)
+
+    ended = apart(plugins=[Listens(hook, number), At2("on_step_end", 3, kill)])
+    assert (ended.code, ended.status.state, ended.status.reason) == (75, "stopped", number.name)
+
+
+def test_a_plugin_that_replaces_a_handler_is_named(tiny: TinyRun) -> None:
+    result = tiny(plugins=[Listens("on_step_start", signal.SIGTERM)])
+    (row,) = [row for row in read_metrics(result.output_dir / "metrics.jsonl") if row.get("name") == "plugin_failed"]
+    assert (row["plugin"], row["hook"]) == ("listens", "on_step_start")
+    assert "the process was left with other handlers of SIGTERM: put back what is changed" in row["message"]

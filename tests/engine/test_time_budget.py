@@ -48,6 +48,14 @@ def test_a_reserve_that_leaves_nothing_is_refused_by_name() -> None:
         launch(GPT_SIMPLE_MAX_RUNTIME="soon")
 
 
+@pytest.mark.parametrize("value", ["soon", "nan", "-nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize("name", ["GPT_SIMPLE_MAX_RUNTIME", "SLURM_JOB_END_TIME", "SLURM_JOB_START_TIME"])
+def test_a_time_that_is_no_number_is_refused_by_name(name: str, value: str) -> None:
+    environment = {"GPT_SIMPLE_MAX_RUNTIME": "600", "SLURM_JOB_END_TIME": f"{CLOCK + 540}", name: value}
+    with pytest.raises(ConfigError, match=rf"\${name} is '{value}': expected a number of seconds"):
+        launch(**environment)
+
+
 @pytest.mark.parametrize(
     ("environment", "source"),
     [

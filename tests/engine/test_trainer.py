@@ -388,3 +388,107 @@ class Counts(Everywhere):
     @hookimpl
     def on_step_end(self, run: Any, event: Any) -> None:
         self.ended += 1
+
+
+class EditsBatch(Everywhere):
+    def __init__(self, name: str, edit: Any) -> None:
+        super().__init__(None)
+        self.name, self.edit = name, edit
+
+    @hookimpl
+    def on_batch(self, run: Any, event: Any) -> None:
+        self.edit(getattr(event.batch, self.name))
+
+
+class LaterEditsBatch(EditsBatch):
+    on_error = "disable"
+
+
+IN_PLACE = {
+    "fill_": lambda tensor: tensor.fill_(3),
+    "index": lambda tensor: tensor.__setitem__((0, 0), 3),
+    "view": lambda tensor: tensor.view(-1)[5:9].zero_(),
+    "detach": lambda tensor: tensor.detach().add_(1),
+}
+HIDDEN = {"data": lambda tensor: tensor.data.fill_(3), "numpy": lambda tensor: tensor.numpy().fill(3)}
+"""Edits that torch does not count. They must have no effect either."""
+
+FIELDS = ["input_ids", "labels", "position_ids", "document_ids"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("edit", IN_PLACE)
+def test_an_edit_of_a_batch_is_refused(tiny: TinyRun, name: str, edit: str) -> None:
+    with pytest.raises(PluginError, match=r"plugin editsbatch .*on_batch at step 1: .*edited event\.batch"):
+        tiny(plugins=[EditsBatch(name, IN_PLACE[edit])], data__document_mask=True, training__max_steps=2)
+
+
+@pytest.mark.parametrize("edit", [*IN_PLACE, *HIDDEN])
+def test_an_edit_of_a_batch_changes_no_training(tiny: TinyRun, edit: str) -> None:
+    options = {"data__document_mask": True, "training__max_steps": 2}
+    plain = tiny("plain", **options)
+    plugins = [LaterEditsBatch(name, (IN_PLACE | HIDDEN)[edit]) for name in ("labels",)]
+    assert state_bytes(tiny("edited", plugins=plugins, **options)) == state_bytes(plain)
+
+
+class Changes(Everywhere):
+    """Freezes the embedding before training. Changes the model in ``hook``."""
+
+    def __init__(self, hook: str, change: Any) -> None:
+        super().__init__(None)
+        self.hook, self.change = hook, change
+
+    @hookimpl
+    def on_model_built(self, run: Any, event: Any) -> None:
+        event.model.token_embedding.weight.requires_grad_(False)
+
+    @hookimpl
+    def on_run_start(self, run: Any, event: Any) -> None:
+        if self.hook == "on_run_start":
+            self.change(run.model)
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        if self.hook == "on_step_end" and event.step == 3:
+            self.change(run.model)
+
+
+def _unfreeze(model: Any) -> None:
+    model.token_embedding.weight.requires_grad_(True)
+
+
+def _replace(model: Any) -> None:
+    model.blocks[0] = copy.deepcopy(model.blocks[0])
+
+
+def _add(model: Any) -> None:
+    model.register_parameter("another", torch.nn.Parameter(torch.zeros(2)))
+
+
+def _remove(model: Any) -> None:
+    del model.blocks[1]
+
+
+CHANGES = {
+    "unfreezes": (_unfreeze, r"token_embedding\.weight requires gradients now, and is not trained"),
+    "replaces": (_replace, r"blocks\.0\.\S+ requires gradients now, and is not trained"),
+    "adds": (_add, r"another requires gradients now, and is not trained"),
+    "removes": (_remove, r"\d parameters that are trained are no longer in the model"),
+}
+
+
+@pytest.mark.parametrize("hook", ["on_run_start", "on_step_end"])
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_change_of_what_is_trained_is_refused(tiny: TinyRun, hook: str, how: str) -> None:
+    change, message = CHANGES[how]
+    with pytest.raises(PluginError, match=message) as refused:
+        tiny(plugins=[Changes(hook, change)])
+    assert refused.value.exit_code == 5
+    assert "in on_model_built" in str(refused.value)
+
+
+def test_a_freeze_is_allowed_before_training_and_later(tiny: TinyRun) -> None:
+    def freeze(model: Any) -> None:
+        model.blocks[0].requires_grad_(False)
+
+    assert tiny(plugins=[Changes("on_step_end", freeze)]).status == "completed"

@@ -1,13 +1,17 @@
-"""State of torch that the whole process shares: a hook or method that leaves it changed has failed.
+"""State that the whole process shares, torch's and signal handlers: a hook or method that leaves it changed has failed.
 
 A plugin may switch gradients off, enter autocast or inference mode, change the default dtype or device, or put the
-model into evaluation mode, and training would go wrong without an error. ``Guard`` compares the state after every call
-of a plugin, restores what has changed, and counts that as the plugin's failure.
+model into evaluation mode, and training would go wrong without an error. It may install signal handlers, and the run
+could not be stopped any more. ``Guard`` compares the state after every call of a plugin, restores what has changed, and
+counts that as the plugin's failure.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import random
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +28,10 @@ from torch import (
 from torch.overrides import has_torch_function
 
 from gpt_simple.errors import PluginError
-from gpt_simple.plugin_host.dispatch import Guard
+from gpt_simple.hooks.batch import Batch
+from gpt_simple.hooks.events import BatchReady
+from gpt_simple.launch.signals import STOPPING
+from gpt_simple.plugin_host.dispatch import Copies, Guard
 
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 """Types of devices that autocast is switched on for."""
@@ -36,7 +43,9 @@ of ``get_default_device``."""
 _RESTORED: list[torch.inference_mode] = []
 """Inference modes that were entered to undo another one: each ends when its object is deleted."""
 
-State = tuple[bool, bool, torch.dtype, torch.device | None, bool | None, int, tuple[str, ...]]
+Handlers = tuple[Any, ...]
+
+State = tuple[bool, bool, torch.dtype, torch.device | None, bool | None, int, tuple[str, ...], Handlers]
 
 
 def _state(run: Any) -> State:
@@ -56,12 +65,13 @@ def _state(run: Any) -> State:
         training,
         autocasts,
         _autocast_kinds() if autocasts else (),
+        _handlers(),
     )
 
 
 def _restore(run: Any, before: State) -> str:
     """Restore what has changed, and describe what it was changed to; empty if nothing was."""
-    gradients, inference, dtype, device, training, autocasts, kinds = before
+    gradients, inference, dtype, device, training, autocasts, kinds, handlers = before
     left = []
     if is_inference_mode_enabled() is not inference:
         left.append(f"inference mode {_on_off(not inference)}")
@@ -82,7 +92,28 @@ def _restore(run: Any, before: State) -> str:
     if (_autocast_depth(), _autocast_kinds()) != (autocasts, kinds):
         left.append("autocast entered and not left")
         _restore_autocast(autocasts, kinds)
+    if names := _restore_handlers(handlers):
+        left.append(f"other handlers of {' and '.join(names)}")
     return ", ".join(left)
+
+
+def _handlers() -> Handlers:
+    # signal.getsignal turns numbers into enums, which takes ten times as long.
+    return tuple(map(_signal.getsignal, STOPPING))
+
+
+def _restore_handlers(before: Handlers) -> list[str]:
+    """Restore the handlers of the signals that stop a run, and return the names of those that were changed.
+
+    Only the main thread can change handlers, and only there a plugin may have done so.
+    """
+    changed = []
+    if threading.current_thread() is threading.main_thread():
+        for number, now, earlier in zip(STOPPING, _handlers(), before, strict=True):
+            if now != earlier and earlier is not None:  # None: not installed from Python, which cannot restore it
+                signal.signal(number, earlier)
+                changed.append(number.name)
+    return changed
 
 
 def _default_device() -> torch.device | None:
@@ -122,7 +153,25 @@ def _on_off(on: bool) -> str:
     return "on" if on else "off"
 
 
-TORCH_STATE = Guard(_state, _restore)
+def _with_own_batch(event: BatchReady) -> BatchReady:
+    batch = event.batch
+    inputs, labels, positions, documents = (None if x is None else x.clone() for x in _tensors(batch))
+    assert inputs is not None
+    assert labels is not None
+    copy = Batch(inputs, labels, positions, documents, batch.first_sample, batch.targets)
+    return BatchReady(event.step, event.micro_batch, copy)
+
+
+def _edited_batch(event: BatchReady) -> str:
+    # An edit in place counts up the version. Reading it needs no device.
+    return "event.batch" if any(x is not None and x._version for x in _tensors(event.batch)) else ""
+
+
+def _tensors(batch: Batch) -> tuple[torch.Tensor | None, ...]:
+    return batch.input_ids, batch.labels, batch.position_ids, batch.document_ids
+
+
+TORCH_STATE = Guard(_state, _restore, copies={"on_batch": Copies(_with_own_batch, _edited_batch)})
 
 
 @contextmanager
@@ -131,7 +180,7 @@ def preserved_process_state() -> Iterator[None]:
     python, numpy, matmul = random.getstate(), np.random.get_state(), torch.get_float32_matmul_precision()
     kinds = _autocast_kinds()
     modes = is_grad_enabled(), is_inference_mode_enabled()
-    before: State = (*modes, get_default_dtype(), _default_device(), None, _autocast_depth(), kinds)
+    before: State = (*modes, get_default_dtype(), _default_device(), None, _autocast_depth(), kinds, _handlers())
     try:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)

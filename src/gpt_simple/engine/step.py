@@ -141,6 +141,18 @@ class TrainStep:
         for parameter in self._parameters:
             parameter.grad = None
 
+    def not_trained(self) -> list[str]:
+        """What was changed in the model since the step was made, and has no effect on it. One line for each name."""
+        trained, found = {id(parameter) for parameter in self._parameters}, set()
+        lines = []
+        for name, parameter in self.model.named_parameters():
+            found.add(id(parameter))
+            if parameter.requires_grad and id(parameter) not in trained:
+                lines.append(f"{name} requires gradients now, and is not trained")
+        if gone := len(trained - found):
+            lines.append(f"{gone} parameters that are trained are no longer in the model")
+        return lines
+
     def warm_up_ddp(self, batch: Batch) -> None:
         """One forward and backward whose result is discarded.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from attrs import define, field, frozen
 
@@ -118,10 +119,11 @@ def _number(environment: Mapping[str, str], name: str) -> float | None:
     text = environment.get(name)
     if not text:
         return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"${name} is {text!r}: expected a number of seconds") from None
+    with suppress(ValueError):
+        # A comparison with NaN is always false: no deadline would ever be reached.
+        if math.isfinite(number := float(text)):
+            return number
+    raise ConfigError(f"${name} is {text!r}: expected a number of seconds", hint="unset it for no limit")
 
 
 def _refuse_reserve(reserve: float, budget: float, name: str) -> None:

@@ -20,6 +20,7 @@ from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.stop_signals import StopNow, StopSignals
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.views import EvaluationAbandoned, RunView
+from gpt_simple.errors import PluginError
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.events import (
     BatchReady,
@@ -86,6 +87,7 @@ class Trainer:
 
     def _fit(self) -> tuple[RunStatus, str]:
         self.run.model.train()
+        self._refuse_untrained()
         if (decision := self._decide()).should_stop:
             return self._stopped(decision)
         if self.run.world_size > 1:
@@ -100,6 +102,15 @@ class Trainer:
             if decision.should_stop:
                 return self._stopped(decision)
         return "completed", f"finished all {self._max_steps} steps"
+
+    def _refuse_untrained(self) -> None:
+        """Raise PluginError if a plugin has changed which parameters the model has or trains, which has no effect."""
+        if lines := self.train_step.not_trained():
+            others = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
+            raise PluginError(
+                f"a plugin changed the model after it was prepared for training: {'; '.join(lines[:3])}{others}",
+                hint="change, freeze and unfreeze parameters in on_model_built",
+            )
 
     def _zero_batch(self) -> Batch:
         training, data = self.run.config.training, self.run.config.data
@@ -181,6 +192,7 @@ class Trainer:
     def _log(self, *, notify: bool) -> None:
         """Read the interval's metrics in one device read and one collective, and hand them to the plugins."""
         run, calls, step = self.run, self.calls, self.run.step
+        self._refuse_untrained()
         # Read first: this waits for the steps in the device's queue, and their time counts.
         metrics, records = self._buffer.read(self.train_step.schedule(step), run.world_size)
         split, self._timer = self._timer.split(step, run.loader.wait_seconds)

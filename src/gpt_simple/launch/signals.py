@@ -26,14 +26,17 @@ ONE_PRESS_SECONDS = 0.3
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Within, ``handler`` gets the signals that ask for a stop. Earlier handlers are restored afterwards.
 
-    A SIGHUP that this process ignores, as under ``nohup``, stays ignored.
+    A SIGHUP that this process ignores, as under ``nohup``, stays ignored. The parent process may have blocked signals:
+    they are unblocked within, also for the processes that are started there.
     """
     is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     numbers = [number for number in STOPPING if number != signal.SIGHUP or not is_ignored]
     before: dict[signal.Signals, Any] = {number: signal.signal(number, handler) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, earlier in before.items():
             # None stands for a handler that was not installed from Python and cannot be restored from it.
             signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)

@@ -41,12 +41,26 @@ class LeftChanged(Exception):
 
 
 @frozen
+class Copies:
+    """How a plugin gets a copy of what an event holds, so that it cannot change what the engine goes on with.
+
+    ``make(event)`` returns the event with copies; ``edited(event)`` is what a plugin has edited of them, or empty.
+    """
+
+    make: Callable[[Any], Any]
+    edited: Callable[[Any], str]
+
+
+@frozen
 class Guard:
     """State of the process that every plugin must leave unchanged; ``engine/process_state.py`` has torch's.
 
     ``state(run)`` returns the current state, to be compared; ``run`` is None in a plain method.
     ``restore(run, before)`` restores the state and returns a description of what was changed, empty if nothing was.
+    ``copies``: of the events of some hooks.
     """
+
+    copies: Mapping[str, Copies] = field(factory=dict, kw_only=True)
 
     state: Callable[[Any], Any] = lambda run: None
     restore: Callable[[Any, Any], str] = lambda run, before: ""
@@ -81,24 +95,30 @@ class HookCaller:
     fail: Callable[[LoadedPlugin, str, object, BaseException], PluginError]
     returns_results: bool = field(init=False)
     ends_run: bool = field(init=False)
+    copies: Copies | None = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.returns_results = self.info.returns != "none"
         self.ends_run = self.info.order == "reverse"
+        self.copies = self.guard.copies.get(self.info.name)
 
     def call(self, run: Any, event: Any) -> Any:
         """``[(plugin, result), ...]`` with checked types; the failures if the hook ends a run; else None.
 
         Called in every step. The state and the time after one plugin are those before the next, so each is read once.
         """
-        state = self.guard.state
+        state, copies, given = self.guard.state, self.copies, event
         outcomes: list[Any] = []
         before, start = state(run), perf_counter()
         for implementation, plugin in self.impls:
             try:
-                result = implementation(run, event)
+                if copies is not None:
+                    given = copies.make(event)
+                result = implementation(run, given)
                 if state(run) != before:
                     self.guard.refuse(run, before)
+                if copies is not None and (edited := copies.edited(given)):
+                    raise LeftChanged(f"it edited {edited}, which is a copy: training does not see the change")
                 if result is not None or self.returns_results:
                     outcomes.append((plugin.name, checked(self.info, result)))
             except BaseException as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from types import MappingProxyType
@@ -33,6 +34,10 @@ def _enter(mode: Any) -> None:
     mode.__enter__()
 
 
+def _replace_handler(_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _change_the_config(config: Config | None) -> None:
     if config is not None:
         config.plugins.tables["misbehaving"] = {}  # type: ignore[index]
@@ -59,6 +64,7 @@ MISBEHAVIOURS = MappingProxyType(
         "leaves autocast on": Misbehaviour(lambda _: _enter(torch.autocast("cpu", torch.bfloat16))),
         "leaves inference mode on": Misbehaviour(lambda _: _enter(torch.inference_mode())),
         "changes the default device": Misbehaviour(lambda _: torch.set_default_device("meta")),
+        "replaces a signal handler": Misbehaviour(_replace_handler),
         "changes the configuration": Misbehaviour(_change_the_config),
         "draws random numbers": Misbehaviour(_draw_random_numbers, fails=False),
         "is slow": Misbehaviour(lambda _: time.sleep(0.01), fails=False),
