@@ -32,7 +32,6 @@ from gpt_simple.plugin_host.dispatch import (
     checked,
 )
 from gpt_simple.plugin_host.loading import (
-    FAILURES,
     LoadedPlugin,
     PassedPlugin,
     load_file,
@@ -180,7 +179,7 @@ class PluginHost:
             self._manager.register(plugin.instance, plugin.name)
         except PluginValidationError as error:
             raise PluginError(f"plugin {plugin.label}: {error}") from error
-        except FAILURES as error:
+        except BaseException as error:
             raise plugin.failure("__init__", error) from error
 
     def check_config(self, config: Config, preflight: Preflight) -> list[Finding]:
@@ -190,7 +189,7 @@ class PluginHost:
             try:
                 result = self.guard.call(partial(implementation, config, preflight))
                 found = checked(HOOKS["check_config"], result)
-            except FAILURES as error:
+            except BaseException as error:
                 failure = plugin.failure("check_config", error)
                 findings += Finding.of_error(failure, "plugin-failed")
                 continue
@@ -249,7 +248,7 @@ class PluginHost:
             return None
         try:
             return self.guard.call(call)
-        except FAILURES as error:
+        except BaseException as error:
             if self._calls is None:
                 raise plugin.failure(method, error) from error
             self._calls.fail(plugin, method, None, error)
