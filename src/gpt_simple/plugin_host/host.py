@@ -117,7 +117,8 @@ class PluginHost:
         inactive_configs: dict[str, type] = {}
         notes: list[str] = []
         for name, decision in decisions.items():
-            has_table = name in table.tables and decision.why != "--no-plugins"
+            is_ignored = switches.no_plugins and (name not in records or records[name].origin != "builtin")
+            has_table = name in table.tables and not is_ignored
             if name in broken_files or not (decision.active or has_table):
                 continue
             try:
