@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -23,7 +24,7 @@ from gpt_simple.hooks import NoConfig, PreflightOptions, Registry
 from gpt_simple.hooks.components import SECTION_FIELDS
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.spec import resolve_spec
-from gpt_simple.testing import Trained, train
+from gpt_simple.testing import Trained, train, train_on_ranks
 
 
 @frozen
@@ -300,7 +301,10 @@ class FailsLater(Bigram):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
         now = "sample" if labels is None else "train" if self.training else "evaluate"
-        return fails() if now == self.when and not input_ids.is_meta else super().forward(input_ids, labels)
+        loss = super().forward(input_ids, labels)
+        if self.when == "returns two":
+            return loss, loss  # type: ignore[return-value]
+        return loss[None] if self.when == "returns a row" else fails() if self.when == now else loss
 
 
 class Endless(Counting):
@@ -342,6 +346,10 @@ def failing_model(when: str) -> Callable[..., nn.Module]:
 
 FAILING: dict[str, tuple[Any, Any, str]] = {
     **{f"forward in {when}": ("model", failing_model(when), "failed in forward") for when in ("train", "evaluate")},
+    **{
+        f"forward {what}": ("model", failing_model(what), "failed in forward: TypeError: the model returned")
+        for what in ("returns two", "returns a row")
+    },
     "forward in a sample": ("model", failing_model("sample"), "failed in forward"),
     "step": ("optimizer", failing_sgd, "failed in step"),
     "documents": ("source", lambda config, seed: Endless(), "failed in documents"),
@@ -377,3 +385,20 @@ def test_a_failure_of_a_part_names_the_part_and_its_plugin(what: str) -> None:
     with pytest.raises(PluginError, match=wanted) as caught:
         train(Owner, *([Samples] if "sample" in what else []), max_steps=2, overrides=overrides)
     assert caught.value.exit_code == 5
+
+
+def test_on_two_processes_both_end_with_the_part_that_failed() -> None:
+    class OnOne(Bigram):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+            return fails() if os.environ["RANK"] == "1" and self.training else super().forward(input_ids, labels)
+
+    class Owner(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            registry.add("model", "failing", lambda config, **sizes: OnOne(sizes["vocab_size"], 8), config=BigramConfig)
+
+    main, other = train_on_ranks(Owner, max_steps=2, overrides={"model": {"name": "failing"}})
+    message = "model 'failing' of the plugin owner "
+    assert other.error.startswith(f"PluginError: {message}")
+    assert main.error.startswith(f"RankFailed: process 1 failed: {message}")

@@ -29,7 +29,11 @@ _CLIP_EPSILON = 1e-6
 def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The model's cross-entropy in nats, summed over the batch's target tokens."""
     documents = () if batch.document_ids is None else (batch.position_ids, batch.document_ids)
-    return model(batch.input_ids, batch.labels, *documents)  # type: ignore[no-any-return]
+    loss = model(batch.input_ids, batch.labels, *documents)
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise TypeError(f"the model returned {given}; expected the summed loss, a 0-d tensor")
+    return loss
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
