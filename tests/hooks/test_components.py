@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +24,7 @@ from gpt_simple.hooks import NoConfig, PreflightOptions, Registry
 from gpt_simple.hooks.components import SECTION_FIELDS
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.spec import resolve_spec
-from gpt_simple.testing import Trained, train
+from gpt_simple.testing import Trained, train, train_on_ranks
 
 
 @frozen
@@ -282,3 +284,121 @@ def test_a_run_and_its_checks_read_only_the_required_fields(tmp_path: Path) -> N
     spec = resolve_spec(None, sections=sections, plugins=[Least])
     findings = spec.check_config(RunPreflight(spec, PreflightOptions()))
     assert {finding.code for finding in findings} >= {"data", "epochs", "config"}
+
+
+class Fails(BaseException):
+    """As a panic of a native library."""
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise Fails("in a part")
+
+
+class FailsLater(Bigram):
+    """Fails in the call of its forward with or without labels, or in evaluation mode."""
+
+    when = ""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        now = "sample" if labels is None else "train" if self.training else "evaluate"
+        loss = super().forward(input_ids, labels)
+        if self.when == "returns two":
+            return loss, loss  # type: ignore[return-value]
+        return loss[None] if self.when == "returns a row" else fails() if self.when == now else loss
+
+
+class Endless(Counting):
+    def documents(self) -> Iterator[Document]:
+        yield from ()
+        fails()
+
+
+class Iterable(Counting):
+    def documents(self) -> Any:
+        return type("It", (), {"__iter__": fails})()
+
+
+class Wrong(Counting):
+    def documents(self) -> Any:
+        return iter([{"text": "a"}])
+
+
+class Streams:
+    fingerprint = Counting.fingerprint
+
+    def stream(self) -> Iterator[Document]:
+        yield from islice(Counting().documents(), 20)
+        fails()
+
+
+class Unprinted(Counting):
+    fingerprint = fails
+
+
+def failing_sgd(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+    return type("Failing", (torch.optim.SGD,), {"step": fails})(model.parameters(), lr=0.1)
+
+
+def failing_model(when: str) -> Callable[..., nn.Module]:
+    made = type("Failing", (FailsLater,), {"when": when})
+    return lambda config, *, vocab_size, max_length: made(vocab_size, config.width)
+
+
+FAILING: dict[str, tuple[Any, Any, str]] = {
+    **{f"forward in {when}": ("model", failing_model(when), "failed in forward") for when in ("train", "evaluate")},
+    **{
+        f"forward {what}": ("model", failing_model(what), "failed in forward: TypeError: the model returned")
+        for what in ("returns two", "returns a row")
+    },
+    "forward in a sample": ("model", failing_model("sample"), "failed in forward"),
+    "step": ("optimizer", failing_sgd, "failed in step"),
+    "documents": ("source", lambda config, seed: Endless(), "failed in documents"),
+    "iter of documents": ("source", lambda config, seed: Iterable(), "failed in documents"),
+    "no documents": ("source", lambda config, seed: Wrong(), "yields a dict"),
+    "stream": ("source", lambda config, seed: Streams(), "failed in stream"),
+    "fingerprint": ("source", lambda config, seed: Unprinted(), "failed in fingerprint"),
+    "a factory": ("source", fails, "could not be made"),
+    "a rate": ("schedule", lambda config, max_steps: fails, "gives no rate for step 1"),
+}
+
+
+@pytest.mark.parametrize("what", FAILING)
+def test_a_failure_of_a_part_names_the_part_and_its_plugin(what: str) -> None:
+    kind, factory, message = FAILING[what]
+
+    class Owner(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            registry.add(kind, "failing", factory, config=BigramConfig if kind == "model" else None)
+
+    class Samples(Plugin[NoConfig]):
+        @hookimpl
+        def on_step_end(self, run: Any) -> None:
+            run.generate("a", max_new_tokens=1)
+
+    key = {"model": "model.name", "optimizer": "optimizer.name", "schedule": "optimizer.schedule"}.get(kind)
+    overrides: dict[str, Any] = {key or "data.source": "failing"}
+    if kind == "model":
+        overrides = {"model": {"name": "failing"}}
+    wanted = rf"^{kind} 'failing' of the plugin owner \(.*\) {message}"
+    with pytest.raises(PluginError, match=wanted) as caught:
+        train(Owner, *([Samples] if "sample" in what else []), max_steps=2, overrides=overrides)
+    assert caught.value.exit_code == 5
+
+
+def test_on_two_processes_both_end_with_the_part_that_failed() -> None:
+    class OnOne(Bigram):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+            return fails() if os.environ["RANK"] == "1" and self.training else super().forward(input_ids, labels)
+
+    class Owner(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            registry.add("model", "failing", lambda config, **sizes: OnOne(sizes["vocab_size"], 8), config=BigramConfig)
+
+    main, other = train_on_ranks(Owner, max_steps=2, overrides={"model": {"name": "failing"}})
+    message = "model 'failing' of the plugin owner "
+    assert other.error.startswith(f"PluginError: {message}")
+    assert main.error.startswith(f"RankFailed: process 1 failed: {message}")

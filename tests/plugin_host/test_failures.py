@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_abort_ends_the_run_and_closes_all_plugins_once(hook: str, how: str) -> 
 
 @pytest.mark.parametrize(
     ("hook", "how"),
-    [("register_components", "raises"), ("register_components", "exits")]
+    [("register_components", how) for how in ("raises", "raises a BaseException", "raises a ConfigError", "exits")]
     + [("check_config", how) for how, fault in MISBEHAVIOURS.items() if fault.fails],
 )
 def test_before_the_run_a_failure_always_ends_it(hook: str, how: str) -> None:
@@ -104,6 +105,47 @@ def test_a_plain_method_that_leaves_torch_changed_has_failed(alone: Trained, met
     assert all(torch.equal(value, trained.weights[name]) for name, value in alone.weights.items())
     (warning,) = [event.message for event in trained.recorder.events("on_log") if event.name == "plugin_failed"]
     assert re.fullmatch(rf"plugin leaves .* failed in {method}: .*{what}.*", warning)
+
+
+class Odd(BaseException):
+    """As a cancelled task or a panic of a native library, and its message cannot be shown."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "a sparse tensor": lambda: torch.eye(2).to_sparse(),
+    "a compressed tensor": lambda: torch.eye(2).to_sparse_csr(),
+    "a quantized tensor": lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+    "a tensor without values": lambda: torch.empty(2, device="meta"),
+    "a number of 5,000 digits": lambda: 10**5000,
+    "a key beyond UTF-8": lambda: {"\udcff": torch.ones(1)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("what", STATES)
+def test_a_state_that_no_file_holds_fails_its_plugin(what: str) -> None:
+    trained = run(type("Holds", (Plugin,), {"state_dict": lambda self: {"a": STATES[what]()}}))
+    assert trained.failed == ["holds"]
+    assert trained.result.checkpoint_path is not None
+    (warning,) = [event.message for event in trained.recorder.events("on_log") if event.name == "plugin_failed"]
+    assert "plugin holds " in warning
+    assert "failed in state_dict: " in warning
+
+
+@pytest.mark.parametrize("method", ["__init__", "state_dict", "load_state_dict", "describe", "register_components"])
+def test_a_base_exception_in_a_method_names_the_plugin(method: str, tmp_path: Path) -> None:
+    def act(self: Any, *arguments: Any) -> None:
+        raise Odd
+
+    first = type("Acts", (Plugin,), {"state_dict": lambda self: {"a": 1}})
+    marked: Any = classmethod(hookimpl(lambda cls, registry: act(cls))) if method == "register_components" else act
+    acts = type("Acts", (first,), {method: marked, "on_error": "abort"})
+    train(first, output_dir=tmp_path, max_steps=2)
+    with pytest.raises(PluginError, match=rf"plugin acts .*failed in {method}: Odd: \(its message cannot be shown\)"):
+        train(acts, output_dir=tmp_path, max_steps=4)
 
 
 def test_load_state_dict_must_leave_torch_unchanged(tmp_path: Path) -> None:

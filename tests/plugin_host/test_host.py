@@ -90,7 +90,11 @@ def test_only_active_plugins_are_imported(fake_package: FakePackage, tmp_path: P
     source = f"open({str(tmp_path / 'imported')!r}, 'w')\n" + PLUGIN.format(cls="P")
     fake_package("acme-log", plugins={"acme": "acme_log:P"}, modules={"acme_log": source})
     use()
-    PluginHost.activate({"acme": {}}, set_keys=lambda key: False, switches=Switches(no_plugins=True))
+    for options in ((), ("no:acme",)):
+        for table in ({"acme": {}}, {"acme": {}, "disable": ["acme"]}):
+            switches = Switches.parse(options, no_plugins=True)
+            host = PluginHost.activate(table, set_keys=lambda key: False, switches=switches)
+            assert (host.notes, dict(host.inactive_configs)) == ((), {})
     assert not (tmp_path / "imported").exists()
     use(acme={})
     assert (tmp_path / "imported").exists()

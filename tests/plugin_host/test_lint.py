@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import attrs
 import pytest
@@ -15,6 +15,7 @@ from typing_extensions import Doc
 from gpt_simple import Plugin, hookimpl
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import PluginError
+from gpt_simple.hooks.specs import HOOKS
 from gpt_simple.plugin_host.lint import hooks_of, lint
 
 
@@ -163,6 +164,31 @@ def test_a_misspelt_hook_is_found_without_its_decorator() -> None:
         "on_metrcs looks like on_metrics misspelt, and without @hookimpl; if it is no hook, call it _on_metrcs",
         "on_evl_end looks like on_eval_end misspelt, and without @hookimpl; if it is no hook, call it _on_evl_end",
     ]
+
+
+HELPERS = [hook.removeprefix("on_") for hook in HOOKS if hook.startswith("on_")]
+HELPERS += [f"{hook}_{word}" for hook in HOOKS for word in ("one", "to")]
+HELPERS += [f"{word}_{hook}" for hook in HOOKS for word in ("re", "do")]
+
+
+@pytest.mark.parametrize("helper", HELPERS)
+def test_a_helper_named_after_a_hook_is_no_misspelt_hook(helper: str) -> None:
+    arguments = {argument: None for hook in HOOKS.values() if hook.name in helper for argument in hook.arguments}
+    for taken in (["run"], ["run", "event"], list(arguments)):
+        space: dict[str, Any] = {}
+        exec(f"def {helper}(self, {', '.join(taken)}):\n    pass", space)
+        assert shown(type("P", (Plugin,), {helper: space[helper]})) == []
+
+
+TYPOS = {hook: hook[:4] + hook[5:] for hook in HOOKS if len(hook) > 8}
+
+
+@pytest.mark.parametrize("hook", TYPOS)
+def test_a_hook_without_one_letter_is_misspelt(hook: str) -> None:
+    space: dict[str, Any] = {}
+    exec(f"def {TYPOS[hook]}(self, {HOOKS[hook].arguments[0]}):\n    pass", space)
+    (problem,) = shown(type("P", (Plugin,), {TYPOS[hook]: space[TYPOS[hook]]}))
+    assert problem.startswith(f"{TYPOS[hook]} looks like {hook} misspelt")
 
 
 @pytest.mark.parametrize("option", ["wrapper", "hookwrapper", "tryfirst", "trylast"])

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch.distributed.distributed_c10d import PrefixStore
 
-from gpt_simple.errors import ExitCode, GptSimpleError, PluginError, Problem, RankFailed
+from gpt_simple.errors import ExitCode, GptSimpleError, PluginError, Problem, RankFailed, describe
 from gpt_simple.launch.member import AGAIN
 
 _CONTACT = re.compile(r"gloo|NCCL|c10d|TCPStore|connection|socket", re.IGNORECASE)
@@ -54,7 +54,7 @@ class FailureDetection:
     def _record(self, error: Exception) -> None:
         """Record ``error`` as the root cause, unless there is one already."""
         code = int(getattr(error, "exit_code", ExitCode.FAILURE))
-        unexpected = (Problem(type(error).__name__, "", str(error)),)
+        unexpected = (Problem(None, "", describe(error)),)
         problems = error.problems if isinstance(error, GptSimpleError) else unexpected
         self._store.compare_set("root cause", "", json.dumps([self.rank, code, problems]))
 

@@ -30,6 +30,21 @@ SKIP_REQUESTED = 4096.0
 """What a request of ``skip_step`` adds to ``StepResult.skipped``. All processes together add less for a gradient."""
 
 
+def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The model's cross-entropy in nats, summed over the batch's target tokens."""
+    documents = () if batch.document_ids is None else (batch.position_ids, batch.document_ids)
+    loss = model(batch.input_ids, batch.labels, *documents)
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise TypeError(f"the model returned {given}; expected the summed loss, a 0-d tensor")
+    return loss
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """One update of the weights."""
+    optimizer.step()
+
+
 class StepResult(NamedTuple):
     """What a step leaves on the device."""
 
@@ -47,7 +62,8 @@ class TrainStep:
 
     ``wrapped`` is ``model`` or the module that reduces its gradients over the processes of ``dist``. A step whose
     gradient is not finite is skipped: by the optimizer on the device if it can, else by the host, which reads one value
-    a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host.
+    a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host. ``summed_loss`` and
+    ``step_optimizer`` are the functions of these names, which may attribute a failure to a component.
     """
 
     model: torch.nn.Module
@@ -59,6 +75,8 @@ class TrainStep:
     seed: int
     max_grad_norm: float | None
     fake_tensors: bool = False
+    summed_loss: Callable[[torch.nn.Module, Batch], torch.Tensor] = summed_loss
+    step_optimizer: Callable[[torch.optim.Optimizer], None] = step_optimizer
 
     def __attrs_post_init__(self) -> None:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -106,7 +124,7 @@ class TrainStep:
             self._reseed(batch.first_sample)
             with self.dist.accumulating(self.wrapped, index == last):
                 with self.precision.autocast():
-                    nats = summed_loss(self.wrapped, batch)
+                    nats = self.summed_loss(self.wrapped, batch)
                 self.precision.scaler.scale(nats * scale).backward()  # type: ignore[no-untyped-call]
             loss = nats.detach() if loss is None else loss + nats.detach()
         assert loss is not None
@@ -132,9 +150,9 @@ class TrainStep:
             group["lr"] = rate
         if self._skips_on_device:
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-            self.optimizer.step()
+            self.step_optimizer(self.optimizer)
         elif self.fake_tensors or not bool(skipped):
-            self.optimizer.step()
+            self.step_optimizer(self.optimizer)
         if self.precision.scaler.is_enabled():
             self.precision.scaler.update()
         # As zero_grad(set_to_none=True) does, without its loop over groups and its profiler record.
@@ -161,12 +179,6 @@ class TrainStep:
         in its last digits from one that was not interrupted.
         """
         with self.precision.autocast():
-            nats = summed_loss(self.wrapped, batch)
+            nats = self.summed_loss(self.wrapped, batch)
         nats.backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The model's cross-entropy in nats, summed over the batch's target tokens."""
-    documents = () if batch.document_ids is None else (batch.position_ids, batch.document_ids)
-    return model(batch.input_ids, batch.labels, *documents)  # type: ignore[no-any-return]

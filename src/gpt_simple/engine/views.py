@@ -26,7 +26,6 @@ from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import derive_seed
 from gpt_simple.engine.state import TrainState
-from gpt_simple.engine.step import summed_loss
 from gpt_simple.errors import Interruption, PluginError, describe
 from gpt_simple.hooks.batch import Batch, Tokenizer
 from gpt_simple.hooks.events import LogRecord
@@ -190,9 +189,13 @@ def _missing(name: str) -> PluginError:
 
 @frozen(eq=False)
 class ModelView(LaunchView):
-    """The run with its model, raw and not yet prepared for training; in ``check_runtime`` without storage."""
+    """The run with its model, raw and not yet prepared for training; in ``check_runtime`` without storage.
+
+    ``forward`` calls the model, and attributes its failure to the component.
+    """
 
     model: torch.nn.Module
+    forward: Callable[..., torch.Tensor]
     tokenizer: Tokenizer
     checkpoints: EngineCheckpoints
 
@@ -202,7 +205,7 @@ class ModelView(LaunchView):
     def generate(self, prompt: str = "", **options: Any) -> str:
         # The length grows token by token: torch would compile for each.
         with self.evaluating(), torch.compiler.set_stance("force_eager"):
-            return generate(self.model, self.tokenizer, prompt, **options)
+            return generate(self.model, self.tokenizer, prompt, forward=self.forward, **options)
 
 
 @frozen(eq=False)
@@ -211,6 +214,7 @@ class RunView(ModelView):
 
     run_id: str
     wrapped: torch.nn.Module
+    summed_loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
     loader: Loader
     known: Mapping[str, Any]
     sync: Control
@@ -219,7 +223,7 @@ class RunView(ModelView):
         return deepcopy(dict(self.known))
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        return summed_loss(self.wrapped, batch)
+        return self.summed_loss(self.wrapped, batch)
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")

@@ -10,18 +10,21 @@ import difflib
 import importlib
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Literal, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import attrs
 from attrs import evolve, field, frozen
 
 from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
-from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
+from gpt_simple.errors import PASSING, ConfigError, GptSimpleError, PluginError, describe
 
 Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 CONFIG_KEY: dict[Kind, str] = {
@@ -116,26 +119,42 @@ class Component:
         module, _, attribute = self.target.partition(":")
         try:
             factory: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-        except Exception as error:
+        except PASSING:
+            raise
+        except BaseException as error:
             if self.owner == BUILTIN:
                 raise
-            raise PluginError(f"{self.label} could not be imported: {type(error).__name__}: {error}") from error
+            raise PluginError(f"{self.label} could not be imported: {describe(error)}") from error
         return factory
 
     def build(self, *arguments: Any, **named: Any) -> Any:
         """The part itself. A defect in a plugin's factory is a PluginError that names it; a GptSimpleError passes."""
-        factory = self.load()
+        part = self.attributed(self.load(), "could not be made")(*arguments, **named)
         if self.owner == BUILTIN:
-            return factory(*arguments, **named)
-        try:
-            part = factory(*arguments, **named)
-        except GptSimpleError:
-            raise
-        except Exception as error:
-            raise self._failure("could not be made", error) from error
+            return part
         if missing := [name for name in _NEEDED[self.kind] if not hasattr(part, name)]:
             raise PluginError(f"{self.label} is made as a {type(part).__name__}, which has no {', '.join(missing)}")
+        if self.kind == "source":
+            return self._attributed_source(part)
         return self._checked(part) if self.kind == "schedule" else part
+
+    def attributed(self, function: Callable[P, R], what: str) -> Callable[P, R]:
+        """``function`` of the part, whose failure becomes a PluginError that names it and says ``what`` failed.
+
+        A GptSimpleError passes. A built-in part's function is returned as it is and costs nothing more.
+        """
+        if self.owner == BUILTIN:
+            return function
+
+        def call(*arguments: P.args, **named: P.kwargs) -> R:
+            try:
+                return function(*arguments, **named)
+            except (GptSimpleError, *PASSING):
+                raise
+            except BaseException as error:
+                raise self._failure(what, error) from error
+
+        return call
 
     @property
     def label(self) -> str:
@@ -146,10 +165,7 @@ class Component:
         """The schedule as a function that raises PluginError unless ``rate`` returns a finite number."""
 
         def checked(step: int) -> float:
-            try:
-                value = rate(step)
-            except Exception as error:
-                raise self._failure(f"gives no rate for step {step}", error) from error
+            value = self.attributed(rate, f"gives no rate for step {step}")(step)
             with suppress(TypeError):
                 if math.isfinite(value):
                     return float(value)
@@ -157,9 +173,48 @@ class Component:
 
         return checked
 
-    def _failure(self, what: str, error: Exception) -> PluginError:
+    def _attributed_source(self, part: Any) -> Any:
+        """The source, whose failures while it yields documents are attributed."""
+
+        def attributed(name: str) -> Callable[[], Iterator[Any]]:
+            begin = self.attributed(lambda: iter(getattr(part, name)()), f"failed in {name}")
+            end = object()
+            following = self.attributed(lambda iterator: next(iterator, end), f"failed in {name}")
+
+            def documents() -> Iterator[Any]:
+                iterator = begin()
+                while (document := following(iterator)) is not end:
+                    if not (hasattr(document, "text") and hasattr(document, "key")):
+                        given = type(document).__name__
+                        raise PluginError(f"{self.label} yields a {given}", hint="expected gpt_simple.Document")
+                    yield document
+
+            return documents
+
+        if not (methods := [name for name in ("documents", "stream") if hasattr(part, name)]):
+            return part  # the directory of a dataset
+        fingerprint = self.attributed(part.fingerprint, "failed in fingerprint")
+        return _Source(part, {"fingerprint": fingerprint, **{name: attributed(name) for name in methods}})
+
+    def _failure(self, what: str, error: BaseException) -> PluginError:
         *_, last = traceback.extract_tb(error.__traceback__)
-        return PluginError(f"{self.label} {what}: {type(error).__name__}: {error} ({last.filename}:{last.lineno})")
+        failure = PluginError(f"{self.label} {what}: {describe(error)} ({last.filename}:{last.lineno})")
+        failure.blamed = True  # a hook that uses the part has not failed
+        return failure
+
+
+class _Source:
+    """A source with some methods replaced. It has all other attributes of the source, and its class."""
+
+    def __init__(self, part: Any, methods: dict[str, Callable[[], Any]]) -> None:
+        self.__dict__.update(methods, _part=part)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._part)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_part"], name)
 
 
 @frozen

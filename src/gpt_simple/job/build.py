@@ -25,7 +25,7 @@ from gpt_simple.engine.control import throttled
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import derive_seed, isolated_rng
-from gpt_simple.engine.step import TrainStep
+from gpt_simple.engine.step import TrainStep, step_optimizer, summed_loss
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
@@ -60,7 +60,8 @@ def build_trainer(
         optimizer = _build_optimizer(job, model)
         optimizer_state = partial(_optimizer_state, job, model, optimizer, OptimizerAsBuilt.of(optimizer))
         _restore(job, plan, model, optimizer)
-        schedule = job.spec.registry.get("schedule", config.optimizer.schedule)
+        get = job.spec.registry.get
+        schedule = get("schedule", config.optimizer.schedule)
         train_step = TrainStep(
             model=model,
             wrapped=dist.wrap(model),
@@ -70,6 +71,8 @@ def build_trainer(
             dist=dist,
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
+            summed_loss=get("model", config.model.name).attributed(summed_loss, "failed in forward"),
+            step_optimizer=get("optimizer", config.optimizer.name).attributed(step_optimizer, "failed in step"),
         )
         compile_model(model, job.runtime.compile_plan)
         loader = Loader(
@@ -168,6 +171,7 @@ def _trainer(
         RunView,
         run_id=run_dir.run_id,
         wrapped=train_step.wrapped,
+        summed_loss=train_step.summed_loss,
         loader=loader,
         known=_run_info(job, data, model),
         sync=control,

@@ -15,7 +15,7 @@ from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.stop_signals import StopNow
 from gpt_simple.engine.views import EngineLog
-from gpt_simple.errors import CheckpointError, ConfigError, ExitCode
+from gpt_simple.errors import CheckpointError, ConfigError, ExitCode, describe
 from gpt_simple.hooks.batch import Tokenizer
 from gpt_simple.job.job import Job
 from gpt_simple.run_dir.layout import RunDir
@@ -156,7 +156,7 @@ def _status_of_errors(claimed: ClaimedRunDir, state: TrainState, begun: int) -> 
             changes = {"state": "stopped", "reason": str(error)}
         else:
             is_halt = getattr(error, "exit_code", None) == ExitCode.HALTED
-            changes = {"state": "halted" if is_halt else "failed", "error": f"{type(error).__name__}: {error}"}
+            changes = {"state": "halted" if is_halt else "failed", "error": describe(error)}
         claimed.status.update(step=max(begun, state.step), force=True, **changes)
         raise
     finally:

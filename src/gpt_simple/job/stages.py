@@ -132,8 +132,13 @@ def _preflight(job: Job, data: Dataset, plan: ResumePlan) -> TimeBudget | None:
 
 def model_view(job: Job, data: Dataset, plan: ResumePlan, model: torch.nn.Module) -> ModelView:
     """The plugins' view of the run with ``model``."""
+    part = job.spec.registry.get("model", job.config.model.name)
     return job.plugins.extended_view(
-        ModelView, model=model, tokenizer=data.tokenizer, checkpoints=EngineCheckpoints(plan.found.store)
+        ModelView,
+        model=model,
+        forward=part.attributed(model, "failed in forward"),
+        tokenizer=data.tokenizer,
+        checkpoints=EngineCheckpoints(plan.found.store),
     )
 
 

@@ -6,6 +6,7 @@ numbers of a training run untouched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ def generate(
     seed: int = 0,
     stop_at_eod: bool = True,
     context: int | None = None,
+    forward: Callable[..., Tensor] | None = None,
 ) -> str:
     """The prompt and what the model says next, as the start of a document.
 
@@ -40,11 +42,12 @@ def generate(
     attribute; text that outgrows it goes on from its newest half.
 
     Any model whose ``forward(input_ids)`` returns logits ``[B, T, V]`` will do; ``GPT`` is run with a cache.
-    Runs in the caller's autocast, in eval mode, and leaves the model in the mode it found.
+    ``forward`` replaces the call of any other model. Runs in the caller's autocast, in eval mode, and leaves the
+    model in the mode it found.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = [tokenizer.eod_id, *tokenizer.encode(prompt)]  # in the training data every document follows an EOD
-    reader = _Reader(model, context)
+    reader = _Reader(model, context, forward or model)
     was_training = model.training
     model.eval()
     try:
@@ -83,8 +86,8 @@ def draw(
 class _Reader:
     """A model reading a text that grows by a token at a time, through a window once it has grown too long."""
 
-    def __init__(self, model: nn.Module, context: int | None) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, context: int | None, forward: Callable[..., Tensor]) -> None:
+        self.model, self.forward = model, forward
         self.device = next(model.parameters()).device
         self.context = context or getattr(model, "n_positions", None)
         self.start = 0
@@ -96,8 +99,7 @@ class _Reader:
             self.start = len(ids) - max(1, self.context // 2)
             self.cache = None
         if not isinstance(self.model, GPT):
-            logits: Tensor = self.model(self._tensor(ids[self.start :]))[0, -1]
-            return logits
+            return self.forward(self._tensor(ids[self.start :]))[0, -1]
         if self.cache is None:
             self.cache = self.model.new_cache()
             return self.model.decode(self._tensor(ids[self.start :]), self.cache)[0]

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from attrs import define, field, frozen
 
-from gpt_simple.errors import GptSimpleError, PluginError
+from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
 from gpt_simple.hooks.results import REDUCTIONS, SEVERITIES, Finding, Metric
 from gpt_simple.hooks.specs import HOOKS, HookInfo
-from gpt_simple.plugin_host.loading import FAILURES, LoadedPlugin
+from gpt_simple.plugin_host.loading import LoadedPlugin
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import events
@@ -123,8 +123,6 @@ class HookCaller:
                     outcomes.append((plugin.name, checked(self.info, result)))
             except BaseException as error:
                 self.guard.restore(run, before)
-                if not isinstance(error, FAILURES):
-                    raise
                 failure = self.fail(plugin, self.info.name, event, error)
                 if self.ends_run:
                     outcomes.append(failure)
@@ -192,7 +190,9 @@ class Calls:
         if failure is error:
             raise error  # of another plugin, which this hook called: it already ends the run
         if not self._disables(plugin, hook):
-            if isinstance(error, GptSimpleError) and not isinstance(error, PluginError):
+            # An error of the data or a checkpoint, which the plugin has met, keeps its exit code. The configuration was
+            # checked before any hook, so a ConfigError is the plugin's own.
+            if isinstance(error, GptSimpleError) and not isinstance(error, (PluginError, ConfigError)):
                 raise error
             raise failure from error
         plugin.failed = True

@@ -32,7 +32,6 @@ from gpt_simple.plugin_host.dispatch import (
     checked,
 )
 from gpt_simple.plugin_host.loading import (
-    FAILURES,
     LoadedPlugin,
     PassedPlugin,
     load_file,
@@ -118,7 +117,8 @@ class PluginHost:
         inactive_configs: dict[str, type] = {}
         notes: list[str] = []
         for name, decision in decisions.items():
-            has_table = name in table.tables and decision.why != "--no-plugins"
+            is_ignored = switches.no_plugins and (name not in records or records[name].origin != "builtin")
+            has_table = name in table.tables and not is_ignored
             if name in broken_files or not (decision.active or has_table):
                 continue
             try:
@@ -180,7 +180,7 @@ class PluginHost:
             self._manager.register(plugin.instance, plugin.name)
         except PluginValidationError as error:
             raise PluginError(f"plugin {plugin.label}: {error}") from error
-        except FAILURES as error:
+        except BaseException as error:
             raise plugin.failure("__init__", error) from error
 
     def check_config(self, config: Config, preflight: Preflight) -> list[Finding]:
@@ -190,7 +190,7 @@ class PluginHost:
             try:
                 result = self.guard.call(partial(implementation, config, preflight))
                 found = checked(HOOKS["check_config"], result)
-            except FAILURES as error:
+            except BaseException as error:
                 failure = plugin.failure("check_config", error)
                 findings += Finding.of_error(failure, "plugin-failed")
                 continue
@@ -249,7 +249,7 @@ class PluginHost:
             return None
         try:
             return self.guard.call(call)
-        except FAILURES as error:
+        except BaseException as error:
             if self._calls is None:
                 raise plugin.failure(method, error) from error
             self._calls.fail(plugin, method, None, error)

@@ -70,10 +70,16 @@ def _hook_mistakes(cls: type) -> Iterator[Problem]:
 
 
 def _probably_a_hook(name: str, member: object) -> str | None:
-    """The hook that an unmarked method has almost the name and some arguments of."""
+    """The hook that an unmarked method has almost the name and some arguments of.
+
+    A name without the ``on_`` of a hook, or with another word beside the hook's name, is that of a helper.
+    """
     close = None if name.startswith("_") else next(iter(difflib.get_close_matches(name, HOOKS, 1, 0.8)), None)
     function = getattr(member, "__func__", member)
     if close is None or not inspect.isfunction(function):
+        return None
+    is_helper = close in name.rsplit("_", 1) or close in name.split("_", 1)
+    if is_helper or (close.startswith("on_") and not name.startswith("on")):
         return None
     arguments = list(inspect.signature(function).parameters)[1:]
     return close if arguments and {*arguments} <= {*HOOKS[close].arguments} else None

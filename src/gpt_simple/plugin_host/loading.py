@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
-from gpt_simple.errors import ConfigError, GptSimpleError, PluginError, Problem
+from gpt_simple.errors import PASSING, ConfigError, PluginError, Problem, describe
 from gpt_simple.hooks.plugin import OnError, Plugin
 from gpt_simple.hooks.specs import HOOKS
 from gpt_simple.plugin_host.discovery import PluginRecord, name_problem
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from gpt_simple.hooks.components import Registry
 
 PassedPlugin = Plugin[Any] | type[Plugin[Any]]
-
-FAILURES = (Exception, SystemExit)
-"""The exceptions that count as a plugin's failure. Ctrl-C and the engine's BaseExceptions pass through a hook."""
 
 
 @define(eq=False)
@@ -70,13 +67,18 @@ class LoadedPlugin:
             if (register := getattr(self.cls, "register_components", None)) is not None:
                 taken = inspect.signature(register).parameters
                 taking_all(register, taken, HOOKS["register_components"].arguments)(registry.owned_by(self.label))
-        except GptSimpleError:
+        except PluginError:
             raise
-        except FAILURES as error:
+        except BaseException as error:
             raise self.failure("register_components", error) from error
 
     def failure(self, where: str, error: BaseException, step: int | None = None) -> PluginError:
-        """The PluginError for an exception in a hook or method of this plugin; one made here before stays as it is."""
+        """The PluginError for an exception in a hook or method of this plugin; one made here before stays as it is.
+
+        Raises ``error`` itself if it only passes through the plugin, as Ctrl-C does.
+        """
+        if isinstance(error, PASSING):
+            raise error
         if isinstance(error, PluginError) and error.blamed:
             return error
         at = "" if step is None else f" at step {step}"
@@ -137,7 +139,7 @@ def _foreign_code(failure: str) -> Iterator[None]:
     try:
         with redirect_stdout(sys.stderr):
             yield
-    except KeyboardInterrupt:
+    except PASSING:
         raise
     except BaseException as error:  # test frameworks skip a module with one that is not an Exception
         raise PluginError(f"{failure}: {_cause(error)}") from error
@@ -233,9 +235,7 @@ def taking_all(
 
 
 def _cause(error: BaseException) -> str:
-    if isinstance(error, PluginError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return str(error) if isinstance(error, PluginError) else describe(error)
 
 
 def _label(name: str, distribution: str, version: str, file: str) -> str:

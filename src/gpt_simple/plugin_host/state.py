@@ -6,6 +6,7 @@ A record is kept under its plugin's name. Tensors become references and non-fini
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 
 from gpt_simple.errors import CheckpointError, PluginError
-from gpt_simple.plugin_host.dispatch import Guard
-from gpt_simple.plugin_host.loading import FAILURES, LoadedPlugin
+from gpt_simple.plugin_host.dispatch import Guard, is_dense
+from gpt_simple.plugin_host.loading import LoadedPlugin
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,7 @@ class PluginStates:
                 try:
                     state = unpack(record["state"], tensors)
                     guard.call(partial(plugin.instance.load_state_dict, state, record["version"]))
-                except FAILURES as error:
+                except BaseException as error:
                     raise plugin.failure("load_state_dict", error) from error
 
     def _remember(self, plugin: LoadedPlugin, name: str, record: Record, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -95,6 +96,8 @@ def pack(state: Any, path: str, tensors: Tensors) -> Any:
     """JSON for ``state``; its tensors go into ``tensors`` under their path. Raises PluginError for anything else."""
     # Recognised by an attribute, because this layer never imports torch.
     if hasattr(state, "untyped_storage"):
+        if not is_dense(state):
+            raise PluginError(f"the state's {path} is a tensor that no file can hold", hint="expected a dense tensor")
         tensors[path] = state
         return {TENSOR: path}
     if state is None or isinstance(state, (bool, int, str)):
@@ -138,6 +141,9 @@ def _pack_plugin(plugin: LoadedPlugin) -> tuple[Record, Tensors] | None:
     if not isinstance(state, Mapping):
         raise PluginError(f"it returned a {type(state).__name__}; expected a mapping")
     packed = pack(state, plugin.name, tensors)
+    # Fails here, where it is the plugin's failure, and not while the checkpoint is written.
+    json.dumps(packed)
+    "".join(tensors).encode()
     if not state:
         return None
     record = {

@@ -11,13 +11,28 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from gpt_simple import Config, Plugin
+from gpt_simple import Config, ConfigError, Plugin
 from gpt_simple.hooks import HOOKS
 from gpt_simple.testing.hook_methods import implement
 
 
 def _raise(_: object) -> None:
     raise RuntimeError("this plugin fails on purpose")
+
+
+class _Odd(BaseException):
+    """As a cancelled task or a panic of a native library, and its message cannot be shown."""
+
+    def __str__(self) -> str:
+        raise ValueError("this exception has no text")
+
+
+def _raise_odd(_: object) -> None:
+    raise _Odd
+
+
+def _raise_config_error(_: object) -> None:
+    raise ConfigError("this plugin has a mistake")
 
 
 def _exit(_: object) -> None:
@@ -57,6 +72,8 @@ class Misbehaviour:
 MISBEHAVIOURS = MappingProxyType(
     {
         "raises": Misbehaviour(_raise),
+        "raises a BaseException": Misbehaviour(_raise_odd),
+        "raises a ConfigError": Misbehaviour(_raise_config_error),
         "exits": Misbehaviour(_exit),
         "returns garbage": Misbehaviour(lambda _: "garbage"),
         "leaves gradients off": Misbehaviour(lambda _: torch.set_grad_enabled(False) and None),
