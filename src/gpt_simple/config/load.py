@@ -33,6 +33,8 @@ OVERRIDE = re.compile(r"--([A-Za-z_][^=.\s]*\.[^=\s]*)(?:=(.*))?", re.DOTALL)
 _ALMOST_ENV = re.compile(rf"GPT_SIMPLE_({'|'.join(a.name.upper() for a in attrs.fields(Config))})_+(\w+)")
 """A variable that is meant for this program, but lacks an underscore."""
 _PYTHON = Origin("python", "train(...)")
+_MOST_PARTS = 50
+"""Parts of a dotted key. Python's own functions fail at some hundreds."""
 _UNSET = (None, *NULL_WORDS, UNREADABLE)
 
 
@@ -158,6 +160,9 @@ class _Layers:
                 self.notes.append(f"${variable} is not read; did you mean ${ENV_PREFIX}{meant[1]}__{meant[2]}?")
 
     def add_text(self, key: str, text: str, origin: Origin) -> None:
+        if key.count(".") > _MOST_PARTS:
+            place = Origin(origin.kind, f"{origin.where[:60]}...")
+            raise config_error([place.mistake("", f"the key has more than {_MOST_PARTS} parts")])
         value = _literal(text)
         self.texts = _outside(key, self.texts)
         if not isinstance(value, dict):

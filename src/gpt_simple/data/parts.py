@@ -27,6 +27,8 @@ import numpy as np
 from attrs import asdict, define, field, frozen
 from numpy.typing import NDArray
 
+from gpt_simple._documents import COUNT
+from gpt_simple._documents import read as read_document
 from gpt_simple._files import fsync
 from gpt_simple.data.manifest import ALL, token_dtype
 from gpt_simple.data.sources import files
@@ -41,6 +43,8 @@ MOST_UNITS = 1 << 12
 
 SHOWN = 100
 """How many skipped documents of a unit are named; the others are counted."""
+
+_SKIPPED = {"bad": COUNT, "errors": [str], "empty": COUNT, "without_text": [str]}
 
 DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<i8"), ("bytes", "<i8")])
 """Of each document: the hash of its text, its tokens with the EOD, its bytes of UTF-8."""
@@ -183,7 +187,10 @@ def tokens_of(unit: Unit, settings: Settings) -> NDArray[Any]:
 def skipped_of(unit: Unit, settings: Settings) -> Skipped | None:
     """What was left out of the part of a unit; None if it has not been made."""
     path = settings.part(unit)
-    return Skipped(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        return Skipped(**read_document(path, _SKIPPED))
+    except (OSError, ValueError):
+        return None
 
 
 def make_part(unit: Unit, settings: Settings) -> Skipped:

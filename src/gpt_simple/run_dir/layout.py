@@ -43,12 +43,21 @@ class RunDir:
         """Directory of the checkpoints."""
 
     def check(self) -> None:
-        """Raise ConfigError if the directory plainly cannot be created or written. Changes nothing."""
+        """Raise ConfigError if the directory plainly cannot be created or written. Changes nothing.
+
+        A directory where a file of the run belongs, or the reverse, is a CheckpointError.
+        """
         nearest = nearest_existing(self.root)
         if not nearest.is_dir():
             raise _refusal(f"{nearest} is a file, not a directory")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise _refusal(f"{nearest} cannot be written")
+        for path in (*self._documents(), self.lock, self.tokenizer / "tokenizer.json"):
+            if path.is_dir():
+                raise CheckpointError(f"{path} is a directory: expected a file of the run", hint="move it away")
+        for path in (self.checkpoints, self.tokenizer):
+            if path.exists() and not path.is_dir():
+                raise CheckpointError(f"{path} is a file: expected a directory of the run", hint="move it away")
 
     def create(self) -> None:
         """Create the directory and check that it can be written; on ConfigError nothing is left behind."""
