@@ -6,6 +6,7 @@ import pytest
 
 from gpt_simple.config.parse_toml import parse_toml
 from gpt_simple.config.parse_yaml import parse_json, parse_yaml
+from gpt_simple.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -226,3 +227,16 @@ def test_an_old_key_with_an_unknown_value_is_a_mistake(bench):
         "config.yaml:2: data.allow_bucket_exhaustion: expected true or false (of the earlier YAML tool), "
         "or data.on_exhaustion",
     ]
+
+
+@pytest.mark.parametrize("part", ["[*{0},*{0},*{0},*{0},*{0},*{0}]", "{{k: *{0}, l: *{0}, m: *{0}, n: *{0}}}"])
+def test_aliases_of_aliases_are_refused(part: str) -> None:
+    lines = ["a0: &a0 x", *(f"a{n}: &a{n} {part.format(f'a{n - 1}')}" for n in range(1, 20))]
+    with pytest.raises(ConfigError, match="more than 100,000 values"):
+        parse_yaml("\n".join(lines), "c.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 5000, "a: " + "{a: " * 2000 + "}" * 2000])
+def test_deep_nesting_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        parse_yaml(text, "c.yaml")

@@ -13,13 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 from attrs import asdict, frozen
 
+from gpt_simple._documents import COUNT, check, parse
 from gpt_simple.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 """Raised when a reader of the old format would misread the new one."""
+_FILE = {"size": COUNT, "sha256": str, "tensors": (None, {...: {"dtype": str, "shape": [COUNT]}})}
+_SHAPE = {"format": int, "step": COUNT, "sequence": COUNT, "files": {...: _FILE}}
 
 
 class NewerFormat(CheckpointError):
@@ -65,7 +69,7 @@ class Manifest:
         path = directory / MANIFEST
         try:
             with _explained(path):
-                body = json.loads(path.read_bytes())
+                body = parse(path.read_bytes())
         except ValueError:
             raise _damaged(path, "it is not JSON") from None
         if not isinstance(body, dict) or not isinstance(body.get("format"), int):
@@ -77,6 +81,10 @@ class Manifest:
             )
         if body.pop("sha256", None) != _digest(body):
             raise _damaged(path, "its own digest differs")
+        try:
+            check(body, _SHAPE)
+        except ValueError as error:
+            raise _damaged(path, str(error)) from None
         if outside := [name for name in body["files"] if Path(name).name != name]:
             raise _damaged(path, f"{outside[0]} is not a file of the checkpoint")
         files = {name: FileEntry(file["size"], file["sha256"], file["tensors"]) for name, file in body["files"].items()}
@@ -96,6 +104,17 @@ def check_file(path: Path, entry: FileEntry, *, full: bool) -> None:
             path.open("rb").close()
         elif sha256_of(path) != entry.sha256:
             raise _damaged(path, "its SHA-256 is not the manifest's (flipped bits, or a file of another checkpoint)")
+
+
+def check_tensors(path: Path, layouts: Mapping[str, Any]) -> None:
+    """Compare the names and shapes in a safetensors file with those of its entry, or raise CheckpointError."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, f"it is no safetensors file ({error})") from None
+    if found != {name: layout["shape"] for name, layout in layouts.items()}:
+        raise _damaged(path, "its tensors are not those that the manifest lists")
 
 
 def sha256_of(path: Path) -> str:

@@ -10,22 +10,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import json
 import os
 import re
 import shutil
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
 from attrs import define, field, frozen
 
+from gpt_simple._documents import parse
 from gpt_simple._files import fsync, nearest_existing, remove_tree, write_whole
 from gpt_simple.checkpoint.draft import Draft, Published, hidden
-from gpt_simple.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, Unreadable, check_file
+from gpt_simple.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, Unreadable, check_file, check_tensors
 from gpt_simple.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -122,18 +122,24 @@ class Store:
             )
         for name, entry in manifest.files.items():
             check_file(checkpoint.path / name, entry, full=full)
+            if full and entry.tensors is not None:
+                check_tensors(checkpoint.path / name, entry.tensors)
         if full:
             self._verified.add(checkpoint.path)
 
-    def newest_valid(self) -> tuple[Checkpoint | None, Sequence[tuple[Path, str]]]:
+    def newest_valid(
+        self, check: Callable[[Checkpoint], object] = lambda checkpoint: None
+    ) -> tuple[Checkpoint | None, Sequence[tuple[Path, str]]]:
         """The checkpoint published last among those that verify, and why each newer one was skipped.
 
-        One that cannot be read now raises Unreadable: skipping it would lose its steps.
+        ``check`` raises CheckpointError for one whose content cannot be used. One that cannot be read now raises
+        Unreadable: skipping it would lose its steps.
         """
         skipped = []
         for checkpoint in reversed(self._candidates()):
             try:
                 self.verify(checkpoint)
+                check(checkpoint)
             except Unreadable:
                 raise
             except CheckpointError as error:
@@ -161,7 +167,16 @@ class Store:
 
     def load_document(self, checkpoint: Checkpoint, stem: str) -> Any:
         """The content of ``stem.json``, after verification."""
-        return json.loads(self._verified_file(checkpoint, f"{stem}.json").read_bytes())
+        path = self._verified_file(checkpoint, f"{stem}.json")
+        try:
+            return parse(path.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+
+    def layouts(self, checkpoint: Checkpoint, stem: str) -> Mapping[str, Mapping[str, Any]]:
+        """``dtype`` and ``shape`` of each tensor in ``stem.safetensors``, from the manifest."""
+        path = self._verified_file(checkpoint, f"{stem}.safetensors")
+        return Manifest.read(checkpoint.path).files[path.name].tensors or {}
 
     def load_tensors(self, checkpoint: Checkpoint, stem: str) -> dict[str, Tensor]:
         """The tensors of ``stem.safetensors`` by name, in host memory, after verification."""
@@ -322,4 +337,6 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except OSError as error:
         return isinstance(error, PermissionError)  # it is of another user
+    except OverflowError:
+        return False  # no process has such a number
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +58,7 @@ def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
     stop = _Stop()
     try:
         with stop_on_signals(stop.by), _progress() as (log, progress):
-            from gpt_simple.data.bulk import Job, tokenize
+            from gpt_simple.data.bulk import Job, read_report, tokenize
             from gpt_simple.data.inspect import summary
             from gpt_simple.data.manifest import REPORT
 
@@ -72,9 +71,9 @@ def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
             click.echo(f"stopped: {stop.signal}; what is done is kept, the same command goes on", err=True)
         return int(ExitCode.STOPPED)
     click.echo("\n".join(summary(job.output_dir, manifest, job.max_length)))
-    path = job.output_dir / REPORT
-    report = json.loads(path.read_text(encoding="utf-8"))
-    click.echo(f"skipped {report['skipped']:,} documents and {report['empty']:,} without text: {path}")
+    report = read_report(job.output_dir)
+    skipped = f"skipped {report['skipped']:,} documents and {report['empty']:,} without text"
+    click.echo(f"{skipped}: {job.output_dir / REPORT}")
     click.echo(f"train on it: {PROGRAM} run CONFIG --data.path {job.output_dir}")
     return int(ExitCode.COMPLETED)
 

@@ -36,6 +36,8 @@ _ALMOST_ENV = re.compile(rf"GPT_SIMPLE_({'|'.join(a.name.upper() for a in attrs.
 _ASSIGNED = re.compile(r"(-*)([A-Za-z_][^=\s]*)=(.*)", re.DOTALL)
 """``--option=value`` and ``NAME=value``."""
 _PYTHON = Origin("python", "train(...)")
+_MOST_PARTS = 50
+"""Parts of a dotted key. Python's own functions fail at some hundreds."""
 _UNSET = (None, *NULL_WORDS, UNREADABLE)
 
 
@@ -189,6 +191,9 @@ class _Layers:
                 self.notes.append(f"${variable} is not read; did you mean ${ENV_PREFIX}{meant[1]}__{meant[2]}?")
 
     def add_text(self, key: str, text: str, origin: Origin) -> None:
+        if key.count(".") > _MOST_PARTS:
+            place = Origin(origin.kind, f"{origin.where[:60]}...")
+            raise config_error([place.mistake("", f"the key has more than {_MOST_PARTS} parts")])
         value = _literal(text)
         self.texts = _outside(key, self.texts)
         if not isinstance(value, dict):

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from gpt_simple._documents import NESTED, parse
 from gpt_simple.config.mistakes import file_error
 from gpt_simple.config.origin import Mistake, Origin, join
 from gpt_simple.config.parsed import UNREADABLE, Parsed
@@ -20,6 +21,8 @@ from gpt_simple.errors import ConfigError
 
 _HALF_CHARACTER = "half of a surrogate pair is not a character"
 _TAG = "tag:yaml.org,2002:"
+_MOST_VALUES = 100_000
+"""Values of a file with its aliases written out: ten lines of aliases of aliases are more than memory holds."""
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -58,6 +61,8 @@ def parse_yaml(text: str, file: str) -> Parsed:
         raise file_error(file, f"the character U+{error.character:04X} is not allowed", line=line) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise file_error(file, str(error)) from None
+    except RecursionError:
+        raise file_error(file, NESTED) from None
     walk = _Walk(file)
     values = walk.value(root, "") if root is not None else None
     if values is None:
@@ -70,7 +75,7 @@ def parse_yaml(text: str, file: str) -> Parsed:
 def parse_json(text: str, file: str) -> Parsed:
     """Values and lines of a JSON document; a repeated key is a mistake. A text that is no JSON is a ConfigError."""
     try:
-        values = json.loads(text)
+        values = parse(text)
         json.dumps(values, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         message = error.msg[:1].lower() + error.msg[1:]
@@ -99,8 +104,13 @@ class _Walk:
         self.typed: dict[str, str] = {}
         self.mistakes: list[Mistake] = []
         self._open: list[yaml.Node] = []
+        self._count = 0
 
     def value(self, node: yaml.Node, path: str) -> Any:
+        self._count += 1
+        if self._count > _MOST_VALUES:
+            line = node.start_mark.line + 1
+            raise file_error(self.file, f"more than {_MOST_VALUES:,} values, aliases written out", line=line)
         if node in self._open:
             return self._mistake(node, f"{path} contains itself")
         self._open.append(node)

@@ -20,6 +20,8 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from gpt_simple._documents import COUNT
+from gpt_simple._documents import read as read_document
 from gpt_simple._files import fsync, remove_tree
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.cache import Log, build_once, locked, writing
@@ -47,6 +49,7 @@ from gpt_simple.hooks.batch import Tokenizer
 _WORK_NAME = re.compile(r"\.(work|tokenizer-\w+)\.(lock|tmp)|parts|build|tokenizer-\w+(\.tmp)?")
 """What ``WORK`` holds."""
 _HINT = "make room, and the same command goes on, or name another directory"
+_SHAPE = {"identity": str, "empty": COUNT, "skipped": COUNT, "errors": [str]}
 SHOWN = 20
 """How many skipped documents are logged; the report has more."""
 
@@ -147,8 +150,7 @@ def _identity(job: Job, units: Sequence[Unit]) -> str:
 
 def _finished(job: Job, identity: str, log: Log) -> Manifest:
     manifest = read_manifest(job.output_dir)
-    file = job.output_dir / REPORT
-    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    report = read_report(job.output_dir) if (job.output_dir / REPORT).exists() else {}
     if report.get("identity") != identity:
         raise DataError(
             f"--output_dir {job.output_dir} holds a finished dataset of other files or other options",
@@ -157,12 +159,24 @@ def _finished(job: Job, identity: str, log: Log) -> Manifest:
     if job.strict and report["skipped"]:
         raise DataError(
             f"--output_dir {job.output_dir} was finished without --strict, {report['skipped']:,} documents were "
-            f"skipped; the first: {report['errors'][0]}"
+            f"skipped; the first: {next(iter(report['errors']), 'unknown')}"
         )
     _require_rows(job, manifest)
     remove_tree(job.output_dir / WORK)
     log(f"{job.output_dir} is finished already")
     return manifest
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """``tokenize.json`` of a finished dataset."""
+    try:
+        report: dict[str, Any] = read_document(directory / REPORT, _SHAPE)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{directory / REPORT}: cannot be read ({error})",
+            hint="the dataset is whole and can be trained on; to make it again, name another --output_dir",
+        ) from error
+    return report
 
 
 def _require_rows(job: Job, manifest: Manifest) -> None:

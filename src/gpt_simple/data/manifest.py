@@ -20,6 +20,7 @@ from typing import Literal
 import attrs
 from attrs import frozen
 
+from gpt_simple._documents import parse
 from gpt_simple.config.convert import convert
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
@@ -160,7 +161,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a dataset directory, after checking that every file is there with its size."""
     file = directory / FILE
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse(file.read_bytes())
     except OSError as error:
         if (directory / WORK).is_dir():
             raise unfinished(directory) from error

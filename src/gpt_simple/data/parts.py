@@ -27,6 +27,8 @@ import numpy as np
 from attrs import asdict, define, field, frozen
 from numpy.typing import NDArray
 
+from gpt_simple._documents import COUNT
+from gpt_simple._documents import read as read_document
 from gpt_simple._files import fsync
 from gpt_simple.data.cache import remove
 from gpt_simple.data.manifest import ALL, content, token_dtype
@@ -42,6 +44,8 @@ MOST_UNITS = 1 << 12
 
 SHOWN = 100
 """How many skipped documents of a unit are named; the others are counted."""
+
+_SKIPPED = {"bad": COUNT, "errors": [str], "empty": COUNT, "without_text": [str]}
 
 DOCUMENT = np.dtype([("hash", "<u8"), ("tokens", "<i8"), ("bytes", "<i8")])
 """Of each document: the hash of its text, its tokens with the EOD, its bytes of UTF-8."""
@@ -186,10 +190,10 @@ def skipped_of(unit: Unit, settings: Settings) -> Skipped | None:
     """What was left out of the part of a unit; None if there is no part, or another content than was written."""
     path = settings.part(unit)
     try:
-        record = json.loads(path.read_bytes())
+        record = read_document(path, {"skipped": _SKIPPED, "sha256": str})
         skipped = Skipped(**record["skipped"])
         whole = record["sha256"] == _checksum(path, skipped)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError):
         return None
     return skipped if whole else None
 

@@ -97,7 +97,7 @@ def keep_values_of_run(spec: RunSpec, *, force: bool) -> RunSpec:
     for run_dir in map(RunDir, [Path(training.output_dir), *named]):
         with suppress(GptSimpleError):
             facts = RunRecord.load(run_dir).facts
-            if "origins" in facts and run_dir.has_checkpoints():
+            if {"config", "origins"} <= facts.keys() and run_dir.has_checkpoints():
                 break
     else:
         return spec

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 
+from gpt_simple._documents import COUNT, check
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.config.schema import Config
 from gpt_simple.engine.compatibility import flatten, with_legacy_options, with_legacy_values
 from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.preflight import ConfigChanges
+from gpt_simple.plugin_host.state import unpack
 
 # Fields that do not affect training: when things are reported and kept, and where.
 _NEUTRAL = (
@@ -48,6 +50,20 @@ _READ = " (where a bucket has been read to its end before, the order of samples 
 # Fields of the model that can differ between two launches of one run.
 _MODEL_FREE = ("model.dropout",)
 
+_PARAMETER = {"layout": str, "tensors": [str], "values": dict}
+_PHASE = {"duration_tokens": COUNT, "mix": dict}
+_CONFIG = {"data.max_length": range(1, 2**63), "data.on_exhaustion": object, "data.curriculum?": (None, [_PHASE])}
+_STATE = {
+    **dict.fromkeys(("step", "tokens", "target_tokens", "samples"), COUNT),
+    "best_val_loss": (None, float),
+    "optimizer": {"optimizer": str, "parameters": {...: _PARAMETER}},
+    "scaler": {...: float},
+    "run": {"config": _CONFIG, "data": {...: str}, "numerics": dict, "plugins?": dict},
+}
+"""state.json; job/build.py writes it."""
+_RECORD = {"version": int, "required": bool, "distribution": str, "distribution_version": str, "state": dict}
+"""The state of a plugin in plugins.json."""
+
 
 @frozen
 class FoundCheckpoint:
@@ -76,7 +92,7 @@ def find_checkpoint(config: Config, store: Store, *, force: bool) -> FoundCheckp
                 f" {listed[-1].step}: add --force to discard them, or choose another training.output_dir"
             )
         return FoundCheckpoint(store, "scratch")
-    checkpoint, skipped = store.newest_valid()
+    checkpoint, skipped = store.newest_valid(lambda found: _load_state(config, store, found))
     inside = setting != "auto" and Path(setting).resolve().parent == store.root.resolve()
     if checkpoint is None and skipped and not inside:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped)
@@ -110,11 +126,38 @@ def _open(path: Path, store: Store, newest: Checkpoint | None) -> Checkpoint:
 
 
 def _load_state(config: Config, store: Store, checkpoint: Checkpoint) -> dict[str, Any]:
-    """state.json, with the configuration of an earlier version completed."""
+    """state.json, with the configuration of an earlier version completed.
+
+    Raises CheckpointError if it, or the state of plugins, is not what a run writes, whatever its checksums are.
+    """
     state: dict[str, Any] = store.load_document(checkpoint, "state")
+    try:
+        check(state, _STATE)
+        _check_optimizer(state["optimizer"]["parameters"], store, checkpoint)
+        if state["step"] != checkpoint.step:
+            raise ValueError(f"step: expected {checkpoint.step}")
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path / 'state.json'} is damaged: {error}") from None
+    try:
+        records = store.load_document(checkpoint, "plugins")
+        check(records, {...: _RECORD})
+        unpack(records, store.layouts(checkpoint, "plugins"))
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path / 'plugins.json'} is damaged: {error}") from None
     run = state["run"]
     values, options = with_legacy_values(run["config"], config), with_legacy_options(run.get("plugins", {}), config)
     return state | {"run": run | {"config": values, "plugins": options}}
+
+
+def _check_optimizer(parameters: Mapping[str, Any], store: Store, checkpoint: Checkpoint) -> None:
+    """Raise ValueError unless the optimizer's tensors, and the layouts of its parameters, are in the checkpoint."""
+    expected = {f"{key}.{name}" for name, record in parameters.items() for key in record["tensors"]}
+    if other := expected ^ store.layouts(checkpoint, "optimizer").keys():
+        raise ValueError(f"optimizer.safetensors has other tensors, {min(other)} among them")
+    for name, layout in store.layouts(checkpoint, "model").items():
+        shape = f"[{', '.join(map(str, layout['shape']))}]"
+        if name in parameters and parameters[name]["layout"].split("]")[0] + "]" != shape:
+            raise ValueError(f"model.safetensors has another shape of {name}")
 
 
 @frozen

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gpt_simple._documents import read
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store
@@ -24,6 +24,9 @@ from gpt_simple.spec import RunSpec, try_resolve
 
 if TYPE_CHECKING:
     from gpt_simple.hooks.batch import Tokenizer
+
+
+_INFO = {"facts": {"config": {"model.name": str, "data.max_length": int}, "plugins": {...: str}}}
 
 
 def new_model(spec: RunSpec, tokenizer: Tokenizer) -> torch.nn.Module:
@@ -132,9 +135,9 @@ def _eod_id(info: dict[str, Any]) -> int | None:
 
 def _read_info(run_dir: RunDir) -> dict[str, Any]:
     try:
-        info: dict[str, Any] = json.loads(run_dir.run_json.read_text(encoding="utf-8"))["facts"]
+        info: dict[str, Any] = read(run_dir.run_json, _INFO)["facts"]
         return info
     except FileNotFoundError:
         raise CheckpointError(f"{run_dir.run_json} is missing: it says which model the checkpoint is of") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{run_dir.run_json} is damaged ({error}): it says which model this is") from error

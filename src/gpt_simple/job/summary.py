@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from attrs import evolve, fields
 
+from gpt_simple._documents import read
 from gpt_simple._names import PROGRAM, __version__
 from gpt_simple.config.load import redacted_arguments, redacted_text, split_overrides
 from gpt_simple.data.dataset import Dataset
@@ -35,6 +36,7 @@ from gpt_simple.spec import RunSpec
 
 _SHARED = [item.name for item in fields(TrainResult) if item.name not in ("checkpoint_path", "output_dir", "summary")]
 """What a TrainResult and ``summary.json`` have under the same name."""
+_SHAPE = {f"{name}?": (None, float) for name in _SHARED if name not in ("status", "reason")}
 
 
 def run_to_end(job: Job, data: Dataset, plan: ResumePlan, run_dir: ClaimedRunDir, trainer: Trainer) -> TrainResult:
@@ -157,10 +159,9 @@ def already_finished(job: Job, plan: ResumePlan) -> TrainResult:
     state, run_dir = plan.found.state, job.run_dir
     reason = f"step {state['step']} of {job.config.training.max_steps} was reached before: raise training.max_steps"
     job.plugins.log.info(f"{run_dir.root}: nothing to do, {reason}, or add --force to start anew", name="finished")
-    try:
-        summary = json.loads(run_dir.summary_json.read_text())
-    except (OSError, ValueError):
-        summary = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"]}
+    summary: dict[str, Any] = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"]}
+    with suppress(OSError, ValueError):
+        summary |= read(run_dir.summary_json, _SHAPE)
     summary |= {"status": "completed", "reason": reason, "checkpoint": str(plan.source)} | _counts(state)
     return _result(summary, run_dir.root)
 

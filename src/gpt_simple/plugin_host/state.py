@@ -118,7 +118,7 @@ def pack(state: Any, path: str, tensors: Tensors) -> Any:
     )
 
 
-def unpack(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+def unpack(document: Any, tensors: Mapping[str, Any]) -> Any:
     """The state that was packed. A missing tensor raises KeyError with its path."""
     if isinstance(document, Mapping):
         if document.keys() == {TENSOR}:

@@ -19,11 +19,13 @@ from gpt_simple.run_dir.layout import RunDir
 
 @define
 class _SizeCheckingStore(Store):
-    """A store that compares the sizes of files, and a checksum only of state.json, the one file that is read here."""
+    """A store that compares the sizes of files, and checksums only of the documents, which are read here."""
 
     def verify(self, checkpoint: Checkpoint, *, full: bool = True) -> None:
         super().verify(checkpoint, full=False)
-        check_file(checkpoint.path / "state.json", Manifest.read(checkpoint.path).files["state.json"], full=True)
+        for name, entry in Manifest.read(checkpoint.path).files.items():
+            if name.endswith(".json"):
+                check_file(checkpoint.path / name, entry, full=True)
         self._verified.add(checkpoint.path)
 
 

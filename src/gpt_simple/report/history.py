@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from bisect import bisect_right
@@ -12,16 +11,30 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 
+from gpt_simple._documents import COUNT, TIME, fits, read
 from gpt_simple.config.redact import redacted
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.run_dir.lineage import read_metrics
+from gpt_simple.run_dir.lineage import LAUNCH, read_metrics
 from gpt_simple.run_dir.status import Status, read_status
 
 Axis = Literal["step", "tokens", "time"]
 Row = Mapping[str, Any]
 
 AXES: tuple[Axis, ...] = ("step", "tokens", "time")
+
+_NUMBER = range(-(10**30), 10**30)
+"""What can be drawn."""
+_SHAPE = {
+    "facts": {
+        "config": dict,
+        "origins": {...: str},
+        "run": {"floor?": (None, _NUMBER), "parameters?": (None, COUNT)},
+    },
+    "lineage": [LAUNCH],
+}
+_ROW = {"step": COUNT, "tokens": COUNT, "time": TIME, "message?": str, "nonfinite?": dict}
+_SUMMARY = {"seconds?": (None, TIME), "plugin_seconds?": {...: _NUMBER}}
 
 
 @frozen
@@ -115,9 +128,11 @@ def read_history(root: Path, label: str) -> History:
     run_dir = RunDir(root)
     rows: dict[str, list[Row]] = {"train": [], "eval": [], "event": []}
     try:
-        record = json.loads(run_dir.run_json.read_text(encoding="utf-8"))
+        record = read(run_dir.run_json, _SHAPE)
         for row in read_metrics(run_dir.metrics_jsonl):
-            rows.get(row["kind"], []).append(row)
+            if fits(row, _ROW):
+                metrics = {key: value for key, value in row.items() if "/" in key and not fits(value, _NUMBER)}
+                rows.get(row["kind"], []).append(row | dict.fromkeys(metrics))
         facts = record["facts"]
         return History(
             label=label,
@@ -137,8 +152,8 @@ def read_history(root: Path, label: str) -> History:
         raise CheckpointError(
             f"{error.filename} cannot be read ({error.strerror}): expected a training.output_dir of a run"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{run_dir.run_json} is damaged ({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{run_dir.run_json} is damaged ({error})") from error
 
 
 def thin(values: Sequence[float], most: int) -> list[int]:
@@ -164,7 +179,7 @@ def _stretches(length: int, count: int) -> Iterator[tuple[int, int]]:
 
 def _summary(run_dir: RunDir) -> Mapping[str, Any]:
     try:
-        summary: Mapping[str, Any] = json.loads(run_dir.summary_json.read_text(encoding="utf-8"))
+        summary: Mapping[str, Any] = read(run_dir.summary_json, _SUMMARY)
         return summary
     except (OSError, ValueError):
         return {}  # the run has not ended, or has crashed

@@ -149,7 +149,7 @@ def _samples(history: History) -> str:
     texts: dict[int, list[str]] = {}  # a step has one for each prompt
     for row in history.rows["event"]:
         if row.get("name") == "sample":
-            texts.setdefault(row["step"], []).append(row["message"])
+            texts.setdefault(row["step"], []).append(row.get("message", ""))
     if not texts:
         return ""
     steps = list(texts)
@@ -176,7 +176,7 @@ def _events(history: History) -> str:
     if warnings:
         earlier = len(warnings) - _EVENTS
         items = [f"<li>and {earlier:,} before</li>"] if earlier > 0 else []
-        items += [f"<li>step {row['step']:,}: {_text(row['message'])}</li>" for row in warnings[-_EVENTS:]]
+        items += [f"<li>step {row['step']:,}: {_text(row.get('message', ''))}</li>" for row in warnings[-_EVENTS:]]
         text += f"<h2>Warnings: {_text(history.label)}</h2><ul>{''.join(items)}</ul>"
     return text
 

@@ -53,7 +53,7 @@ class RunDir:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise _refusal(f"{nearest} cannot be written")
         self._refuse_links()
-        for path in (self.lock, *self._documents()):
+        for path in (self.lock, *self._documents(), self.tokenizer / "tokenizer.json"):
             if path.exists() and not path.is_file():
                 raise _in_the_way(path, "is not a file")
         for path in (self.tokenizer, self.checkpoints):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
@@ -14,10 +13,16 @@ from typing import Any
 
 from attrs import asdict, define, field
 
+from gpt_simple._documents import COUNT, TIME, check, parse, read
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir, write_json
 
 _ALPHABET = string.ascii_lowercase + string.digits
+
+LAUNCH = {"step": COUNT, "time": TIME, "host": str}
+_FACTS = {"config?": dict, "origins?": {...: str}}
+_SHAPE = {"run_id": str, "lineage": [LAUNCH], "facts": _FACTS, "val_losses?": {...: (None, float)}}
+_ROW = {"kind": str, "step": COUNT, "name?": (None, str), "index?": object, "message?": object}
 
 
 def new_id() -> str:
@@ -41,12 +46,12 @@ class RunRecord:
         """The record of the directory, or a new one if it has none. Nothing is written."""
         path = run_dir.run_json
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            run_id, lineage, facts = document["run_id"], document["lineage"], document["facts"]
-            return cls(run_dir, run_id, lineage, facts, dict(document.get("val_losses", {})))
+            document = read(path, _SHAPE)
+            losses = {step: loss for step, loss in document.get("val_losses", {}).items() if step.isdecimal()}
+            return cls(run_dir, document["run_id"], document["lineage"], document["facts"], losses)
         except FileNotFoundError:
             return cls(run_dir, new_id())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error})",
                 hint="move it away to go on under a new run id; the checkpoints do not depend on it",
@@ -92,10 +97,11 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
             if kind is not None and kind.encode() not in line:
                 continue
             try:
-                row = json.loads(line)
+                row = parse(line)
+                check(row, _ROW)
                 key = row["kind"], row["step"], row.get("name"), row.get("index", row.get("message"))
                 rows.pop(key, None)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, TypeError):
                 continue
             if kind in (None, row["kind"]):
                 rows[key] = row

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 from attrs import asdict, define, field, frozen
 
+from gpt_simple._documents import COUNT, PID, check, parse
 from gpt_simple._files import NO_FOLLOW
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir
@@ -34,6 +35,8 @@ BEAT_SECONDS = 15.0
 
 SILENCE_SECONDS = 120.0
 """An owner on another machine counts as dead once its lock has not been touched for so long."""
+
+_SHAPE = {"host": str, "pid": PID, "boot": str, "ticks": COUNT, "since": str, "command": str}
 
 
 @frozen
@@ -246,7 +249,8 @@ def _owner(descriptor: int) -> Owner | None:
 
 def _parse(text: bytes) -> Owner | None:
     try:
-        values: dict[str, Any] = json.loads(text)
+        values: dict[str, Any] = parse(text)
+        check(values, _SHAPE)
         return Owner(**values)
     except (ValueError, TypeError):
         return None

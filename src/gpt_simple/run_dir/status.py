@@ -9,16 +9,33 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from attrs import asdict, define, evolve, field, fields, frozen
 
+from gpt_simple._documents import COUNT, PID, TIME, read
 from gpt_simple._files import NO_FOLLOW
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir, finite, write_json
 from gpt_simple.run_dir.lock import owner_of
 
 State = Literal["running", "completed", "stopped", "halted", "failed", "crashed"]
+
+_TEXT, _NUMBER, _SECONDS = (None, str), (None, float), (None, TIME)
+_SHAPE = {
+    "state": str,
+    "step?": COUNT,
+    "max_steps?": (None, COUNT),
+    "loss?": _NUMBER,
+    "tokens_per_second?": _NUMBER,
+    "eta_seconds?": _SECONDS,
+    "reason?": _TEXT,
+    "error?": _TEXT,
+    "host?": _TEXT,
+    "pid?": (None, PID),
+    "time?": _SECONDS,
+    "note?": _TEXT,
+}
 
 _INTERVAL = 1.0
 """Seconds between two writes, unless a write is forced."""
@@ -97,7 +114,9 @@ def read_status(run_dir: RunDir) -> Status:
     owner, liveness = owner_of(run_dir)
     if status is None:
         if owner is None and liveness == "gone":
-            raise CheckpointError(f"there is no run in {run_dir.root}: expected a training.output_dir of a run")
+            damage = f"{run_dir.status_json} is damaged" if run_dir.status_json.exists() else ""
+            message = f"there is no run in {run_dir.root}: expected a training.output_dir of a run"
+            raise CheckpointError(message, hint=damage)
         status = Status("running")
     if owner is not None and status.pid is None:
         status = evolve(status, host=owner.host, pid=owner.pid)
@@ -113,8 +132,9 @@ def read_status(run_dir: RunDir) -> Status:
 
 def _read(path: Path) -> Status | None:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = {item.name for item in fields(Status)}
-        return Status(**{name: value for name, value in values.items() if name in known})
-    except (OSError, ValueError, TypeError, AttributeError):
+        values: dict[str, Any] = read(path, _SHAPE)
+    except (OSError, ValueError):
         return None
+    known = {item.name for item in fields(Status)}
+    found = Status(**{name: value for name, value in values.items() if name in known})
+    return found if found.state in get_args(State) else None

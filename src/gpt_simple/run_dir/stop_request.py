@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -11,6 +10,7 @@ import time
 
 from attrs import asdict, evolve
 
+from gpt_simple._documents import read
 from gpt_simple.errors import CheckpointError
 from gpt_simple.run_dir.layout import RunDir, write_json
 from gpt_simple.run_dir.lock import Owner, RunLock, owner_of
@@ -65,11 +65,11 @@ def record_kill(run_dir: RunDir, reason: str) -> None:
 def take_stop_request(run_dir: RunDir) -> str:
     """The reason of a stop request, once; empty if there is none."""
     try:
-        by = json.loads(run_dir.stop_request.read_text(encoding="utf-8"))["by"]
+        by = read(run_dir.stop_request, {"by": str})["by"]
         run_dir.stop_request.unlink()
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         by = "an unknown machine"
     return f"gpt-simple stop on {by}"
 
