@@ -11,6 +11,7 @@ import click
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.fields import builtin_configs
+from gpt_simple.cli.terminal import echo
 from gpt_simple.config import render
 from gpt_simple.config.load import read
 from gpt_simple.config.structure import structure
@@ -77,7 +78,7 @@ def init(preset: str, output: str, force: bool) -> None:
     path = Path("config.toml" if output == "-" else output)
     text = write(preset, path)
     if output == "-":
-        click.echo(text, nl=False)
+        echo(text, nl=False)
         return
     try:
         with path.open("w" if force else "x", encoding="utf-8") as file:
@@ -88,7 +89,7 @@ def init(preset: str, output: str, force: bool) -> None:
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: the file cannot be written ({error.strerror})") from None
-    click.echo(f"{path} written; look it over, then: {PROGRAM} run {path}")
+    echo(f"{path} written; look it over, then: {PROGRAM} run {path}")
 
 
 def write(preset: str, path: Path) -> str:

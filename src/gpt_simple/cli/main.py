@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from io import StringIO
 
 from gpt_simple._names import PROGRAM, __version__
+from gpt_simple.cli.terminal import echo, write_any_character
 from gpt_simple.errors import ExitCode, GptSimpleError
 
 BEGAN = time.monotonic()
@@ -22,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given == ["--version"]:  # without the imports of all that follows
         print(f"{PROGRAM} {__version__}")
         sys.exit(ExitCode.COMPLETED)
+    write_any_character()
     code = _run(given)
     if arguments is None:
         from gpt_simple.launch.signals import STOPPING
@@ -48,10 +51,12 @@ def _run(arguments: list[str]) -> int:
             from gpt_simple.config.mistakes import printable
 
             with suppress(OSError):  # the terminal is gone, and the exit code is enough
-                sys.stderr.write(printable(f"error: {error}\n"))  # one write: other processes write there too
+                echo(printable(f"error: {error}"), err=True)
         return int(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        message = StringIO()
+        error.show(file=message)
+        echo(message.getvalue(), err=True, nl=False)
         return int(ExitCode.CONFIG)
     except (KeyboardInterrupt, click.Abort):
         return int(ExitCode.FORCED)

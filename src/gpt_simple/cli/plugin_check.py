@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 from contextlib import redirect_stdout
 
-import click
-
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.plugin_details import find
+from gpt_simple.cli.terminal import echo
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ExitCode, PluginError
 from gpt_simple.hooks.components import BUILTIN, builtin_registry
@@ -21,7 +20,7 @@ def check_plugins(name: str | None, *, smoke: bool) -> int:
     """Print one line for each plugin, and one for each mistake. Returns the exit code."""
     names = [name] if name else [key for key, record in usable(installed()).items() if record.origin == "external"]
     if not names:
-        click.echo(f"no plugin of another package is installed; `{PROGRAM} plugins check NAME` checks a built-in one")
+        echo(f"no plugin of another package is installed; `{PROGRAM} plugins check NAME` checks a built-in one")
     failed = [each for each in names if not _check(each, smoke=smoke)]
     return ExitCode.PLUGIN if failed else ExitCode.COMPLETED
 
@@ -37,9 +36,9 @@ def _check(name: str, *, smoke: bool) -> bool:
                 # The plugin may be meant to change training.
                 check_contract(plugin.cls, enable=() if is_file(name) else (name,), observes=False)
     except (PluginError, AssertionError) as error:
-        click.echo(f"{name}: broken\n{error}")
+        echo(f"{name}: broken\n{error}")
         return False
-    click.echo(f"{name}: ok ({'lint and tiny runs' if smoke else 'lint'})")
+    echo(f"{name}: ok ({'lint and tiny runs' if smoke else 'lint'})")
     return True
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpt_simple.cli.fields import complete_plugin
+from gpt_simple.cli.terminal import echo
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def sample(
     for index in range(count):
         with torch.no_grad(), resolve(None, torch_device).autocast():
             text = generate(model, tokenizer, prompt, max_new_tokens=tokens, seed=seed + index, **sampling)
-        click.echo(("\n" if index else "") + text.translate(_CONTROLS))
+        echo(("\n" if index else "") + text.translate(_CONTROLS))
 
 
 def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:

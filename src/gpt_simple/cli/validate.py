@@ -8,6 +8,7 @@ import click
 from attrs import evolve
 
 from gpt_simple.cli.fields import ConfigRequest, ConfiguredCommand
+from gpt_simple.cli.terminal import echo
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
@@ -26,7 +27,7 @@ class _Validate(ConfiguredCommand):
             if "--json" not in args:
                 raise
             usage = ConfigError(error.format_message()) if isinstance(error, click.UsageError) else error
-            click.echo(to_json(Finding.of_error(usage, "usage"), ExitCode.CONFIG))
+            echo(to_json(Finding.of_error(usage, "usage"), ExitCode.CONFIG))
             context.exit(ExitCode.CONFIG)
 
 
@@ -74,5 +75,5 @@ def validate(request: ConfigRequest, strict: bool, as_json: bool, **options: Any
     except GptSimpleError as error:
         findings += from_error(error)
     code = exit_code(findings, strict=strict)
-    click.echo(to_json(findings, code) if as_json else to_table(findings))
+    echo(to_json(findings, code) if as_json else to_table(findings))
     return code
