@@ -9,13 +9,16 @@ import os
 import pty
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gpt_simple.cli.main import main
-from gpt_simple.cli.terminal import shown
+from gpt_simple.cli.terminal import announced, shown
+from tests.conftest import Shell
 
 SOURCE = Path(__file__).parents[2] / "src" / "gpt_simple"
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x9b31m\u202e\u00e9"
@@ -135,6 +138,54 @@ def test_no_text_acts_on_a_terminal(terminal: Terminal, here: Path, case: str, e
     assert [acting for acting in ACTING if acting in text] == []
     letter = "\u00e9" if encoding == "utf-8" and "json" not in case else ("\\xe9", "\\u00e9")["json" in case]
     assert letter in text
+
+
+ANNOUNCED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
+    "run": (logger, ["run", "config.toml"], "starting: PyTorch is loaded"),
+    "validate": (logger, ["validate", "config.toml"], "checking the configuration"),
+    "validate --memory": (logger, ["validate", "config.toml", "--memory"], "checking the configuration"),
+    "sample": (trained, ["sample", "run", "--tokens=1"], "loading PyTorch and the model"),
+    "report": (trained, ["report", "run"], "reading the metrics"),
+    "plugins check": (logger, ["plugins", "check", "./logger.py"], "checking ./logger.py"),
+}
+
+
+@pytest.mark.parametrize("case", ANNOUNCED)
+def test_a_slow_command_says_what_it_does(
+    terminal: Terminal, here: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Only on a terminal."""
+    prepare, arguments, line = ANNOUNCED[case]
+    prepare(here)
+    monkeypatch.setattr("gpt_simple.cli.terminal.SILENCE_SECONDS", 0.0)
+    ended = shell(*arguments)
+    assert line not in ended.out + ended.err
+    assert terminal(*arguments, encoding="utf-8")[1].count(line) == 1
+
+
+@pytest.mark.parametrize("more", ["--quiet", "--progress=off", "--plugins.console.progress=off", "-p no:console"])
+def test_a_quiet_run_announces_nothing(
+    terminal: Terminal, here: Path, monkeypatch: pytest.MonkeyPatch, more: str
+) -> None:
+    monkeypatch.setattr("gpt_simple.cli.terminal.SILENCE_SECONDS", 0.0)
+    assert "starting" not in terminal("run", "config.toml", *more.split(), encoding="utf-8")[1]
+
+
+def test_a_line_comes_after_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before, not after the end, and only from the first of several processes."""
+    texts: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("gpt_simple.cli.terminal.echo", lambda text, **_: texts.append(text))
+    with announced("quick"):
+        assert texts == []
+    monkeypatch.setattr("gpt_simple.cli.terminal.SILENCE_SECONDS", 0.05)
+    monkeypatch.setenv("RANK", "1")
+    with announced("second"):
+        time.sleep(0.1)
+    monkeypatch.setenv("RANK", "0")
+    with announced("slow"):
+        time.sleep(0.5)
+    assert texts == ["slow"]
 
 
 def test_escapes_are_those_of_json_and_toml() -> None:

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.plugin_details import find
-from gpt_simple.cli.terminal import echo
+from gpt_simple.cli.terminal import announced, echo
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ExitCode, PluginError
 from gpt_simple.hooks.components import BUILTIN, builtin_registry
@@ -30,9 +30,9 @@ def _check(name: str, *, smoke: bool) -> bool:
         plugin, _ = find(name)
         _components(plugin, load=smoke)
         if smoke:
-            from gpt_simple.testing import check_contract  # only now: the lint alone does not need torch
+            with announced(f"checking {name} with tiny runs"), redirect_stdout(io.StringIO()):
+                from gpt_simple.testing import check_contract  # only now: the lint alone does not need torch
 
-            with redirect_stdout(io.StringIO()):
                 # The plugin may be meant to change training.
                 check_contract(plugin.cls, enable=() if is_file(name) else (name,), observes=False)
     except (PluginError, AssertionError) as error:

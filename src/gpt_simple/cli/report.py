@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gpt_simple.cli.terminal import echo
+from gpt_simple.cli.terminal import announced, echo
 from gpt_simple.errors import ConfigError
 from gpt_simple.report.history import read_history
 from gpt_simple.report.page import page
@@ -28,7 +28,8 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
     directories = list({path.resolve(): path for path in reversed(runs)}.values())[::-1]
     if len(directories) < len(runs):
         echo("a run that is named twice is shown once", err=True)
-    histories = [read_history(root, label) for root, label in zip(directories, _labels(directories), strict=True)]
+    with announced("reading the metrics"):
+        histories = [read_history(root, label) for root, label in zip(directories, _labels(directories), strict=True)]
     target = output or (directories[0] if len(directories) == 1 else Path()) / "report.html"
     try:
         target.write_text(page(histories), encoding="utf-8")

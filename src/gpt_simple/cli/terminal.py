@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 _ACTS = re.compile("[\0-\b\v-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Characters that a terminal obeys, and those that reorder text. Spaces of other scripts are not among them."""
+
+SILENCE_SECONDS = 0.5
+"""How long a command on a terminal may be silent."""
 
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
@@ -24,6 +32,34 @@ def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
 def shown(text: str) -> str:
     """The text with escapes for the characters that act on a terminal."""
     return _ACTS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+@contextmanager
+def announced(text: str, *, began: float | None = None) -> Iterator[None]:
+    """Print one line on a terminal if the block takes more than half a second; elsewhere nothing.
+
+    ``began``: the moment of ``time.monotonic`` at which the silence began (None: now). Of several processes, the first
+    prints. The block prints nothing itself in its first half second.
+    """
+    if sys.stderr is None or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+
+    left = SILENCE_SECONDS - (0.0 if began is None else time.monotonic() - began)
+    ended = threading.Event()
+
+    def announce() -> None:
+        with suppress(OSError, ValueError):  # the terminal is gone
+            if left <= 0 or not ended.wait(left):
+                echo(text, err=True)
+
+    thread = threading.Thread(target=announce, name="announce", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def write_any_character() -> None:
