@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console as Terminal
 
-from gpt_simple.hooks import MetricsReady, RunStart
+from gpt_simple.hooks import LogRecord, MetricsReady, RunStart
 from gpt_simple.plugins.console import Console, ConsoleConfig
 from gpt_simple.plugins.console_live import LiveView, sparkline
 from tests.conftest import Shell
@@ -79,6 +79,16 @@ def test_json_has_no_nan_and_says_what_there_was(capsys: pytest.CaptureFixture[s
     row = json.loads(capsys.readouterr().out)
     assert (row["train/loss"], row["train/grad_norm"]) == (1.0, None)
     assert row["nonfinite"] == {"train/grad_norm": "inf"}
+
+
+def test_any_encoding_shows_all_that_a_script_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``train()`` in a script whose standard output is strict, unlike that of the commands."""
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+    run: Any = SimpleNamespace(step=1)
+    event = LogRecord("warning", "caf\u00e9 \x1b]52;c;eA==\x07", 1, "cafe")
+    Console(ConsoleConfig()).on_log(run, event)
+    assert output.getvalue() == b"warning: caf\\xe9 \\ufffd]52;c;eA==\\ufffd\n"
 
 
 @pytest.mark.parametrize("processes", [1, 2])

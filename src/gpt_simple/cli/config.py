@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gpt_simple.cli.fields import ConfigRequest, ConfiguredCommand, builtin_configs, plugin_options
+from gpt_simple.cli.terminal import echo
 from gpt_simple.config.render import tables, to_json, to_toml
 from gpt_simple.config.structure import SECTIONS
 from gpt_simple.plugin_host.activation import Switches
@@ -29,13 +30,13 @@ def show(request: ConfigRequest, origin: bool, as_json: bool, as_toml: bool) -> 
         raise click.UsageError("choose one of --json and --toml")
     spec = request.resolve()
     for note in spec.notes:
-        click.echo(f"note: {note}", err=True)
+        echo(f"note: {note}", err=True)
     if not as_json:
-        click.echo(to_toml(spec.config, comments=False, origins=spec.origins if origin else None), nl=False)
+        echo(to_toml(spec.config, comments=False, origins=spec.origins if origin else None), nl=False)
     elif not origin:
-        click.echo(to_json(spec.config), nl=False)
+        echo(to_json(spec.config), nl=False)
     else:
-        click.echo(json.dumps(_with_origins(spec), indent=2, ensure_ascii=False))
+        echo(json.dumps(_with_origins(spec), indent=2))
 
 
 @config.command(params=plugin_options())
@@ -57,7 +58,7 @@ def schema(path: str | None, plugins: tuple[str, ...], no_plugins: bool) -> None
         plugin_configs |= spec.host.config_classes()
         plugin_configs |= {plugin.name: plugin.cls.Config for plugin in spec.host.plugins}
         sections = {name: type(getattr(spec.config, name)) for name in SECTIONS}
-    click.echo(json.dumps(json_schema(plugin_configs, sections=sections), indent=2, ensure_ascii=False))
+    echo(json.dumps(json_schema(plugin_configs, sections=sections), indent=2))
 
 
 def _with_origins(spec: RunSpec) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from gpt_simple.cli.paths import PATH
+from gpt_simple.cli.terminal import echo
 
 
 @click.group()
@@ -22,11 +22,5 @@ def inspect(directory: Path, sample: int) -> None:
     """Describe the dataset directory DATA, after comparing every file with its checksum."""
     from gpt_simple.data.inspect import inspect
 
-    lines = inspect(directory, sample_tokens=sample, log=lambda message: click.echo(message, err=True))
-    text = "\n".join(lines)
-    click.echo(_printable(text) if sys.stdout.isatty() else text)
-
-
-def _printable(text: str) -> str:
-    """Control characters of the data must not reach the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    lines = inspect(directory, sample_tokens=sample, log=lambda message: echo(message, err=True))
+    echo("\n".join(lines))

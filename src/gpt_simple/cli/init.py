@@ -14,6 +14,7 @@ from gpt_simple._files import write_whole
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.fields import builtin_configs
 from gpt_simple.cli.paths import PATH
+from gpt_simple.cli.terminal import echo
 from gpt_simple.config import render
 from gpt_simple.config.load import read
 from gpt_simple.config.structure import structure
@@ -86,7 +87,7 @@ def init(preset: str, output: Path, force: bool) -> None:
     path = Path("config.toml") if to_terminal else output
     text = write(preset, path)
     if to_terminal:
-        click.echo(text, nl=False)
+        echo(text, nl=False)
         return
     if not force and os.path.lexists(path):
         raise ConfigError(f"{path} exists already", hint="choose another name with -o, or --force to overwrite it")
@@ -94,7 +95,7 @@ def init(preset: str, output: Path, force: bool) -> None:
         write_whole(path, text)
     except OSError as error:
         raise ConfigError(f"{path}: the file cannot be written ({error.strerror})") from None
-    click.echo(f"{path} written; look it over, then: {PROGRAM} run {path}")
+    echo(f"{path} written; look it over, then: {PROGRAM} run {path}")
 
 
 def write(preset: str, path: Path) -> str:

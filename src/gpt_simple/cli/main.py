@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gpt_simple._names import PROGRAM, __version__
+from gpt_simple.cli.terminal import echo, write_any_character
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
 
 BEGAN = time.monotonic()
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given == ["--version"]:  # without the imports of all that follows
         print(f"{PROGRAM} {__version__}")
         sys.exit(ExitCode.COMPLETED)
+    write_any_character()
     from gpt_simple.hardware import check_system
 
     try:
@@ -72,4 +74,4 @@ def _print(message: str) -> None:
     from gpt_simple.config.mistakes import printable
 
     with suppress(OSError):  # the terminal is gone, and the exit code is enough
-        sys.stderr.write(printable(message))  # one write: other processes write there too
+        echo(printable(message), err=True, nl=False)

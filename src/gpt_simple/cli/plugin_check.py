@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 from contextlib import redirect_stdout
 
-import click
-
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.plugin_details import find
+from gpt_simple.cli.terminal import announced, echo
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ExitCode, PluginError
 from gpt_simple.hooks.components import BUILTIN, builtin_registry
@@ -21,7 +20,7 @@ def check_plugins(name: str | None, *, smoke: bool) -> int:
     """Print one line for each plugin, and one for each mistake. Returns the exit code."""
     names = [name] if name else [key for key, record in usable(installed()).items() if record.origin == "external"]
     if not names:
-        click.echo(f"no plugin of another package is installed; `{PROGRAM} plugins check NAME` checks a built-in one")
+        echo(f"no plugin of another package is installed; `{PROGRAM} plugins check NAME` checks a built-in one")
     failed = [each for each in names if not _check(each, smoke=smoke)]
     return ExitCode.PLUGIN if failed else ExitCode.COMPLETED
 
@@ -31,15 +30,15 @@ def _check(name: str, *, smoke: bool) -> bool:
         plugin, _ = find(name)
         _components(plugin, load=smoke)
         if smoke:
-            from gpt_simple.testing import check_contract  # only now: the lint alone does not need torch
+            with announced(f"checking {name} with tiny runs"), redirect_stdout(io.StringIO()):
+                from gpt_simple.testing import check_contract  # only now: the lint alone does not need torch
 
-            with redirect_stdout(io.StringIO()):
                 # The plugin may be meant to change training.
                 check_contract(plugin.cls, enable=() if is_file(name) else (name,), observes=False)
     except (PluginError, AssertionError) as error:
-        click.echo(f"{name}: broken\n{error}")
+        echo(f"{name}: broken\n{error}")
         return False
-    click.echo(f"{name}: ok ({'lint and tiny runs' if smoke else 'lint'})")
+    echo(f"{name}: ok ({'lint and tiny runs' if smoke else 'lint'})")
     return True
 
 

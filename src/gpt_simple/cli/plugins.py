@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from gpt_simple.cli.paths import PATH
+from gpt_simple.cli.terminal import echo
 
 SCHEMA = 1
 """Version of the JSON output; raised when a key changes its meaning or goes away."""
@@ -48,9 +49,9 @@ def list_plugins(
     if hooks:
         rows = listing.hook_rows(rows)
     if as_json:
-        click.echo(json.dumps({"schema": SCHEMA, "hooks" if hooks else "plugins": rows}, indent=2))
+        echo(json.dumps({"schema": SCHEMA, "hooks" if hooks else "plugins": rows}, indent=2))
     else:
-        click.echo(listing.hook_table(rows) if hooks else listing.plugin_table(rows))
+        echo(listing.hook_table(rows) if hooks else listing.plugin_table(rows))
 
 
 @plugins.command()
@@ -59,7 +60,7 @@ def show(name: str) -> None:
     """Show the hooks and the configuration of plugin NAME (or of ./file.py), ready to paste."""
     from gpt_simple.cli.plugin_details import details
 
-    click.echo(details(name))
+    echo(details(name))
 
 
 @plugins.command()
@@ -86,4 +87,4 @@ def new(name: str, template: str, directory: Path) -> None:
     """Make the installable package of a new plugin NAME."""
     from gpt_simple.cli.scaffold import scaffold
 
-    click.echo(scaffold(name, template, directory))
+    echo(scaffold(name, template, directory))

@@ -8,6 +8,7 @@ import click
 
 from gpt_simple._files import write_whole
 from gpt_simple.cli.paths import PATH
+from gpt_simple.cli.terminal import announced, echo
 from gpt_simple.errors import ConfigError
 from gpt_simple.report.history import read_history
 from gpt_simple.report.page import SIGNATURE, page
@@ -28,8 +29,9 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
     """
     directories = list({path.resolve(): path for path in reversed(runs)}.values())[::-1]
     if len(directories) < len(runs):
-        click.echo("a run that is named twice is shown once", err=True)
-    histories = [read_history(root, label) for root, label in zip(directories, _labels(directories), strict=True)]
+        echo("a run that is named twice is shown once", err=True)
+    with announced("reading the metrics"):
+        histories = [read_history(root, label) for root, label in zip(directories, _labels(directories), strict=True)]
     target = output or (directories[0] if len(directories) == 1 else Path()) / "report.html"
     try:
         if _is_foreign(target):
@@ -43,7 +45,7 @@ def report(runs: tuple[Path, ...], output: Path | None) -> None:
             write_whole(target, text)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error.strerror}): choose another one with --output") from error
-    click.echo(f"{target} ({len(text.encode()) / 1024:.0f} KiB)")
+    echo(f"{target} ({len(text.encode()) / 1024:.0f} KiB)")
 
 
 def _is_foreign(target: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import click
 
 from gpt_simple.cli.fields import ConfigRequest, ConfiguredCommand
 from gpt_simple.cli.main import BEGAN
+from gpt_simple.cli.terminal import announced
 from gpt_simple.engine.compatibility import keep_values_of_run
 from gpt_simple.errors import ExitCode, GptSimpleError
 from gpt_simple.launch import member
@@ -66,8 +68,10 @@ train = run
 
 def _run_launcher(request: ConfigRequest, launch: Launch) -> int:
     """Start the processes, unless there is a mistake in the configuration."""
-    run_dir = RunDir(Path(request.resolve().config.training.output_dir))
-    code = launch.run([*_program(), *request.arguments])
+    spec = request.resolve()
+    run_dir = RunDir(Path(spec.config.training.output_dir))
+    with _announced(spec):
+        code = launch.run([*_program(), *request.arguments])
     if code == ExitCode.FORCED:
         record_kill(run_dir, "second Ctrl-C")
     return code
@@ -89,15 +93,24 @@ def _train(request: ConfigRequest, force: bool, pending: list[str]) -> int:
         # Whatever the launch began with, a restarted process resumes from what the launch has reached.
         force = False
         spec = _resolve_once(request.overriding("training.resume", "auto"), force)
-    # Only now: a mistake in the configuration is reported without the seconds that torch takes to load.
-    from gpt_simple.distributed.process_group import disband
-    from gpt_simple.job.train import train
-
     launched = member.launched_at()
+    # Only now: a mistake in the configuration is reported without the seconds that torch takes to load.
+    with nullcontext() if launched else _announced(spec):
+        from gpt_simple.distributed.process_group import disband
+        from gpt_simple.job.train import train
+
     started = BEGAN if launched is None else launched
     code = int(train(spec, force=force, pending_signals=pending, started=started).exit_code)
     disband()
     return code
+
+
+def _announced(spec: RunSpec) -> AbstractContextManager[None]:
+    """Announce what comes before the first lines of the console, unless that shows nothing."""
+    console = next((plugin.instance for plugin in spec.host.plugins if plugin.name == "console"), None)
+    if console is None or console.config.progress == "off":
+        return nullcontext()
+    return announced("starting: PyTorch is loaded, then come the data and the model", began=BEGAN)
 
 
 def _resolve_once(request: ConfigRequest, force: bool) -> RunSpec:

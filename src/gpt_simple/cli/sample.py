@@ -11,6 +11,7 @@ import click
 from gpt_simple.cli.fields import complete_plugin
 from gpt_simple.cli.options import Number
 from gpt_simple.cli.paths import PATH
+from gpt_simple.cli.terminal import announced, echo
 
 if TYPE_CHECKING:
     import torch
@@ -59,19 +60,20 @@ def sample(
     """
     run, step = _run_and_step(run, step)
     # Only now: a mistake in the options is reported without the seconds that torch takes to load.
-    import torch
+    with announced("loading PyTorch and the model, which then writes"):
+        import torch
 
-    from gpt_simple.engine.precision import resolve
-    from gpt_simple.job.model import restore
-    from gpt_simple.model.generate import generate
-    from gpt_simple.run_dir.layout import RunDir
+        from gpt_simple.engine.precision import resolve
+        from gpt_simple.job.model import restore
+        from gpt_simple.model.generate import generate
+        from gpt_simple.run_dir.layout import RunDir
 
-    torch_device = _device(device)
-    model, tokenizer = restore(RunDir(run), torch_device, step=step, plugins=plugins)
+        torch_device = _device(device)
+        model, tokenizer = restore(RunDir(run), torch_device, step=step, plugins=plugins)
     for index in range(count):
         with torch.no_grad(), resolve(None, torch_device).autocast():
             text = generate(model, tokenizer, prompt, max_new_tokens=tokens, seed=seed + index, **sampling)
-        click.echo(("\n" if index else "") + text.translate(_CONTROLS))
+        echo(("\n" if index else "") + text.translate(_CONTROLS))
 
 
 def _run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:

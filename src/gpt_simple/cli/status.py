@@ -11,6 +11,7 @@ import click
 from attrs import asdict
 
 from gpt_simple.cli.paths import PATH
+from gpt_simple.cli.terminal import echo
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.status import Status, read_status
 
@@ -24,7 +25,7 @@ def status(run: Path, as_json: bool) -> None:
     RUN is the training.output_dir of the run. The answer is correct even if the process or the machine died.
     """
     found = read_status(RunDir(run))
-    click.echo(json.dumps(asdict(found)) if as_json else describe(found, now=time.time()))
+    echo(json.dumps(asdict(found)) if as_json else describe(found, now=time.time()))
 
 
 def describe(status: Status, *, now: float) -> str:

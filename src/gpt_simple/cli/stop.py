@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from gpt_simple.cli.paths import PATH
+from gpt_simple.cli.terminal import echo
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.stop_request import ask_to_stop
 
@@ -19,4 +20,4 @@ def stop(run: Path, force: bool) -> None:
 
     RUN is the training.output_dir of the run. From another machine, the request is a file that the run checks for.
     """
-    click.echo(ask_to_stop(RunDir(run), force=force))
+    echo(ask_to_stop(RunDir(run), force=force))

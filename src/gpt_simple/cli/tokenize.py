@@ -13,6 +13,7 @@ import click
 from gpt_simple._names import PROGRAM
 from gpt_simple.cli.options import Number
 from gpt_simple.cli.paths import PATH, UserPath
+from gpt_simple.cli.terminal import echo, shown
 from gpt_simple.data.cache import NotWritable
 from gpt_simple.errors import ExitCode
 from gpt_simple.hardware import cores
@@ -68,13 +69,13 @@ def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
         if not stop.signal:
             raise
         with suppress(OSError):  # the terminal may be gone, and the bar that was on it
-            click.echo(f"stopped: {stop.signal}; what is done is kept, the same command goes on", err=True)
+            echo(f"stopped: {stop.signal}; what is done is kept, the same command goes on", err=True)
         return int(ExitCode.STOPPED)
-    click.echo("\n".join(summary(job.output_dir, manifest, job.max_length)))
+    echo("\n".join(summary(job.output_dir, manifest, job.max_length)))
     report = read_report(job.output_dir)
     skipped = f"skipped {report['skipped']:,} documents and {report['empty']:,} without text"
-    click.echo(f"{skipped}: {job.output_dir / REPORT}")
-    click.echo(f"train on it: {PROGRAM} run CONFIG --data.path {job.output_dir}")
+    echo(f"{skipped}: {job.output_dir / REPORT}")
+    echo(f"train on it: {PROGRAM} run CONFIG --data.path {job.output_dir}")
     return int(ExitCode.COMPLETED)
 
 
@@ -93,7 +94,7 @@ class _Stop:
 def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
     """How to show messages and progress: a bar on a terminal, lines elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda message: click.echo(message, err=True), _progress_lines()
+        yield lambda message: echo(message, err=True), _progress_lines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -102,7 +103,7 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("tokenizing", total=None)
         yield (
-            lambda message: bar.console.print(message, markup=False, highlight=False),
+            lambda message: bar.console.print(shown(message), markup=False, highlight=False),
             lambda done, total: bar.update(task, completed=done, total=total),
         )
 
@@ -123,6 +124,6 @@ def _progress_lines() -> Callable[[int, int], None]:
         shown = now
         rate = (done - first) / max(now - began, 1e-9)
         left = f"  {(total - done) / rate / 60:.1f} min left" if rate and done < total else ""
-        click.echo(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s{left}", err=True)
+        echo(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s{left}", err=True)
 
     return show

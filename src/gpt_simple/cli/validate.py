@@ -9,6 +9,7 @@ from attrs import evolve
 
 from gpt_simple.cli.fields import ConfigRequest, ConfiguredCommand
 from gpt_simple.cli.options import Number
+from gpt_simple.cli.terminal import announced, echo
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
@@ -27,7 +28,7 @@ class _Validate(ConfiguredCommand):
             if "--json" not in args:
                 raise
             usage = ConfigError(error.format_message()) if isinstance(error, click.UsageError) else error
-            click.echo(to_json(Finding.of_error(usage, "usage"), ExitCode.CONFIG))
+            echo(to_json(Finding.of_error(usage, "usage"), ExitCode.CONFIG))
             context.exit(ExitCode.CONFIG)
 
 
@@ -58,6 +59,15 @@ def validate(request: ConfigRequest, strict: bool, as_json: bool, **options: Any
         options["memory"] = True
     if options["memory"]:
         request = evolve(request, plugins=(*request.plugins, "memory"))
+    with announced("checking the configuration, the data and this machine"):
+        findings = _findings(request, options)
+    code = exit_code(findings, strict=strict)
+    echo(to_json(findings, code) if as_json else to_table(findings))
+    return code
+
+
+def _findings(request: ConfigRequest, options: dict[str, Any]) -> list[Finding]:
+    """What the configuration, its plugins and their checks report."""
     findings: list[Finding] = []
     try:
         spec, errors = try_resolve(request.path, overrides=request.overrides, switches=request.switches)
@@ -74,6 +84,4 @@ def validate(request: ConfigRequest, strict: bool, as_json: bool, **options: Any
                 findings.append(Finding("warning", "unchecked", message, hint="leave out what switches it off"))
     except GptSimpleError as error:
         findings += from_error(error)
-    code = exit_code(findings, strict=strict)
-    click.echo(to_json(findings, code) if as_json else to_table(findings))
-    return code
+    return findings

@@ -69,7 +69,7 @@ def to_yaml(config: Config, *, comments: bool = True, chosen: Origins | None = N
 
 def to_json(config: Config) -> str:
     """JSON, without comments."""
-    return json.dumps(json_value(config), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(json_value(config), indent=2) + "\n"
 
 
 def field_help(spec: FieldSpec) -> str:

@@ -24,6 +24,7 @@ from gpt_simple.plugins.console_text import (
     evaluation_line,
     log_lines,
     metrics_line,
+    printable,
     summary_lines,
 )
 from gpt_simple.plugins.metrics import without_nan
@@ -139,7 +140,8 @@ class Console(Plugin[ConsoleConfig]):
             lines = [json.dumps(without_nan({**fields, "kind": kind}), default=str)]
         elif self._mode == "off" and not urgent:
             return
-        text = "\n".join(lines)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        text = printable("\n".join(lines)).encode(encoding, "backslashreplace").decode(encoding)
         try:
             if self._view is not None:
                 self._view.print(text)

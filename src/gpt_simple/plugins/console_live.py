@@ -115,6 +115,8 @@ class LiveView:
     def __rich_console__(self, console: Terminal, options: ConsoleOptions) -> RenderResult:
         yield self._progress(options.max_width)
         numbers = {**self._numbers, "checkpoint_age": duration(time.monotonic() - self._saved)}
+        if options.ascii_only:
+            numbers["sparkline"] = ""
         if self.warnings:
             numbers["warnings"] = self.warnings
         for templates in _ROWS:

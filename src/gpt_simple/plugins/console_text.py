@@ -121,8 +121,12 @@ def summary_lines(run: Run, event: ev.RunEnd) -> list[str]:
 
 def wrapped(text: str) -> str:
     """Lines of readable width, without control characters: an untrained model writes them, and terminals obey them."""
-    lines = (textwrap.fill(line, 100) for line in text.splitlines())
-    return "\n".join("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in line) for line in lines)
+    return printable("\n".join(textwrap.fill(line, 100) for line in text.splitlines()))
+
+
+def printable(text: str) -> str:
+    """The text without characters that a terminal obeys or cannot show: log lines and paths may hold any."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _costs(seconds: Mapping[str, float]) -> str:

@@ -16,6 +16,7 @@ import click
 from attrs import evolve
 
 from gpt_simple import CheckpointError, ConfigError, GptSimpleError, read_metrics, redacted
+from gpt_simple.plugins.console_text import printable
 from gpt_simple.plugins.wandb import WandbConfig, another, figures, is_installed, open_run
 
 
@@ -72,10 +73,11 @@ def upload(
             f" --offline; if W&B had run {run_id} and it was deleted there, add --id with another one"
         ) from error
     if not sink.offline:
-        click.echo(f"{len(rows)} rows of run {run_id} are at {sink.url}")
+        click.echo(printable(f"{len(rows)} rows of run {run_id} are at {sink.url}"))
         return
     written = Path(sink.settings.sync_dir)
-    click.echo(f"{len(rows)} rows of run {run_id} are written: `wandb sync {shlex.quote(str(written))}` sends them")
+    sync = f"`wandb sync {shlex.quote(str(written))}`"
+    click.echo(printable(f"{len(rows)} rows of run {run_id} are written: {sync} sends them"))
     if others := sum(path != written for path in written.parent.glob("*run-*-*")):
         click.echo(f"sync only this one: the {others} before it there hold what single launches reported, parts of it")
 

@@ -36,7 +36,7 @@ def to_json(findings: Sequence[Finding], code: int) -> str:
     """One object: schema, exit_code and the findings with all their fields."""
     items = [asdict(finding) | ({"exit_code": 0} if finding.severity == "info" else {}) for finding in findings]
     document = {"schema": SCHEMA, "exit_code": code, "findings": items}
-    return json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    return json.dumps(document, indent=2, default=str)
 
 
 def to_table(findings: Sequence[Finding], *, width: int | None = None) -> str:
