@@ -41,7 +41,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state by parameter name: tensors ``exp_avg.blocks.0.attn.wq.weight``, the rest as JSON.
+    """An optimizer's state by parameter name: tensors ``exp_avg.blocks.0.attention.query.weight``, the rest as JSON.
 
     The options of the parameter groups are not state: they follow from the configuration and the step.
     """
