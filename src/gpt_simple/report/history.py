@@ -14,7 +14,7 @@ from attrs import field, frozen
 
 from gpt_simple.config.redact import redacted
 from gpt_simple.errors import CheckpointError
-from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.layout import RunDir, no_run
 from gpt_simple.run_dir.lineage import read_metrics
 from gpt_simple.run_dir.status import Status, read_status
 
@@ -113,6 +113,8 @@ class History:
 def read_history(root: Path, label: str) -> History:
     """The run in a directory; CheckpointError if there is none, or none that wrote metrics."""
     run_dir = RunDir(root)
+    if not run_dir.is_used():
+        raise no_run(root)
     rows: dict[str, list[Row]] = {"train": [], "eval": [], "event": []}
     try:
         record = json.loads(run_dir.run_json.read_text(encoding="utf-8"))

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from attrs import asdict, define, evolve, field, fields, frozen
 
-from gpt_simple.errors import CheckpointError
-from gpt_simple.run_dir.layout import RunDir, finite, write_json
+from gpt_simple.run_dir.layout import RunDir, finite, no_run, write_json
 from gpt_simple.run_dir.lock import owner_of
 
 State = Literal["running", "completed", "stopped", "halted", "failed", "crashed"]
@@ -96,7 +95,7 @@ def read_status(run_dir: RunDir) -> Status:
     owner, liveness = owner_of(run_dir)
     if status is None:
         if owner is None and liveness == "gone":
-            raise CheckpointError(f"there is no run in {run_dir.root}: expected a training.output_dir of a run")
+            raise no_run(run_dir.root)
         status = Status("running")
     if owner is not None and status.pid is None:
         status = evolve(status, host=owner.host, pid=owner.pid)
