@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from gpt_simple.errors import CheckpointError, ConfigError
 _CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.(?:deleted|replaced|tmp-\d+)")
 _CHECKPOINT_FILE = re.compile(r"(?:model|optimizer|plugins|state|MANIFEST).*\.(?:json|safetensors)|\.tmp\w+")
 _TOKENIZER_FILE = re.compile(r".+\.json")
-_LEVELS = 3
+_LEVELS, _MOST_DIRECTORIES = 3, 5000
 _MOST_RUNS = 8
-"""How deep runs are searched for below a directory, and how many are named."""
+"""How deep and in how many directories runs are searched for, and how many are named."""
 
 
 class RunDir:
@@ -112,7 +113,7 @@ def no_run(root: Path) -> CheckpointError:
 def runs_below(root: Path) -> str:
     """A hint with the runs in directories below one that holds none; empty without any."""
     found: list[str] = []
-    for path, directories, files in os.walk(root):
+    for path, directories, files in islice(os.walk(root), _MOST_DIRECTORIES):
         if "run.json" in files or "status.json" in files:
             found.append(str(path))
         is_deep = len(Path(path).relative_to(root).parts) >= _LEVELS
