@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from gpt_simple.cli.init import PRESETS
 from tests.conftest import Shell
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +39,26 @@ def test_the_plugin_of_the_readme_logs(shell: Shell, here: Path) -> None:
     assert [int(step) for step, _ in rows] == [2, 4]
     assert shell("run", "config.toml", "-p", "./csvlog.py", "--plugins.csvlog.path=b.csv", "--force").code == 0
     assert (here / "out/b.csv").exists()
+
+
+def test_the_example_on_own_text_works_as_it_is_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of its section in order, on a few modules of the standard library and with a smaller model."""
+    (here / "config.toml").unlink()
+    (here / "data").mkdir()
+    for module in (argparse, json, re, subprocess, tomllib):
+        file = Path(str(module.__file__))
+        (here / "data" / f"{file.parent.name}-{file.name}").write_text(file.read_text(encoding="utf-8"))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    for name, value in {"MODEL__N_EMBD": 32, "MODEL__N_LAYER": 1, "TRAINING__MAX_STEPS": 3}.items():
+        monkeypatch.setenv(f"GPT_SIMPLE__{name}", str(value))
+    section = README[README.index("**Train on your own text.**") : README.index("**Write a plugin.**")]
+    shell, preset, _, python = re.findall(r"^```\w+\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert tomllib.loads(preset) == PRESETS["cpu"]
+    done = subprocess.run(["bash", "-euc", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "completed: finished all 3 steps" in done.stdout
+    assert done.stdout.splitlines()[-1].strip()
+    exec(python, {})
 
 
 @pytest.mark.slow

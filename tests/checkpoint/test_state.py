@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from gpt_simple.checkpoint.state import (
     restore_optimizer,
 )
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.config.schema import ModelConfig
 from gpt_simple.errors import CheckpointError
+from gpt_simple.model.gpt import build
 from tests.checkpoint.optimizers import SAVED, UNSAVABLE
 
 
@@ -198,3 +202,12 @@ def test_optimizer_state_that_does_not_fit_is_refused_by_name() -> None:
         restore_optimizer(optimizer, model, tensors | {"exp_avg.ghost": torch.zeros(1)}, document)
     with pytest.raises(CheckpointError, match="2 parameters of the optimizer are not the model's"):
         flatten_optimizer(AdamW(nn.Linear(2, 2).parameters()), model)
+
+
+def test_the_docs_name_tensors_that_exist() -> None:
+    model = build(ModelConfig(n_embd=8, n_layer=1, n_head=2), vocab_size=8, max_length=8)
+    root = Path(__file__).parents[2]
+    texts = [path.read_text() for path in (*root.glob("docs/**/*.md"), *root.glob("src/**/*.py"))]
+    named = {name for text in texts for name in re.findall(r"\bblocks\.\d[\w.]*weight\b", text)}
+    assert named
+    assert named <= dict(model.named_parameters()).keys()

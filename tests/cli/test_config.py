@@ -120,6 +120,14 @@ def test_a_preset_with_every_key_written_out_is_the_same(cli, preset, suffix):
     assert cli("config", "show", str(everything), "--json") == cli("config", "show", f"c{suffix}", "--json")
 
 
+def test_the_preset_for_own_text_suits_a_few_megabytes(cli):
+    Path("data").mkdir()
+    for index in range(20):
+        Path(f"data/{index}.txt").write_text(f"This is a text of one's own, the one with number {index}.\n" * 2000)
+    cli("init", "--preset", "cpu")
+    cli("validate", "config.toml", "--strict")
+
+
 @pytest.mark.parametrize("word", ["null", "none"])
 def test_no_source_can_be_written_as_a_word_everywhere(cli, monkeypatch, word):
     plain = cli("config", "show")[0]

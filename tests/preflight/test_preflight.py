@@ -70,6 +70,8 @@ def test_it_imports_no_torch(here: Path) -> None:
     ("arguments", "code", "key"),
     [
         (["--optimizer.warmup_steps", "4"], "warmup-beyond-run", "optimizer.warmup_steps"),
+        (["--optimizer.warmup_steps", "3"], "warmup-long", "optimizer.warmup_steps"),
+        (["--optimizer.decay_steps=9", "--optimizer.warmup_steps=3"], "decay-beyond-run", "optimizer.decay_steps"),
         (["--optimizer.decay_steps=9", "--optimizer.warmup_steps=1"], "decay-beyond-run", "optimizer.decay_steps"),
         (["--training.eval_steps", "5"], "interval-beyond-run", "training.eval_steps"),
         (["--training.keep_milestone_every", "3"], "milestones-missed", "training.keep_milestone_every"),

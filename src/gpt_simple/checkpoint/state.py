@@ -95,7 +95,7 @@ def _differs(value: object, before: tuple[Any, Any] | None) -> bool:
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, built: OptimizerAsBuilt | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state by parameter name: tensors ``exp_avg.blocks.0.attn.wq.weight``, the rest as JSON.
+    """An optimizer's state by parameter name: tensors ``exp_avg.blocks.0.attention.query.weight``, the rest as JSON.
 
     With ``built``, what has changed in groups and attributes since then is state, too.
     Raises CheckpointError, naming the entry, for state that a checkpoint cannot hold.

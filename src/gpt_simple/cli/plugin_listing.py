@@ -40,10 +40,10 @@ def rows_of_run(config: str, switches: Switches) -> list[Row]:
 
     A plugin that does not load is a row of status ``broken``; a run would stop with the same message.
     """
-    from gpt_simple.config.load import read
     from gpt_simple.plugin_host.host import PluginHost
+    from gpt_simple.spec import read_config
 
-    raw = read(config)
+    raw = read_config(config)
     table = raw.values.get("plugins") or {}
     if not isinstance(table, Mapping):
         raise ConfigError("expected a table", key="plugins")

@@ -50,6 +50,8 @@ from gpt_simple.spec import RunSpec
 def run(request: ConfigRequest, force: bool, progress: str | None, quiet: bool, **options: Any) -> int:
     """Train as CONFIG (.toml, .yaml, .json) says. The same command continues a run that was stopped.
 
+    CONFIG may also be the directory of a run, which goes on with its own configuration.
+
     Every field of the configuration is an option: --training.max_steps 5000 --optimizer.learning_rate=1e-4.
     """
     if quiet or progress:

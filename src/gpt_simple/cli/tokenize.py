@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import click
@@ -123,7 +125,7 @@ def _progress_lines() -> Callable[[int, int], None]:
             return
         shown = now
         rate = (done - first) / max(now - began, 1e-9)
-        left = f"  {(total - done) / rate / 60:.1f} min left" if rate and done < total else ""
+        left = f"  {timedelta(seconds=math.ceil((total - done) / rate))} left" if rate and done < total else ""
         echo(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s{left}", err=True)
 
     return show

@@ -77,16 +77,19 @@ def read(
     overrides: Sequence[tuple[str, str]] = (),
     environ: Mapping[str, str] | None = None,
     sections: Mapping[str, object] | None = None,
+    parsed: Parsed | None = None,
 ) -> RawConfig:
     """Merge a file, ``sections`` given in Python, ``GPT_SIMPLE__SECTION__KEY`` variables and overrides.
 
     ``overrides`` are (dotted key, text); the text is read as a TOML value or as JSON, else it is taken as it is. A
     section given in Python (an instance of its class, or a mapping) replaces the file's whole section. ``environ``
-    defaults to the process's environment. A file that is missing or that cannot be read to its end is a ConfigError.
+    defaults to the process's environment. ``parsed`` is the content of ``path`` if that has been read. A file that is
+    missing or that cannot be read to its end is a ConfigError.
     """
     layers = _Layers()
     if path is not None:
-        layers.add_file(Path(os.path.expanduser(path)))
+        file = Path(os.path.expanduser(path))
+        layers.add_file(str(file), parsed or _parse(file))
     for name, section in (sections or {}).items():
         layers.add_section(name, section)
     layers.add_environment(os.environ if environ is None else environ)
@@ -162,11 +165,11 @@ class _Layers:
         self.notes: list[str] = []
         self.mistakes: list[Mistake] = []
 
-    def add_file(self, path: Path) -> None:
-        parsed = _parse(path)
+    def add_file(self, file: str, parsed: Parsed) -> None:
         self.mistakes += parsed.mistakes
+        self.notes += parsed.notes
         self.origins |= {
-            key: Origin.in_file(str(path), line, typed=parsed.typed.get(key, "")) for key, line in parsed.lines.items()
+            key: Origin.in_file(file, line, typed=parsed.typed.get(key, "")) for key, line in parsed.lines.items()
         }
         for name, section in self._translated(parsed.values).items():
             # `plugins:` with nothing below it is an empty table.

@@ -24,3 +24,4 @@ class Parsed:
     lines: Mapping[str, int]
     mistakes: Sequence[Mistake] = ()
     typed: Mapping[str, str] = field(factory=dict)
+    notes: Sequence[str] = ()

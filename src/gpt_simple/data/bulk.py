@@ -40,6 +40,7 @@ from gpt_simple.data.parts import (
     tokens_of,
 )
 from gpt_simple.data.shards import DatasetWriter
+from gpt_simple.data.sources.files import passed_over
 from gpt_simple.data.tokenize import TRAINING_BYTES, held_out_of, key_hash
 from gpt_simple.data.tokenizer import bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
@@ -89,6 +90,8 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
             hint="leave it out: it is for the path of a tokenizer.json",
         )
     units = find_units(job.input_dir)
+    if others := passed_over([job.input_dir]):
+        log(others)
     identity = _identity(job, units)
     work = _claim(job)
     if not work.exists() and (job.output_dir / FILE).exists():

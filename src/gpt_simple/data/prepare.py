@@ -19,6 +19,7 @@ from gpt_simple.data.dataset import Dataset, open_dataset
 from gpt_simple.data.locate import cached, check, order_seed, tokenizer_choice, tokenizer_of
 from gpt_simple.data.manifest import held_out_note, read_manifest
 from gpt_simple.data.sources import Source, Stream
+from gpt_simple.data.sources.files import Files, passed_over
 from gpt_simple.data.sources.shards import NanoGpt, Shards
 from gpt_simple.data.stream import Head, stream_rows
 from gpt_simple.data.tokenize import survey, write
@@ -81,6 +82,8 @@ def _prepared(
     source: Source, data: DataConfig, registry: Registry, log: Log, require_val: bool, opened: Opened
 ) -> Dataset:
     """The cached dataset of raw documents."""
+    if isinstance(source, Files) and (others := passed_over(source.roots, json_lines=source.json_lines)):
+        log(others)
     fingerprint = source.fingerprint()
     target = cached(fingerprint, data, registry)
     if target.exists():

@@ -19,7 +19,7 @@ from gpt_simple.hooks.components import UnknownComponent
 from gpt_simple.model.shape import padded
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugin_host.discovery import installed, usable
-from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.layout import RunDir, no_run
 from gpt_simple.spec import RunSpec, try_resolve
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def restore(
     plugin file runs only if it is among them, not because run.json names it. Raises CheckpointError if there is no such
     run or checkpoint, and ConfigError if the plugin that brings its model is missing.
     """
+    if not run_dir.is_used():
+        raise no_run(run_dir.root)
     store = Store(run_dir.checkpoints)
     checkpoint = _find(store, step)
     info = _read_info(run_dir)

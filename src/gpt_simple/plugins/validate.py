@@ -79,9 +79,12 @@ def _schedule(preflight: Preflight) -> Iterator[Finding]:
     if type(optimizer) is not OptimizerConfig:
         return
     warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
+    hint = f"{max(1, steps // 10)} is a tenth of the run"
+    if steps / 2 < warmup < steps:
+        message = f"warmup_steps {warmup} is {warmup / steps:.0%} of max_steps {steps}: the rate rises most of the run"
+        yield Finding("warning", "warmup-long", message, "optimizer.warmup_steps", hint)
     if warmup >= steps:
         message = f"warmup_steps {warmup} is not less than max_steps {steps}: the rate only rises"
-        hint = f"{max(1, steps // 10)} is a tenth of the run"
         yield Finding("warning", "warmup-beyond-run", message, "optimizer.warmup_steps", hint)
     elif optimizer.schedule in ("cosine", "linear") and decay is not None and warmup + decay > steps:
         message = f"the decay of {decay} steps after {warmup} of warm-up never ends within max_steps {steps}"

@@ -15,7 +15,7 @@ from gpt_simple.config.schema import Config, DataConfig
 from gpt_simple.data.locate import check, end_token, find, order_seed, packing_of
 from gpt_simple.data.manifest import ALL, Manifest, ShardRecord, SplitRecord
 from gpt_simple.data.sources import Source
-from gpt_simple.data.sources.files import Files, holds_json_lines
+from gpt_simple.data.sources.files import Files, holds_json_lines, passed_over
 from gpt_simple.data.sources.shards import Shards
 from gpt_simple.data.tokenizer import BYTE_IDS, load_tokenizer
 from gpt_simple.errors import ConfigError
@@ -192,4 +192,7 @@ def _name(source: Source | Shards, data: DataConfig) -> str:
     """``stories``, or what the files are: ``12 files``."""
     if data.source is not None:
         return data.source
-    return "token shards" if isinstance(source, Shards) else f"{len(getattr(source, 'files', ()))} files"
+    if isinstance(source, Shards):
+        return "token shards"
+    others = passed_over(source.roots, json_lines=source.json_lines) if isinstance(source, Files) else ""
+    return f"{len(getattr(source, 'files', ()))} files{others and f' ({others})'}"

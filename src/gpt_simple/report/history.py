@@ -14,7 +14,7 @@ from attrs import field, frozen
 from gpt_simple._documents import COUNT, TIME, fits, read
 from gpt_simple.config.redact import redacted
 from gpt_simple.errors import CheckpointError
-from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.layout import RunDir, no_run
 from gpt_simple.run_dir.lineage import LAUNCH, read_metrics
 from gpt_simple.run_dir.status import Status, read_status
 
@@ -126,6 +126,8 @@ class History:
 def read_history(root: Path, label: str) -> History:
     """The run in a directory; CheckpointError if there is none, or none that wrote metrics."""
     run_dir = RunDir(root)
+    if not run_dir.is_used():
+        raise no_run(root)
     rows: dict[str, list[Row]] = {"train": [], "eval": [], "event": []}
     try:
         record = read(run_dir.run_json, _SHAPE)

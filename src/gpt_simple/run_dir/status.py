@@ -16,7 +16,7 @@ from attrs import asdict, define, evolve, field, fields, frozen
 from gpt_simple._documents import COUNT, PID, TIME, read
 from gpt_simple._files import NO_FOLLOW
 from gpt_simple.errors import CheckpointError
-from gpt_simple.run_dir.layout import RunDir, finite, write_json
+from gpt_simple.run_dir.layout import RunDir, finite, no_run, write_json
 from gpt_simple.run_dir.lock import owner_of
 
 State = Literal["running", "completed", "stopped", "halted", "failed", "crashed"]
@@ -114,9 +114,10 @@ def read_status(run_dir: RunDir) -> Status:
     owner, liveness = owner_of(run_dir)
     if status is None:
         if owner is None and liveness == "gone":
-            damage = f"{run_dir.status_json} is damaged" if run_dir.status_json.exists() else ""
-            message = f"there is no run in {run_dir.root}: expected a training.output_dir of a run"
-            raise CheckpointError(message, hint=damage)
+            if run_dir.status_json.exists():
+                message = f"there is no run in {run_dir.root}: expected a training.output_dir of a run"
+                raise CheckpointError(message, hint=f"{run_dir.status_json} is damaged")
+            raise no_run(run_dir.root)
         status = Status("running")
     if owner is not None and status.pid is None:
         status = evolve(status, host=owner.host, pid=owner.pid)

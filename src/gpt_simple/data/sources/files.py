@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -25,6 +26,8 @@ from gpt_simple.errors import DataError
 
 TEXT = (".txt", ".md", ".py")
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_COMPRESSED = frozenset({".gz", ".zst", ".bz2", ".xz", ".zip"})
+_MOST_SUFFIXES = 8
 
 
 @frozen
@@ -35,6 +38,8 @@ class Files:
     text_key: str = "text"
     json_lines: bool | None = None
     """Whether files hold JSON lines; None: by suffix."""
+    roots: tuple[Path, ...] = ()
+    """The files and directories that the user named."""
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self.text_key}|{self.json_lines}".encode())
@@ -197,13 +202,14 @@ def build(config: DataConfig, seed: int) -> Files:
             hint="name a file or a directory of text, or choose data.source = 'stories'",
         )
     paths = (config.path,) if isinstance(config.path, str) else config.path
-    suffixes = {"text": TEXT, "jsonl": JSON_LINES}.get(config.format or "", TEXT + JSON_LINES)
-    files = [file for path in paths for file in find(Path(path), suffixes, by_suffix=config.format is None)]
+    json_lines = None if config.format is None else config.format == "jsonl"
+    roots = tuple(map(Path, paths))
+    files = [file for root in roots for file in find(root, _suffixes(json_lines), by_suffix=json_lines is None)]
     if not any(file.stat().st_size for file in files):
         raise DataError(
             f"{', '.join(paths)}: all {len(files)} files are empty", key="data.path", hint="there is nothing to learn"
         )
-    return Files(tuple(files), config.text_key, None if config.format is None else config.format == "jsonl")
+    return Files(tuple(files), config.text_key, json_lines, roots)
 
 
 def find(
@@ -231,6 +237,27 @@ def find(
     if by_suffix and not path.name.endswith(suffixes):
         raise error(f"expected one of {wanted}", "say what it is with data.format")
     return [path]
+
+
+def passed_over(roots: Iterable[Path], *, json_lines: bool | None = None) -> str:
+    """How many files below directories are not read, by suffix; empty if all are read."""
+    suffixes = _suffixes(json_lines)
+    files = (file for root in roots if root.is_dir() for file in _walk(root, ("",), frozenset()))
+    counts = Counter(_suffix(file) for file in files if not file.name.endswith(suffixes))
+    if not counts:
+        return ""
+    named = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(_MOST_SUFFIXES))
+    more = ", ..." if len(counts) > _MOST_SUFFIXES else ""
+    return f"passed over {counts.total():,} files ({named}{more}): what is read ends in {' '.join(suffixes)}"
+
+
+def _suffixes(json_lines: bool | None) -> tuple[str, ...]:
+    return TEXT + JSON_LINES if json_lines is None else JSON_LINES if json_lines else TEXT
+
+
+def _suffix(file: Path) -> str:
+    *before, last = file.suffixes or ["without a suffix"]
+    return f"{before[-1]}{last}" if before and last in _COMPRESSED else last
 
 
 def _walk(directory: Path, suffixes: tuple[str, ...], above: frozenset[Path]) -> Iterator[Path]:
