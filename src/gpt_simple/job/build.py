@@ -51,12 +51,14 @@ def build_trainer(
         model = _build_model(job, data, plan)
         optimizer = _build_optimizer(job, model)
         _restore(job, plan, model, optimizer)
-        schedule = job.spec.registry.get("schedule", config.optimizer.schedule)
+        part = job.spec.registry.get("schedule", config.optimizer.schedule)
+        schedule = part.build(config.optimizer, config.training.max_steps)
+        schedule(job.state.step + 1)  # a rate that cannot be used is found before an earlier run is discarded
         train_step = TrainStep(
             model=model,
             wrapped=dist.wrap(model),
             optimizer=optimizer,
-            schedule=schedule.build(config.optimizer, config.training.max_steps),
+            schedule=schedule,
             precision=job.runtime.precision,
             dist=dist,
             seed=config.training.seed,
