@@ -6,10 +6,13 @@ import errno
 import json
 import os
 from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.lock import owner_of
 from tests.children import At, At2
 from tests.tiny import TinyRun
 
@@ -43,3 +46,20 @@ def test_rows_of_metrics_wait_for_room_on_the_disk(tiny: TinyRun, monkeypatch: p
     assert [text.partition(": ")[2] for text in warned] == [
         "No space left on device; the rows are kept and written later"
     ]
+
+
+def test_no_row_is_written_when_the_lock_is_free(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that still wait then are lost: another run may own the directory."""
+    seen: list[str] = []
+
+    class Disk(FileIO):
+        def write(self, data: Any) -> int:
+            seen.append(owner_of(RunDir(Path(str(self.name)).parent))[1])
+            if len(seen) > 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    monkeypatch.setattr("gpt_simple.plugins.metrics.FileIO", Disk)
+    assert tiny(training__logging_steps=1).status == "completed"
+    assert len(seen) > 6
+    assert set(seen) == {"holds"}

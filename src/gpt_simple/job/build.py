@@ -61,12 +61,13 @@ def build_trainer(
         optimizer_state = partial(_optimizer_state, job, model, optimizer, OptimizerAsBuilt.of(optimizer))
         _restore(job, plan, model, optimizer)
         get = job.spec.registry.get
-        schedule = get("schedule", config.optimizer.schedule)
+        schedule = get("schedule", config.optimizer.schedule).build(config.optimizer, config.training.max_steps)
+        schedule(job.state.step + 1)  # a rate that cannot be used is found before an earlier run is discarded
         train_step = TrainStep(
             model=model,
             wrapped=dist.wrap(model),
             optimizer=optimizer,
-            schedule=schedule.build(config.optimizer, config.training.max_steps),
+            schedule=schedule,
             precision=job.runtime.precision,
             dist=dist,
             seed=config.training.seed,

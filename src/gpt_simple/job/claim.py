@@ -19,7 +19,7 @@ from gpt_simple.errors import CheckpointError, ConfigError, ExitCode, describe
 from gpt_simple.hooks.batch import Tokenizer
 from gpt_simple.job.job import Job
 from gpt_simple.run_dir.layout import RunDir
-from gpt_simple.run_dir.lineage import RunRecord
+from gpt_simple.run_dir.lineage import RunRecord, new_id
 from gpt_simple.run_dir.lock import RunLock
 from gpt_simple.run_dir.status import StatusFile
 from gpt_simple.run_dir.stop_request import take_stop_request
@@ -41,6 +41,8 @@ class ClaimedRunDir:
     _lock: RunLock
     _tokenizer: Tokenizer
     _log: EngineLog
+    _discards: bool
+    """Whether the run that is there gives way to this one."""
 
     @property
     def run_id(self) -> str:
@@ -48,11 +50,18 @@ class ClaimedRunDir:
         return self.record.run_id
 
     def record_launch(self, info: Mapping[str, Any], step: int, plan: ResumePlan) -> None:
-        """Add this launch to run.json: what runs now and from which checkpoint."""
+        """Add this launch to run.json: what runs now and from which checkpoint.
+
+        An earlier run is discarded only here, when everything is built: a build that fails leaves it as it was.
+        """
         try:
+            if self._discards:
+                self.paths.remove_run_files()
+                self.status.update(force=True)
+            self._tokenizer.save(self.paths.tokenizer)
             self.record.launched(info, step=step, resumed_from=plan.source)
         except OSError as error:
-            raise CheckpointError(f"{self.paths.run_json} cannot be written: {error.strerror}") from error
+            raise CheckpointError(f"{error.filename or self.paths.root} cannot be written: {error.strerror}") from error
 
     def record_val_loss(self, step: int, loss: float) -> None:
         """Record the validation loss of ``step`` durably. A full disk does not end the run: it is logged."""
@@ -111,8 +120,10 @@ def claim_run_dir(job: Job, data: Dataset, plan: ResumePlan) -> Iterator[Claimed
 
     with job.signals.on_forced_exit(record_forced_exit):
         try:
-            record = job.dist.on_main(lambda: _acquire(job, data, plan, lock))
-            claimed = ClaimedRunDir(paths, store, status, BackgroundWriter(store), record, lock, data.tokenizer, log)
+            record = job.dist.on_main(lambda: _acquire(job, plan, lock))
+            claimed = ClaimedRunDir(
+                paths, store, status, BackgroundWriter(store), record, lock, data.tokenizer, log, job.force
+            )
             with (
                 _status_of_errors(claimed, state, step),
                 job.dist.explained_failures(lambda: state.step),
@@ -124,7 +135,7 @@ def claim_run_dir(job: Job, data: Dataset, plan: ResumePlan) -> Iterator[Claimed
             lock.release()
 
 
-def _acquire(job: Job, data: Dataset, plan: ResumePlan, lock: RunLock) -> RunRecord:
+def _acquire(job: Job, plan: ResumePlan, lock: RunLock) -> RunRecord:
     """Lock the directory, and only then change anything in it."""
     paths, found, store, log = job.run_dir, plan.found, plan.found.store, job.plugins.log
     paths.create()
@@ -133,14 +144,13 @@ def _acquire(job: Job, data: Dataset, plan: ResumePlan, lock: RunLock) -> RunRec
     paths.stop_request.unlink(missing_ok=True)
     store.sweep()
     if job.force:
-        paths.remove_run_files()
-    elif list(found.seen) != [checkpoint.path for checkpoint in store.list()]:
+        return RunRecord(paths, new_id())
+    if list(found.seen) != [checkpoint.path for checkpoint in store.list()]:
         raise CheckpointError(f"another run has written to {paths.root} just now: start again to go on from it")
     for path, reason in found.skipped:
         moved = store.quarantine(path, reason)
         where = "stays where it is" if moved == path else f"is now {moved}"
         log.warning(f"{reason}; it {where}, and the one before it is used", name="checkpoint_skipped")
-    data.tokenizer.save(paths.tokenizer)
     if plan.source is not None and plan.source.parent == paths.checkpoints and not paths.run_json.exists():
         log.warning(f"{paths.run_json} is gone: the run goes on under a new id", name="record_gone")
     return RunRecord.load(paths)

@@ -57,13 +57,19 @@ class RunDir:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise _refusal(f"{nearest} cannot be written")
         self._refuse_links()
-        for path in (self.lock, *self._documents(), self.tokenizer / "tokenizer.json"):
+        for path in (self.lock, self.stop_request, *self._documents(), self.tokenizer / "tokenizer.json"):
             if path.exists() and not path.is_file():
                 raise _in_the_way(path, "is not a file")
         for path in (self.tokenizer, self.checkpoints):
             if path.exists() and not path.is_dir():
                 raise _in_the_way(path, "is not a directory")
-        foreign = (self.lock, *self._documents(), *_children(self.tokenizer), *self._checkpoint_directories())
+        foreign = (
+            self.lock,
+            self.stop_request,
+            *self._documents(),
+            *_children(self.tokenizer),
+            *self._checkpoint_directories(),
+        )
         for path in foreign if not self._has_begun() else ():
             if path.exists():
                 raise _in_the_way(path, "is there already, and no run wrote it")
@@ -106,6 +112,7 @@ class RunDir:
         directories = self.tokenizer, self.checkpoints
         names = (
             self.lock,
+            self.stop_request,
             *self._documents(),
             *directories,
             *_children(self.tokenizer),
@@ -125,7 +132,7 @@ class RunDir:
         )
 
     def _documents(self) -> tuple[Path, ...]:
-        return self.run_json, self.status_json, self.summary_json, self.metrics_jsonl, self.stop_request
+        return self.run_json, self.status_json, self.summary_json, self.metrics_jsonl
 
     def _checkpoint_directories(self) -> Iterator[Path]:
         return (path for path in _children(self.checkpoints) if _CHECKPOINT.fullmatch(path.name))
