@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.sources import files, python_stdlib, shards
+from gpt_simple.data.sources.files import build
 from gpt_simple.errors import DataError, ExitCode
+from tests.conftest import Shell
 
 
 def texts(path: Path | tuple[str, ...], **data: Any) -> list[str]:
@@ -150,3 +153,34 @@ def test_a_directory_without_a_manifest_is_no_dataset(tmp_path: Path) -> None:
         shards.build(DataConfig(path=str(tmp_path)), 0)
     with pytest.raises(DataError, match=r"data\.path: expected one directory"):
         shards.build(DataConfig(), 0)
+
+
+def test_all_bad_documents_are_one_error_or_are_skipped(tmp_path: Path) -> None:
+    for i in range(30):
+        (tmp_path / f"{i:02}.txt").write_bytes(b"\xff" if i < 25 else b"good")
+    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n[]\n')
+    (tmp_path / "y.jsonl.gz").write_bytes(b"no archive")
+    config = evolve(DataConfig(), path=str(tmp_path))
+    with pytest.raises(DataError) as caught:
+        list(build(config, 0).documents())
+    assert len(caught.value.problems) == 21
+    assert "27 documents cannot be read: those above and 7 more" in str(caught.value)
+    assert str(caught.value).endswith('data.on_bad_document = "skip"')
+    skipping = build(evolve(config, on_bad_document="skip"), 0)
+    for _ in range(2):
+        assert [document.text for document in skipping.documents()] == ["good"] * 6
+    assert len(skipping.skipped) == 27
+    assert skipping.fingerprint() != build(config, 0).fingerprint()
+
+
+def test_tokenize_has_the_same_word(here: Path, shell: Shell) -> None:
+    (here / "raw").mkdir()
+    for name in ("a", "b"):
+        (here / f"raw/{name}.txt").write_bytes(b"\xff")
+    (here / "raw/c.txt").write_text("good text " * 100)
+    command = ("tokenize", "--input_dir", "raw", "--tokenizer", "bytes", "--output_dir")
+    for word in (("--on_bad_document", "error"), ("--strict",)):
+        ended = shell(*command, "out", *word)
+        assert (ended.code, "a.txt" in ended.err, "b.txt" in ended.err) == (3, True, True)
+        assert ("deprecated" in ended.err) == (word == ("--strict",))
+    assert shell(*command, "out", "--on_bad_document", "skip").code == 0

@@ -49,8 +49,15 @@ LINE_EVERY = 10.0
     "--max_length", type=click.IntRange(2), help="Say how many rows of this length there are; none is an error."
 )
 @click.option("--num_workers", default=cores, show_default="all cores", type=click.IntRange(1), help="Processes.")
-@click.option("--strict", is_flag=True, help="Stop at a document that cannot be read instead of skipping it.")
-def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
+@click.option(
+    "--on_bad_document",
+    default="skip",
+    show_default=True,
+    type=click.Choice(["error", "skip"]),
+    help="What happens with documents that cannot be read; all are reported.",
+)
+@click.option("--strict", is_flag=True, help="Deprecated: the same as --on_bad_document error.")
+def tokenize(tokenizer: str, tokenizer_path: str | None, on_bad_document: str, strict: bool, **options: Any) -> int:
     """Tokenize .txt .md .py .jsonl .jsonl.gz .jsonl.zst files into a dataset that a run reads as data.path.
 
     Documents are kept whole: each run chooses its data.max_length. The result does not depend on --num_workers. A
@@ -58,6 +65,9 @@ def tokenize(tokenizer: str, tokenizer_path: str | None, **options: Any) -> int:
     """
     if tokenizer_path is not None and tokenizer not in ("bpe", tokenizer_path):
         raise click.UsageError(f"two tokenizers were given: --tokenizer {tokenizer} and {tokenizer_path}")
+    if strict:
+        echo("--strict is deprecated: use --on_bad_document error", err=True)
+    options["strict"] = strict or on_bad_document == "error"
     stop = _Stop()
     try:
         with stop_on_signals(stop.by), _progress() as (log, progress):

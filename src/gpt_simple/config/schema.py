@@ -87,6 +87,9 @@ class DataConfig:
         Doc("what data.path holds; unset: pretokenized if it has a dataset.json, else by each file's suffix"),
     ] = None
     text_key: Annotated[str, Doc("key of the text in a JSON line")] = "text"
+    on_bad_document: Annotated[
+        Literal["error", "skip"], Doc("what happens with documents of files that cannot be read; all are reported")
+    ] = "error"
     max_documents: Annotated[
         int | None,
         Ge(1),

@@ -40,7 +40,7 @@ from gpt_simple.data.parts import (
     tokens_of,
 )
 from gpt_simple.data.shards import DatasetWriter
-from gpt_simple.data.sources.files import passed_over
+from gpt_simple.data.sources.files import bad_documents, passed_over
 from gpt_simple.data.tokenize import TRAINING_BYTES, held_out_of, key_hash
 from gpt_simple.data.tokenizer import bpe, load_tokenizer
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
@@ -246,8 +246,6 @@ def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, p
             found[unit] = skipped
             done += unit.size
             progress(done, total)
-            if job.strict and skipped.errors:
-                break
             for place in (*skipped.errors, *skipped.without_text):
                 count += 1
                 if count <= SHOWN:
@@ -255,10 +253,10 @@ def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, p
                 elif count == SHOWN + 1:
                     log(f"more documents are skipped, and not shown; {job.output_dir / REPORT} will count all of them")
     result = Skipped()
-    for skipped in (found[unit] for unit in units if unit in found):
-        if job.strict and skipped.errors:
-            raise DataError(skipped.errors[0])
-        result.extend(skipped)
+    for unit in units:
+        result.extend(found[unit])
+    if job.strict and result.errors:
+        raise bad_documents([DataError(error) for error in result.errors], "or leave them out: --on_bad_document skip")
     return result
 
 

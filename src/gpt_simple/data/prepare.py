@@ -19,7 +19,7 @@ from gpt_simple.data.dataset import Dataset, open_dataset
 from gpt_simple.data.locate import cached, check, order_seed, tokenizer_choice, tokenizer_of
 from gpt_simple.data.manifest import held_out_note, read_manifest
 from gpt_simple.data.sources import Source, Stream
-from gpt_simple.data.sources.files import Files, passed_over
+from gpt_simple.data.sources.files import SHOWN, Files, passed_over
 from gpt_simple.data.sources.shards import NanoGpt, Shards
 from gpt_simple.data.stream import Head, stream_rows
 from gpt_simple.data.tokenize import survey, write
@@ -92,6 +92,10 @@ def _prepared(
             log(f"reusing prepared data {target}")
             return dataset
     found = survey(source, data)
+    if isinstance(source, Files) and source.skipped:
+        for place in list(source.skipped)[:SHOWN]:
+            log(f"skipped {place}")
+        log(f"skipped {len(source.skipped):,} documents that cannot be read")
     if found.empty:
         log(f"skipped {found.empty:,} documents without text")
     if require_val:

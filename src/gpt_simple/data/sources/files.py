@@ -10,21 +10,24 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import IO, cast
 
-from attrs import frozen
+from attrs import field, frozen
 
 from gpt_simple._names import install_hint
 from gpt_simple.config.schema import DataConfig
 from gpt_simple.data.sources import Document
-from gpt_simple.errors import DataError
+from gpt_simple.errors import DataError, Problem
 
 TEXT = (".txt", ".md", ".py")
+SHOWN = 20
+"""How many documents that cannot be read an error lists."""
+
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _COMPRESSED = frozenset({".gz", ".zst", ".bz2", ".xz", ".zip"})
 _MOST_SUFFIXES = 8
@@ -40,20 +43,46 @@ class Files:
     """Whether files hold JSON lines; None: by suffix."""
     roots: tuple[Path, ...] = ()
     """The files and directories that the user named."""
+    skip: bool = False
+    """Whether documents that cannot be read are left out; else all of them are one error."""
+    skipped: dict[str, None] = field(factory=dict, eq=False, repr=False)
+    """The documents that were left out, each once, however often the files are read."""
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.text_key}|{self.json_lines}".encode())
+        digest = hashlib.sha256(f"{self.text_key}|{self.json_lines}{'|skip' * self.skip}".encode())
         for file in self.files:
-            with _reading(file), file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            try:
+                with _reading(file), file.open("rb") as stream:
+                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+            except DataError:
+                content = "unreadable"  # documents() reports it
             digest.update(f"|{file.name}|{content}".encode())
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
+        bad: list[DataError] = []
         for file in self.files:
             lines = holds_json_lines(file) if self.json_lines is None else self.json_lines
-            for text, _ in read(file, self.text_key, json_lines=lines, bad=_refuse):
-                yield Document(text, key=text)
+            for text, _ in read(file, self.text_key, json_lines=lines, bad=self._skip if self.skip else bad.append):
+                if not bad:
+                    yield Document(text, key=text)
+        if bad:
+            raise bad_documents(bad)
+
+    def _skip(self, error: DataError) -> None:
+        self.skipped[str(error)] = None
+
+
+def bad_documents(
+    errors: Sequence[DataError], hint: str = 'or leave them out: data.on_bad_document = "skip"'
+) -> DataError:
+    """One error of all documents that cannot be read, the first ``SHOWN`` with their places."""
+    shown = [problem for error in errors[:SHOWN] for problem in error.problems]
+    more = f" and {len(errors) - SHOWN:,} more" if len(errors) > SHOWN else ""
+    if more:
+        shown.append(Problem(None, "", f"{len(errors):,} documents cannot be read: those above{more}"))
+    shown[-1] = shown[-1]._replace(hint="; ".join(filter(None, [shown[-1].hint, hint])))
+    return DataError(*shown)
 
 
 Bad = Callable[[DataError], None]
@@ -163,10 +192,6 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _refuse(error: DataError) -> None:
-    raise error
-
-
 def _open(file: Path, json_lines: bool) -> IO[bytes]:
     if json_lines and file.name.endswith(".gz"):
         return cast("IO[bytes]", gzip.open(file, "rb"))
@@ -209,7 +234,7 @@ def build(config: DataConfig, seed: int) -> Files:
         raise DataError(
             f"{', '.join(paths)}: all {len(files)} files are empty", key="data.path", hint="there is nothing to learn"
         )
-    return Files(tuple(files), config.text_key, json_lines, roots)
+    return Files(tuple(files), config.text_key, json_lines, roots, config.on_bad_document == "skip")
 
 
 def find(
