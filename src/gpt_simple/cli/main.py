@@ -53,6 +53,8 @@ def _run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         return int(ExitCode.CONFIG)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        if isinstance(error.__cause__, EOFError):
+            raise error.__cause__ from None  # click takes every EOFError for the end of a person's answers
         return int(ExitCode.FORCED)
     return int(outcome) if isinstance(outcome, int) else int(ExitCode.COMPLETED)
