@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_simple.data.cache import build_once, locked
+from gpt_simple.data.cache import ROOT_VARIABLE, build_once, cache_root, locked
 from gpt_simple.errors import DataError
 
 HOLDER = """
@@ -91,3 +91,9 @@ def test_a_directory_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
     build("second")
     build("third")
     assert sorted(path.name for path in target.iterdir()) == ["first", "second"]
+
+
+def test_a_home_that_cannot_be_found_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ROOT_VARIABLE, "~no-such-user/cache")
+    with pytest.raises(DataError, match="the cache of prepared data has no place"):
+        cache_root()
