@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt_simple.config.load import sections_of
+from gpt_simple.config.load import plain, sections_of
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from gpt_simple.engine.compatibility import keep_values_of_run
 from gpt_simple.errors import ConfigError
@@ -47,10 +47,19 @@ def train(
     path, sections = (None, sections_of(config)) if isinstance(config, Config) else (config, {})
     given = {"model": model, "data": data, "optimizer": optimizer, "training": training}
     sections |= {name: section for name, section in given.items() if section is not None}
-    texts = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in (overrides or {}).items()]
+    texts = [(key, _text(key, plain(value))) for key, value in (overrides or {}).items()]
     spec = resolve_spec(path, sections=sections, overrides=texts, plugins=plugins)
     spec = keep_values_of_run(spec, force=force)
     # Imported here, because a mistake in the configuration must not cost the seconds that torch takes to load.
     from gpt_simple.job.train import train as run_job
 
     return run_job(spec, force=force)
+
+
+def _text(key: str, value: Any) -> str:
+    """An override as on a command line."""
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except (TypeError, ValueError):
+        message = f"expected a value of a configuration, got a {type(value).__name__}"
+        raise ConfigError(message, location="train(overrides=...)", key=key) from None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_simple.cli.main import main
 from tests.conftest import CONFIG, Shell
 
 
@@ -263,3 +264,18 @@ def test_refused_data_are_reported_with_the_line_of_their_key(shell: Shell, here
     (here / "c.yaml").write_text("training: {compile: false}\ndata:\n  path: data\n  source: shards\n")
     assert shell("run", "c.yaml").err.startswith("error: c.yaml:3: data.path: data: there is no dataset.json")
     assert shell("run", "--data.source=files").err.startswith("error: data.path")
+
+
+def test_a_failure_at_the_end_of_a_file_is_no_ctrl_c(shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise EOFError("the file has ended")
+
+    monkeypatch.setattr("gpt_simple.cli.status.read_status", fail)
+    with pytest.raises(EOFError, match="the file has ended"):
+        main(["status", "out"])
+
+
+def test_a_key_of_a_thousand_parts_is_refused(shell: Shell) -> None:
+    ended = shell("config", "show", f"--{'a.' * 1000}b=1")
+    assert ended.code == 2
+    assert "more than 50 parts" in ended.err

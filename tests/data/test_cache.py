@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gpt_simple.config.schema import Config
-from gpt_simple.data.cache import build_once, locked
+from gpt_simple.data.cache import ROOT_VARIABLE, build_once, cache_root, locked
 from gpt_simple.data.prepare import prepare
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.components import builtin_registry
@@ -191,3 +191,9 @@ def test_a_link_in_the_place_of_a_directory_is_not_followed(tmp_path: Path) -> N
 
     build_once(tmp_path / "cache/it", lambda path: None, print, opened)
     assert (tmp_path / "precious/file").exists()
+
+
+def test_a_home_that_cannot_be_found_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ROOT_VARIABLE, "~no-such-user/cache")
+    with pytest.raises(DataError, match="the cache of prepared data has no place"):
+        cache_root()

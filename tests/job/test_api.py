@@ -95,3 +95,42 @@ def test_the_result_describes_the_run(tiny: TinyRun) -> None:
     assert result.bits_per_byte is not None
     assert 0 < (result.floor or 0) < result.final_val_loss
     assert (result.status, result.exit_code) == ("completed", 0)
+
+
+def test_values_of_other_libraries_are_taken(tiny: TinyRun, tmp_path: Path) -> None:
+    first = tiny(training__max_steps=np.int64(2), optimizer__learning_rate=np.float32(0.5))
+    assert (first.steps, first.status) == (2, "completed")
+    other = {"training.output_dir": tmp_path / "branch", "training.resume": first.checkpoint_path}
+    sections = {**TINY, "model": {**TINY["model"], "n_embd": np.int32(32)}}
+    sections["training"] = {**TINY["training"], "compile": np.bool_(False), "max_steps": 3}
+    second = gpt_simple.train(**sections, overrides={**other, "optimizer.learning_rate": np.float32(0.5)})
+    assert second.steps == 3
+    sections["training"] |= {"output_dir": tmp_path / "other", "resume": second.checkpoint_path, "max_steps": 4}
+    assert gpt_simple.train(**sections).steps == 4
+
+
+@pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, np.zeros(2)])
+def test_a_value_that_is_none_is_one_error(tiny: TinyRun, value: object) -> None:
+    with pytest.raises(ConfigError, match=r"training\.max_steps: expected a value of a configuration"):
+        tiny(training__max_steps=value)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_callers_device_does_not_matter(tiny: TinyRun, device: str) -> None:
+    plain = tiny("plain")
+    with torch.device(device):
+        within = tiny("within")
+        assert torch.empty(0).device.type == device
+    assert state_bytes(within) == state_bytes(plain)
+
+
+def test_standard_output_may_be_any_writer(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writer:
+        def write(self, text: str) -> None:
+            pass
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr("sys.stdout", Writer())
+    assert tiny().status == "completed"

@@ -65,7 +65,9 @@ def _run(arguments: list[str]) -> int:
         usage = f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n\n" if context else ""
         _print(f"{usage}error: {error.format_message()}\n")
         return int(ExitCode.CONFIG)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        if isinstance(error.__cause__, EOFError):
+            raise error.__cause__ from None  # click takes every EOFError for the end of a person's answers
         return int(ExitCode.FORCED)
     return int(outcome) if isinstance(outcome, int) else int(ExitCode.COMPLETED)
 

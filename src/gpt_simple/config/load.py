@@ -176,7 +176,7 @@ class _Layers:
             self.values[name] = {} if section is None else section
 
     def add_section(self, name: str, section: object) -> None:
-        values = {name: _plain(section)}
+        values = {name: plain(section)}
         self.origins = _outside(name, self.origins)
         self.values[name] = {}
         self._merge(self.values, self._translated(values), "", _PYTHON)
@@ -279,12 +279,16 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value given in Python as a file would have it. Of an instance of an attrs class, defaults are left out."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value).__module__ == "numpy" and not getattr(value, "ndim", 1):
+        return value.item()  # a number of numpy, which this module does not import
     if not attrs.has(type(value)):
         return value
     # A component's own class keeps all its fields: the built-in class may have another default.
@@ -295,7 +299,7 @@ def _plain(value: Any) -> Any:
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = default.factory()
         if not is_key(attribute):
-            values |= _plain(item)
+            values |= plain(item)
         elif complete or item != default or type(item) is not type(default):
-            values[attribute.name] = _plain(item)
+            values[attribute.name] = plain(item)
     return values

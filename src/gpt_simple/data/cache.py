@@ -29,7 +29,13 @@ class NotWritable(DataError):
 
 def cache_root() -> Path:
     """``$GPT_SIMPLE_CACHE``, by default ``~/.cache/gpt-simple``."""
-    return Path(os.environ.get(ROOT_VARIABLE) or "~/.cache/gpt-simple").expanduser()
+    try:
+        return Path(os.environ.get(ROOT_VARIABLE) or "~/.cache/gpt-simple").expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"the cache of prepared data has no place: {error}",
+            hint=f"set {ROOT_VARIABLE} to a directory that has room",
+        ) from error
 
 
 @contextmanager

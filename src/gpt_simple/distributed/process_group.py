@@ -44,6 +44,10 @@ _CONTRADICTIONS = {
 }
 
 
+_PLACE = ("RANK", "LOCAL_RANK")
+"""The variables by which a process is one of several."""
+
+
 @frozen(eq=False)
 class ProcessGroup:
     """All processes of the run, seen from one of them."""
@@ -206,14 +210,42 @@ class ProcessGroup:
         torch.set_num_threads(self._threads)
 
 
+def _require_place(size: int) -> None:
+    """Raise ConfigError if this is one of several processes and the variables that place it are missing or wrong."""
+    if size == 1:
+        return
+    if missing := [f"${name}" for name in (*_PLACE, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ConfigError(
+            f"$WORLD_SIZE is {size}, and {', '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set",
+            hint="start with torchrun or --nproc_per_node, or unset $WORLD_SIZE to train in one process",
+        )
+    for name in _PLACE:
+        if not (text := os.environ[name]).isdecimal() or int(text) >= size:
+            raise ConfigError(f"${name} is {text!r}: expected a number below $WORLD_SIZE, which is {size}")
+    if not os.environ["MASTER_PORT"].isdecimal():
+        raise ConfigError(f"$MASTER_PORT is {os.environ['MASTER_PORT']!r}: expected the number of a port")
+
+
+@contextmanager
+def _without(names: Sequence[str]) -> Iterator[None]:
+    """The environment without some variables."""
+    removed = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(removed)
+
+
 def _new_accelerator(timeout: float) -> Any:
     """Accelerate's own object for this process. Raises GptSimpleError if the processes do not meet."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    _require_place(size)
     try:
-        with warnings.catch_warnings():
+        # One process meets nobody: without these variables Accelerate does not wait at an address.
+        with _without(_PLACE if size == 1 else ()), warnings.catch_warnings():
             # It divides a CPU's cores among the processes; the run's first lines say how many each has.
             warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
             accelerator = Accelerator(

@@ -13,7 +13,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -187,7 +187,10 @@ def preserved_process_state() -> Iterator[None]:
         torch.set_float32_matmul_precision("high")
         for kind in kinds:
             torch.set_autocast_enabled(kind, False)
-        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.inference_mode(False), torch.enable_grad():
+        # Another device is left only inside the caller's own `with torch.device(...)`.
+        device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+        fork = torch.random.fork_rng(range(torch.cuda.device_count()))
+        with device, fork, torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         _restore(None, before)

@@ -59,7 +59,7 @@ class Console(Plugin[ConsoleConfig]):
         self._mode = config.progress
         if self._mode in ("auto", "live"):
             # Not left to rich, which FORCE_COLOR makes write escapes into files. There is no output after `>&-`.
-            is_terminal = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+            is_terminal = getattr(sys.stdout, "isatty", bool)() and os.environ.get("TERM") != "dumb"
             self._mode = "live" if is_terminal else "lines"
         self._view: LiveView | None = None
         self._step_ms: deque[float] = deque(maxlen=_INTERVALS)
