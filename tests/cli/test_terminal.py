@@ -84,7 +84,7 @@ def dataset(here: Path) -> None:
 
 def status(here: Path) -> None:
     (here / "run").mkdir()
-    values = {"state": "failed", "reason": HOSTILE, "error": HOSTILE, "host": HOSTILE, "pid": HOSTILE, "time": 0.0}
+    values = {"state": "failed", "reason": HOSTILE, "error": HOSTILE, "host": HOSTILE, "pid": 1, "time": 0.0}
     (here / "run/status.json").write_text(json.dumps(values))
 
 
