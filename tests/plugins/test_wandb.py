@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpt_simple import Config, ConfigError, Plugin, TrainingConfig, hookimpl, read_metrics, redacted
+from gpt_simple import Config, ConfigError, Plugin, PluginError, TrainingConfig, hookimpl, read_metrics, redacted
 from gpt_simple.config.schema import PluginsConfig
 from gpt_simple.hooks import LogRecord, StepEnd
 from gpt_simple.testing import check_contract
@@ -74,7 +74,7 @@ def test_one_run_across_a_stop_a_crash_and_a_lost_run_json(tiny: TinyRun) -> Non
             if event.step == 7:
                 raise ConfigError(crashed)
 
-    with pytest.raises(ConfigError, match=crashed):
+    with pytest.raises(PluginError, match=crashed):
         tiny(**OFFLINE, training__max_steps=8, plugins=[Crashes])
     run_json = result.output_dir / "run.json"
     run_id = json.loads(run_json.read_text())["run_id"]
@@ -94,7 +94,7 @@ def test_one_run_across_a_stop_a_crash_and_a_lost_run_json(tiny: TinyRun) -> Non
 
 
 def test_the_id_before_a_checkpoint_is_that_of_the_directory(tiny: TinyRun, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(PluginError):
         tiny(**OFFLINE, plugins=[_fails_at_once()])
     tiny(**OFFLINE)
     first, second = sent(tmp_path / "run")

@@ -42,6 +42,10 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
+_ELSEWHERE = ("state", "extra", "groups", "attributes")
+"""Optional entries of an optimizer's document: state that belongs to no parameter."""
+
+
 @frozen(eq=False)
 class OptimizerAsBuilt:
     """The options of an optimizer's groups, and its own attributes, just after it was built.
@@ -131,6 +135,14 @@ def flatten_optimizer(
     return tensors, {"optimizer": type(optimizer).__name__, "parameters": parameters, **packed}
 
 
+def optimizer_tensors(document: Mapping[str, Any]) -> set[str]:
+    """The names of the tensors that belong to the document of ``flatten_optimizer``."""
+    saved = document["parameters"]
+    names = {f"{key}.{name}" for name, record in saved.items() for key in record["tensors"]}
+    packed = [document[kind] for kind in _ELSEWHERE if kind in document]
+    return names.union(packed_tensors([*packed, *(record.get("nested") for record in saved.values())]))
+
+
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
@@ -143,9 +155,8 @@ def restore_optimizer(
     saved = document["parameters"]
     named, home = _named_parameters(optimizer, model), _device(model)
     differences = _compare({name: record["layout"] for name, record in saved.items()}, _layouts(dict(named)))
-    expected = {f"{key}.{name}" for name, record in saved.items() for key in record["tensors"]}
-    packed = {kind: document[kind] for kind in ("state", "extra", "groups", "attributes") if kind in document}
-    expected.update(packed_tensors([*packed.values(), *(record.get("nested") for record in saved.values())]))
+    expected = optimizer_tensors(document)
+    packed = {kind: document[kind] for kind in _ELSEWHERE if kind in document}
     differences += [f"{name}: missing in the checkpoint" for name in sorted(expected - tensors.keys())]
     differences += [f"{name}: not expected" for name in sorted(tensors.keys() - expected)]
     elsewhere = {} if differences else {kind: unpack(value, tensors, home) for kind, value in packed.items()}

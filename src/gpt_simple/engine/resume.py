@@ -14,6 +14,7 @@ from attrs import field, frozen
 
 from gpt_simple._documents import COUNT, check
 from gpt_simple._names import DISTRIBUTION
+from gpt_simple.checkpoint.state import optimizer_tensors
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.config.schema import Config
 from gpt_simple.engine.compatibility import flatten, with_legacy_options, with_legacy_values
@@ -133,10 +134,10 @@ def _load_state(config: Config, store: Store, checkpoint: Checkpoint) -> dict[st
     state: dict[str, Any] = store.load_document(checkpoint, "state")
     try:
         check(state, _STATE)
-        _check_optimizer(state["optimizer"]["parameters"], store, checkpoint)
+        _check_optimizer(state["optimizer"], store, checkpoint)
         if state["step"] != checkpoint.step:
             raise ValueError(f"step: expected {checkpoint.step}")
-    except ValueError as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path / 'state.json'} is damaged: {error}") from None
     try:
         records = store.load_document(checkpoint, "plugins")
@@ -149,10 +150,10 @@ def _load_state(config: Config, store: Store, checkpoint: Checkpoint) -> dict[st
     return state | {"run": run | {"config": values, "plugins": options}}
 
 
-def _check_optimizer(parameters: Mapping[str, Any], store: Store, checkpoint: Checkpoint) -> None:
+def _check_optimizer(document: Mapping[str, Any], store: Store, checkpoint: Checkpoint) -> None:
     """Raise ValueError unless the optimizer's tensors, and the layouts of its parameters, are in the checkpoint."""
-    expected = {f"{key}.{name}" for name, record in parameters.items() for key in record["tensors"]}
-    if other := expected ^ store.layouts(checkpoint, "optimizer").keys():
+    parameters = document["parameters"]
+    if other := optimizer_tensors(document) ^ store.layouts(checkpoint, "optimizer").keys():
         raise ValueError(f"optimizer.safetensors has other tensors, {min(other)} among them")
     for name, layout in store.layouts(checkpoint, "model").items():
         shape = f"[{', '.join(map(str, layout['shape']))}]"
