@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -43,19 +43,6 @@ def unpack(document: Any, tensors: Mapping[str, Tensor], home: torch.device) -> 
         return {key: unpack(item, tensors, home) for key, item in document["dict"]}
     ((kind, items),) = document.items()
     return (tuple if kind == "tuple" else list)(unpack(item, tensors, home) for item in items)
-
-
-def packed_tensors(document: Any) -> Iterator[str]:
-    """The names of the tensors in what ``pack`` returned."""
-    if isinstance(document, Mapping):
-        if "tensor" in document:
-            yield document["tensor"]
-            return
-        for items in document.values():
-            yield from packed_tensors(items)
-    elif isinstance(document, list):
-        for item in document:
-            yield from packed_tensors(item)
 
 
 def add_tensor(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> None:

@@ -13,7 +13,8 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from gpt_simple.checkpoint.packed import add_tensor, mark_of, may_be_state, pack, packed_tensors, plain, unpack
+from gpt_simple.checkpoint.packed import add_tensor, mark_of, may_be_state, pack, plain, unpack
+from gpt_simple.checkpoint.tensor_names import ELSEWHERE, optimizer_tensors
 from gpt_simple.errors import CheckpointError
 
 _MOST_LISTED = 10
@@ -40,10 +41,6 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-
-
-_ELSEWHERE = ("state", "extra", "groups", "attributes")
-"""Optional entries of an optimizer's document: state that belongs to no parameter."""
 
 
 @frozen(eq=False)
@@ -135,14 +132,6 @@ def flatten_optimizer(
     return tensors, {"optimizer": type(optimizer).__name__, "parameters": parameters, **packed}
 
 
-def optimizer_tensors(document: Mapping[str, Any]) -> set[str]:
-    """The names of the tensors that belong to the document of ``flatten_optimizer``."""
-    saved = document["parameters"]
-    names = {f"{key}.{name}" for name, record in saved.items() for key in record["tensors"]}
-    packed = [document[kind] for kind in _ELSEWHERE if kind in document]
-    return names.union(packed_tensors([*packed, *(record.get("nested") for record in saved.values())]))
-
-
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
@@ -156,7 +145,7 @@ def restore_optimizer(
     named, home = _named_parameters(optimizer, model), _device(model)
     differences = _compare({name: record["layout"] for name, record in saved.items()}, _layouts(dict(named)))
     expected = optimizer_tensors(document)
-    packed = {kind: document[kind] for kind in _ELSEWHERE if kind in document}
+    packed = {kind: document[kind] for kind in ELSEWHERE if kind in document}
     differences += [f"{name}: missing in the checkpoint" for name in sorted(expected - tensors.keys())]
     differences += [f"{name}: not expected" for name in sorted(tensors.keys() - expected)]
     elsewhere = {} if differences else {kind: unpack(value, tensors, home) for kind, value in packed.items()}

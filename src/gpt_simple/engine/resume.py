@@ -14,8 +14,8 @@ from attrs import field, frozen
 
 from gpt_simple._documents import COUNT, check
 from gpt_simple._names import DISTRIBUTION
-from gpt_simple.checkpoint.state import optimizer_tensors
 from gpt_simple.checkpoint.store import Checkpoint, Store
+from gpt_simple.checkpoint.tensor_names import optimizer_tensors
 from gpt_simple.config.schema import Config
 from gpt_simple.engine.compatibility import flatten, with_legacy_options, with_legacy_values
 from gpt_simple.errors import CheckpointError
