@@ -42,7 +42,7 @@ class LeftChanged(Exception):
 
 @frozen
 class Copies:
-    """How a plugin gets a copy of what an event holds, so that it cannot change what the engine goes on with.
+    """How plugins get a copy of what an event holds, so that they cannot change what the engine goes on with.
 
     ``make(event)`` returns the event with copies; ``edited(event)`` is what a plugin has edited of them, or empty.
     """
@@ -107,13 +107,12 @@ class HookCaller:
 
         Called in every step. The state and the time after one plugin are those before the next, so each is read once.
         """
-        state, copies, given = self.guard.state, self.copies, event
+        state, copies = self.guard.state, self.copies
+        given = event if copies is None else copies.make(event)
         outcomes: list[Any] = []
         before, start = state(run), perf_counter()
         for implementation, plugin in self.impls:
             try:
-                if copies is not None:
-                    given = copies.make(event)
                 result = implementation(run, given)
                 if state(run) != before:
                     self.guard.refuse(run, before)
@@ -124,6 +123,8 @@ class HookCaller:
             except BaseException as error:
                 self.guard.restore(run, before)
                 failure = self.fail(plugin, self.info.name, event, error)
+                if copies is not None:
+                    given = copies.make(event)  # the next plugin must not see an edit
                 if self.ends_run:
                     outcomes.append(failure)
             end = perf_counter()
