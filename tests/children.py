@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 from attrs import frozen
 
 from gpt_simple import Plugin, hookimpl
+from gpt_simple.checkpoint.draft import Draft
 from gpt_simple.errors import GptSimpleError
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.status import Status, read_status
@@ -130,3 +132,19 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.005)
+
+
+def full_disk_until(step: int, monkeypatch: pytest.MonkeyPatch) -> At:
+    """Let writing a checkpoint fail for want of room, until this plugin is called at the end of ``step``."""
+    real, full = Draft.add_tensors, [True]
+
+    def add_tensors(self: Draft, stem: str, tensors: Any) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, stem, tensors)
+
+    def make_room(run: Any) -> None:
+        full[0] = False
+
+    monkeypatch.setattr(Draft, "add_tensors", add_tensors)
+    return At("on_step_end", step, make_room)

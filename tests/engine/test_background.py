@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 import threading
 import time
@@ -18,7 +16,7 @@ from gpt_simple.checkpoint.draft import Draft, Published
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.background import BackgroundWriter, NotFinite
 from gpt_simple.run_dir.lineage import read_metrics
-from tests.children import At, At2, Ended, kill_self
+from tests.children import At, At2, Ended, full_disk_until, kill_self
 from tests.tiny import TinyRun
 
 OPTIONS: dict[str, Any] = {
@@ -72,18 +70,7 @@ def test_every_checkpoint_has_the_bytes_of_its_own_step(
 
 
 def test_a_save_that_fails_is_logged_and_tried_again(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, full = Draft.add_tensors, [True]
-
-    def add_tensors(self: Draft, stem: str, tensors: Any) -> None:
-        if full[0]:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(self, stem, tensors)
-
-    def make_room(run: Any) -> None:
-        full[0] = False
-
-    monkeypatch.setattr(Draft, "add_tensors", add_tensors)
-    result = tiny(plugins=[At("on_step_end", 7, make_room)], **IN_BACKGROUND)
+    result = tiny(plugins=[full_disk_until(7, monkeypatch)], **IN_BACKGROUND)
     assert result.status == "completed"
     rows = read_metrics(result.output_dir / "metrics.jsonl")
     names = [row["name"] for row in rows if row["kind"] == "event"]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 from typing import Any
 
 import pytest
 import torch
 
-from gpt_simple.checkpoint.draft import Draft
-from tests.children import At
+from tests.children import At, full_disk_until
 from tests.engine.test_loss_monitor import events
 from tests.tiny import TinyRun, weights
 
@@ -57,19 +54,8 @@ def test_weights_of_the_last_step_are_checked_too(tiny: TinyRun) -> None:
 
 
 def test_a_full_disk_costs_no_step_and_is_retried(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, full = Draft.add_tensors, [True]
-
-    def add_tensors(self: Draft, stem: str, tensors: Any) -> None:
-        if full[0]:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(self, stem, tensors)
-
-    def make_room(run: Any) -> None:
-        full[0] = False
-
-    monkeypatch.setattr(Draft, "add_tensors", add_tensors)
     result = tiny(
-        plugins=[At("on_step_end", 7, make_room)],
+        plugins=[full_disk_until(7, monkeypatch)],
         training__max_steps=20,
         training__save_steps=4,
         training__logging_steps=2,

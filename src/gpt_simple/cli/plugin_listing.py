@@ -41,7 +41,7 @@ def rows_of_run(config: str, switches: Switches) -> list[Row]:
     A plugin that does not load is a row of status ``broken``; a run would stop with the same message.
     """
     from gpt_simple.plugin_host.host import PluginHost
-    from gpt_simple.spec import read_config
+    from gpt_simple.run_config import read_config
 
     raw = read_config(config)
     table = raw.values.get("plugins") or {}

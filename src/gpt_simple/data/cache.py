@@ -102,7 +102,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def writing(directory: Path, hint: str = _HINT) -> Iterator[None]:
-    """Raise NotWritable for an error of the system, but not for an output that nobody reads any more."""
+    """Raise NotWritable for an error of the system, but not for a pipe whose reader has ended."""
     try:
         yield
     except BrokenPipeError:

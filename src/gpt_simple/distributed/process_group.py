@@ -244,7 +244,7 @@ def _new_accelerator(timeout: float) -> Any:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     _require_place(size)
     try:
-        # One process meets nobody: without these variables Accelerate does not wait at an address.
+        # One process needs no rendezvous: without these variables Accelerate does not wait at an address.
         with _without(_PLACE if size == 1 else ()), warnings.catch_warnings():
             # It divides a CPU's cores among the processes; the run's first lines say how many each has.
             warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)

@@ -53,7 +53,7 @@ class StepResult(NamedTuple):
     norm: torch.Tensor
     """The norm of the gradients before clipping."""
     skipped: torch.Tensor
-    """0.0 if the weights were updated. Less than SKIP_REQUESTED: the gradients were not finite, and nobody asked."""
+    """0.0 if the weights were updated. Less than SKIP_REQUESTED: the gradients were not finite, and no plugin asked."""
 
 
 @define(slots=False, eq=False, kw_only=True)

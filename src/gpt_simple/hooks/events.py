@@ -56,7 +56,7 @@ class StepStart:
 
 @frozen
 class BatchReady:
-    """Micro-batch ``micro_batch`` (from 0) of the step."""
+    """Micro-batch ``micro_batch`` (from 0) of the step. ``batch`` is a copy, to be read only."""
 
     step: int
     micro_batch: int

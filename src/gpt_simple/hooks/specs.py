@@ -178,7 +178,8 @@ class HookSpecs:
     def on_batch(self, run: Run, event: events.BatchReady) -> None:
         """A micro-batch is on the device, before its forward pass. Called many times in a step.
 
-        Never read a tensor here, because ``.item()`` waits for the device::
+        The batch is a copy that the listening plugins share: an edit does not reach training, and is a failure of the
+        plugin. Never read a tensor here, because ``.item()`` waits for the device::
 
             @hookimpl
             def on_batch(self, run, event):
