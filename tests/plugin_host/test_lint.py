@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Mapping
+from enum import Enum
+from functools import partial, partialmethod
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import attrs
@@ -13,10 +17,23 @@ from attrs import define, frozen
 from typing_extensions import Doc
 
 from gpt_simple import Plugin, hookimpl
+from gpt_simple.config.convert import convert
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.specs import HOOKS
-from gpt_simple.plugin_host.lint import hooks_of, lint
+from gpt_simple.plugin_host.lint import hooks_of, lint, lint_instance
+from gpt_simple.spec import resolve_spec
+
+
+class Color(Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Odd(Enum):
+    """A configuration file cannot say which one is meant."""
+
+    ONE = object()
 
 
 def shown(plugin: object) -> list[str]:
@@ -341,6 +358,10 @@ def test_configuration_is_frozen_attrs_with_defaults() -> None:
         (str | tuple[str, ...], "a"),
         (Annotated[int, Ge(1), Doc("x")], 1),
         (tuple[Annotated[int, Ge(1)], ...], ()),
+        (tuple[float, int], (0.5, 1)),
+        (Path, Path("a")),
+        (Path | None, None),
+        (Color, Color.RED),
     ],
 )
 def test_supported_types(kind: object, default: object) -> None:
@@ -357,6 +378,10 @@ def test_supported_types(kind: object, default: object) -> None:
         (bool, 1, "got 1"),
         (Literal["a", "b"], "c", "expected one of"),
         (Annotated[int, Ge(1)], 0, "expected an integer >= 1, got 0"),
+        (Color, "green", 'expected one of "red", "blue", got "green"'),
+        (Path, "", "expected a path"),
+        (tuple[float, float], 1, "expected a list of 2 numbers, got 1"),
+        (tuple[float, str], 1, "expected a list of 2 values (a number, text), got 1"),
     ],
 )
 def test_a_default_that_the_field_could_not_be_set_to(kind: object, default: object, problem: str) -> None:
@@ -396,8 +421,8 @@ def test_what_has_the_name_of_a_hook_and_is_no_method() -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        list[int], dict[str, int], set[str], bytes, object, tuple[int, int], Mapping[int, str], list, complex,
-        str | bytes, Final[int], typing.Mapping,
+        list[int], dict[str, int], set[str], bytes, object, tuple[int, bytes], tuple[()], Odd, Mapping[int, str],
+        list, complex, str | bytes, Final[int], typing.Mapping,
     ],
 )  # fmt: skip
 def test_what_a_configuration_file_cannot_hold(kind: object) -> None:
@@ -410,3 +435,93 @@ def test_what_a_configuration_file_cannot_hold(kind: object) -> None:
 def test_an_annotation_that_does_not_exist() -> None:
     plugin = config_of(value=attrs.field(default=None, type="Nonsense"))
     assert "cannot be read" in shown(plugin)[0]
+
+
+def test_a_key_and_its_field_have_one_name() -> None:
+    plugin = config_of(_hidden=attrs.field(default=1, type=int), value=attrs.field(default=1, type=int, alias="other"))
+    assert shown(plugin) == [
+        "Config._hidden begins with an underscore, which no key of a configuration does: call it hidden",
+        "Config.value has the alias 'other': a key and its field have one name",
+    ]
+    with pytest.raises(PluginError, match="_hidden begins with an underscore"):
+        fields_of(plugin.Config)
+
+
+def test_a_default_may_follow_from_other_fields() -> None:
+    @frozen
+    class Table:
+        every: int = 3
+        window: int = attrs.field()
+
+        @window.default
+        def _twice(self):
+            return 2 * self.every
+
+    assert shown(type("P", (Plugin,), {"Config": Table})) == []
+    assert {spec.name: spec.default for spec in fields_of(Table)} == {"every": 3, "window": 6}
+    assert convert(Table, {"every": 5}) == (Table(5, 10), [])
+
+
+def test_a_default_that_cannot_be_computed_is_named() -> None:
+    def fails():
+        raise RuntimeError("no default today")
+
+    plugin = config_of(value=attrs.field(factory=fails, type=int))
+    (mistake,) = shown(plugin)
+    assert mistake.endswith("value has a default that cannot be computed: RuntimeError: no default today")
+
+
+def call(run, event, other=None):
+    """A function for a partial."""
+
+
+@pytest.mark.parametrize(
+    ("member", "expected"),
+    [
+        (hookimpl(partial(call, other=1)), "is a functools.partial; write a method that calls the function"),
+        (hookimpl(partialmethod(call, other=1)), "is a functools.partialmethod; write a method that calls"),
+        (partial(call, other=1), "is the name of a hook but is not marked; make it a method with @hookimpl"),
+        (partialmethod(call, other=1), "is the name of a hook but is not marked; make it a method with @hookimpl"),
+    ],
+)
+def test_a_partial_is_no_method(member: object, expected: str) -> None:
+    (mistake,) = shown(type("P", (Plugin,), {"on_metrics": member}))
+    assert mistake.startswith(f"on_metrics {expected}")
+
+
+@pytest.mark.parametrize(
+    ("name", "member", "expected"),
+    [
+        ("on_metrics", call, "on_metrics is set on the instance without @hookimpl, so it is never called"),
+        ("on_metrics", hookimpl(partial(call, other=1)), "on_metrics is a functools.partial"),
+        ("on_metrics", hookimpl(lambda run, evnt: None), "on_metrics has no argument evnt; did you mean event?"),
+        ("on_metric", hookimpl(lambda run, event: None), "there is no hook on_metric; did you mean on_metrics?"),
+    ],
+)
+def test_a_hook_replaced_on_the_instance(name: str, member: object, expected: str) -> None:
+    class Replaces(Plugin):
+        def __init__(self, config):
+            setattr(self, name, member)
+
+        @hookimpl
+        def on_metrics(self, run, event):
+            pass
+
+    assert shown(Replaces) == []
+    (mistake,) = map(str, lint_instance(Replaces(None)))
+    assert mistake.startswith(expected)
+    with pytest.raises(PluginError, match=re.escape(expected)):
+        resolve_spec(None, plugins=[Replaces])
+
+
+def test_a_marked_hook_may_be_set_on_the_instance() -> None:
+    class Sets(Plugin):
+        def __init__(self, config):
+            self.on_metrics = hookimpl(lambda event: None)
+            self.on_close = self._close
+
+        @hookimpl(optionalhook=True)
+        def _close(self, run):
+            pass
+
+    assert lint_instance(Sets(None)) == []

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import click
@@ -183,7 +184,9 @@ def _complete_value(key: str, incomplete: str) -> list[CompletionItem]:
         return []
     choices = [name for kind, home in CONFIG_KEY.items() if home == key for name in builtin_registry().names(kind)]
     found = [CompletionItem(word) for word in (*choices, *spec.type.choices) if word.startswith(incomplete)]
-    return found or ([CompletionItem(incomplete, type="file")] if spec.type.accepts(str) else [])
+    return found or (
+        [CompletionItem(incomplete, type="file")] if spec.type.accepts(str) or spec.type.accepts(Path) else []
+    )
 
 
 def complete_plugin(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

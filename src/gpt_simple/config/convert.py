@@ -10,9 +10,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from enum import Enum
 from functools import cache
+from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 import attrs
 from cattrs import (
@@ -22,13 +24,15 @@ from cattrs import (
     ClassValidationError,
     ForbiddenExtraKeysError,
     IterableValidationError,
+    IterableValidationNote,
 )
 from cattrs.cols import homogenous_tuple_structure_factory
 from cattrs.gen import mapping_structure_factory
 
+from gpt_simple._files import user_path
 from gpt_simple.config.frozen import FrozenDict
 from gpt_simple.config.origin import join
-from gpt_simple.config.types import FieldType, Mismatch, fields_of, parse_type
+from gpt_simple.config.types import FieldType, Mismatch, choices_of, fields_of, parse_type
 
 Errors = list[tuple[str, Exception]]
 Hook = Callable[[Any, Any], Any]
@@ -70,7 +74,7 @@ def _is_in(place: str, wrong: set[str]) -> bool:
 def _converter() -> BaseConverter:
     converter = BaseConverter()
     converter.register_structure_hook_factory(lambda _: True, lambda annotation: _hook(parse_type(annotation)))
-    for scalar in (bool, int, float, str, NoneType):  # cattrs has hooks of its own for these, which come first
+    for scalar in (bool, int, float, str, Path, NoneType):  # cattrs has hooks of its own for these, which come first
         converter.register_structure_hook(scalar, _hook(parse_type(scalar)))
     return converter
 
@@ -96,6 +100,8 @@ def _hook(type_: FieldType) -> Hook:
     match type_.kind:
         case "list":
             return _checked(type_, (list, tuple), homogenous_tuple_structure_factory(type_.annotation, _converter()))
+        case "row":
+            return _checked(type_, (list, tuple), _row_hook(type_))
         case "mapping":
             return _checked(type_, Mapping, mapping_structure_factory(type_.annotation, _converter(), FrozenDict))
         case "record":
@@ -146,6 +152,26 @@ def _record_hook(cls: type) -> Hook:
     return record
 
 
+def _row_hook(type_: FieldType) -> Hook:
+    hooks = [_hook(part) for part in type_.parts]
+
+    def row(value: Any, _: Any) -> Any:
+        if len(value) != len(hooks):
+            raise Mismatch(type_, value)
+        items, errors = [], []
+        for index, (item, hook, part) in enumerate(zip(value, hooks, type_.parts, strict=True)):
+            try:
+                items.append(hook(item, part.annotation))
+            except (BaseValidationError, ValueError) as error:
+                error.__notes__ = [IterableValidationNote(f"at {index}", index, part.annotation)]
+                errors.append(error)
+        if errors:
+            raise IterableValidationError("row", errors, type_.annotation)
+        return tuple(items)
+
+    return row
+
+
 def _union_hook(type_: FieldType) -> Hook:
     hooks = [_hook(member) for member in type_.members]
 
@@ -164,10 +190,15 @@ def _exactly(type_: FieldType, value: Any) -> Any:
     """An integral float becomes an integer and an integer becomes a number. Nothing else is converted."""
     kind = type_.annotation
     if type_.kind == "choice":
-        for choice in get_args(kind):
-            if type(choice) is type(value) and choice == value:
-                return choice
+        given = value.value if isinstance(value, Enum) else value
+        for choice in choices_of(kind):
+            if type(choice) is type(given) and choice == given:
+                return kind(choice) if isinstance(kind, type) else choice
         raise Mismatch(type_, value)
+    if kind is Path:
+        if not isinstance(value, str | Path) or _UNREADABLE.search(str(value)):
+            raise Mismatch(type_, value)
+        return Path(user_path(str(value)))
     if kind is str and isinstance(value, str) and _UNREADABLE.search(value):
         raise Mismatch(type_, value, "text without null characters and half surrogates")
     if kind not in (int, float) or isinstance(value, bool):

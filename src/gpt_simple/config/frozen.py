@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
 from typing import Any, NoReturn
 
 import attrs
@@ -52,4 +54,6 @@ def json_value(value: Any) -> Any:
         return [json_value(item) for item in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    return value
+    if isinstance(value, Path):
+        return str(value)
+    return value.value if isinstance(value, Enum) else value

@@ -1,9 +1,9 @@
 """The closed set of types that a configuration field may have.
 
-``bool``, ``int``, ``float``, ``str``, ``Literal``, ``X | None`` and other unions of these, ``tuple[T, ...]``,
-``Mapping[str, T]`` and nested attrs classes. :func:`parse_type` reads an annotation once into a :class:`FieldType`.
-Conversion, error messages, help, completion, JSON Schema and the check of plugins follow from it, so a field is written
-once, in its section.
+``bool``, ``int``, ``float``, ``str``, ``Path``, ``Literal``, an ``Enum`` of texts or integers, ``X | None`` and other
+unions of these, ``tuple[T, ...]``, ``tuple[X, Y]``, ``Mapping[str, T]`` and nested attrs classes. :func:`parse_type`
+reads an annotation once into a :class:`FieldType`. Conversion, error messages, help, completion, JSON Schema and the
+check of plugins follow from it, so a field is written once, in its section.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
+from enum import Enum
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -43,9 +45,15 @@ _SCALARS: Mapping[Any, tuple[str, str, str, str]] = {
     int: ("an integer", "integers", "integer", "integer"),
     float: ("a number", "numbers", "number", "number"),
     str: ("text", "text", "text", "string"),
+    Path: ("a path", "paths", "path", "string"),
     NoneType: ("null", "nulls", "null", "null"),
 }
 """Description, plural, label and type in JSON Schema of each type with a single value."""
+
+SUPPORTED_TYPES = (
+    "supported are bool, int, float, str, Path, Literal, an Enum of texts or integers, X | None, tuple[X, ...],"
+    " tuple[X, Y], Mapping[str, X] and frozen attrs classes"
+)
 
 
 class Mismatch(ValueError):
@@ -79,10 +87,11 @@ class FieldType:
     """The type of a field.
 
     ``description`` reads ``an integer >= 1 or null``, ``label`` reads ``integer >= 1 | null``. ``choices`` are the
-    texts that completion offers. ``parts`` are the item of a list or of a mapping, and the alternatives of a union.
+    texts that completion offers. ``parts`` are the item of a list or of a mapping, the items of a row (a list of fixed
+    length), and the alternatives of a union.
     """
 
-    kind: Literal["scalar", "choice", "list", "mapping", "record", "union"]
+    kind: Literal["scalar", "choice", "list", "row", "mapping", "record", "union"]
     annotation: Any
     description: str
     label: str
@@ -120,9 +129,13 @@ class FieldType:
         """The JSON Schema (draft-07) of its values."""
         match self.kind:
             case "choice":
-                return {"enum": list(get_args(self.annotation))}
+                return {"enum": list(choices_of(self.annotation))}
             case "list":
                 return {"type": "array", "items": self.parts[0].json_schema()}
+            case "row":
+                count = len(self.parts)
+                items = [part.json_schema() for part in self.parts]
+                return {"type": "array", "items": items, "minItems": count, "maxItems": count}
             case "mapping":
                 return {"type": "object", "additionalProperties": self.parts[0].json_schema()}
             case "union":
@@ -202,25 +215,53 @@ def fields_of(cls: type) -> tuple[FieldSpec, ...]:
         if not (attribute.init and is_key(attribute)):
             continue
         annotation = hints[attribute.name]
+        if problem := key_problem(attribute):
+            raise PluginError(f"{cls.__module__}.{cls.__qualname__}.{attribute.name} {problem}")
         try:
             type_ = parse_type(annotation)
         except UnsupportedType as error:
-            raise PluginError(
-                f"{cls.__module__}.{cls.__qualname__}.{attribute.name}: {error}",
-                hint="use bool, int, float, str, Literal, tuple[T, ...], Mapping[str, T], an attrs class, "
-                "or a union such as X | None",
-            ) from None
+            where = f"{cls.__module__}.{cls.__qualname__}.{attribute.name}"
+            raise PluginError(f"{where}: {error}", hint=SUPPORTED_TYPES) from None
         for table in type_.tables:
             fields_of(table)
-        default = attribute.default
-        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-            default = default.factory()
+        default = default_of(cls, attribute)
         extras = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
         doc = next((extra.documentation for extra in extras if isinstance(extra, Doc)), "")
         legacy = next((extra.value for extra in extras if isinstance(extra, LegacyDefault)), default)
         path = next((extra for extra in extras if isinstance(extra, IsPath)), None)
         specs.append(FieldSpec(attribute.name, annotation, type_, doc, default, legacy, path))
     return tuple(specs)
+
+
+def key_problem(attribute: attrs.Attribute[Any]) -> str:
+    """Why a field cannot be a key of a configuration, which has one name for a value; empty if it can be one."""
+    if attribute.alias == attribute.name:
+        return ""
+    if attribute.name.lstrip("_") == attribute.alias:
+        return f"begins with an underscore, which no key of a configuration does: call it {attribute.alias}"
+    return f"has the alias {attribute.alias!r}: a key and its field have one name"
+
+
+def default_of(cls: type, attribute: attrs.Attribute[Any]) -> Any:
+    """The default of a field of ``cls``, ``attrs.NOTHING`` if it must be given.
+
+    One that is computed from other fields (``@field.default``) is that of an instance with all defaults. Raises
+    PluginError if it cannot be computed.
+    """
+    default: Any = attribute.default
+    if not isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        return default
+    try:
+        return getattr(cls(), attribute.name) if default.takes_self else default.factory()
+    except Exception as error:
+        where = f"{cls.__module__}.{cls.__qualname__}.{attribute.name}"
+        raise PluginError(f"{where} has a default that cannot be computed: {type(error).__name__}: {error}") from error
+
+
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """The values that a configuration gives for a ``Literal`` or an ``Enum``."""
+    is_enum = isinstance(annotation, type) and issubclass(annotation, Enum)
+    return tuple(member.value for member in annotation) if is_enum else get_args(annotation)
 
 
 def parse_type(annotation: Any, bounds: tuple[Bound, ...] = ()) -> FieldType:
@@ -237,13 +278,20 @@ def parse_type(annotation: Any, bounds: tuple[Bound, ...] = ()) -> FieldType:
         choices = tuple(choice for part in parts for choice in part.choices)
         label = " | ".join(part.label for part in parts)
         return FieldType("union", annotation, f"{', '.join(words)} or {last}", label, choices=choices, parts=parts)
-    if origin is Literal:
-        words = [f'"{choice}"' for choice in arguments]
-        choices = tuple(str(choice) for choice in arguments)
+    if origin is Literal or _is_choice(annotation):
+        words = [f'"{choice}"' for choice in choices_of(annotation)]
+        choices = tuple(str(choice) for choice in choices_of(annotation))
         return FieldType("choice", annotation, f"one of {', '.join(words)}", " | ".join(words), choices=choices)
     if origin is tuple and arguments[1:] == (Ellipsis,):
         item = parse_type(arguments[0])
         return FieldType("list", annotation, f"a list of {item.plural}", f"list of {item.plural}", parts=(item,))
+    if origin is tuple and arguments and Ellipsis not in arguments:
+        parts = tuple(parse_type(argument) for argument in arguments)
+        alike = len({part.annotation for part in parts}) == 1
+        what = parts[0].plural if alike else f"values ({', '.join(part.description for part in parts)})"
+        return FieldType(
+            "row", annotation, f"a list of {len(parts)} {what}", f"list of {len(parts)} {what}", parts=parts
+        )
     if origin is Mapping and arguments[:1] == (str,):
         item = parse_type(arguments[1])
         return FieldType("mapping", annotation, f"a table of {item.plural}", f"table of {item.plural}", parts=(item,))
@@ -264,6 +312,12 @@ def parse_type(annotation: Any, bounds: tuple[Bound, ...] = ()) -> FieldType:
         ("true", "false") if annotation is bool else (),
         bounds,
     )
+
+
+def _is_choice(annotation: Any) -> bool:
+    """Whether it is an Enum that a configuration file can choose from."""
+    is_enum = isinstance(annotation, type) and issubclass(annotation, Enum) and len(annotation) > 0
+    return is_enum and all(isinstance(member.value, str) or type(member.value) is int for member in annotation)
 
 
 def summary(cls: type) -> str:

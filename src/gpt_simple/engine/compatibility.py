@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,13 @@ def flatten(config: Config) -> dict[str, Any]:
     ``[model]`` holds none, and is needed as it is to build the model again.
     """
     # As they come back from a file: tuples become lists.
-    values = json.loads(json.dumps(attrs.asdict(config), default=str))
+    values = json.loads(json.dumps(attrs.asdict(config), default=_plain))
     return dict(_leaves("", {**redacted(values), "model": values["model"]}))
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has no type for, as it stands in a file."""
+    return value.value if isinstance(value, Enum) else str(value)
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

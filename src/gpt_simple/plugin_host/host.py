@@ -31,6 +31,7 @@ from gpt_simple.plugin_host.dispatch import (
     OnFailure,
     checked,
 )
+from gpt_simple.plugin_host.lint import lint_instance
 from gpt_simple.plugin_host.loading import (
     LoadedPlugin,
     PassedPlugin,
@@ -38,6 +39,7 @@ from gpt_simple.plugin_host.loading import (
     load_plugin,
     name_passed,
     ordered,
+    refused,
     taking_all,
 )
 from gpt_simple.plugin_host.state import PluginStates, Record
@@ -177,6 +179,12 @@ class PluginHost:
         try:
             if plugin.instance is None:
                 plugin.instance = plugin.cls(config.plugins.tables.get(plugin.name, plugin.cls.Config()))
+            mistakes = lint_instance(plugin.instance)
+        except BaseException as error:
+            raise plugin.failure("__init__", error) from error
+        if mistakes:
+            raise refused(plugin.label, mistakes)
+        try:
             self._manager.register(plugin.instance, plugin.name)
         except PluginValidationError as error:
             raise PluginError(f"plugin {plugin.label}: {error}") from error

@@ -1,4 +1,4 @@
-"""All mistakes of a plugin class at once, in the author's terms, before any of its code runs.
+"""All mistakes of a plugin class at once, in the author's terms, before any of its methods runs.
 
 pluggy does not report a misspelt hook, a forgotten decorator or a class in the place of an instance, and its versions
 differ in what they pass to an argument with a default.
@@ -10,11 +10,15 @@ import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from enum import Enum
+from functools import partial, partialmethod
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import attrs
+from attrs import NOTHING
 
-from gpt_simple.config.types import UnsupportedType, parse_type
+from gpt_simple.config.types import SUPPORTED_TYPES, UnsupportedType, default_of, key_problem, parse_type
 from gpt_simple.errors import PluginError, Problem
 from gpt_simple.hooks.plugin import Plugin
 from gpt_simple.hooks.specs import HOOKS, PROJECT
@@ -25,9 +29,6 @@ MARK = f"{PROJECT}_impl"
 PLAIN_METHODS = frozenset({"describe", "load_state_dict", "state_dict"})
 FORBIDDEN_OPTIONS = ("wrapper", "hookwrapper", "tryfirst", "trylast", "specname")
 CLASS_HOOKS = frozenset({"register_components"})
-SUPPORTED_TYPES = (
-    "supported are bool, int, float, str, Literal, X | None, tuple[X, ...], Mapping[str, X] and frozen attrs classes"
-)
 
 
 def lint(cls: object, *, has_instance: bool = False) -> list[Problem]:
@@ -44,6 +45,21 @@ def lint(cls: object, *, has_instance: bool = False) -> list[Problem]:
     return [*_hook_mistakes(cls), *_class_mistakes(cls, has_instance), *_config_mistakes(cls)]
 
 
+def lint_instance(instance: object) -> list[Problem]:
+    """The mistakes of hooks that a plugin sets on itself, where each replaces the one of its class."""
+    mistakes: list[Problem] = []
+    for name, member in getattr(instance, "__dict__", {}).items():
+        options = _options(member)
+        if name in HOOKS and options is None:
+            message = f"{name} is set on the instance without @hookimpl, so it is never called"
+            mistakes.append(_problem(message, f"write it as a method of {type(instance).__name__} with @hookimpl"))
+        elif name in HOOKS and options is not None:
+            mistakes += _implementation_mistakes(name, member, options, bound=True)
+        elif options is not None and not options.get("optionalhook"):
+            mistakes.append(_problem(f"there is no hook {name}", _did_you_mean(name, HOOKS)))
+    return mistakes
+
+
 def hooks_of(cls: type) -> list[str]:
     """Names of the hooks that a class implements, in the order of the catalogue."""
     return [name for name in HOOKS if _options(inspect.getattr_static(cls, name, None)) is not None]
@@ -56,7 +72,8 @@ def _hook_mistakes(cls: type) -> Iterator[Problem]:
         options = _options(member)
         if options is None:
             if name in HOOKS:
-                how = "write @hookimpl above it" if callable(getattr(cls, name)) else "make it a method with @hookimpl"
+                is_method = callable(getattr(cls, name)) and not isinstance(member, (partial, partialmethod))
+                how = "write @hookimpl above it" if is_method else "make it a method with @hookimpl"
                 yield _problem(f"{name} is the name of a hook but is not marked", how)
             elif meant := _probably_a_hook(name, member):
                 message = f"{name} looks like {meant} misspelt, and without @hookimpl"
@@ -85,7 +102,13 @@ def _probably_a_hook(name: str, member: object) -> str | None:
     return close if arguments and {*arguments} <= {*HOOKS[close].arguments} else None
 
 
-def _implementation_mistakes(name: str, member: object, options: Mapping[str, Any]) -> Iterator[Problem]:
+def _implementation_mistakes(
+    name: str, member: object, options: Mapping[str, Any], *, bound: bool = False
+) -> Iterator[Problem]:
+    """``bound``: the member is called as it is, without ``self``."""
+    if isinstance(member, (partial, partialmethod)):
+        yield _problem(f"{name} is a functools.{type(member).__name__}", "write a method that calls the function")
+        return
     if used := [option for option in FORBIDDEN_OPTIONS if options.get(option)]:
         yield _problem(f"{name}: @hookimpl takes no {', '.join(used)}", "declare the order by before and after")
     if name in CLASS_HOOKS and not isinstance(member, classmethod):
@@ -101,24 +124,27 @@ def _implementation_mistakes(name: str, member: object, options: Mapping[str, An
         yield _problem(f"{name} is async", "hooks are called and not awaited")
     elif inspect.isgeneratorfunction(function):
         yield _problem(f"{name} has a yield, so calling it would run nothing", "return the result instead")
-    yield from _signature_mistakes(name, inspect.signature(function))
+    if bound and not inspect.ismethod(member):
+        yield from _signature_mistakes(name, inspect.signature(function), first="")
+    else:
+        yield from _signature_mistakes(name, inspect.signature(function), "cls" if name in CLASS_HOOKS else "self")
 
 
-def _signature_mistakes(name: str, signature: inspect.Signature) -> Iterator[Problem]:
-    """An implementation takes any of its hook's arguments, in any order: each is found by its name."""
+def _signature_mistakes(name: str, signature: inspect.Signature, first: str) -> Iterator[Problem]:
+    """An implementation takes any of its hook's arguments, in any order: each is found by its name.
+
+    ``first`` is the usual name of the argument before them; empty if there is none.
+    """
     parameters = list(signature.parameters.values())
     expected = HOOKS[name].arguments
     plain = [p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters]
-    has_first = bool(parameters) and parameters[0].name not in expected
+    has_first = not first or (bool(parameters) and parameters[0].name not in expected)
     if not all(plain) or not has_first:
-        first = "cls" if name in CLASS_HOOKS else "self"
         given = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
-        yield _problem(
-            f"{name} must take ({', '.join((first, *expected))}) or fewer of these, without defaults, * or "
-            "keyword-only arguments",
-            f"it takes {given}",
-        )
-    for p in parameters[1:]:
+        all_of_them = ", ".join((first, *expected) if first else expected)
+        message = f"{name} must take ({all_of_them}) or fewer of these, without defaults, * or keyword-only arguments"
+        yield _problem(message, f"it takes {given}")
+    for p in parameters[bool(first) :]:
         if p.name not in expected and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             hint = _did_you_mean(p.name, expected) or f"it has {', '.join(expected)}"
             yield _problem(f"{name} has no argument {p.name}", hint)
@@ -154,7 +180,7 @@ def _config_mistakes(cls: type[Plugin[Any]]) -> Iterator[Problem]:
         return
     yield from _table_mistakes(config, "Config")
     for a in attrs.fields(config):
-        if a.default is attrs.NOTHING:
+        if a.default is NOTHING:
             message = f"Config.{a.name} has no default"
             yield _problem(message, "a plugin must work without a table in the configuration")
 
@@ -177,13 +203,20 @@ def _table_mistakes(table: type, path: str, outer: tuple[type, ...] = ()) -> Ite
         return
     for a in attrs.fields(table):
         annotation = hints.get(a.name, a.type)
+        if problem := key_problem(a):
+            yield _problem(f"{path}.{a.name} {problem}")
         try:
             type_ = parse_type(annotation)
         except UnsupportedType as error:
             name = error.part.__name__ if isinstance(error.part, type) else str(error.part)
             yield _problem(f"{path}.{a.name} has the type {name}", SUPPORTED_TYPES)
             continue
-        if problem := _default_problem(a.default, annotation):
+        try:
+            default = default_of(table, a)
+        except PluginError as error:
+            yield _problem(str(error))
+            continue
+        if problem := _default_problem(default, annotation):
             yield _problem(f"{path}.{a.name} has a default that it could not be set to: {problem}")
         for inner in type_.tables:
             yield from _table_mistakes(inner, f"{path}.{a.name}", (*outer, table))
@@ -193,7 +226,7 @@ def _default_problem(default: object, kind: Any) -> str:
     """Why a plain value cannot be the default of a field; empty if it can. Other values are not checked."""
     from gpt_simple.config.convert import convert  # slow to import, and only active plugins need it
 
-    if default is None or isinstance(default, (bool, int, float, str)):
+    if default is None or (isinstance(default, (bool, int, float, str, Path, Enum)) and default is not NOTHING):
         with suppress(PluginError):  # a nested field of an unsupported type has a mistake of its own
             return "; ".join(str(error) for _, error in convert(kind, default)[1])
     return ""

@@ -107,9 +107,13 @@ def load_plugin(name: str, passed: object | None, record: PluginRecord | None) -
     if own is None and record is not None and record.origin == "builtin":
         mistakes.append(Problem(None, "", f"{name!r} is the name of a built-in plugin", "rename it"))
     if mistakes:
-        subject = f"plugin {_label(name, distribution, version, _source_file(cls))}"
-        raise PluginError(*(mistake._replace(message=f"{subject}: {mistake.message}") for mistake in mistakes))
+        raise refused(_label(name, distribution, version, _source_file(cls)), mistakes)
     return LoadedPlugin(name, cls, distribution, version, instance)
+
+
+def refused(label: str, mistakes: Sequence[Problem]) -> PluginError:
+    """The error of a plugin that does not keep the contract, with a problem for each mistake."""
+    return PluginError(*(mistake._replace(message=f"plugin {label}: {mistake.message}") for mistake in mistakes))
 
 
 def load_record(record: PluginRecord, kind: str = "plugin") -> object:
