@@ -247,6 +247,21 @@ def test_check_sees_components_that_cannot_serve(tmp_path: Path, arguments: str,
     assert message in broken.output
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        ("RuntimeError('no part today')", 5, "a run fails: schedule 'mine' of the plugin parts"),
+        ("ConfigError('it needs a file')", 0, "schedule 'mine' was not tried: it needs a file"),
+    ],
+)
+def test_check_builds_and_trains_components(tmp_path: Path, error: str, code: int, line: str) -> None:
+    file = tmp_path / "parts.py"
+    build = f"\ndef build(*_):\n    raise {error}\nfrom gpt_simple import ConfigError\n"
+    file.write_text(COMPONENT.format(arguments="'schedule', 'mine', build") + build)
+    result = cli("check", str(file))
+    assert (result.return_value, line in result.output) == (code, True), result.output
+
+
 def test_check_without_a_name_is_for_plugins_of_other_packages(fake_package: FakePackage) -> None:
     assert "no plugin of another package" in cli("check").output
     install_broken(fake_package)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gpt_simple import Finding, Metric, Plugin, Run, hookimpl
-from gpt_simple.hooks import NoConfig
+from gpt_simple.errors import ConfigError
+from gpt_simple.hooks import NoConfig, Registry
 from gpt_simple.plugin_host.discovery import ENABLED_BY, PluginRecord, installed
 from gpt_simple.plugin_host.loading import load_record
 from gpt_simple.testing import check_contract, train
@@ -152,3 +153,56 @@ def test_the_contract_finds_what_fails_only_after_an_error() -> None:
 
     with pytest.raises(AssertionError, match=r"plugin bad .*failed in on_run_error at step 1: ValueError: too late"):
         check_contract(Bad)
+
+
+def unfaithful(model: torch.nn.Module, config: Any, device: torch.device) -> torch.optim.Optimizer:
+    """Its rate grows with the steps of this process, which no checkpoint has."""
+
+    class Growing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            steps.append(1)
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad, alpha=1e-2 * len(steps))
+
+    steps: list[int] = []
+    return Growing(model.parameters(), lr=1.0)
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no part today")
+
+
+def refused(*_: Any, **__: Any) -> Any:
+    raise ConfigError("this part needs data.files", key="data.files")
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "message"),
+    [
+        ("optimizer", unfaithful, 'with optimizer.name = "mine" a run that was stopped and resumed ends with other'),
+        ("schedule", broken, 'with optimizer.schedule = "mine" a run fails: schedule .*no part today'),
+        ("model", broken, 'with model.name = "mine" a run fails: model .*no part today'),
+        ("source", refused, "source 'mine' was not tried: .*this part needs data.files; give what it needs"),
+    ],
+)
+def test_the_contract_trains_every_component(kind: Any, target: Any, message: str) -> None:
+    class Parts(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            registry.add(kind, "mine", target)
+
+    with pytest.raises(AssertionError, match=message):
+        check_contract(Parts)
+
+
+def test_good_components_keep_the_contract() -> None:
+    class Parts(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            registry.add("optimizer", "plain", lambda model, *_: torch.optim.SGD(model.parameters(), lr=1.0))
+            registry.add("schedule", "tenth", lambda *_: lambda step: 0.1)
+
+    check_contract(Parts)

@@ -13,11 +13,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from attrs import frozen
 
 from gpt_simple import Plugin, Run, hookimpl
 from gpt_simple.errors import GptSimpleError, PluginError
 from gpt_simple.hooks import HOOKS, NoConfig, StepEnd
+from gpt_simple.hooks.components import BUILTIN, Component, builtin_registry
 from gpt_simple.plugin_host.lint import lint
+from gpt_simple.plugin_host.loading import LoadedPlugin
 from gpt_simple.testing.faults import misbehaving
 from gpt_simple.testing.host_sync import HostSync, no_host_sync
 from gpt_simple.testing.recorder import Recorder
@@ -33,9 +36,28 @@ def check_contract(
 ) -> None:
     """Raise one AssertionError that lists everything that ``plugin`` breaks.
 
-    ``overrides`` are the dotted keys of the configuration that it needs. ``enable`` switches an installed plugin on by
-    its name, instead of passing its class. ``observes=False`` is for a plugin that is meant to change training.
+    Every component that it registers is built, trained and resumed. ``overrides`` are the dotted keys of the
+    configuration that it and its components need. ``enable`` switches an installed plugin on by its name, instead of
+    passing its class. ``observes=False`` is for a plugin that is meant to change training.
     """
+    found = violations(plugin, overrides=overrides, enable=enable, observes=observes)
+    if found.broken or found.untried:
+        lines = [*found.broken, *(f"{text}; give what it needs in overrides" for text in found.untried)]
+        raise AssertionError(f"{plugin.__name__} breaks the contract:\n" + "\n".join(f"- {text}" for text in lines))
+
+
+@frozen
+class Violations:
+    """What ``plugin`` breaks, and the components that could not be tried because their configuration is refused."""
+
+    broken: list[str]
+    untried: list[str]
+
+
+def violations(
+    plugin: type[Plugin[Any]], *, overrides: Overrides = None, enable: tuple[str, ...] = (), observes: bool = True
+) -> Violations:
+    """What ``check_contract`` raises as one error, with the same arguments."""
     if mistakes := lint(plugin):
         raise AssertionError("\n".join(map(str, mistakes)))
     run = partial(train, *(() if enable else (plugin,)), overrides=overrides, enable=enable)
@@ -52,8 +74,24 @@ def check_contract(
             broken.append(
                 "the trained weights differ from those of a run without it; is that meant? then observes=False"
             )
-    if broken:
-        raise AssertionError(f"{plugin.__name__} breaks the contract:\n" + "\n".join(f"- {text}" for text in broken))
+    untried: list[str] = []
+    for part in _components(plugin):
+        chosen = partial(run, overrides={**(overrides or {}), part.key: part.name})
+        subject = f'with {part.key} = "{part.name}"'
+        try:
+            broken += [f"{subject} {text}" for text in (*_fails_in_a_hook(chosen), *_resumes_otherwise(chosen))]
+        except PluginError as error:
+            broken.append(f"{subject} a run fails: {error}")
+        except GptSimpleError as error:
+            untried.append(f"{part.kind} {part.name!r} was not tried: {error}")
+    return Violations(broken, untried)
+
+
+def _components(plugin: type[Plugin[Any]]) -> list[Component]:
+    """The components that a plugin registers."""
+    registry = builtin_registry()
+    LoadedPlugin(plugin.__name__, plugin, "", "").register_components(registry)
+    return [part for part in registry.parts.values() if part.owner != BUILTIN]
 
 
 class StopsAfterTwo(Plugin[NoConfig]):

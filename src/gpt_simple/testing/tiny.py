@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from gpt_simple.config.types import fields_of
 from gpt_simple.engine.compatibility import keep_values_of_run
+from gpt_simple.errors import GptSimpleError
+from gpt_simple.hooks.components import CONFIG_KEY, SECTION_FIELDS, Component, Registry, builtin_registry
+from gpt_simple.hooks.plugin import NoConfig, Plugin
+from gpt_simple.hooks.specs import hookimpl
 from gpt_simple.job.result import TrainResult
 from gpt_simple.job.train import train as train_spec
 from gpt_simple.plugin_host.activation import Switches
@@ -74,6 +79,7 @@ class Trained:
 
 def train(
     *plugins: PassedPlugin,
+    component: Component | Sequence[Component] = (),
     output_dir: Path | str | None = None,
     max_steps: int = 3,
     overrides: Mapping[str, Any] | None = None,
@@ -83,23 +89,60 @@ def train(
 ) -> Trained:
     """Train the tiny model with these plugins (classes or instances) beside the built-in ones.
 
-    ``overrides`` are dotted keys of the configuration, the plugins' own too: ``{"plugins.csvlog.path": "a.csv"}``.
-    ``enable`` names installed plugins, as ``-p`` does. An ``output_dir`` that holds a run is resumed; without one a
-    temporary directory exists as long as the result. Pass a ``recorder`` to read it after a run that raises. ``wrap``
-    is put around every implementation of a hook. Torch has one thread meanwhile. Raises what ``gpt_simple.train``
-    raises.
+    ``component`` is a part that the run uses, or several: ``Component("optimizer", "lion", build, LionConfig)``. A
+    section has the tiny value of every field that the component's own class has, too. ``overrides`` are dotted keys of
+    the configuration, the plugins' own too: ``{"plugins.csvlog.path": "a.csv"}``. ``enable`` names installed plugins,
+    as ``-p`` does. An ``output_dir`` that holds a run is resumed; without one a temporary directory exists as long as
+    the result. Pass a ``recorder`` to read it after a run that raises. ``wrap`` is put around every implementation of a
+    hook. Torch has one thread meanwhile. Raises what ``gpt_simple.train`` raises.
     """
     directory = None if output_dir else tempfile.TemporaryDirectory(prefix="gpt-simple-testing-")
     root = Path(output_dir or directory.name)  # type: ignore[union-attr]
     recorder = recorder or Recorder()
-    values = {**TINY, "training.output_dir": str(root), "training.max_steps": max_steps, **(overrides or {})}
+    components = [component] if isinstance(component, Component) else [*component]
+    if components:
+        plugins = (*plugins, _registering(components))
+    chosen = {part.key: part.name for part in components} | dict(overrides or {})
     switches = Switches(enable, tuple(name for name in QUIET if name not in enable))
     with _test_process():
+        tiny = _tiny_values(chosen, plugins, switches)
+        values = {**tiny, "training.output_dir": str(root), "training.max_steps": max_steps, **chosen}
         spec = resolve_spec(None, sections=_nested(values), switches=switches, plugins=[*plugins, recorder])
         spec = keep_values_of_run(spec, force=False)
         recorder.plugins, spec.host.wrap = spec.host.plugins, wrap
         result = train_spec(spec)
     return Trained(result, root, recorder, spec.host, directory)
+
+
+def _registering(components: Sequence[Component]) -> type[Plugin[NoConfig]]:
+    """A plugin that brings these components and nothing else."""
+
+    class Components(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            for part in components:
+                registry.add(part.kind, part.name, part.target, config=part.config)
+
+    return Components
+
+
+def _tiny_values(chosen: Mapping[str, Any], plugins: Sequence[PassedPlugin], switches: Switches) -> dict[str, Any]:
+    """``TINY`` without the keys that the own class of a chosen component does not have."""
+    names = {kind: chosen[key] for kind, key in CONFIG_KEY.items() if kind in SECTION_FIELDS and key in chosen}
+    if not names:
+        return dict(TINY)
+    # Errors are raised when the whole configuration is resolved.
+    host = PluginHost.activate({}, set_keys=lambda _: False, switches=switches, extra=plugins, errors=[])
+    registry = builtin_registry()
+    with suppress(GptSimpleError):
+        host.register_components(registry)
+    unknown = set()
+    for kind, name in names.items():
+        if (part := registry.parts.get((kind, name))) is not None and part.config is not None:
+            section, known = part.key.partition(".")[0], {spec.name for spec in fields_of(part.config)}
+            unknown |= {key for key in TINY if key.startswith(f"{section}.") and key.partition(".")[2] not in known}
+    return {key: value for key, value in TINY.items() if key not in unknown}
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
