@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import tomli
 
-from gpt_simple.cli.scaffold import scaffold
+from gpt_simple.cli.main import main
+from gpt_simple.cli.scaffold import KINDS, scaffold
 from gpt_simple.errors import ConfigError
-from gpt_simple.plugin_host.discovery import installed, usable
+from gpt_simple.plugin_host.discovery import commands, installed, usable
 from gpt_simple.plugin_host.loading import load_record
 from gpt_simple.testing import check_contract, train
 from tests.packages import FakePackage
@@ -30,31 +31,51 @@ def install(projects: Sequence[Path], target: Path) -> None:
 
 def test_new_packages_install_run_and_pass_their_own_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "site"
-    projects = [tmp_path / "gpt-simple-fresh-logger", tmp_path / "gpt-simple-fresh-component"]
-    assert f"next: pip install -e {projects[0]}" in scaffold("fresh_logger", "logger", str(tmp_path))
-    scaffold("fresh_component", "component", str(tmp_path))
+    names = {kind: f"fresh_{kind}" for kind in KINDS}
+    for kind, name in names.items():
+        folder = tmp_path / f"gpt-simple-fresh-{kind}"
+        assert f"next: pip install -e {folder}" in scaffold(name, kind, str(tmp_path))
+    projects = sorted(tmp_path.iterdir())
     install(projects, target)
     monkeypatch.syspath_prepend(str(target))
-    for name in ("fresh_logger", "fresh_component"):
-        record = usable(installed())[name]
-        assert (record.origin, record.problem) == ("external", "")
-        assert train(enable=(name,)).failed == []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    records = usable(installed()) | usable(commands())
+    for name in names.values():
+        assert (records[name].origin, records[name].problem) == ("external", "")
     environment = {"PYTHONPATH": str(target), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
-    done = subprocess.run([*command, *projects], capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, projects)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout
-    assert "5 passed" in done.stdout
+    assert "20 passed" in done.stdout
 
 
-def test_the_templates_are_formatted_as_the_project_is(tmp_path: Path) -> None:
-    for template in ("logger", "component"):
-        scaffold("some_plugin", template, str(tmp_path / template))
+def test_new_packages_are_formatted_and_typed_as_the_project_is(tmp_path: Path) -> None:
+    for kind in KINDS:
+        scaffold("some_plugin", kind, str(tmp_path / kind))
     for path in tmp_path.rglob("*"):
         if path.is_file():
             text = path.read_text()
             assert "$" not in text
             assert all(len(line) <= 120 and line == line.rstrip() for line in text.splitlines())
             assert path.suffix != ".toml" or tomli.loads(text)["project"]["name"] == "gpt-simple-some-plugin"
+
+
+def test_the_former_templates_are_kinds_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plugins", "new", "mine", "--template", "component", "--directory", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    assert "--template is deprecated: use --kind schedule" in capsys.readouterr().err
+    assert (
+        'registry.add("schedule", "mine"'
+        in (tmp_path / "gpt-simple-mine" / "src" / "gpt_simple_mine" / "__init__.py").read_text()
+    )
+
+
+@pytest.mark.parametrize(("name", "whose"), [("run", "a built-in command"), ("acme", "taken by acme-log 1.0")])
+def test_a_name_that_a_command_has(name: str, whose: str, fake_package: FakePackage, tmp_path: Path) -> None:
+    fake_package("acme-log", commands={"acme": "acme_cli:main"})
+    with pytest.raises(ConfigError, match=f"'{name}' is {whose}: choose another name"):
+        scaffold(name, "command", str(tmp_path / "new"))
 
 
 @pytest.mark.parametrize("name", ["Csv", "csv-log", "strict", "console", "", "trainer", "lm", "csvlog_"])

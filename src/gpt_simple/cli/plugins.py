@@ -76,15 +76,18 @@ def check(name: str | None, lint_only: bool) -> int:
 @plugins.command()
 @click.argument("name")
 @click.option(
-    "--template",
-    type=click.Choice(["logger", "component"]),
-    default="logger",
-    show_default=True,
-    help="logger: writes metrics to a file; component: brings a learning-rate schedule.",
+    "--kind",
+    type=click.Choice(["logger", "model", "optimizer", "schedule", "source", "evaluation", "command"]),
+    help="What it brings.  [default: logger]",
 )
+@click.option("--template", type=click.Choice(["logger", "component"]), hidden=True)
 @click.option("--directory", metavar="DIR", type=PATH, default=".", help="Where the package's folder is made.")
-def new(name: str, template: str, directory: Path) -> None:
+def new(name: str, kind: str | None, template: str | None, directory: Path) -> None:
     """Make the installable package of a new plugin NAME."""
     from gpt_simple.cli.scaffold import scaffold
 
-    echo(scaffold(name, template, directory))
+    if template is not None:
+        former = {"component": "schedule"}.get(template, template)
+        echo(f"--template is deprecated: use --kind {former}", err=True)
+        kind = kind or former
+    echo(scaffold(name, kind or "logger", directory))
