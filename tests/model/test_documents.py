@@ -113,22 +113,58 @@ def test_full_blocks_are_full_and_ids_may_come_in_any_order() -> None:
     assert ours.full_kv_num_blocks[1, 0].tolist() == [0, 1, 0, 0]  # type: ignore[index]
 
 
-def test_a_cpu_and_dropout_and_narrow_heads_take_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda", 0)
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """An H100 of which only the capability is asked."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(documents, "find_spec", lambda name: True)
     monkeypatch.setattr("shutil.which", lambda name: name)
     document_kernel.cache_clear()
-    try:
-        assert document_kernel(gpu, 64, 0.0) == "flex"
-        assert document_kernel(gpu, 64, 0.1) == "dense mask"
-        assert document_kernel(gpu, 8, 0.0) == "dense mask"
-        assert document_kernel(torch.device("cpu"), 64, 0.0) == "dense mask"
-        monkeypatch.setattr(documents, "find_spec", lambda name: None)
-        document_kernel.cache_clear()
-        assert document_kernel(gpu, 64, 0.0) == "dense mask"
-    finally:
-        document_kernel.cache_clear()
+    yield torch.device("cuda", 0)
+    document_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("capability", [(6, 1), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("head", [8, 16, 64, 128, 192, 256])
+def test_flex_attention_is_chosen_where_its_tiles_fit(
+    dtype: torch.dtype, capability: tuple[int, int], head: int, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    fits = dtype.itemsize == 2 and capability >= (8, 0) and 16 <= head <= 128
+    assert document_kernel(gpu, dtype, head, 0.0) == ("flex" if fits else "dense mask")
+    assert document_kernel(gpu, dtype, head, 0.1) == "dense mask"
+
+
+def test_a_cpu_and_a_gpu_without_triton_take_the_dense_mask(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert document_kernel(torch.device("cpu"), torch.bfloat16, 64, 0.0) == "dense mask"
+    monkeypatch.setattr(documents, "find_spec", lambda name: None)
+    assert document_kernel(gpu, torch.bfloat16, 64, 0.0) == "dense mask"
+
+
+def test_the_choice_of_a_kernel_is_a_constant_in_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(documents, "find_spec", lambda name: True)  # and it looks for a compiler on the PATH
+    device = torch.device("cuda", 1)
+
+    def chosen(x: Tensor) -> Tensor:
+        return x + 1 if document_kernel(device, torch.bfloat16, 64, 0.0) == "flex" else x
+
+    torch._dynamo.reset()
+    document_kernel.cache_clear()
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(1)), chosen(torch.zeros(1)))
+    document_kernel.cache_clear()
+
+
+def test_autocast_decides_the_type_of_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(gpt, "document_kernel", lambda device, dtype, *_: asked.append(dtype) or "dense mask")
+    model, cpu = tiny(), torch.device("cpu")
+    model.document_kernel(cpu)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.document_kernel(cpu)
+    assert asked == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.gpu
@@ -138,10 +174,16 @@ def test_on_a_gpu_the_kernel_equals_the_dense_mask(compiled: bool, monkeypatch: 
     torch._dynamo.reset()
     model = tiny(n_embd=64, n_kv_head=2).train().cuda()
     batch = {name: tensor.cuda() for name, tensor in packed().items()}
-    assert model.document_kernel(batch["input_ids"].device) == "flex"
+    bf16 = torch.autocast("cuda", torch.bfloat16)
+    with bf16:
+        assert model.document_kernel(batch["input_ids"].device) == "flex"
     forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    actual = gradients(model, forward(**batch))
+    with bf16:
+        loss = forward(**batch)
+    actual = gradients(model, loss)
     torch._dynamo.reset()
     monkeypatch.setattr(gpt, "document_kernel", lambda *_: "dense mask")
-    for ours, theirs in zip(actual, gradients(model, model(**batch)), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    with bf16:
+        loss = model(**batch)
+    for ours, theirs in zip(actual, gradients(model, loss), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)

@@ -244,9 +244,11 @@ def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]
     """The result of ``run.facts()``. Comes after ``on_model_built``, which may have added parameters."""
     config, device = job.config, job.dist.device
     flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
-    kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
+    document_kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
     precision, compile_plan, training = job.runtime.precision, job.runtime.compile_plan, config.training
     rows = training.per_device_batch_size * training.gradient_accumulation_steps * job.dist.size
+    with precision.autocast():
+        kernel = document_kernel(device) if document_kernel and config.data.document_mask else None
     return {
         "device": _device_name(device),
         "precision": precision.name,
@@ -256,7 +258,7 @@ def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]
         "flops_per_token": flops(config.data.max_length) if flops is not None else None,
         "peak_flops": peak_flops(_device_name(device), precision.name),
         "tokens_per_step": rows * config.data.max_length,
-        "document_kernel": kernel(device) if kernel and config.data.document_mask else None,
+        "document_kernel": kernel,
         "floor": data.floor,
         "data": data.describe(),
         "plugins": [plugin.name for plugin in job.spec.host.plugins],

@@ -2,8 +2,9 @@
 
 On a GPU: flex attention, a generated kernel that skips blocks in which no query attends to a key. A row of many
 documents costs less than a row of one, and no tensor of the size of all scores exists. It has no backward pass on a
-CPU, no dropout, and needs triton. Elsewhere: a dense mask for ``scaled_dot_product_attention``. The kernel of torch for
-variable lengths is not used: it needs 16-bit numbers, and the number of documents is a size that changes every batch.
+CPU, no dropout, and needs triton, 16-bit numbers and a GPU whose shared memory its tiles fit. Elsewhere: a dense mask
+for ``scaled_dot_product_attention``. The kernel of torch for variable lengths is not used: the number of documents is a
+size that changes every batch.
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ Kernel = Literal["flex", "dense mask"]
 BLOCK = 128
 """Queries and keys of a block of flex attention; its kernels are tuned for this size."""
 
-SMALLEST_HEAD = 16
-"""Flex attention has no kernel for narrower heads."""
+SMALLEST_HEAD, LARGEST_HEAD = 16, 128
+"""Flex attention has no kernel for narrower heads. The backward pass of wider ones needs more shared memory than the
+GPUs of capability 8.6, 8.9 and 12 have (104 of 99 KiB)."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+# Dynamo traces the function that a cache wraps, so the mark is inside the cache.
 @cache
-def document_kernel(device: torch.device, head_dim: int, dropout: float) -> Kernel:
-    """Which kernel keeps the documents of a row apart on this device, for this shape of model."""
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def document_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> Kernel:
+    """Which kernel keeps the documents of a row apart on this device, for queries of ``dtype`` and this shape."""
     generated = (
         device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (7, 0)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
         and find_spec("triton") is not None
         and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
     )
-    return "flex" if generated and head_dim >= SMALLEST_HEAD and not dropout else "dense mask"
+    fits = dtype.itemsize == 2 and SMALLEST_HEAD <= head_dim <= LARGEST_HEAD and not dropout
+    return "flex" if generated and fits else "dense mask"
 
 
 def document_mask(document_ids: Tensor, kernel: Kernel) -> Tensor | BlockMask:

@@ -140,8 +140,10 @@ class GPT(nn.Module):
         return F.dropout(x, self.shape.dropout, self.training) if self.shape.dropout else x, rotation
 
     def document_kernel(self, device: torch.device) -> Kernel:
-        """What keeps the documents of a row apart on this device: flex attention, or a dense mask."""
-        kernel: Kernel = document_kernel(device, self.shape.head_dim, self.shape.dropout)
+        """What keeps the documents of a row apart on this device and in the autocast of the caller."""
+        is_cast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_cast else self.token_embedding.weight.dtype
+        kernel: Kernel = document_kernel(device, dtype, self.shape.head_dim, self.shape.dropout)
         return kernel
 
     @property
