@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from gpt_simple.job.result import TrainResult
 
 Section = Mapping[str, Any]
+
+_frames_may_hold_memory = False
+"""Whether the last run ended with an exception. The frames of its traceback and the exception refer to each other, so
+its weights stay until Python looks for cycles, and the next run may not fit beside them."""
 
 
 def train(
@@ -53,7 +58,13 @@ def train(
     # Imported here, because a mistake in the configuration must not cost the seconds that torch takes to load.
     from gpt_simple.job.train import train as run_job
 
-    return run_job(spec, force=force)
+    global _frames_may_hold_memory
+    if _frames_may_hold_memory:
+        gc.collect()
+    _frames_may_hold_memory = True
+    result = run_job(spec, force=force)
+    _frames_may_hold_memory = False
+    return result
 
 
 def _text(key: str, value: Any) -> str:

@@ -148,6 +148,7 @@ class Loader:
         """Stop the threads. Waits for the reads that have begun, not for those that are queued."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        self._steps = iter(())  # it refers to this loader, and its rows would stay on the device
 
     def _make_steps(self, consumed: int) -> Iterator[StepData]:
         tokens = self._samples * self._config.data.max_length

@@ -37,15 +37,19 @@ class EvaluationAbandoned(Interruption):
     """A stop arrived during an evaluation, and all ranks agreed to abandon it."""
 
 
-@frozen(eq=False)
+@define(eq=False)
 class EngineLog:
-    """Publishes log records; implements ``gpt_simple.hooks.run.Log``.
+    """Publishes log records until it is closed; implements ``gpt_simple.hooks.run.Log``.
 
     Refuses a line that a logger could not write, so that the caller fails and not every logger.
     """
 
-    _publish: Callable[[LogRecord], None]
+    _publish: Callable[[LogRecord], None] | None
     _state: TrainState
+
+    def close(self) -> None:
+        """Publish nothing any more: the loggers are closed."""
+        self._publish = None
 
     def info(self, message: str, *, name: str = "info", **fields: Any) -> None:
         self._log("info", message, name, fields)
@@ -68,7 +72,8 @@ class EngineLog:
         except Exception as error:
             reason = f"run.log.{level} was given fields that JSON cannot hold ({describe(error)})"
             raise PluginError(reason, hint="expected text, numbers, lists and mappings with text as keys") from error
-        self._publish(record)
+        if self._publish is not None:
+            self._publish(record)
 
 
 def _printable(text: str) -> str:

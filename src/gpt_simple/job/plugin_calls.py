@@ -33,7 +33,7 @@ class PluginCalls:
         self.requests = Requests()
         self.log = EngineLog(self._publish, state)
         self.comm = EngineComm(dist)
-        self.view = LaunchView(
+        self._launch_view = LaunchView(
             spec.config,
             Path(spec.config.training.output_dir),
             dist,
@@ -43,6 +43,7 @@ class PluginCalls:
             self.log,
             self.comm,
         )
+        self.view = self._launch_view
         self.calls = spec.host.calls(dist.is_main, self._plugin_failed, world_size=dist.size, guard=TORCH_STATE)
 
     def extended_view(self, kind: type[View], **fields: Any) -> View:
@@ -66,6 +67,10 @@ class PluginCalls:
             # The loggers are closed, and the terminal may be gone.
             with suppress(OSError):
                 print(printable(self._spec.without_secrets(f"warning: {failure}")), file=sys.stderr)
+        # The view, the log and the calls refer to each other: the weights would stay until Python looks for cycles.
+        self.view = self._launch_view
+        self.log.close()
+        self._spec.host.close()
 
     def _publish(self, record: LogRecord) -> None:
         if self.view.is_main and self.calls.on_log is not None:

@@ -183,6 +183,14 @@ class Calls:
         for hook in self._callers:
             self._drop(hook, name)
 
+    def close(self) -> None:
+        """Call no plugin any more. The objects here refer to each other, and would keep what the plugins hold."""
+        self.on_failure = lambda *_: None
+        for hook, caller in self._callers.items():
+            caller.impls = ()
+            self._publish(hook)
+        self._callers.clear()
+
     def fail(self, plugin: LoadedPlugin, hook: str, event: object, error: BaseException) -> PluginError:
         """Apply the policy to a failure in a hook or plain method: switch the plugin off or raise."""
         failure = plugin.failure(hook, error, getattr(event, "step", None))

@@ -215,6 +215,14 @@ class PluginHost:
         self._calls, self._is_main = calls, is_main
         return calls
 
+    def close(self) -> None:
+        """Let go of the plugins, except for ``plugins``, so that nothing keeps the tensors of a run that is over."""
+        if self._calls is not None:
+            self._calls.close()
+        for plugin in self.plugins:
+            if self._manager.has_plugin(plugin.name):
+                self._manager.unregister(name=plugin.name)
+
     def order_hash(self) -> str:
         """A short hash of which plugins run, of which version, in which order; the same on all processes."""
         import hashlib  # only here, because it loads OpenSSL and only a run needs it

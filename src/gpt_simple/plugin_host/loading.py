@@ -40,7 +40,7 @@ class LoadedPlugin:
     version: str
     instance: Any = None
     failed: bool = False
-    failures: list[PluginError] = field(factory=list)
+    failures: list[str] = field(factory=list)
     seconds: float = 0.0
     file: str = field(init=False)
 
@@ -84,7 +84,8 @@ class LoadedPlugin:
         at = "" if step is None else f" at step {step}"
         failure = PluginError(f"plugin {self.label} failed in {where}{at}: {_cause(error)}")
         failure.blamed = True
-        self.failures.append(failure)
+        # Its text alone: the traceback of the error has the frames of the run, and these have its weights.
+        self.failures.append(str(failure))
         return failure
 
 

@@ -161,7 +161,7 @@ def _fails_when_others_fail(run: TinyRun, plugin: type[Plugin[Any]]) -> Iterator
     recorder = Recorder()
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(PluginError):
         run(misbehaving("on_step_end", "raises", on_error="abort"), recorder=recorder)
-    yield from (str(failure) for one in recorder.plugins if one.cls is plugin for failure in one.failures)
+    yield from (failure for one in recorder.plugins if one.cls is plugin for failure in one.failures)
 
 
 def _equal(one: Trained, other: Trained) -> bool:
