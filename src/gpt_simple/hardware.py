@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
+import sys
 from collections.abc import Mapping
 
 from attrs import field, frozen
@@ -33,6 +35,17 @@ def check_system() -> None:
 def cores() -> int:
     """The cores that this process may use: fewer than the machine has under taskset, SLURM or a container's cpuset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_compiler(*, gpu: bool) -> tuple[str, str]:
+    """The compiler that torch.compile builds generated code with: its path (empty if there is none), and its name.
+
+    On a CPU that is a C++ compiler, on a GPU the C compiler of triton. $CXX or $CC alone counts if it is set.
+    """
+    names = ("gcc", "clang") if gpu else ("clang++",) if sys.platform == "darwin" else ("g++",)
+    if chosen := os.environ.get("CC" if gpu else "CXX"):
+        names = (chosen,)
+    return next((path for name in names if (path := shutil.which(name))), ""), " or ".join(names)
 
 
 @frozen

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_simple.preflight.environment import check_environment
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import CONFIG, Shell
 from tests.preflight.conftest import Check
@@ -51,3 +52,43 @@ def test_wandb_that_is_meant_to_be_offline_needs_no_key(check: Check, monkeypatc
     assert check(project)["wandb-offline"]["severity"] == "warning"
     assert "wandb-offline" not in check(project, "--plugins.wandb.mode=offline")
     assert "could not be logged" in check(project, "--plugins.wandb.mode=online")["wandb-offline"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "cards"),
+    [
+        (None, ["H100", "L4"]),
+        ("", []),
+        ("-1", []),
+        ("0", ["H100"]),
+        ("1, 0", ["L4", "H100"]),
+        ("GPU-1234", ["L4"]),
+        ("7", []),
+        ("0,7,1", ["H100"]),
+        ("NoDevFiles", []),
+        ("MIG-77", ["MIG slice"]),
+    ],
+)
+def test_the_gpus_that_a_process_sees(
+    visible: str | None, cards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, (model, uuid) in enumerate([("H100", "GPU-0001-aa"), ("L4", "GPU-1234-bb")]):
+        folder = tmp_path / "gpus" / f"0000:0{number}"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: \t {model}\nIRQ: 1\nGPU UUID: \t {uuid}\n")
+    monkeypatch.setattr("gpt_simple.preflight.environment._DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert check_environment([]).gpus == cards
+
+
+def test_a_gpu_whose_driver_is_not_in_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt_simple.preflight.environment._DRIVER", tmp_path)
+    monkeypatch.setattr("gpt_simple.preflight.environment._DEVICES", (tmp_path / "dxg",))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert check_environment([]).gpus == []
+    (tmp_path / "dxg").touch()
+    assert check_environment([]).gpus == ["NVIDIA GPU that /proc does not list"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert check_environment([]).gpus == []

@@ -41,6 +41,8 @@ _CONTRADICTIONS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "0"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "NO"),
     "ACCELERATE_DOWNCAST_BF16": ("no", "false", "0"),
+    "ACCELERATE_USE_CPU": ("no", "false", "0"),
+    "ACCELERATE_TORCH_DEVICE": (),
 }
 
 
@@ -72,7 +74,8 @@ class ProcessGroup:
             if value is not None and value not in harmless:
                 raise ConfigError(
                     f"${name} is {value!r}, but the configuration decides about that: unset it"
-                    " (training.mixed_precision, training.gradient_accumulation_steps, training.parallel)"
+                    " (training.mixed_precision, training.gradient_accumulation_steps, training.parallel, and"
+                    " $CUDA_VISIBLE_DEVICES for devices)"
                 )
         threads = torch.get_num_threads()  # before Accelerate changes their number
         accelerator = _new_accelerator(timeout)

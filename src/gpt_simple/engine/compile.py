@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +15,10 @@ from attrs import evolve, frozen
 
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.errors import ConfigError
+from gpt_simple.hardware import find_compiler
+
+_DISABLING = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+"""Variables with which torch compiles nothing, without a word."""
 
 DdpOptimizer = bool | Literal["python_reducer"]
 
@@ -43,7 +47,7 @@ def plan(config: TrainingConfig, device: torch.device, world_size: int, *, expli
     if not config.compile:
         return eager
     _refuse_unknown(config.compile_backend)
-    missing = _missing_compiler(device) if config.compile_backend == "inductor" else ""
+    missing = _disabled() or (_missing_compiler(device) if config.compile_backend == "inductor" else "")
     if missing and explicit:
         raise ConfigError(f"{missing}, or set training.compile to false", key="training.compile")
     if missing:
@@ -69,16 +73,30 @@ def _refuse_unknown(backend: str) -> None:
         raise ConfigError(f"torch has no backend {backend!r}", key="training.compile_backend", hint=hint)
 
 
+def _disabled() -> str:
+    name = next((name for name in _DISABLING if os.environ.get(name) == "1"), "")
+    return f"${name} switches torch.compile off: unset it" if name else ""
+
+
 def _missing_compiler(device: torch.device) -> str:
-    """Empty if generated code can be built for ``device``, else what is missing and what to install."""
-    # torch's choice: $CXX alone if it is set.
-    chosen = os.environ.get("CXX")
-    if chosen and not shutil.which(chosen):
-        return f"torch.compile needs a C++ compiler and $CXX, {chosen}, is none: unset it or correct it"
-    if not chosen and not shutil.which("clang++" if sys.platform == "darwin" else "g++"):
-        return "torch.compile needs a C++ compiler and none was found: install g++ (Debian: apt-get install g++)"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    """Empty if code can be generated and built for ``device``, else what is missing and what to do."""
+    gpu = device.type == "cuda"
+    path, searched = find_compiler(gpu=gpu)
+    variable, language = ("CC", "C") if gpu else ("CXX", "C++")
+    if not path and os.environ.get(variable):
+        return f"torch.compile needs a {language} compiler and ${variable}, {searched}, is none: unset it or correct it"
+    if not path:
+        install = searched.partition(" ")[0]
+        how = f"install {install} (Debian: apt-get install {install})"
+        return f"torch.compile needs a {language} compiler and none was found: {how}"
+    if not gpu:
+        return ""
+    if importlib.util.find_spec("triton") is None:
         return "torch.compile needs triton on a GPU and it is not installed: pip install triton"
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (7, 0):
+        return f"torch.compile needs a GPU of compute capability 7.0, and this one has {capability[0]}.{capability[1]}"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "torch.compile needs Python.h on a GPU: install python3-dev (Debian: apt-get install python3-dev)"
     return ""
 
 

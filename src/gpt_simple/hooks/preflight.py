@@ -123,10 +123,11 @@ class CheckedOutput:
 class Environment:
     """This machine.
 
-    ``gpus`` are the models that the NVIDIA driver lists. ``compiler`` is the path of a C++ compiler; if that is empty,
-    ``missing_compiler`` names the compilers that were searched for. ``broken`` has a sentence for each installed plugin
-    that cannot be used. ``wandb_key``: whether a key is set (never the key). ``seconds_left`` is the rest of the SLURM
-    time limit, or None. ``backends`` are those of ``torch.compile``.
+    ``gpus`` are the models of the NVIDIA GPUs that a process sees. ``compiler`` is the path of the compiler that
+    torch.compile needs, on a CPU for C++ and on a GPU for C; if it is empty, ``missing_compiler`` names those that were
+    searched for. ``broken`` has a sentence for each installed plugin that cannot be used. ``wandb_key``: whether a key
+    is set (never the key). ``seconds_left`` is the rest of the SLURM time limit, or None. ``backends`` are those of
+    ``torch.compile``.
     """
 
     python: str

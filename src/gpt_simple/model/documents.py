@@ -9,13 +9,14 @@ size that changes every batch.
 
 from __future__ import annotations
 
-import shutil
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+from gpt_simple.hardware import find_compiler
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -39,7 +40,7 @@ def document_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, dro
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and find_spec("triton") is not None
-        and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+        and bool(find_compiler(gpu=True)[0])
     )
     fits = dtype.itemsize == 2 and SMALLEST_HEAD <= head_dim <= LARGEST_HEAD and not dropout
     return "flex" if generated and fits else "dense mask"

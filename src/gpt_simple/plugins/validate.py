@@ -205,8 +205,10 @@ def _environment(preflight: Preflight) -> Iterator[Finding]:
     yield Finding("info", "environment", f"Python {here.python}, torch {torch}, {gpus}", fields=fields)
     if training.compile and training.compile_backend == "inductor" and not here.compiler:
         severity: Any = "warning" if preflight.is_default("training.compile") else "error"
-        message = f"torch.compile needs a C++ compiler, and there is no {here.missing_compiler} here"
-        hint = "install g++, correct $CXX if it is set, or set training.compile to false"
+        language, variable = ("C", "$CC") if here.gpus else ("C++", "$CXX")
+        message = f"torch.compile needs a {language} compiler, and there is no {here.missing_compiler} here"
+        compiler = here.missing_compiler.partition(" ")[0]
+        hint = f"install {compiler}, correct {variable} if it is set, or set training.compile to false"
         yield Finding(severity, "compiler-missing", message, "training.compile", hint)
     yield from _backend(preflight)
     if training.mixed_precision == "fp16" and not here.gpus and not preflight.options.device:

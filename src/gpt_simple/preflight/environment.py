@@ -6,13 +6,12 @@ import netrc
 import os
 import platform
 import re
-import shutil
-import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 
+from gpt_simple.hardware import find_compiler
 from gpt_simple.hooks.preflight import Environment
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "tokenizers", "wandb")
@@ -24,18 +23,23 @@ BACKENDS = (
 
 _DRIVER, _CONTROL_GROUP = Path("/proc/driver/nvidia"), Path("/sys/fs/cgroup")
 
+_DEVICES = (Path("/dev/nvidia0"), Path("/dev/dxg"), Path("/dev/nvmap"))
+"""A GPU whose driver is not in /proc has one of them: in some containers, in WSL 2, and on a Jetson."""
+
+_UNLISTED = "NVIDIA GPU that /proc does not list"
+
 
 def check_environment(broken: Sequence[str]) -> Environment:
     """What the system provides; an unknown fact is empty. ``broken`` is passed on."""
-    # As torch chooses: $CXX alone if it is set.
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    gpus = _gpus()
+    compiler, searched = find_compiler(gpu=bool(gpus))
     return Environment(
         python=platform.python_version(),
         packages={name: found for name in PACKAGES if (found := _version(name))},
         driver=_driver(),
-        gpus=_gpus(),
-        compiler=shutil.which(compiler) or "",
-        missing_compiler="" if shutil.which(compiler) else compiler,
+        gpus=gpus,
+        compiler=compiler,
+        missing_compiler="" if compiler else searched,
         broken=broken,
         wandb_key=bool(os.environ.get("WANDB_API_KEY")) or _has_netrc_entry("api.wandb.ai"),
         wandb_offline=os.environ.get("WANDB_MODE") in ("offline", "disabled"),
@@ -60,11 +64,34 @@ def _driver() -> str:
 
 
 def _gpus() -> list[str]:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None and hidden.strip() in ("", "-1"):
-        return []
+    """The models of the GPUs that a process sees.
+
+    $CUDA_VISIBLE_DEVICES has numbers or names; as in the driver, the first that no GPU has ends the list.
+    """
     texts = [_read(path) for path in sorted(_DRIVER.glob("gpus/*/information"))]
-    return [found[1].strip() for text in texts if (found := re.search(r"Model:\s*(.+)", text))]
+    listed = [(_fact(text, "Model"), _fact(text, "GPU UUID")) for text in texts]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not listed:
+        hidden = visible is not None and visible.strip() in ("", "-1")
+        return [_UNLISTED] if any(path.exists() for path in _DEVICES) and not hidden else []
+    if visible is None:
+        return [model for model, _ in listed]
+    models = []
+    for name in map(str.strip, visible.split(",")):
+        if name.isdigit():
+            found = [model for model, _ in listed][int(name) :][:1]
+        else:
+            is_slice = name.startswith("MIG-")
+            found = ["MIG slice"] if is_slice else [m for m, uuid in listed if name and uuid.startswith(name)]
+        if not found:
+            break
+        models += found
+    return models
+
+
+def _fact(text: str, name: str) -> str:
+    found = re.search(rf"{name}:\s*(.+)", text)
+    return found[1].strip() if found else ""
 
 
 def _has_netrc_entry(host: str) -> bool:
