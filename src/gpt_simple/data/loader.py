@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.dataset import IGNORED, Dataset, Split
+from gpt_simple.data.host_memory import host_tensor
 from gpt_simple.data.locate import order_seed
 from gpt_simple.data.order import I64, key, permute
 from gpt_simple.hooks.batch import Batch
@@ -238,8 +239,7 @@ class Loader:
         return self._tensor(count), self._tensor(count), starts
 
     def _tensor(self, count: int) -> Tensor:
-        pinned = self._device.type == "cuda"
-        return torch.empty((count, self._config.data.max_length), dtype=torch.int64, pin_memory=pinned)
+        return host_tensor((count, self._config.data.max_length), torch.int64, pinned=self._device.type == "cuda")
 
     def _with_documents(self, inputs: Tensor, labels: Tensor, starts: NDArray[np.bool_] | None) -> Rows:
         """The rows with positions that restart, and numbers that rise by one, where a document starts."""

@@ -16,6 +16,7 @@ from attrs import define, field
 
 from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.data.host_memory import host_tensor
 from gpt_simple.engine.loss_monitor import all_finite
 
 
@@ -74,6 +75,6 @@ class BackgroundWriter:
         for name, tensor in group.items():
             copy = before.get(name)
             if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                copy = host_tensor(tensor.shape, tensor.dtype, pinned=tensor.is_cuda)
             copies[name] = copy.copy_(tensor.detach())
         return copies
