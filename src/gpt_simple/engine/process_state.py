@@ -13,7 +13,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -174,10 +174,28 @@ def _tensors(batch: Batch) -> tuple[torch.Tensor | None, ...]:
 TORCH_STATE = Guard(_state, _restore, copies={"on_batch": Copies(_with_own_batch, _edited_batch)})
 
 
+def _matmul_precision() -> tuple[str, str, str]:
+    """The precision of fp32 products in torch's older setting and in its newer ones, of CUDA and of the CPU.
+
+    torch cannot name the older one where a newer one contradicts it. Restoring the newer ones is enough there.
+    """
+    older = "highest"
+    with suppress(RuntimeError):
+        older = torch.get_float32_matmul_precision()
+    newer = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return older, newer[0].fp32_precision, newer[1].fp32_precision
+
+
+def _restore_matmul_precision(before: tuple[str, str, str]) -> None:
+    torch.set_float32_matmul_precision(before[0])  # changes the newer settings, too
+    torch.backends.cuda.matmul.fp32_precision = before[1]
+    torch.backends.mkldnn.matmul.fp32_precision = before[2]  # type: ignore[attr-defined]
+
+
 @contextmanager
 def preserved_process_state() -> Iterator[None]:
     """Torch's usual state inside, whatever the caller or a plugin's import has set; afterwards all is as before."""
-    python, numpy, matmul = random.getstate(), np.random.get_state(), torch.get_float32_matmul_precision()
+    python, numpy, matmul = random.getstate(), np.random.get_state(), _matmul_precision()
     kinds = _autocast_kinds()
     modes = is_grad_enabled(), is_inference_mode_enabled()
     before: State = (*modes, get_default_dtype(), _default_device(), None, _autocast_depth(), kinds, _handlers())
@@ -194,6 +212,6 @@ def preserved_process_state() -> Iterator[None]:
             yield
     finally:
         _restore(None, before)
-        torch.set_float32_matmul_precision(matmul)
+        _restore_matmul_precision(matmul)
         random.setstate(python)
         np.random.set_state(numpy)
