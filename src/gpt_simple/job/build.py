@@ -55,6 +55,7 @@ def build_trainer(
     """
     job.leave_if_requested()
     config, dist = job.config, job.dist
+    dist.started()
     with job.signals.interrupting(dist.size == 1):
         model = _build_model(job, data, plan)
         optimizer = _build_optimizer(job, model)
