@@ -70,20 +70,22 @@ train = run
 
 def _run_launcher(request: ConfigRequest, launch: Launch) -> int:
     """Start the processes, unless there is a mistake in the configuration."""
-    spec = request.resolve()
-    run_dir = RunDir(Path(spec.config.training.output_dir))
-    with _announced(spec):
-        code = launch.run([*_program(), *request.arguments])
-    if code == ExitCode.FORCED:
-        record_kill(run_dir, "second Ctrl-C")
-    return code
+    pending: list[str] = []
+    with stop_on_signals(pending.append, is_last=True):
+        spec = request.resolve()
+        run_dir = RunDir(Path(spec.config.training.output_dir))
+        with _announced(spec):
+            code = launch.run([*_program(), *request.arguments], pending)
+        if code == ExitCode.FORCED:
+            record_kill(run_dir, "second Ctrl-C")
+        return code
 
 
 def _run_process(request: ConfigRequest, force: bool) -> int:
     """Train in this process, alone or as one of several. Signals that arrive while torch loads are kept."""
     pending: list[str] = []
     try:
-        with stop_on_signals(pending.append):
+        with stop_on_signals(pending.append, is_last=True):
             return _train(request, force, pending)
     finally:
         member.give_up_broken_output()

@@ -28,7 +28,7 @@ from gpt_simple.engine.resume import plan_resume as compare_with_checkpoint
 from gpt_simple.engine.stop_signals import StopSignals
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.views import EngineCheckpoints, ModelView
-from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError
+from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError, system_errors
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.job.job import Job
@@ -75,10 +75,15 @@ def check_config(job: Job) -> None:
 
 def find_checkpoint(job: Job) -> FoundCheckpoint:
     """Find where the run continues. Comes before the data are prepared, which may take hours."""
-    job.dist.all_or_none(job.run_dir.check)
     # One store for the whole launch, so that a checkpoint is verified once.
     store = Store(job.run_dir.checkpoints)
-    return job.dist.all_or_none(lambda: search_checkpoint(job.config, store, force=job.force))
+
+    def search() -> FoundCheckpoint:
+        with system_errors(CheckpointError):
+            job.run_dir.check()
+            return search_checkpoint(job.config, store, force=job.force)
+
+    return job.dist.all_or_none(search)
 
 
 def prepare_data(job: Job, found: FoundCheckpoint) -> Dataset:
@@ -95,7 +100,8 @@ def prepare_data(job: Job, found: FoundCheckpoint) -> Dataset:
 
 def _prepare(job: Job) -> Dataset:
     config, log = job.config, job.plugins.log.info
-    return prepare(config, job.spec.registry, log=log, require_val=bool(config.training.eval_steps))
+    with system_errors(DataError):
+        return prepare(config, job.spec.registry, log=log, require_val=bool(config.training.eval_steps))
 
 
 def _fingerprints(data: Dataset) -> dict[str, str]:
