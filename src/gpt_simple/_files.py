@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -94,13 +95,21 @@ def new_directory(path: Path) -> Iterator[None]:
 
 
 def user_path(text: str) -> str:
-    """``text`` with the home directory for a leading ``~``. ValueError if it is empty, or if there is no such home."""
+    """``text`` with the home directory for a leading ``~``.
+
+    ValueError if it is empty, if there is no such home, or if no file can have this name.
+    """
     if not text:
         raise ValueError('expected a path, got ""; the current directory is "."')
     path = os.path.expanduser(text)
     if path.startswith("~"):
         name = text.partition("/")[0]
         raise ValueError(f"there is no home directory {name}; a file of this name in the current directory is ./{text}")
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"no file can have this name: {error.strerror}") from None
     return path
 
 

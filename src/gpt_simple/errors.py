@@ -161,6 +161,20 @@ def describe(error: BaseException) -> str:
 
 
 @contextmanager
+def system_errors(kind: type[GptSimpleError], place: object = "", key: str = "") -> Iterator[None]:
+    """Raise what the operating system refuses within as ``kind``: a path too long, a disk that may only be read.
+
+    The message names the file, or ``place`` where the error has none.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader of the output has ended
+    except OSError as error:
+        raise kind(f"{error.filename or place} cannot be used: {error.strerror or error}", key=key) from error
+
+
+@contextmanager
 def collecting(errors: list[GptSimpleError]) -> Iterator[None]:
     """Append an error raised in the block to ``errors`` and go on, so that all errors are reported at once."""
     try:

@@ -23,7 +23,7 @@ def read_config(
     sections: Mapping[str, object] | None = None,
 ) -> RawConfig:
     """As ``read``; a directory stands for the configuration of the run in it, with this directory as its output_dir."""
-    if path is None or not Path(os.path.expanduser(path)).is_dir():
+    if path is None or not os.path.isdir(os.path.expanduser(path)):  # of a name that no file can have, too
         return read(path, overrides=overrides, sections=sections)
     run_dir = RunDir(Path(os.path.expanduser(path)))
     return read(run_dir.run_json, overrides=overrides, sections=sections, parsed=_values_of_run(run_dir))

@@ -6,9 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from gpt_simple._documents import check, fits, parse
 from gpt_simple.checkpoint.manifest import Manifest, sha256_of
@@ -151,6 +154,17 @@ def test_wrong_values_in_a_run_are_no_traceback(
         assert "Traceback" not in ended.out + ended.err
 
 
+def _tensors(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the tensors in a file, and the manifest's list of them."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    manifest = Manifest.read(path.parent)
+    layouts = {name: {"dtype": str(array.dtype), "shape": list(array.shape)} for name, array in tensors.items()}
+    files = {**manifest.files, path.name: attrs.evolve(manifest.files[path.name], tensors=layouts)}
+    (path.parent / "MANIFEST.json").write_text(attrs.evolve(manifest, files=files).to_json())
+
+
 CRAFTED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "state is a list": ("state.json", lambda path: path.write_text("[]")),
     "state is deep": ("state.json", lambda path: path.write_text("[" * 100_000)),
@@ -160,6 +174,17 @@ CRAFTED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "configuration is a list": ("state.json", lambda path: _values(path, "run.config", [])),
     "plugins are a list": ("plugins.json", lambda path: path.write_text("[]")),
     "a tensor is missing": ("plugins.json", lambda path: _values(path, "checkpoint.state", {"a": {"$tensor": "b"}})),
+    "a weight is missing": ("model.safetensors", lambda path: _tensors(path, lambda tensors: tensors.popitem())),
+    "all weights are missing": ("model.safetensors", lambda path: _tensors(path, lambda tensors: tensors.clear())),
+    "a weight is too many": (
+        "model.safetensors",
+        lambda path: _tensors(path, lambda tensors: tensors.update(more=np.zeros(3, np.float32))),
+    ),
+    "a weight is of another type": (
+        "model.safetensors",
+        lambda path: _tensors(path, lambda tensors: tensors.update({min(tensors): np.zeros(3, np.float64)})),
+    ),
+    "a moment is missing": ("optimizer.safetensors", lambda path: _tensors(path, lambda tensors: tensors.popitem())),
     "weights are text": ("model.safetensors", lambda path: path.write_text("no tensors")),
     "weights are others": (
         "model.safetensors",
@@ -179,6 +204,7 @@ def test_a_crafted_checkpoint_falls_back(shell: Shell, damaged: Path, craft: str
         for each, entry in manifest.files.items()
     }
     (step / "MANIFEST.json").write_text(attrs.evolve(manifest, files=files).to_json())
+    assert shell("sample", "out", "--tokens=2").code == 0
     ended = shell("run", "config.toml", MORE)
     assert ended.code == 0, ended.err
     assert "resumed from step 2" in ended.out

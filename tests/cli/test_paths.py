@@ -25,6 +25,13 @@ COMMANDS = {
     "tokenize tokenizer": ["tokenize", "--input_dir", "there", "--output_dir", "out", "--tokenizer", "PATH"],
 }
 
+NO_PATHS = [
+    ("", 'got ""'),
+    ("~nobody-here/x", "no home directory ~nobody-here"),
+    pytest.param("x" * 300, "no file can have this name: File name too long", id="long name"),
+    pytest.param("x/" * 2500, "no file can have this name: File name too long", id="long path"),
+]
+
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -48,14 +55,14 @@ def test_home_is_resolved_in_a_list_of_paths(home: Path) -> None:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize(("text", "message"), [("", 'got ""'), ("~nobody-here/x", "no home directory ~nobody-here")])
+@pytest.mark.parametrize(("text", "message"), NO_PATHS)
 def test_what_is_no_path_is_an_error_in_every_field(shell: Shell, field: str, text: str, message: str) -> None:
     ended = shell("run", "config.toml", f"--{field}", text)
     assert (ended.code, message in ended.err, f"--{field}" in ended.err) == (2, True, True), ended.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize(("text", "message"), [("", 'got ""'), ("~nobody-here/x", "no home directory ~nobody-here")])
+@pytest.mark.parametrize(("text", "message"), NO_PATHS)
 def test_what_is_no_path_is_an_error_in_commands(
     shell: Shell, here: Path, command: str, text: str, message: str
 ) -> None:
@@ -72,3 +79,37 @@ def test_a_new_file_and_a_new_folder_are_made_at_home(shell: Shell, here: Path, 
     assert {path.name for path in home.iterdir()} == {"mine.toml", "code"}
     assert shell("config", "show", "~/mine.toml").code == 0
     assert not (here / "~").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 2500], ids=["long name", "long path"])
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (2, ["run", "PATH"]),
+        (2, ["validate", "PATH"]),
+        (2, ["config", "show", "PATH"]),
+        (2, ["run", "config.toml", "-p", "./PATH.py"]),
+        (3, ["run", "config.toml"]),
+        (3, ["run", "config.toml", "-p", "no:validate"]),
+        (3, ["validate", "config.toml"]),
+    ],
+    ids=str,
+)
+def test_a_name_that_no_file_can_have_is_no_defect(
+    shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: list[str], name: str
+) -> None:
+    if code == 3:
+        monkeypatch.setenv("GPT_SIMPLE_CACHE", f"/tmp/{name}")
+    ended = shell(*(word.replace("PATH", name) for word in words))
+    assert (ended.code, "Traceback" in ended.err, "failed in" in ended.err) == (code, False, False), ended.err
+
+
+@pytest.mark.parametrize("command", ["run", "validate"])
+def test_a_home_that_cannot_be_found_is_no_defect(
+    shell: Shell, here: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.delenv("GPT_SIMPLE_CACHE")
+    monkeypatch.setattr("posixpath.expanduser", lambda path: path)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    ended = shell(command, "config.toml")
+    assert (ended.code, "set GPT_SIMPLE_CACHE to a directory" in ended.err + ended.out) == (3, True), ended.err

@@ -177,10 +177,10 @@ def test_a_signal_while_the_processes_join_stops_the_run(
     """The handlers of the program are still installed then: it passes on what they noted."""
     join = ProcessGroup.join
 
-    def interrupted(timeout: float) -> ProcessGroup:
+    def interrupted(*arguments: Any) -> ProcessGroup:
         if int(os.environ.get("RANK", "0")) == count - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return join(timeout)
+        return join(*arguments)
 
     def work(rank: int) -> list[Any]:
         pending: list[str] = []

@@ -245,3 +245,7 @@ def test_a_restart_discards_what_it_found_and_never_what_it_made(
         owns_run()
     shell("run", "config.toml", "--force")
     assert forced == [not begun]
+
+
+def test_a_signal_before_the_launch_starts_nothing() -> None:
+    assert Launch("2").run(["/no/such/program"], ["SIGTERM"]) == 75

@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from gpt_simple.checkpoint.packed import add_tensor, mark_of, may_be_state, pack, plain, unpack
-from gpt_simple.checkpoint.tensor_names import ELSEWHERE, optimizer_tensors
+from gpt_simple.checkpoint.tensor_names import ELSEWHERE, as_text, optimizer_tensors
 from gpt_simple.errors import CheckpointError
 
 _MOST_LISTED = 10
@@ -37,7 +37,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy ``tensors`` into the raw module. CheckpointError lists every name, shape and type that differs."""
     own = model_tensors(model)
-    _raise_if(_compare(_layouts(tensors), _layouts(own)), "the checkpoint is of another model")
+    _raise_if(_compare(layouts(tensors), layouts(own)), "the checkpoint is of another model")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -143,7 +143,7 @@ def restore_optimizer(
         raise CheckpointError(f"the checkpoint has the state of {document['optimizer']}, this run uses {kind}")
     saved = document["parameters"]
     named, home = _named_parameters(optimizer, model), _device(model)
-    differences = _compare({name: record["layout"] for name, record in saved.items()}, _layouts(dict(named)))
+    differences = _compare({name: record["layout"] for name, record in saved.items()}, layouts(dict(named)))
     expected = optimizer_tensors(document)
     packed = {kind: document[kind] for kind in ELSEWHERE if kind in document}
     differences += [f"{name}: missing in the checkpoint" for name in sorted(expected - tensors.keys())]
@@ -209,12 +209,11 @@ def _named_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> lis
 
 
 def _layout(tensor: Tensor) -> str:
-    shape = ", ".join(map(str, tensor.shape))
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"[{shape}]" if kind == "float32" else f"[{shape}] {kind}"
+    return as_text(tensor.shape, str(tensor.dtype).removeprefix("torch."))
 
 
-def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def layouts(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The layout of each tensor as text."""
     return {name: _layout(tensor) for name, tensor in tensors.items()}
 
 

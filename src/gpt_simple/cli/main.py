@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,17 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         _print(f"error: {error}\n")
         sys.exit(error.exit_code)
-    code = _run(given)
-    if arguments is None:
-        from gpt_simple.launch.signals import STOPPING
+    from gpt_simple.launch.signals import STOPPING
 
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    code = _run(given)
+    is_program = arguments is None
+    if threading.current_thread() is threading.main_thread():
         # The command is done: a signal that comes while the interpreter shuts down must not change the exit code.
-        for number in STOPPING:
-            signal.signal(number, signal.SIG_IGN)
-        if "torch" not in sys.modules:
-            # All that a command without computation has imported lives until now, and the interpreter would search
-            # through it for garbage once more, which is a tenth of the command's time.
-            gc.freeze()
+        for number, before in handlers.items():
+            signal.signal(number, signal.SIG_IGN if is_program else before or signal.SIG_DFL)
+    if is_program and "torch" not in sys.modules:
+        # All that a command without computation has imported lives until now, and the interpreter would search
+        # through it for garbage once more, which is a tenth of the command's time.
+        gc.freeze()
     sys.exit(code)
 
 

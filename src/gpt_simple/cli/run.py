@@ -70,31 +70,33 @@ train = run
 
 def _run_launcher(request: ConfigRequest, launch: Launch) -> int:
     """Start the processes, unless there is a mistake in the configuration."""
-    spec = request.resolve()
-    run_dir = RunDir(Path(spec.config.training.output_dir))
-    with _announced(spec):
-        code = launch.run([*_program(), *request.arguments])
-    if code == ExitCode.FORCED:
-        record_kill(run_dir, "second Ctrl-C")
-    return code
+    pending: list[str] = []
+    with stop_on_signals(pending.append, is_last=True):
+        spec = request.resolve()
+        run_dir = RunDir(Path(spec.config.training.output_dir))
+        with _announced(spec):
+            code = launch.run([*_program(), *request.arguments], pending)
+        if code == ExitCode.FORCED:
+            record_kill(run_dir, "second Ctrl-C")
+        return code
 
 
 def _run_process(request: ConfigRequest, force: bool) -> int:
     """Train in this process, alone or as one of several. Signals that arrive while torch loads are kept."""
     pending: list[str] = []
     try:
-        with stop_on_signals(pending.append):
+        with stop_on_signals(pending.append, is_last=True):
             return _train(request, force, pending)
     finally:
         member.give_up_broken_output()
 
 
 def _train(request: ConfigRequest, force: bool, pending: list[str]) -> int:
-    spec = _resolve_once(request, force)
+    spec = _resolve_once(request, force, pending)
     if member.is_restarted() and _has_begun(spec):
         # Whatever the launch began with, a restarted process resumes from what the launch has reached.
         force = False
-        spec = _resolve_once(request.overriding("training.resume", "auto"), force)
+        spec = _resolve_once(request.overriding("training.resume", "auto"), force, pending)
     launched = member.launched_at()
     # Only now: a mistake in the configuration is reported without the seconds that torch takes to load.
     with nullcontext() if launched else _announced(spec):
@@ -115,7 +117,7 @@ def _announced(spec: RunSpec) -> AbstractContextManager[None]:
     return announced("starting: PyTorch is loaded, then come the data and the model", began=BEGAN)
 
 
-def _resolve_once(request: ConfigRequest, force: bool) -> RunSpec:
+def _resolve_once(request: ConfigRequest, force: bool, pending: list[str]) -> RunSpec:
     """The configuration, with the defaults of the run that it resumes.
 
     Under a foreign launcher every process finds a mistake, and one of them reports it.
@@ -127,7 +129,7 @@ def _resolve_once(request: ConfigRequest, force: bool) -> RunSpec:
             raise
         from gpt_simple.distributed.process_group import report_once
 
-        raise report_once(error) from None
+        raise report_once(error, pending_signals=pending) from None
 
 
 def _has_begun(spec: RunSpec) -> bool:

@@ -70,7 +70,7 @@ def tokenize(tokenizer: str, tokenizer_path: str | None, on_bad_document: str, s
     options["strict"] = strict or on_bad_document == "error"
     stop = _Stop()
     try:
-        with stop_on_signals(stop.by), _progress() as (log, progress):
+        with stop_on_signals(stop.by, is_last=True), _progress() as (log, progress):
             from gpt_simple.data.bulk import Job, read_report, tokenize
             from gpt_simple.data.inspect import summary
             from gpt_simple.data.manifest import REPORT

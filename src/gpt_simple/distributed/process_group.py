@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,12 +24,16 @@ from attrs import field, frozen
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from gpt_simple.distributed.failures import FailureDetection
+from gpt_simple.distributed.start_up import StartUp, start_up
 from gpt_simple.errors import ConfigError, GptSimpleError, RankFailed
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
 """How long others wait while the main process prepares data or writes a checkpoint; if it dies they fail at once."""
+
+_NAME_SECONDS = 5.0
+"""How long the name of the machine at which the processes meet may be unknown."""
 
 _SHOWN = 20
 """Differences between processes that a message lists."""
@@ -61,13 +68,15 @@ class ProcessGroup:
     _host_group: Any = None
     _patient_group: Any = None
     _failures: FailureDetection | None = None
+    _starting: StartUp | None = None
     _threads: int = field(factory=torch.get_num_threads)
 
     @classmethod
-    def join(cls, timeout: float) -> ProcessGroup:
+    def join(cls, timeout: float, starting: StartUp | None = None) -> ProcessGroup:
         """Set up this process (and its group, under torchrun) through Accelerate.
 
-        ``timeout``: seconds that a process waits for the others in a step before it gives up.
+        ``timeout``: seconds that a process waits for the others in a step before it gives up. ``starting``: how it
+        hears of a stop while it waits for them, until ``started`` is called.
         """
         for name, harmless in _CONTRADICTIONS.items():
             value = os.environ.get(name)
@@ -78,7 +87,7 @@ class ProcessGroup:
                     " $CUDA_VISIBLE_DEVICES for devices)"
                 )
         threads = torch.get_num_threads()  # before Accelerate changes their number
-        accelerator = _new_accelerator(timeout)
+        accelerator = _new_accelerator(timeout, starting)
         rank, size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -86,20 +95,30 @@ class ProcessGroup:
             device = torch.device("cpu")  # with several processes it is cpu:0, to which torch copies what is on cpu
         if size == 1:
             return cls(rank, size, device, accelerator, threads=threads)
+        host_group, patient_group = (
+            _wait(starting, partial(dist.new_group, backend="gloo", timeout=limit))
+            for limit in (timedelta(seconds=timeout), _PATIENCE)
+        )
         return cls(
             rank,
             size,
             device,
             accelerator,
-            host_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)),
-            patient_group=dist.new_group(backend="gloo", timeout=_PATIENCE),
+            host_group=host_group,
+            patient_group=patient_group,
             failures=FailureDetection(rank, size, timeout, PrefixStore("gpt_simple", _get_default_store())),
+            starting=starting,
             threads=threads,
         )
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def started(self) -> None:
+        """End the start: from now on a stop takes effect where all processes decide about it."""
+        if self._starting is not None:
+            self._starting.end()
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The module whose backward reduces gradients; the raw one if there is one process."""
@@ -121,7 +140,7 @@ class ProcessGroup:
         if self.size == 1:
             return [int(flag) for flag in flags]
         highest = torch.tensor(flags, dtype=torch.int64)
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._host_group)
+        _wait(self._starting, lambda: dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._host_group))
         return [int(flag) for flag in highest.tolist()]
 
     def gather(self, value: Any, *, patient: bool = True) -> list[Any]:
@@ -132,7 +151,8 @@ class ProcessGroup:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._patient_group if patient else self._host_group)
+        group = self._patient_group if patient else self._host_group
+        _wait(self._starting, lambda: dist.all_gather_object(values, value, group=group))
         return values
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
@@ -145,7 +165,7 @@ class ProcessGroup:
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
-            dist.barrier(group=self._host_group)
+            _wait(self._starting, lambda: dist.barrier(group=self._host_group))
 
     def all_or_none(self, work: Callable[[], T]) -> T:
         """Run ``work``, which has no collective in it, on every process: all get their results, or all fail.
@@ -213,6 +233,10 @@ class ProcessGroup:
         torch.set_num_threads(self._threads)
 
 
+def _wait(starting: StartUp | None, collective: Callable[[], T]) -> T:
+    return collective() if starting is None else starting.wait(collective)
+
+
 def _require_place(size: int) -> None:
     """Raise ConfigError if this is one of several processes and the variables that place it are missing or wrong."""
     if size == 1:
@@ -229,6 +253,22 @@ def _require_place(size: int) -> None:
         raise ConfigError(f"$MASTER_PORT is {os.environ['MASTER_PORT']!r}: expected the number of a port")
 
 
+def _find_address(seconds: float) -> None:
+    """Raise ConfigError if the name of the address is not found within ``seconds``: new machines get theirs late."""
+    host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + seconds
+    while True:
+        try:
+            socket.getaddrinfo(host, int(os.environ["MASTER_PORT"]))
+            return
+        except (OSError, OverflowError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"$MASTER_ADDR is {host!r}, a host that cannot be found ({error})",
+                    hint="set it to the name or the address of the machine of process 0",
+                ) from None
+        time.sleep(0.5)
+
+
 @contextmanager
 def _without(names: Sequence[str]) -> Iterator[None]:
     """The environment without some variables."""
@@ -239,27 +279,34 @@ def _without(names: Sequence[str]) -> Iterator[None]:
         os.environ.update(removed)
 
 
-def _new_accelerator(timeout: float) -> Any:
+def _new_accelerator(timeout: float, starting: StartUp | None) -> Any:
     """Accelerate's own object for this process. Raises GptSimpleError if the processes do not meet."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     size = int(os.environ.get("WORLD_SIZE", "1"))
     _require_place(size)
+
+    def meet() -> tuple[Any, int]:
+        if size > 1:
+            _find_address(min(timeout, _NAME_SECONDS))
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",
+            gradient_accumulation_steps=1,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+            ],
+        )
+        return accelerator, torch.get_num_threads()
+
     try:
         # One process needs no rendezvous: without these variables Accelerate does not wait at an address.
         with _without(_PLACE if size == 1 else ()), warnings.catch_warnings():
             # It divides a CPU's cores among the processes; the run's first lines say how many each has.
             warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
-            accelerator = Accelerator(
-                cpu=not torch.cuda.is_available(),
-                mixed_precision="no",
-                gradient_accumulation_steps=1,
-                kwargs_handlers=[
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
-                ],
-            )
+            accelerator, threads = _wait(starting, meet)
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise GptSimpleError(
@@ -271,13 +318,33 @@ def _new_accelerator(timeout: float) -> Any:
             f"$WORLD_SIZE is {size} but Accelerate set up {accelerator.num_processes} process(es);"
             " start with torchrun, or unset $WORLD_SIZE"
         )
+    # Accelerate sets both for the thread that it runs in.
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    if size > 1 and accelerator.device.type == "cuda":
+        torch.cuda.set_device(accelerator.device)
     return accelerator
 
 
-def report_once(error: GptSimpleError, seconds: float = 20.0) -> GptSimpleError:
+@frozen
+class _Pending:
+    """Signals that arrived, of which none stops more than the wait for other processes."""
+
+    names: Sequence[str]
+
+    @property
+    def reason(self) -> str:
+        return self.names[0] if self.names else ""
+
+    def stop_now(self, reason: str) -> NoReturn:
+        raise RankFailed(reason, silent=False)
+
+
+def report_once(error: GptSimpleError, seconds: float = 20.0, pending_signals: Sequence[str] = ()) -> GptSimpleError:
     """The error to raise for ``error``, found before the processes met, so that only one of them reports it.
 
-    ``error`` itself on the first process that has one, and if they do not meet within ``seconds``; else RankFailed.
+    ``error`` itself on the first process that has one, and if they do not meet within ``seconds`` or before a signal
+    is in the live list ``pending_signals``; else RankFailed.
     """
 
     def fail() -> None:
@@ -285,9 +352,10 @@ def report_once(error: GptSimpleError, seconds: float = 20.0) -> GptSimpleError:
 
     try:
         # A process without an error is in its first assert_same_on_all_ranks, which begins in the same way.
-        ProcessGroup.join(seconds).all_or_none(fail)
+        with start_up(_Pending(pending_signals), 2, seconds) as starting:
+            ProcessGroup.join(seconds, starting).all_or_none(fail)
     except RankFailed as secondary:
-        return secondary
+        return secondary if secondary.silent else error
     except Exception:
         return error
     return error

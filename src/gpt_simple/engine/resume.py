@@ -15,7 +15,7 @@ from attrs import field, frozen
 from gpt_simple._documents import COUNT, check
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.store import Checkpoint, Store
-from gpt_simple.checkpoint.tensor_names import optimizer_tensors
+from gpt_simple.checkpoint.tensor_names import as_text, optimizer_tensors
 from gpt_simple.config.schema import Config
 from gpt_simple.engine.compatibility import flatten, with_legacy_options, with_legacy_values
 from gpt_simple.errors import CheckpointError
@@ -59,6 +59,7 @@ _STATE = {
     "best_val_loss": (None, float),
     "optimizer": {"optimizer": str, "parameters": {...: _PARAMETER}},
     "scaler": {...: float},
+    "model?": {...: str},
     "run": {"config": _CONFIG, "data": {...: str}, "numerics": dict, "plugins?": dict},
 }
 """state.json; job/build.py writes it."""
@@ -134,6 +135,7 @@ def _load_state(config: Config, store: Store, checkpoint: Checkpoint) -> dict[st
     state: dict[str, Any] = store.load_document(checkpoint, "state")
     try:
         check(state, _STATE)
+        check_weights(state, store, checkpoint)
         _check_optimizer(state["optimizer"], store, checkpoint)
         if state["step"] != checkpoint.step:
             raise ValueError(f"step: expected {checkpoint.step}")
@@ -150,14 +152,25 @@ def _load_state(config: Config, store: Store, checkpoint: Checkpoint) -> dict[st
     return state | {"run": run | {"config": values, "plugins": options}}
 
 
+def check_weights(state: Mapping[str, Any], store: Store, checkpoint: Checkpoint) -> None:
+    """Raise ValueError unless the model's tensors are those that were saved. Earlier versions do not record them.
+
+    ``state``: the content of state.json.
+    """
+    recorded = state.get("model")
+    found = {name: as_text(**layout) for name, layout in store.layouts(checkpoint, "model").items()}
+    if recorded is not None and recorded != found:
+        other = min(name for name, _ in recorded.items() ^ found.items())
+        raise ValueError(f"model.safetensors has other tensors, {other} among them")
+
+
 def _check_optimizer(document: Mapping[str, Any], store: Store, checkpoint: Checkpoint) -> None:
     """Raise ValueError unless the optimizer's tensors, and the layouts of its parameters, are in the checkpoint."""
     parameters = document["parameters"]
     if other := optimizer_tensors(document) ^ store.layouts(checkpoint, "optimizer").keys():
         raise ValueError(f"optimizer.safetensors has other tensors, {min(other)} among them")
     for name, layout in store.layouts(checkpoint, "model").items():
-        shape = f"[{', '.join(map(str, layout['shape']))}]"
-        if name in parameters and parameters[name]["layout"].split("]")[0] + "]" != shape:
+        if name in parameters and parameters[name]["layout"].split("]")[0] != as_text(**layout).split("]")[0]:
             raise ValueError(f"model.safetensors has another shape of {name}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from attrs import define, field
 
@@ -31,8 +32,12 @@ class StopSignals:
         """Keep the first signal; raise StopNow while signals interrupt. Called by the handlers at any moment."""
         self.reason = self.reason or name
         if self._interrupts:
-            self._interrupts = False  # the next signal must not interrupt the clean-up after this one
-            raise StopNow(name)
+            self.stop_now(name)
+
+    def stop_now(self, reason: str) -> NoReturn:
+        """Raise StopNow."""
+        self._interrupts = False  # the next signal must not interrupt the clean-up after this one
+        raise StopNow(reason)
 
     @contextmanager
     def interrupting(self, enabled: bool) -> Iterator[None]:

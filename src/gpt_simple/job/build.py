@@ -13,6 +13,7 @@ from gpt_simple._names import __version__
 from gpt_simple.checkpoint.state import (
     OptimizerAsBuilt,
     flatten_optimizer,
+    layouts,
     load_model,
     model_tensors,
     restore_optimizer,
@@ -55,6 +56,7 @@ def build_trainer(
     """
     job.leave_if_requested()
     config, dist = job.config, job.dist
+    dist.started()
     with job.signals.interrupting(dist.size == 1):
         model = _build_model(job, data, plan)
         optimizer = _build_optimizer(job, model)
@@ -228,15 +230,16 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_stat
     """The content of a checkpoint: tensors and JSON documents by file stem."""
     moments, optimizer_document = optimizer_state()
     plugin_records, plugin_tensors = job.spec.host.state()
+    tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
     state = {
         "version": __version__,
         **job.state.state_dict(),
         "samples": job.state.tokens // job.config.data.max_length,
+        "model": layouts(tensors["model"]),
         "optimizer": optimizer_document,
         "scaler": job.runtime.precision.scaler.state_dict(),
         "run": plan.fingerprint,
     }
-    tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
     return tensors, {"state": state, "plugins": plugin_records}
 
 

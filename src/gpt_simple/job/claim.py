@@ -15,7 +15,7 @@ from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.stop_signals import StopNow
 from gpt_simple.engine.views import EngineLog
-from gpt_simple.errors import CheckpointError, ConfigError, ExitCode, describe
+from gpt_simple.errors import CheckpointError, ConfigError, ExitCode, describe, system_errors
 from gpt_simple.hooks.batch import Tokenizer
 from gpt_simple.job.job import Job
 from gpt_simple.run_dir.layout import RunDir
@@ -54,14 +54,12 @@ class ClaimedRunDir:
 
         An earlier run is discarded only here, when everything is built: a build that fails leaves it as it was.
         """
-        try:
+        with system_errors(CheckpointError, self.paths.root):
             if self._discards:
                 self.paths.remove_run_files()
                 self.status.update(force=True)
             self._tokenizer.save(self.paths.tokenizer)
             self.record.launched(info, step=step, resumed_from=plan.source)
-        except OSError as error:
-            raise CheckpointError(f"{error.filename or self.paths.root} cannot be written: {error.strerror}") from error
 
     def record_val_loss(self, step: int, loss: float) -> None:
         """Record the validation loss of ``step`` durably. A full disk does not end the run: it is logged."""
@@ -137,6 +135,11 @@ def claim_run_dir(job: Job, data: Dataset, plan: ResumePlan) -> Iterator[Claimed
 
 def _acquire(job: Job, plan: ResumePlan, lock: RunLock) -> RunRecord:
     """Lock the directory, and only then change anything in it."""
+    with system_errors(CheckpointError, job.run_dir.root):
+        return _locked(job, plan, lock)
+
+
+def _locked(job: Job, plan: ResumePlan, lock: RunLock) -> RunRecord:
     paths, found, store, log = job.run_dir, plan.found, plan.found.store, job.plugins.log
     paths.create()
     lock.acquire()

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gpt_simple._documents import read
+from gpt_simple._documents import check, read
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.engine.compatibility import keep_values
+from gpt_simple.engine.resume import check_weights
 from gpt_simple.errors import CheckpointError, ConfigError, raise_all
 from gpt_simple.hooks.components import UnknownComponent
 from gpt_simple.model.shape import padded
@@ -117,7 +118,7 @@ def restore(
 
 def _find(store: Store, step: int | None) -> Checkpoint:
     if step is None:
-        newest, skipped = store.newest_valid()
+        newest, skipped = store.newest_valid(lambda found: _check(store, found))
         if newest is None:
             reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped)
             raise CheckpointError(f"there is no checkpoint in {store.root} to take the model from{reasons}")
@@ -127,6 +128,15 @@ def _find(store: Store, step: int | None) -> Checkpoint:
         kept = ", ".join(map(str, sorted(steps))) or "none"
         raise CheckpointError(f"{store.root} has no checkpoint of step {step}", hint=f"expected one of: {kept}")
     return steps[step]
+
+
+def _check(store: Store, checkpoint: Checkpoint) -> None:
+    state = store.load_document(checkpoint, "state")
+    try:
+        check(state, {"model?": {...: str}})
+        check_weights(state, store, checkpoint)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path} is damaged: {error}") from None
 
 
 def _eod_id(info: dict[str, Any]) -> int | None:

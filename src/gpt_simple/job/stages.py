@@ -6,6 +6,7 @@ directory is touched.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,33 +19,41 @@ from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.prepare import prepare
 from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.distributed.start_up import start_up
 from gpt_simple.engine.compatibility import flatten
 from gpt_simple.engine.compile import refuse_uncompilable
 from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, run_fingerprint
 from gpt_simple.engine.resume import find_checkpoint as search_checkpoint
 from gpt_simple.engine.resume import plan_resume as compare_with_checkpoint
+from gpt_simple.engine.stop_signals import StopSignals
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.views import EngineCheckpoints, ModelView
-from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError
+from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError, system_errors
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model, refuse_shared_documents
+from gpt_simple.launch.member import processes
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.spec import RunSpec
 
 
 @contextmanager
-def init_distributed(spec: RunSpec) -> Iterator[ProcessGroup]:
-    """Join the other ranks, and raise ConfigError if they were not started with the same configuration."""
-    dist = ProcessGroup.join(spec.config.training.peer_timeout_seconds)
-    try:
-        dist.assert_same_on_all_ranks(
-            lambda: _launch_info(spec), "start the same command with the same packages everywhere"
-        )
-        yield dist
-    finally:
-        dist.leave()
+def init_distributed(spec: RunSpec, signals: StopSignals) -> Iterator[ProcessGroup]:
+    """Join the other ranks, and raise ConfigError if they were not started with the same configuration.
+
+    Until ``started`` is called on the group, a stop of any rank raises StopNow on all that wait for another.
+    """
+    timeout = spec.config.training.peer_timeout_seconds
+    with start_up(signals, processes(os.environ), timeout) as starting:
+        dist = ProcessGroup.join(timeout, starting)
+        try:
+            dist.assert_same_on_all_ranks(
+                lambda: _launch_info(spec), "start the same command with the same packages everywhere"
+            )
+            yield dist
+        finally:
+            dist.leave()
 
 
 def _launch_info(spec: RunSpec) -> dict[str, Any]:
@@ -66,16 +75,21 @@ def check_config(job: Job) -> None:
 
 def find_checkpoint(job: Job) -> FoundCheckpoint:
     """Find where the run continues. Comes before the data are prepared, which may take hours."""
-    job.dist.all_or_none(job.run_dir.check)
     # One store for the whole launch, so that a checkpoint is verified once.
     store = Store(job.run_dir.checkpoints)
-    return job.dist.all_or_none(lambda: search_checkpoint(job.config, store, force=job.force))
+
+    def search() -> FoundCheckpoint:
+        with system_errors(CheckpointError):
+            job.run_dir.check()
+            return search_checkpoint(job.config, store, force=job.force)
+
+    return job.dist.all_or_none(search)
 
 
 def prepare_data(job: Job, found: FoundCheckpoint) -> Dataset:
     """Prepare the data, or load them from the cache: the main rank first. Only the cache is written."""
     job.leave_if_requested()
-    with job.signals.interrupting(job.dist.size == 1):
+    with job.signals.interrupting(True):
         dataset = job.dist.main_rank_first(lambda: _prepare(job))
     checkpoint = found.checkpoint.path.name if found.checkpoint else None
     job.dist.assert_same_on_all_ranks(
@@ -86,7 +100,8 @@ def prepare_data(job: Job, found: FoundCheckpoint) -> Dataset:
 
 def _prepare(job: Job) -> Dataset:
     config, log = job.config, job.plugins.log.info
-    return prepare(config, job.spec.registry, log=log, require_val=bool(config.training.eval_steps))
+    with system_errors(DataError):
+        return prepare(config, job.spec.registry, log=log, require_val=bool(config.training.eval_steps))
 
 
 def _fingerprints(data: Dataset) -> dict[str, str]:

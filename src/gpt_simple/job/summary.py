@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,8 +32,8 @@ from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
 from gpt_simple.job.result import TrainResult
-from gpt_simple.launch.member import owns_run
-from gpt_simple.run_dir.layout import write_json
+from gpt_simple.launch.member import has_foreign_launcher, owns_run
+from gpt_simple.run_dir.layout import RunDir, write_json
 from gpt_simple.spec import RunSpec
 
 _SHARED = [item.name for item in fields(TrainResult) if item.name not in ("checkpoint_path", "output_dir", "summary")]
@@ -166,20 +168,33 @@ def already_finished(job: Job, plan: ResumePlan) -> TrainResult:
     return _result(summary, run_dir.root)
 
 
-def stopped_before_first_step(job: Job, found: FoundCheckpoint, stop: StopNow) -> TrainResult:
+def stopped_before_first_step(job: Job, found: FoundCheckpoint | None, stop: StopNow) -> TrainResult:
     """The result of a launch that was stopped before it finished a step. The run is as the last launch left it."""
     job.plugins.log.info(f"stopped: {stop}, before the first step; the same command goes on", name="stopped_early")
-    newest = found.store.list()
-    summary: dict[str, Any] = dict.fromkeys(_SHARED) | _counts(found.state)
+    return _stopped(job.run_dir, job.began, stop, found, job.dist.device)
+
+
+def stopped_while_joining(spec: RunSpec, began: float, stop: StopNow) -> TrainResult:
+    """The result of a launch that was stopped while its processes met. No plugin is called yet."""
+    if os.environ.get("RANK") == "0" or has_foreign_launcher(os.environ):
+        print(f"stopped: {stop}, while the processes met; the same command goes on", file=sys.stderr)
+    return _stopped(RunDir(Path(spec.config.training.output_dir)), began, stop, None, torch.device("cpu"))
+
+
+def _stopped(
+    run_dir: RunDir, began: float, stop: StopNow, found: FoundCheckpoint | None, device: torch.device
+) -> TrainResult:
+    state, newest = (found.state, found.store.list()) if found else ({}, [])
+    summary: dict[str, Any] = dict.fromkeys(_SHARED) | _counts(state)
     summary |= {
         "status": "stopped",
         "reason": str(stop),
-        "best_val_loss": found.state.get("best_val_loss"),
-        "seconds": time.monotonic() - job.began,
-        "peak_memory_gib": peak_bytes(job.dist.device) / GIB,
+        "best_val_loss": state.get("best_val_loss"),
+        "seconds": time.monotonic() - began,
+        "peak_memory_gib": peak_bytes(device) / GIB,
         "checkpoint": str(newest[-1].path) if newest else None,
     }
-    return _result(summary, job.run_dir.root)
+    return _result(summary, run_dir.root)
 
 
 def _counts(state: Mapping[str, Any]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from gpt_simple.engine.compile import compile_flags
 from gpt_simple.engine.process_state import preserved_process_state
 from gpt_simple.engine.state import TrainState
-from gpt_simple.engine.stop_signals import StopNow, stop_signals
+from gpt_simple.engine.stop_signals import StopNow, StopSignals, stop_signals
 from gpt_simple.job.build import build_trainer
 from gpt_simple.job.claim import claim_run_dir
 from gpt_simple.job.job import Job
@@ -23,7 +23,7 @@ from gpt_simple.job.stages import (
     preflight,
     prepare_data,
 )
-from gpt_simple.job.summary import already_finished, run_to_end, stopped_before_first_step
+from gpt_simple.job.summary import already_finished, run_to_end, stopped_before_first_step, stopped_while_joining
 from gpt_simple.spec import RunSpec
 
 
@@ -36,20 +36,28 @@ def train(
     the signals that arrived while the program was loading. ``started``: the moment of ``time.monotonic`` at which the
     launch began (None: now). A spec serves one launch: it holds the instances of its plugins.
     """
-    began, state = time.monotonic() if started is None else started, TrainState()
-    with preserved_process_state(), spec.located_errors(), init_distributed(spec) as dist:
+    began = time.monotonic() if started is None else started
+    with preserved_process_state(), stop_signals(pending_signals) as signals, spec.located_errors():
+        try:
+            return _train(spec, force, began, signals)
+        except StopNow as stop:
+            return stopped_while_joining(spec, began, stop)
+
+
+def _train(spec: RunSpec, force: bool, began: float, signals: StopSignals) -> TrainResult:
+    state, found = TrainState(), None
+    with init_distributed(spec, signals) as dist:
         runtime = resolve_runtime(spec, dist, began)
         with (
             compile_flags(runtime.compile_plan),
             dist.explained_failures(lambda: state.step),
-            stop_signals(pending_signals) as signals,
             plugin_calls(spec, dist, runtime.precision, state) as plugins,
             spec.located_errors(),  # inside, too: plugins and other ranks see where an error comes from
         ):
             job = Job(spec, force, began, dist, runtime, signals, plugins, state)
-            check_config(job)
-            found = find_checkpoint(job)
             try:
+                check_config(job)
+                found = find_checkpoint(job)
                 data = prepare_data(job, found)
                 plan = plan_resume(job, found, data)
                 time_budget = preflight(job, data, plan)

@@ -29,7 +29,7 @@ _ORDINARY = (ExitCode.COMPLETED, ExitCode.STOPPED, ExitCode.HALTED)
 
 def under_torchrun(environment: Mapping[str, str]) -> bool:
     """Whether torchrun, or what sets the same variables, started this process, even as the only one."""
-    return "TORCHELASTIC_RUN_ID" in environment or _count(environment, "WORLD_SIZE") > 1
+    return "TORCHELASTIC_RUN_ID" in environment or processes(environment) > 1
 
 
 def processes_here(environment: Mapping[str, str]) -> int | None:
@@ -39,6 +39,11 @@ def processes_here(environment: Mapping[str, str]) -> int | None:
     if _count(environment, "SLURM_STEP_NUM_TASKS") > 1:
         return int(re.split(r"\D", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
     return None
+
+
+def processes(environment: Mapping[str, str]) -> int:
+    """How many processes the launch has, on all machines. Raises ConfigError."""
+    return _count(environment, "WORLD_SIZE")
 
 
 def _count(environment: Mapping[str, str], *names: str) -> int:
@@ -81,7 +86,7 @@ def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
 
 def has_foreign_launcher(environment: Mapping[str, str]) -> bool:
     """Whether this is one of several processes that our launcher, which gathers their messages, did not start."""
-    return _count(environment, "WORLD_SIZE") > 1 and Records.of_this_launch(environment) is None
+    return processes(environment) > 1 and Records.of_this_launch(environment) is None
 
 
 def is_restarted() -> bool:

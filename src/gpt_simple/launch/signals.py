@@ -23,9 +23,10 @@ ONE_PRESS_SECONDS = 0.3
 
 
 @contextmanager
-def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handling(handler: Callable[[int, FrameType | None], None], *, is_last: bool = False) -> Iterator[None]:
     """Within, ``handler`` gets the signals that ask for a stop. Earlier handlers are restored afterwards.
 
+    ``is_last``: the signals are ignored afterwards, because the work is done and its exit code must not change.
     A SIGHUP that this process ignores, as under ``nohup``, stays ignored. The parent process may have blocked signals:
     they are unblocked within, also for the processes that are started there.
     """
@@ -39,12 +40,14 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, earlier in before.items():
             # None stands for a handler that was not installed from Python and cannot be restored from it.
-            signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if is_last else earlier if earlier is not None else signal.SIG_DFL)
 
 
 @contextmanager
-def stop_on_signals(stop: Callable[[str], None], parting: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Within, call ``stop`` with the name of each signal that arrives.
+def stop_on_signals(
+    stop: Callable[[str], None], parting: Callable[[], object] = lambda: None, *, is_last: bool = False
+) -> Iterator[None]:
+    """Within, call ``stop`` with the name of each signal that arrives. ``is_last``: as for ``handling``.
 
     ``parting`` is called, once, before a second Ctrl-C ends the process. Outside the main thread, where Python allows
     no handlers, this does nothing.
@@ -73,5 +76,5 @@ def stop_on_signals(stop: Callable[[str], None], parting: Callable[[], object] =
             pressed.append(now)
         stop(signal.Signals(number).name)
 
-    with handling(handle):
+    with handling(handle, is_last=is_last):
         yield

@@ -87,10 +87,11 @@ class Launch:
             )
         return True
 
-    def run(self, command: Sequence[str]) -> int:
+    def run(self, command: Sequence[str], pending_signals: Sequence[str] = ()) -> int:
         """Start ``command`` as all processes of this machine, wait for them, and return the exit code.
 
-        Raises the error that is the root cause if a process failed.
+        ``pending_signals`` arrived before: with one nothing is started. Raises the error that is the root cause if a
+        process failed.
         """
         if self.rdzv_endpoint:
             _check_endpoint(self.rdzv_endpoint)
@@ -99,6 +100,8 @@ class Launch:
             signals, failures = _Signals(records), {}
             # The processes end by themselves, and the agent waits for them.
             with handling(signals), suppress(_Leave):
+                for name in pending_signals:
+                    signals(signal.Signals[name], None)
                 failures = self._agent(command, directory)
             return _outcome(records.read(), failures, signals)
 

@@ -153,7 +153,7 @@ def _foreign_code(failure: str) -> Iterator[None]:
 def load_file(path: str) -> tuple[str, object]:
     """The one plugin class of a Python file, under the name of the file."""
     file = Path(os.path.expanduser(path))
-    if not file.is_file() or file.suffix != ".py":
+    if not os.path.isfile(file) or file.suffix != ".py":
         raise ConfigError("expected the path of a Python file", location=f"-p {path}")
     if problem := name_problem(file.stem):
         raise ConfigError(f"a plugin is named after its file, and {problem}: rename the file", location=f"-p {path}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import frozen
 
 from gpt_simple.config.schema import Config, ModelConfig
-from gpt_simple.errors import GptSimpleError
+from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, system_errors
 from gpt_simple.hooks.components import BUILTIN, Component, Registry
 from gpt_simple.hooks.preflight import (
     CheckedOutput,
@@ -87,7 +87,8 @@ class RunPreflight:
     def data(self) -> InspectedData:
         from gpt_simple.preflight.data import inspect_data
 
-        return inspect_data(self.config, self.registry)
+        with system_errors(DataError):
+            return inspect_data(self.config, self.registry)
 
     @cached_property
     def shape(self) -> Shape | None:
@@ -104,20 +105,23 @@ class RunPreflight:
     def resume(self) -> PlannedResume:
         from gpt_simple.preflight.resume import plan_resume
 
-        return plan_resume(self.config, self.options, self.plugins, lambda: _unless_refused(lambda: self.data))
+        with system_errors(CheckpointError):
+            return plan_resume(self.config, self.options, self.plugins, lambda: _unless_refused(lambda: self.data))
 
     @cached_property
     def output(self) -> CheckedOutput:
         from gpt_simple.preflight.output import check_output
 
         shape = _unless_refused(lambda: self.shape)
-        return check_output(self.config, shape, steps_done=self.steps_done, force=self.options.force)
+        with system_errors(ConfigError, key="training.output_dir"):
+            return check_output(self.config, shape, steps_done=self.steps_done, force=self.options.force)
 
     @cached_property
     def environment(self) -> Environment:
         from gpt_simple.preflight.environment import check_environment
 
-        return check_environment(self._spec.host.broken)
+        with system_errors(GptSimpleError):
+            return check_environment(self._spec.host.broken)
 
     @cached_property
     def memory(self) -> MemoryForecast:

@@ -148,7 +148,8 @@ class RunLock:
     def release(self) -> None:
         """Give the directory up; the file stays, empty. Does nothing if the lock is not held."""
         if self._descriptor is not None and not self.is_lost():
-            os.ftruncate(self._descriptor, 0)
+            with contextlib.suppress(OSError):  # the disk may only be read now: the kernel frees the lock
+                os.ftruncate(self._descriptor, 0)
         self._forget()
 
     def _forget(self) -> None:
