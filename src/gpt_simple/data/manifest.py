@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -163,7 +164,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         record = parse(file.read_bytes())
     except OSError as error:
-        if (directory / WORK).is_dir():
+        if os.path.isdir(directory / WORK):
             raise unfinished(directory) from error
         raise DataError(f"{directory}: not a dataset directory, {FILE} cannot be read ({error})") from error
     except (ValueError, RecursionError) as error:
