@@ -23,6 +23,7 @@ from attrs import frozen
 
 from gpt_simple._documents import parse
 from gpt_simple.config.convert import convert
+from gpt_simple.data.cache import reading
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
 
@@ -196,7 +197,8 @@ def read_manifest(directory: Path) -> Manifest:
         path = directory / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise _damaged(directory, f"{file}: damaged (the shard {name} is not inside the directory)")
-        size = path.stat().st_size if path.is_file() else None
+        with reading(path):
+            size = path.stat().st_size if path.is_file() else None
         if size != known.size:
             state = "is missing" if size is None else f"has {size} bytes"
             raise _damaged(directory, f"{path}: {state}, {FILE} says {known.size}")
