@@ -311,15 +311,19 @@ def test_a_file_size_limit(store: Store) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
+    yield from mounted(tmp_path / "disk", "size=3m")
+
+
+def mounted(disk: Path, options: str) -> Iterator[Path]:
+    """A file system in memory, in a new directory."""
     disk.mkdir()
     if shutil.which("mount") is None or os.geteuid() != 0:
         pytest.skip("needs root to mount a small disk")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", disk], check=False)
     if mounted.returncode != 0:
         pytest.skip("cannot mount a small disk here")
     yield disk
-    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["umount", "-l", disk], check=True)  # this process may map files there
 
 
 def test_a_full_disk(small_disk: Path) -> None:

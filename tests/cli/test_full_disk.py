@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from gpt_simple.data import bulk
-from tests.checkpoint.test_crashes import small_disk
+from tests.checkpoint.test_crashes import mounted, small_disk
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import Shell
 from tests.job.test_surroundings import fill
@@ -103,3 +105,49 @@ def test_data_on_a_disk_that_takes_nothing_train(shell: Shell, here: Path, small
     assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
     name = "checkpoints/step-00000002/model.safetensors"
     assert (here / "out" / name).read_bytes() == (here / "whole" / name).read_bytes()
+
+
+@pytest.fixture
+def few_inodes(tmp_path: Path) -> Iterator[Path]:
+    yield from mounted(tmp_path / "disk", "size=30m,nr_inodes=60")
+
+
+INODES = {
+    "run": (*TINY, "--training.save_steps=1", "--data.source=null", "--data.path=text", "--data.packing=best_fit"),
+    "tokenize": ("tokenize", "--input_dir=text", "--tokenizer=bytes", "--num_workers=1"),
+}
+
+
+@pytest.mark.parametrize("command", INODES)
+def test_a_disk_without_inodes_is_one_error_until_there_are_some(
+    shell: Shell, here: Path, few_inodes: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command, each time with two more inodes: it ends at another file, and at last it completes."""
+    (here / "text").mkdir()
+    for name in "abcd":
+        (here / f"text/{name}.txt").write_text(f"some words {name} " * 2000)
+    option = "--output_dir" if command == "tokenize" else "--training.output_dir"
+    monkeypatch.setenv("GPT_SIMPLE_CACHE", str(here / "cache"))
+    assert shell(*INODES[command], option, "whole").code == 0
+    monkeypatch.setenv("GPT_SIMPLE_CACHE", str(few_inodes / "cache"))
+    fillers = []
+    with suppress(OSError):
+        while True:
+            fillers.append(few_inodes / f"filler-{len(fillers)}")
+            fillers[-1].touch()
+    codes = []
+    while not codes or codes[-1]:
+        ended = shell(*INODES[command], option, "disk/out")
+        codes.append(ended.code)
+        assert "Traceback" not in ended.out + ended.err
+        if ended.code:
+            assert (ended.code in (2, 3, 4), ended.err.count("error: ")) == (True, 1), (ended.code, ended.err)
+            assert "No space left on device" in ended.err
+            for filler in (fillers.pop(), fillers.pop()):
+                filler.unlink(missing_ok=True)
+    assert len(codes) > 3
+    results = ["dataset.json", "train/all/shard-00000.bin"]
+    if command == "run":
+        results = [f"checkpoints/step-00000002/{stem}.safetensors" for stem in ("model", "optimizer")]
+    for name in results:
+        assert (few_inodes / "out" / name).read_bytes() == (here / "whole" / name).read_bytes()

@@ -58,6 +58,19 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("processes", [[], ["--nproc_per_node=2"]], ids=["alone", "launched"])
+def test_bad_data_are_reported_without_loading_torch(tmp_path: Path, processes: list[str]) -> None:
+    (tmp_path / "raw").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "raw" / name).write_bytes(b"\xff")
+    for path, place in (("raw", "b.txt"), ("missing", "no such file")):
+        arguments = ["run", f"--data.path={tmp_path / path}", f"--training.output_dir={tmp_path / 'run'}", *processes]
+        done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True)
+        assert done.stderr.splitlines()[-1] == "[] 3", done.stderr
+        assert place in done.stderr
+        assert ("on_bad_document" in done.stderr) == (path == "raw")
+
+
 def test_a_mistake_is_reported_without_loading_torch() -> None:
     arguments = ["run", str(EXAMPLE), "--training.max_step", "5"]
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True)

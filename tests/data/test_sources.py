@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,63 @@ def test_what_cannot_be_listed_is_an_error_and_never_left_out(tmp_path: Path, mo
         patch.setattr(Path, "iterdir", iterdir)
         with pytest.raises(DataError, match=r"closed: cannot be read \(.*Permission denied"):
             texts(tmp_path)
+        with pytest.raises(DataError, match=r"closed: cannot be read \(.*Permission denied"):
+            texts(tmp_path / "closed", on_bad_document="skip")
     (tmp_path / "web").symlink_to("nowhere")
     with pytest.raises(DataError, match="web: links to nowhere, which does not exist"):
         texts(tmp_path)
+
+
+def _closed(path: Path) -> None:
+    path.mkdir()
+    (path / "b.txt").write_text("b")
+
+
+LOST: dict[str, Callable[[Path], object]] = {
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link with a name that is too long": lambda path: path.symlink_to("x" * 300),
+    "a directory that cannot be listed": _closed,
+    "a broken archive": lambda path: path.with_suffix(".jsonl.gz").write_bytes(b"no archive"),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_cannot_be_listed_is_one_more_bad_document(
+    here: Path, shell: Shell, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command that reads raw text reports it with all others, or leaves it out and counts it."""
+    (here / "raw").mkdir()
+    (here / "raw/bad.txt").write_bytes(b"\xff")
+    for index in range(40):
+        (here / f"raw/{index}.txt").write_text(f"some words {index} " * 50)
+    before = build(DataConfig(path="raw"), 0).fingerprint()
+    LOST[lost](here / "raw/lost")
+    list_directory = Path.iterdir
+
+    def iterdir(self: Path) -> Iterator[Path]:
+        if self.name == "lost":
+            raise PermissionError(13, "Permission denied", str(self))
+        return list_directory(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setenv("GPT_SIMPLE_CACHE", str(here / "cache"))
+    assert build(DataConfig(path="raw"), 0).fingerprint() != before, "the cache would hide it"
+    data = ("config.toml", "--data.source=null", "--data.path=raw")
+    for command, option in (
+        (("validate", *data), "--data.on_bad_document"),
+        (("run", *data), "--data.on_bad_document"),
+        (("run", *data, "--nproc_per_node=2"), "--data.on_bad_document"),
+        (("tokenize", "--input_dir=raw", "--output_dir=set", "--tokenizer=bytes"), "--on_bad_document"),
+    ):
+        ended = shell(*command, f"{option}=error")
+        said = " ".join((ended.out + ended.err).split())
+        assert (ended.code, "Traceback" in said) == (3, False), said
+        assert "raw/lost" in said, (command, said)
+        assert "raw/bad.txt" in said, (command, said)
+        if "--nproc_per_node=2" not in command:
+            ended = shell(*command, f"{option}=skip")
+            assert (ended.code, "kipped 2 documents" in " ".join((ended.out + ended.err).split())) == (0, True)
 
 
 def test_a_list_of_paths_keeps_its_order(tmp_path: Path) -> None:

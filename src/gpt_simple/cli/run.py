@@ -20,6 +20,7 @@ from gpt_simple.launch import member
 from gpt_simple.launch.record import Records
 from gpt_simple.launch.signals import stop_on_signals
 from gpt_simple.launch.torchrun import Launch
+from gpt_simple.preflight.data import refuse_bad_data
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
 from gpt_simple.run_dir.stop_request import record_kill
@@ -73,6 +74,7 @@ def _run_launcher(request: ConfigRequest, launch: Launch) -> int:
     pending: list[str] = []
     with stop_on_signals(pending.append, is_last=True):
         spec = request.resolve()
+        _refuse_bad_data(spec)
         run_dir = RunDir(Path(spec.config.training.output_dir))
         with _announced(spec):
             code = launch.run([*_program(), *request.arguments], pending)
@@ -98,6 +100,8 @@ def _train(request: ConfigRequest, force: bool, pending: list[str]) -> int:
         force = False
         spec = _resolve_once(request.overriding("training.resume", "auto"), force, pending)
     launched = member.launched_at()
+    if launched is None and not member.has_foreign_launcher(os.environ):
+        _refuse_bad_data(spec)
     # Only now: a mistake in the configuration is reported without the seconds that torch takes to load.
     with nullcontext() if launched else _announced(spec):
         from gpt_simple.distributed.process_group import disband
@@ -107,6 +111,12 @@ def _train(request: ConfigRequest, force: bool, pending: list[str]) -> int:
     code = int(train(spec, force=force, pending_signals=pending, started=started).exit_code)
     disband()
     return code
+
+
+def _refuse_bad_data(spec: RunSpec) -> None:
+    """Report data that cannot be read before the seconds that torch takes to load."""
+    with spec.located_errors():
+        refuse_bad_data(spec.config, spec.registry)
 
 
 def _announced(spec: RunSpec) -> AbstractContextManager[None]:

@@ -89,10 +89,10 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
             location="--end_token",
             hint="leave it out: it is for the path of a tokenizer.json",
         )
-    units = find_units(job.input_dir)
+    units, lost = find_units(job.input_dir)
     if others := passed_over([job.input_dir]):
         log(others)
-    identity = _identity(job, units)
+    identity = _identity(job, units, lost)
     work = _claim(job)
     if not work.exists() and (job.output_dir / FILE).exists():
         return _finished(job, identity, log)
@@ -100,8 +100,8 @@ def tokenize(job: Job, log: Log, progress: Progress) -> Manifest:
         if (job.output_dir / FILE).exists():
             return _finished(job, identity, log)
         settings = _settings(job, units, work, identity, log)
-        skipped = _make_parts(job, units, settings, log, progress)
-        if _identity(job, find_units(job.input_dir)) != identity:
+        skipped = _make_parts(job, units, lost, settings, log, progress)
+        if _identity(job, *find_units(job.input_dir)) != identity:
             raise DataError(
                 "files have changed while they were read",
                 location=f"--input_dir {job.input_dir}",
@@ -142,13 +142,14 @@ def _claim(job: Job) -> Path:
     return work
 
 
-def _identity(job: Job, units: Sequence[Unit]) -> str:
+def _identity(job: Job, units: Sequence[Unit], lost: Skipped) -> str:
     """A hash of all that decides the result: the options, and the names, sizes and times of the files."""
     tokenizer = job.tokenizer
     if tokenizer not in ("bpe", "bytes"):
         tokenizer = load_tokenizer(Path(tokenizer), end=job.end_token).settings
     options = [tokenizer, job.tokenizer_vocab_size if tokenizer == "bpe" else 0, job.text_key, job.val_fraction]
-    return hashlib.sha256(json.dumps([options, [unit.state for unit in units]]).encode()).hexdigest()
+    states = [*(unit.state for unit in units), *lost.errors]
+    return hashlib.sha256(json.dumps([options, states]).encode()).hexdigest()
 
 
 def _finished(job: Job, identity: str, log: Log) -> Manifest:
@@ -231,7 +232,9 @@ def _training_texts(job: Job, units: Sequence[Unit]) -> Iterator[str]:
                 break
 
 
-def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, progress: Progress) -> Skipped:
+def _make_parts(
+    job: Job, units: Sequence[Unit], lost: Skipped, settings: Settings, log: Log, progress: Progress
+) -> Skipped:
     """Make the parts that are missing. Returns all that was left out."""
     found = {unit: skipped for unit in units if (skipped := skipped_of(unit, settings)) is not None}
     missing = [unit for unit in units if unit not in found]
@@ -241,18 +244,25 @@ def _make_parts(job: Job, units: Sequence[Unit], settings: Settings, log: Log, p
         log(f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB were tokenized before")
     progress(done, total)
     count = 0
+
+    def show(skipped: Skipped) -> None:
+        nonlocal count
+        for place in (*skipped.errors, *skipped.without_text):
+            count += 1
+            if count <= SHOWN:
+                log(f"skipped {place}")
+            elif count == SHOWN + 1:
+                log(f"more documents are skipped, and not shown; {job.output_dir / REPORT} will count all of them")
+
+    show(lost)
     with closing(make_parts(missing, settings, job.num_workers)) as made:
         for unit, skipped in made:
             found[unit] = skipped
             done += unit.size
             progress(done, total)
-            for place in (*skipped.errors, *skipped.without_text):
-                count += 1
-                if count <= SHOWN:
-                    log(f"skipped {place}")
-                elif count == SHOWN + 1:
-                    log(f"more documents are skipped, and not shown; {job.output_dir / REPORT} will count all of them")
+            show(skipped)
     result = Skipped()
+    result.extend(lost)
     for unit in units:
         result.extend(found[unit])
     if job.strict and result.errors:

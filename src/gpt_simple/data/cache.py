@@ -101,6 +101,20 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise DataError for an error of the system, but not for a pipe whose reader has ended."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path}: cannot be read ({error.strerror or error})",
+            hint="give this user the permission, or repair it",
+        ) from error
+
+
+@contextmanager
 def writing(directory: Path, hint: str = _HINT) -> Iterator[None]:
     """Raise NotWritable for an error of the system, but not for a pipe whose reader has ended."""
     try:

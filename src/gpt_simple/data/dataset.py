@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gpt_simple._files import write_whole
 from gpt_simple.config.schema import DataConfig
-from gpt_simple.data.cache import Log, NotWritable, build_once, locked
+from gpt_simple.data.cache import Log, NotWritable, build_once, locked, reading
 from gpt_simple.data.locate import index_of, packing_of
 from gpt_simple.data.manifest import NANOGPT, REPORT, Manifest, SplitRecord, file_states, verify_checksums
 from gpt_simple.data.mixture import Mixture, mixture
@@ -134,12 +134,13 @@ class Dataset:
 
 def open_dataset(directory: Path, tokenizer: Tokenizer, manifest: Manifest, config: DataConfig, log: Log) -> Dataset:
     """Map a dataset directory into memory, after its content was compared with its checksums once."""
-    _verify_once(directory, manifest, index_of(directory, manifest), log)
     empty = SplitRecord(0, 0, 0, None, {})
     splits = [manifest.splits.get(name, empty) for name in ("train", "val")]
-    if _has_estimated_bytes(directory, manifest, splits) and not getattr(tokenizer, "token_bytes_are_exact", True):
-        splits = [evolve(split, bytes=None) for split in splits]
-    train, val = (_open_split(directory, manifest, split, config, log) for split in splits)
+    with reading(directory):
+        _verify_once(directory, manifest, index_of(directory, manifest), log)
+        if _has_estimated_bytes(directory, manifest, splits) and not getattr(tokenizer, "token_bytes_are_exact", True):
+            splits = [evolve(split, bytes=None) for split in splits]
+        train, val = (_open_split(directory, manifest, split, config, log) for split in splits)
     return Dataset(directory, manifest, tokenizer, train, val)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_simple.data.cache import Log
+from gpt_simple.data.cache import Log, reading
 from gpt_simple.data.manifest import FILE, TOKENIZER, Manifest, read_manifest, verify_checksums
 from gpt_simple.data.shards import Shard, open_shard
 from gpt_simple.data.sources.shards import TRAIN, NanoGpt
@@ -39,6 +39,11 @@ def summary(directory: Path, manifest: Manifest, max_length: int | None = None) 
 
 def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
     """All lines about a dataset. Raises DataError if a file is missing, damaged, or not of this tokenizer."""
+    with reading(directory):
+        return _inspect(directory, sample_tokens, log)
+
+
+def _inspect(directory: Path, sample_tokens: int, log: Log) -> list[str]:
     if (directory / TRAIN).is_file() and not (directory / FILE).exists():
         return NanoGpt(directory).describe()
     manifest = read_manifest(directory)

@@ -160,7 +160,8 @@ def order_seed(config: Config) -> int:
 def _source_name(data: DataConfig) -> str:
     if data.source is not None:
         return data.source
-    is_dataset = isinstance(data.path, str) and any((Path(data.path) / name).exists() for name in (FILE, TRAIN, WORK))
+    own = (FILE, TRAIN, WORK)
+    is_dataset = isinstance(data.path, str) and any(os.path.exists(os.path.join(data.path, name)) for name in own)
     return "shards" if data.format == "pretokenized" or (data.format is None and is_dataset) else "files"
 
 

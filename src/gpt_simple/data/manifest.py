@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,7 @@ from attrs import frozen
 
 from gpt_simple._documents import parse
 from gpt_simple.config.convert import convert
+from gpt_simple.data.cache import reading
 from gpt_simple.errors import DataError
 from gpt_simple.hooks.batch import Tokenizer
 
@@ -163,7 +165,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         record = parse(file.read_bytes())
     except OSError as error:
-        if (directory / WORK).is_dir():
+        if os.path.isdir(directory / WORK):
             raise unfinished(directory) from error
         raise DataError(f"{directory}: not a dataset directory, {FILE} cannot be read ({error})") from error
     except (ValueError, RecursionError) as error:
@@ -195,7 +197,8 @@ def read_manifest(directory: Path) -> Manifest:
         path = directory / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise _damaged(directory, f"{file}: damaged (the shard {name} is not inside the directory)")
-        size = path.stat().st_size if path.is_file() else None
+        with reading(path):
+            size = path.stat().st_size if path.is_file() else None
         if size != known.size:
             state = "is missing" if size is None else f"has {size} bytes"
             raise _damaged(directory, f"{path}: {state}, {FILE} says {known.size}")

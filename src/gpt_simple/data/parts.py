@@ -108,11 +108,20 @@ class Skipped:
         self.without_text += other.without_text
 
 
-def find_units(root: Path) -> list[Unit]:
-    """All text below a directory. Its sub-directories are the buckets; files beside them are in ``all``."""
+def find_units(root: Path) -> tuple[list[Unit], Skipped]:
+    """All text below a directory, and what of it cannot be listed.
+
+    Its sub-directories are the buckets; files beside them are in ``all``.
+    """
     if not root.is_dir():
         raise DataError("no such directory", location=f"--input_dir {root}")
-    found = [(file, file.stat()) for file in files.find(root, option="--input_dir")]
+    paths, unlisted = files.find(root, option="--input_dir")
+    if not paths:
+        raise files.bad_documents(unlisted, "there is nothing else")
+    lost = Skipped()
+    for error in unlisted:
+        lost.add(error)
+    found = [(file, file.stat()) for file in paths]
     total = sum(stat.st_size for _, stat in found)
     if not total:
         raise DataError(
@@ -128,7 +137,7 @@ def find_units(root: Path) -> list[Unit]:
             end = min(begin + step, stat.st_size)
             state = json.dumps([name.as_posix(), stat.st_size, stat.st_mtime_ns, begin, end])
             buckets.setdefault(bucket, []).append(Piece(file, begin, end, state))
-    return [unit for bucket in sorted(buckets) for unit in _units(bucket, buckets[bucket], wanted)]
+    return [unit for bucket in sorted(buckets) for unit in _units(bucket, buckets[bucket], wanted)], lost
 
 
 def read(unit: Unit, text_key: str, skipped: Skipped) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -184,8 +185,8 @@ def load_tokenizer(path: Path, name: str | None = None, end: str | int | None = 
 
     ``end`` is the token that ends a document, or its id; by default the first of ``KNOWN_ENDS`` that exists.
     """
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
+    file = path / FILE if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         raise DataError(
             f"tokenizer {path}: there is no {file}", hint="expected a tokenizer.json or a directory with one"
         )

@@ -19,14 +19,15 @@ from gpt_simple.data.sources.files import Files, holds_json_lines, passed_over
 from gpt_simple.data.sources.shards import Shards
 from gpt_simple.data.tokenizer import BYTE_IDS, load_tokenizer
 from gpt_simple.errors import ConfigError
-from gpt_simple.hooks.components import Registry
+from gpt_simple.hooks.components import BUILTIN, Registry
 from gpt_simple.hooks.preflight import InspectedData
 
 if TYPE_CHECKING:
     from gpt_simple.data.mixture import Mixture
 
 HASHED = 64 * 2**20
-"""Raw files up to this many bytes are hashed to find out whether they were prepared before (some 0.01 s)."""
+"""Raw files up to this many bytes are hashed to find out whether they were prepared before, and all of their documents
+are checked if not (at most 0.2 s)."""
 
 SAMPLED = 100
 """Lines of JSON that are read, to find mistakes in them and the share of text."""
@@ -40,13 +41,23 @@ LONGEST_TOKEN = 4.5
 
 
 def inspect_data(config: Config, registry: Registry) -> InspectedData:
-    """The data that ``config`` names; reads no more text than a few lines. Raises what a run would raise."""
+    """The data that ``config`` names; of much text it reads no more than a few lines. Raises what a run would raise."""
     source = check(config, registry)
     size = _size(source)
     found = None if size is not None and size > HASHED else find(source, config, registry)
     if found is None:
+        if isinstance(source, Files) and ((size or 0) <= HASHED or (source.lost and not source.skip)):
+            for _ in islice(source.documents(), config.data.max_documents):
+                pass
         return _unprepared(source, size, config.data, registry)
     return _prepared(source, *found, config)
+
+
+def refuse_bad_data(config: Config, registry: Registry) -> None:
+    """Raise what a run raises for data that are read without a plugin, before it loads torch."""
+    source = config.data.source
+    if source is None or registry.get("source", source).owner == BUILTIN:
+        inspect_data(config, registry)
 
 
 def _prepared(source: Source | Shards, directory: Path, manifest: Manifest, config: Config) -> InspectedData:
@@ -194,5 +205,8 @@ def _name(source: Source | Shards, data: DataConfig) -> str:
         return data.source
     if isinstance(source, Shards):
         return "token shards"
-    others = passed_over(source.roots, json_lines=source.json_lines) if isinstance(source, Files) else ""
-    return f"{len(getattr(source, 'files', ()))} files{others and f' ({others})'}"
+    if not isinstance(source, Files):
+        return "0 files"
+    skipped = f"skipped {len(source.skipped):,} documents that cannot be read" if source.skipped else ""
+    notes = "; ".join(filter(None, [skipped, passed_over(source.roots, json_lines=source.json_lines)]))
+    return f"{len(source.files)} files{notes and f' ({notes})'}"

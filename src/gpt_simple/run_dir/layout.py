@@ -60,6 +60,11 @@ class RunDir:
         for path in (self.lock, self.stop_request, *self._documents(), self.tokenizer / "tokenizer.json"):
             if path.exists() and not path.is_file():
                 raise _in_the_way(path, "is not a file")
+        try:
+            if self.metrics_jsonl.exists():
+                self.metrics_jsonl.open("rb+").close()
+        except OSError as error:
+            raise _in_the_way(self.metrics_jsonl, f"cannot be read and written ({error.strerror})") from error
         for path in (self.tokenizer, self.checkpoints):
             if path.exists() and not path.is_dir():
                 raise _in_the_way(path, "is not a directory")

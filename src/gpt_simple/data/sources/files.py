@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import os
+import stat
 import sys
 import zlib
 from collections import Counter
@@ -45,6 +46,8 @@ class Files:
     """The files and directories that the user named."""
     skip: bool = False
     """Whether documents that cannot be read are left out; else all of them are one error."""
+    lost: tuple[DataError, ...] = field(default=(), eq=False)
+    """Directories that cannot be read and links that lead to nothing: each counts as a document that cannot be read."""
     skipped: dict[str, None] = field(factory=dict, eq=False, repr=False)
     """The documents that were left out, each once, however often the files are read."""
 
@@ -57,13 +60,18 @@ class Files:
             except DataError:
                 content = "unreadable"  # documents() reports it
             digest.update(f"|{file.name}|{content}".encode())
+        if not self.skip:
+            digest.update(b"|unreadable" * len(self.lost))  # else the cache would hide what documents() reports
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
         bad: list[DataError] = []
+        report: Bad = self._skip if self.skip else bad.append
+        for error in self.lost:
+            report(error)
         for file in self.files:
             lines = holds_json_lines(file) if self.json_lines is None else self.json_lines
-            for text, _ in read(file, self.text_key, json_lines=lines, bad=self._skip if self.skip else bad.append):
+            for text, _ in read(file, self.text_key, json_lines=lines, bad=report):
                 if not bad:
                     yield Document(text, key=text)
         if bad:
@@ -229,21 +237,28 @@ def build(config: DataConfig, seed: int) -> Files:
     paths = (config.path,) if isinstance(config.path, str) else config.path
     json_lines = None if config.format is None else config.format == "jsonl"
     roots = tuple(map(Path, paths))
-    files = [file for root in roots for file in find(root, _suffixes(json_lines), by_suffix=json_lines is None)]
+    files: list[Path] = []
+    lost: list[DataError] = []
+    for root in roots:
+        found, unlisted = find(root, _suffixes(json_lines), by_suffix=json_lines is None)
+        files += found
+        lost += unlisted
+    if lost and not files:
+        raise bad_documents(lost, "there is nothing else")
     if not any(file.stat().st_size for file in files):
         raise DataError(
             f"{', '.join(paths)}: all {len(files)} files are empty", key="data.path", hint="there is nothing to learn"
         )
-    return Files(tuple(files), config.text_key, json_lines, roots, config.on_bad_document == "skip")
+    return Files(tuple(files), config.text_key, json_lines, roots, config.on_bad_document == "skip", tuple(lost))
 
 
 def find(
     path: Path, suffixes: tuple[str, ...] = TEXT + JSON_LINES, *, by_suffix: bool = True, option: str = ""
-) -> list[Path]:
+) -> tuple[list[Path], list[DataError]]:
     """A file, or all files with these suffixes below a directory, in sorted order, but none that is hidden.
 
-    ``option`` names ``path`` in errors; by default it is data.path. Links are followed. Raises DataError for a
-    directory that cannot be read and for a link that leads to nothing.
+    With it comes an error for each directory that cannot be read and each link that leads to nothing. ``option`` names
+    ``path`` in errors; by default it is data.path. Links are followed.
     """
 
     def error(message: str, hint: str = "") -> DataError:
@@ -252,22 +267,25 @@ def find(
         return DataError(f"{path}: {message}", key="data.path", hint=hint)
 
     wanted = " ".join(suffixes)
-    if path.is_dir():
-        found = sorted(_walk(path, suffixes, frozenset()))
-        if not found:
+    lost: list[DataError] = []
+    with _reading(path):
+        is_directory, exists = path.is_dir(), path.exists()
+    if is_directory:
+        found = sorted(_walk(path, suffixes, frozenset(), lost.append))
+        if not found and not lost:
             raise error(f"the directory holds none of {wanted}", "name one that does")
-        return found
-    if not path.exists():
+        return found, sorted(lost, key=str)
+    if not exists:
         raise error(f"no such file or directory (relative paths start at {Path.cwd()})")
     if by_suffix and not path.name.endswith(suffixes):
         raise error(f"expected one of {wanted}", "say what it is with data.format")
-    return [path]
+    return [path], []
 
 
 def passed_over(roots: Iterable[Path], *, json_lines: bool | None = None) -> str:
     """How many files below directories are not read, by suffix; empty if all are read."""
     suffixes = _suffixes(json_lines)
-    files = (file for root in roots if root.is_dir() for file in _walk(root, ("",), frozenset()))
+    files = (file for root in roots if root.is_dir() for file in _walk(root, ("",), frozenset(), _ignore))
     counts = Counter(_suffix(file) for file in files if not file.name.endswith(suffixes))
     if not counts:
         return ""
@@ -285,20 +303,40 @@ def _suffix(file: Path) -> str:
     return f"{before[-1]}{last}" if before and last in _COMPRESSED else last
 
 
-def _walk(directory: Path, suffixes: tuple[str, ...], above: frozenset[Path]) -> Iterator[Path]:
-    """Files below a directory, without links to one of the directories ``above``."""
-    here = directory.resolve()
-    if here in above:
+def _walk(directory: Path, suffixes: tuple[str, ...], above: frozenset[Path], bad: Bad) -> Iterator[Path]:
+    """Files below a directory, without links to one of the directories ``above``.
+
+    ``bad`` is called for each directory that cannot be read and each link that leads to nothing.
+    """
+    try:
+        with _reading(directory):
+            here = directory.resolve()
+            entries = [] if here in above else list(directory.iterdir())
+    except DataError as error:
+        bad(error)
         return
-    with _reading(directory):
-        entries = [entry for entry in directory.iterdir() if not entry.name.startswith(".")]
-        directories = {entry for entry in entries if entry.is_dir()}
     for entry in entries:
-        if entry in directories:
-            yield from _walk(entry, suffixes, above | {here})
-        elif not entry.exists():
-            raise DataError(
-                f"{entry}: links to {os.readlink(entry)}, which does not exist", hint="repair the link or remove it"
-            )
-        elif entry.name.endswith(suffixes) and entry.is_file():
+        if entry.name.startswith("."):
+            continue
+        try:
+            with _reading(entry):
+                mode = entry.stat().st_mode
+        except DataError as error:
+            bad(_dangling(entry, error) or error)
+            continue
+        if stat.S_ISDIR(mode):
+            yield from _walk(entry, suffixes, above | {here}, bad)
+        elif entry.name.endswith(suffixes) and stat.S_ISREG(mode):
             yield entry
+
+
+def _dangling(entry: Path, error: DataError) -> DataError | None:
+    """The error of a link that leads to nothing; None for what has another ``error``."""
+    if not (isinstance(error.__cause__, FileNotFoundError) and entry.is_symlink()):
+        return None
+    target = os.readlink(entry)
+    return DataError(f"{entry}: links to {target}, which does not exist", hint="repair the link or remove it")
+
+
+def _ignore(error: DataError) -> None:
+    """For a second walk: the first one has reported it."""

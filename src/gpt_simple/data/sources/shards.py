@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from gpt_simple.config.schema import DataConfig
+from gpt_simple.data.cache import reading
 from gpt_simple.data.manifest import (
     ALL,
     FILE,
@@ -109,7 +110,8 @@ def _tokens(file: Path) -> NDArray[np.uint16]:
         raise DataError(
             f"{file}: {size:,} bytes are not a list of uint16 ids", hint="the file was cut off, copy it again"
         )
-    return np.asarray(np.memmap(file, "<u2", "r"))
+    with reading(file):
+        return np.asarray(np.memmap(file, "<u2", "r"))
 
 
 def _link(file: Path, target: Path, tokenizer: Tokenizer) -> SplitRecord:
