@@ -37,10 +37,19 @@ class Control(Protocol):
         """Ask for an evaluation at the end of this step."""
 
     def stop(self, reason: str) -> None:
-        """Ask for a resumable stop (exit code 75) at the end of this step."""
+        """Ask for a resumable stop (exit code 75) at the end of this step. The same command goes on."""
 
     def halt(self, reason: str) -> None:
         """Ask for a stop that needs a person (exit code 76) at the end of this step."""
+
+    def finish(self, reason: str) -> None:
+        """Complete the run (exit code 0) at the end of this step: log, save and evaluate, as after the last step.
+
+        A request in an evaluation takes effect right after it, without another step. The checkpoint holds ``reason``,
+        and a later launch reports it and does nothing, unless it has a larger ``training.max_steps``, other options of
+        the data, or other plugins or options of them. A halt in the same step has precedence; a stop leaves out the
+        last evaluation; the reason is not kept in the step ``training.max_steps``, which completes the run anyway.
+        """
 
     def skip_step(self, flag: torch.Tensor) -> None:
         """Skip this step if ``flag`` (0-d bool on the device) is true. Only from ``on_gradients``."""

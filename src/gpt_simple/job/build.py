@@ -231,6 +231,7 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_stat
     state = {
         "version": __version__,
         **job.state.state_dict(),
+        "finished": job.spec.without_secrets(job.state.finished),
         "samples": job.state.tokens // job.config.data.max_length,
         "optimizer": optimizer_document,
         "scaler": job.runtime.precision.scaler.state_dict(),
