@@ -149,6 +149,19 @@ class Run(Protocol):
     def facts(self) -> dict[str, Any]:
         """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""
 
+    def record(self, key: str, value: Any) -> None:
+        """Keep a fact of a plugin in run.json, such as the id of a tracker's run: durable when this returns.
+
+        From ``on_run_start`` on. ``key`` begins with the plugin's name (``"csvlog.path"``); ``value`` is what JSON can
+        hold, without NaN, else PluginError. Secrets of the configuration in it are hidden. The main process writes; a
+        plugin on all processes calls it on all of them. A fact is no part of a checkpoint: it survives a crash before
+        the first one, and may be of a later step than the one a launch resumes from. ``--force`` and a branch in
+        another directory start without facts. The file is written with each new value: not for every step.
+        """
+
+    def recorded(self, key: str, default: Any = None) -> Any:
+        """What ``record`` has kept under ``key``, in this launch or an earlier one, else ``default``."""
+
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         """This process's share of the val split, on the device.
 

@@ -176,6 +176,8 @@ def _trainer(
         loader=loader,
         known=_run_info(job, data, model),
         sync=control,
+        kept=run_dir.record.recorded,
+        keep=lambda key, value: run_dir.record_value(key, job.spec.without_secrets(value)),
     )
     plugins.adopt(run)
     checkpointer = Checkpointer(
