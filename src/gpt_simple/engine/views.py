@@ -136,6 +136,7 @@ class LaunchView:
     control: Requests
     log: EngineLog
     comm: EngineComm
+    plugin: Callable[..., Any]
 
     @property
     def step(self) -> int:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from gpt_simple.hooks.batch import Batch, Tokenizer
 
 
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "<missing>"})()
+"""The default of an argument that has none."""
+
+
 @frozen
 class CheckpointInfo:
     """A published checkpoint."""
@@ -145,6 +149,13 @@ class Run(Protocol):
 
     @property
     def checkpoints(self) -> Checkpoints: ...
+
+    def plugin(self, name: str, default: Any = MISSING) -> Any:
+        """The active plugin of a name: its instance on this process, for a plugin that ``requires`` or ``uses`` it.
+
+        In every hook. Returns ``default`` where the plugin is not active, has failed and was switched off, or is not
+        called, as a plugin of the main process on the others. Without a ``default`` that raises PluginError.
+        """
 
     def facts(self) -> dict[str, Any]:
         """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,9 @@ import torch
 from gpt_simple import Plugin, Run, hookimpl
 from gpt_simple.errors import GptSimpleError, PluginError
 from gpt_simple.hooks import HOOKS, NoConfig, StepEnd
+from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.plugin_host.lint import lint
+from gpt_simple.plugin_host.loading import PassedPlugin, load_plugin, name_passed
 from gpt_simple.testing.faults import misbehaving
 from gpt_simple.testing.host_sync import HostSync, no_host_sync
 from gpt_simple.testing.recorder import Recorder
@@ -29,16 +31,25 @@ TinyRun = Callable[..., Trained]
 
 
 def check_contract(
-    plugin: type[Plugin[Any]], *, overrides: Overrides = None, enable: tuple[str, ...] = (), observes: bool = True
+    plugin: type[Plugin[Any]],
+    *,
+    overrides: Overrides = None,
+    enable: tuple[str, ...] = (),
+    observes: bool = True,
+    beside: Sequence[PassedPlugin] = (),
 ) -> None:
     """Raise one AssertionError that lists everything that ``plugin`` breaks.
 
     ``overrides`` are the dotted keys of the configuration that it needs. ``enable`` switches an installed plugin on by
     its name, instead of passing its class. ``observes=False`` is for a plugin that is meant to change training.
+    ``beside`` are plugins that it requires or uses; installed ones that it requires are switched on without that.
     """
     if mistakes := lint(plugin):
         raise AssertionError("\n".join(map(str, mistakes)))
-    run = partial(train, *(() if enable else (plugin,)), overrides=overrides, enable=enable)
+    others = {*name_passed(beside, usable(installed()), ())}
+    required = tuple(_required(plugin, {*others, *enable}))
+    own = () if enable else (plugin,)
+    run = partial(train, *beside, *own, overrides=overrides, enable=(*enable, *required))
     try:
         broken = list(_fails_in_a_hook(run))
     except GptSimpleError as error:
@@ -47,13 +58,23 @@ def check_contract(
         broken += check(run)
     broken += _fails_when_others_fail(run, plugin)
     if observes:
-        others = {key: value for key, value in (overrides or {}).items() if not key.startswith("plugins.")}
-        if not _equal(train(overrides=others), run()):
+        tables = tuple(f"plugins.{name}." for name in (*others, *required))
+        kept = {k: v for k, v in (overrides or {}).items() if not k.startswith("plugins.") or k.startswith(tables)}
+        if not _equal(train(*beside, overrides=kept, enable=required), run()):
             broken.append(
                 "the trained weights differ from those of a run without it; is that meant? then observes=False"
             )
     if broken:
         raise AssertionError(f"{plugin.__name__} breaks the contract:\n" + "\n".join(f"- {text}" for text in broken))
+
+
+def _required(plugin: type[Plugin[Any]], given: set[str]) -> Iterator[str]:
+    """The installed plugins that a plugin requires, and those that they require, without those in ``given``."""
+    records = usable(installed())
+    for name in plugin.requires:
+        if name in records and name not in given:
+            given.add(name)
+            yield from (name, *_required(load_plugin(name, None, records[name]).cls, given))
 
 
 class StopsAfterTwo(Plugin[NoConfig]):
