@@ -18,7 +18,7 @@ from gpt_simple.plugin_host.loading import load_record
 from gpt_simple.testing import check_contract, train
 from tests.packages import FakePackage
 
-CSVLOG = Path(__file__).parents[2] / "plugins" / "gpt-simple-csvlog"
+PACKAGES = Path(__file__).parents[2] / "plugins"
 
 
 def install(projects: Sequence[Path], target: Path) -> None:
@@ -102,10 +102,21 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
 
 def test_csvlog_from_its_wheel_receives_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "site"
-    install([CSVLOG], target)
+    install([PACKAGES / "gpt-simple-csvlog"], target)
     monkeypatch.syspath_prepend(str(target))
     record = usable(installed())["csvlog"]
     assert record.distribution == "gpt-simple-csvlog"
     train(enable=("csvlog",), output_dir=tmp_path / "run", overrides={"plugins.csvlog.columns": ["train/loss"]})
     assert (tmp_path / "run" / "train.csv").read_text().splitlines()[0] == "step,tokens,train/loss"
     check_contract(load_record(record), enable=("csvlog",))  # type: ignore[arg-type]
+
+
+def test_early_stopping_from_its_wheel_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "site"
+    install([PACKAGES / "gpt-simple-early-stopping"], target)
+    monkeypatch.syspath_prepend(str(target))
+    assert usable(installed())["early_stopping"].distribution == "gpt-simple-early-stopping"
+    options = {"plugins.early_stopping.patience": 1, "plugins.early_stopping.min_delta": 10.0}
+    first, again = (train(output_dir=tmp_path / "run", max_steps=9, overrides=options).result for _ in range(2))
+    assert (first.status, first.steps) == (again.status, again.steps) == ("completed", 4)
+    assert f"completed at step 4 of 9 ({first.reason})" in again.reason

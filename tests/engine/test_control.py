@@ -29,10 +29,14 @@ def test_the_first_reason_counts_and_is_used_once() -> None:
     assert control.decide().save == ""
 
 
-def test_a_stop_request_stays() -> None:
+@pytest.mark.parametrize("kind", ["stop", "halt", "finish"])
+def test_a_request_that_ends_the_run_stays(kind: str) -> None:
     control = alone(requests := Requests())
-    requests.stop("SIGTERM")
-    assert [control.decide().stop, control.decide().stop] == ["SIGTERM", "SIGTERM"]
+    getattr(requests, kind)("why")
+    decisions = [control.decide(), control.decide()]
+    assert [getattr(decision, kind) for decision in decisions] == ["why", "why"]
+    assert all(decision.should_stop for decision in decisions)
+    assert [decision.interrupts for decision in decisions] == [kind != "finish"] * 2
 
 
 def test_a_stop_condition_that_was_met_stays_met() -> None:
@@ -69,7 +73,7 @@ def test_skip_flags_are_combined_and_taken_once() -> None:
     assert requests.take_skip() is None
 
 
-@pytest.mark.parametrize("request_", ["save", "evaluate", "stop", "halt"])
+@pytest.mark.parametrize("request_", ["save", "evaluate", "stop", "halt", "finish"])
 @pytest.mark.parametrize("reason", [None, "", 3, True])
 def test_a_request_without_a_reason_is_refused(request_: str, reason: Any) -> None:
     requests = Requests()
@@ -88,10 +92,10 @@ class Others:
 
     def all_reduce_max(self, flags: Any) -> list[int]:
         self.seen.append([int(flag) for flag in flags])
-        return [1, 0, 1, 0, 0, 1]
+        return [1, 0, 1, 0, 0, 0, 1]
 
     def gather(self, value: Any) -> list[Any]:
-        return [value, ["", "", "SIGTERM", ""]]
+        return [value, ["", "", "SIGTERM", "", ""]]
 
 
 def test_another_rank_can_decide_and_says_why() -> None:
@@ -101,6 +105,6 @@ def test_another_rank_can_decide_and_says_why() -> None:
     requests.save("mine")
     requests.disable("console")
     decision = control.decide()
-    assert others.seen == [[1, 0, 0, 0, 1, 0]]
+    assert others.seen == [[1, 0, 0, 0, 0, 1, 0]]
     assert (decision.save, decision.stop, decision.should_stop) == ("mine", "SIGTERM", True)
     assert decision.disabled_plugins == ("wandb",)

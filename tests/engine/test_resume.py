@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from gpt_simple import CheckpointError, Config
+from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.config.schema import Phase, PluginsConfig
 from gpt_simple.data.mixture import mixture
-from gpt_simple.engine.resume import resume_guarantee, run_fingerprint
+from gpt_simple.engine.resume import FoundCheckpoint, resume_guarantee, run_fingerprint, why_finished
 
 SAVED: dict[str, Any] = {
     "config": {
@@ -55,6 +57,33 @@ ORDER = " (the order of samples is another from here on: some come twice, others
 )
 def test_every_difference_is_in_the_guarantee(later: dict[str, Any], expected: str) -> None:
     assert resume_guarantee(SAVED, later, 100) == expected
+
+
+FINISHED = "the run was completed at step 2 of 4 (enough): raise training.max_steps, or change the options"
+
+
+@pytest.mark.parametrize(
+    ("later", "expected"),
+    [
+        (now(), FINISHED),
+        (now(1, training__seed=2, data__path="elsewhere", data__num_workers=3), FINISHED),
+        (now() | {"plugins": {"plugins.noise": "noise 2.0", "plugins.noise.scale": 0.1}}, FINISHED),
+        (now(training__max_steps=2), "step 2 of 2 was reached before: raise training.max_steps"),
+        (now(training__max_steps=3), FINISHED.replace("of 4", "of 3")),
+        (now(training__max_steps=5), ""),
+        (now(data__on_exhaustion="halt"), ""),
+        (now() | {"plugins": {"plugins.noise": "noise 1.0", "plugins.noise.scale": 0.2}}, ""),
+        (now() | {"plugins": {"plugins.noise": "louder 1.0", "plugins.noise.scale": 0.1}}, ""),
+        (now() | {"plugins": {}}, ""),
+    ],
+)
+def test_what_lets_a_run_go_on_that_a_plugin_finished(later: dict[str, Any], expected: str) -> None:
+    store, checkpoint = Store(Path("none")), Checkpoint(2, Path("none/step-00000002"))
+    why = why_finished(FoundCheckpoint(store, checkpoint, {"finished": "enough", "run": SAVED}), later)
+    assert why.partition(" of a plugin")[0] == expected
+    of_older_version = why_finished(FoundCheckpoint(store, checkpoint, {"run": SAVED}), later)
+    assert of_older_version == (expected if expected.startswith("step") else "")
+    assert why_finished(FoundCheckpoint(store), later) == ""
 
 
 def phases(*phases: tuple[int, dict[str, float]], **config: Any) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_the_worked_example_of_a_hook_keeps_the_contract(hook: str) -> None:
 def test_every_event_is_frozen_and_every_hook_can_be_called() -> None:
     for info in HOOKS.values():
         assert info.event is None or attrs.inspect(info.event).is_frozen
-    own = {"on_failure", "alone", "strict", "guard", "_callers"}
+    own = {"on_failure", "alone", "strict", "guard", "switched_off", "_callers"}
     assert {field.name for field in attrs.fields(Calls)} == {*DISPATCHED, *own}
 
 

@@ -300,6 +300,8 @@ def test_the_constructor_takes_the_configuration() -> None:
         ("on_error", "ignore"),
         ("before", "metrics"),
         ("after", ["metrics"]),
+        ("requires", "metrics"),
+        ("uses", [1]),
         ("aliases", (1,)),
         ("state_version", 0),
         ("state_version", "1"),

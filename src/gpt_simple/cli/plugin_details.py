@@ -46,9 +46,11 @@ def _head(plugin: LoadedPlugin, record: PluginRecord | None) -> Iterator[str]:
     yield f"  runs on   {'the main process' if plugin.ranks == 'main' else 'every process'}"
     policy = "ends the run" if plugin.on_error == "abort" else "switches the plugin off, with one warning"
     yield f"  failure   {policy}"
-    for relation in ("before", "after"):
+    for relation in ("before", "after", "requires", "uses"):
         if names := getattr(plugin.cls, relation):
             yield f"  {relation:<9} {', '.join(names)}"
+    if missing := [name for name in plugin.cls.requires if name not in usable(installed())]:
+        yield f"  missing   {', '.join(missing)} (not installed)"
     if plugin.cls.state_required:
         yield "  state     a checkpoint made with it needs it"
     yield f"  active    {_activation(plugin, record)}"

@@ -75,14 +75,14 @@ class Checkpointer:
     """Step and reason of the save that is running in the background."""
 
     def save(self, reason: str, *, blocking: bool) -> str:
-        """Save this step, unless it is saved already. Raises CheckpointError only if ``blocking``.
+        """Save this step, unless it is saved already as it is now. Raises CheckpointError only if ``blocking``.
 
         Returns why the run must halt: weights are not finite, so nothing is written and the last good checkpoint stays.
         After a background save ``poll`` requests the halt.
         """
         run, dist, started = self.run, self.run.dist, time.perf_counter()
         self.poll(wait=True)
-        if self._newest == run.step:
+        if self._newest == run.step and not run.state.finished:
             return ""
         in_background = run.config.training.background_save and not blocking
         if not in_background and not dist.on_main(lambda: all_finite(run.model.parameters())):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.errors import PluginError
@@ -18,8 +18,10 @@ from gpt_simple.errors import PluginError
 StopCondition = Callable[[], str]
 """Returns a reason to stop (a signal, the time budget, a request in the run directory), or an empty string."""
 
-_KINDS = ("save", "evaluate", "stop", "halt")
+_KINDS = ("save", "evaluate", "stop", "halt", "finish")
 """What can be requested, in the order of the collective."""
+_FINAL = _KINDS[2:]
+"""What ends the run."""
 
 _THROTTLE_SECONDS = 1.0
 
@@ -32,6 +34,7 @@ class Decision:
     evaluate: str = ""
     stop: str = ""
     halt: str = ""
+    finish: str = ""
     disabled_plugins: tuple[str, ...] = ()
     """Plugins that failed on some rank and are switched off on all."""
     failures: tuple[str, ...] = ()
@@ -40,7 +43,16 @@ class Decision:
     @property
     def should_stop(self) -> bool:
         """Whether the loop ends here, before ``max_steps``."""
+        return self.interrupts or bool(self.finish)
+
+    @property
+    def interrupts(self) -> bool:
+        """Whether the run is to end quickly: without another evaluation."""
         return bool(self.stop or self.halt)
+
+    def followed_by(self, later: Decision) -> Decision:
+        """Both decisions of one boundary. What ends the run is in the later one, too: such a request stays."""
+        return evolve(later, save=self.save or later.save, evaluate=self.evaluate or later.evaluate)
 
 
 _NOTHING = Decision()
@@ -68,6 +80,9 @@ class Requests:
     def halt(self, reason: str) -> None:
         self._request("halt", reason)
 
+    def finish(self, reason: str) -> None:
+        self._request("finish", reason)
+
     def _request(self, kind: str, reason: str) -> None:
         if not isinstance(reason, str) or not reason:
             raise PluginError(f"run.control was given {reason!r} as a reason; expected text that says why")
@@ -89,9 +104,8 @@ class Requests:
         self.failed_plugins[plugin] = message
 
     def clear(self) -> None:
-        """Remove what was decided. A request to stop or halt is final and stays."""
-        self.reasons.pop("save", None)
-        self.reasons.pop("evaluate", None)
+        """Remove what was decided. A request to stop, halt or finish is final and stays."""
+        self.reasons = {kind: reason for kind, reason in self.reasons.items() if kind in _FINAL}
         self.failed_plugins.clear()
 
 
@@ -113,6 +127,10 @@ class Control:
         """Whether any rank is to leave; all ranks call it together."""
         return bool(self.dist.all_reduce_max([self.is_leaving()])[0])
 
+    def any_finishing(self) -> bool:
+        """Whether a plugin of any rank has asked to finish; all ranks call it together."""
+        return bool(self.dist.all_reduce_max(["finish" in self.requests.reasons])[0])
+
     def decide(self) -> Decision:
         """Agree with all ranks, and clear what is acted on."""
         self._apply_stop_conditions()
@@ -123,8 +141,8 @@ class Control:
         failed = [name in requests.failed_plugins for name in self.plugins]
         agreed = self.dist.all_reduce_max([*map(bool, mine), *failed])
         # Texts need a second collective: only where the loop ends anyway or a plugin has failed.
-        texts = self.dist.gather(mine) if any(agreed[2 : len(_KINDS)]) else [mine]
-        save, evaluate, stop, halt = (
+        texts = self.dist.gather(mine) if any(agreed[len(_KINDS) - len(_FINAL) : len(_KINDS)]) else [mine]
+        save, evaluate, stop, halt, finish = (
             next(filter(None, given), "another process asked for it") if yes else ""
             for yes, given in zip(agreed, zip(*texts, strict=True), strict=False)
         )
@@ -133,7 +151,7 @@ class Control:
         messages = zip(*self.dist.gather(own), strict=False) if disabled else ()
         failures = tuple(next((text for text in given if text is not None), "") for given in messages)
         requests.clear()
-        return Decision(save, evaluate, stop, halt, disabled, failures)
+        return Decision(save, evaluate, stop, halt, finish, disabled, failures)
 
     def _apply_stop_conditions(self) -> None:
         if "stop" not in self.requests.reasons:

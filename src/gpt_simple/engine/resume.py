@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from attrs import field, frozen
 
@@ -57,6 +57,7 @@ _CONFIG = {"data.max_length": range(1, 2**63), "data.on_exhaustion": object, "da
 _STATE = {
     **dict.fromkeys(("step", "tokens", "target_tokens", "samples"), COUNT),
     "best_val_loss": (None, float),
+    "finished?": str,
     "optimizer": {"optimizer": str, "parameters": {...: _PARAMETER}},
     "scaler": {...: float},
     "model?": {...: str},
@@ -69,10 +70,9 @@ _RECORD = {"version": int, "required": bool, "distribution": str, "distribution_
 
 @frozen
 class FoundCheckpoint:
-    """What the run directory holds: start from scratch, resume from ``checkpoint``, or all steps are finished."""
+    """What the run directory holds. Without a ``checkpoint`` the run starts from scratch."""
 
     store: Store
-    kind: Literal["scratch", "resume", "finished"]
     checkpoint: Checkpoint | None = None
     state: Mapping[str, Any] = field(factory=dict)
     skipped: Sequence[tuple[Path, str]] = ()
@@ -85,7 +85,7 @@ def find_checkpoint(config: Config, store: Store, *, force: bool) -> FoundCheckp
     """Decide from what is on disk. Reads only; raises CheckpointError for what must not be resumed or overwritten."""
     setting = config.training.resume
     if force:
-        return FoundCheckpoint(store, "scratch")
+        return FoundCheckpoint(store)
     listed = store.list()
     if setting == "scratch":
         if listed:
@@ -93,7 +93,7 @@ def find_checkpoint(config: Config, store: Store, *, force: bool) -> FoundCheckp
                 f'training.resume is "scratch" but {store.root} holds {len(listed)} checkpoint(s), the newest of step'
                 f" {listed[-1].step}: add --force to discard them, or choose another training.output_dir"
             )
-        return FoundCheckpoint(store, "scratch")
+        return FoundCheckpoint(store)
     checkpoint, skipped = store.newest_valid(lambda found: _load_state(config, store, found))
     inside = setting != "auto" and Path(setting).resolve().parent == store.root.resolve()
     if checkpoint is None and skipped and not inside:
@@ -105,10 +105,9 @@ def find_checkpoint(config: Config, store: Store, *, force: bool) -> FoundCheckp
     if setting != "auto" and (checkpoint is None or inside):
         checkpoint = _open(Path(setting), store, newest=checkpoint)
     if checkpoint is None:
-        return FoundCheckpoint(store, "scratch")
-    kind: Literal["finished", "resume"] = "finished" if checkpoint.step >= config.training.max_steps else "resume"
+        return FoundCheckpoint(store)
     seen = [each.path for each in listed]
-    return FoundCheckpoint(store, kind, checkpoint, _load_state(config, store, checkpoint), skipped, seen)
+    return FoundCheckpoint(store, checkpoint, _load_state(config, store, checkpoint), skipped, seen)
 
 
 def _open(path: Path, store: Store, newest: Checkpoint | None) -> Checkpoint:
@@ -184,8 +183,13 @@ class ResumePlan:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the checkpoint has all steps."""
-        return self.found.kind == "finished"
+        """Whether the run is complete, so that this launch has nothing to do."""
+        return bool(self.why_finished)
+
+    @property
+    def why_finished(self) -> str:
+        """Why the run is complete, and what to change to go on; empty if this launch goes on."""
+        return why_finished(self.found, self.fingerprint)
 
     @property
     def source(self) -> Path | None:
@@ -204,6 +208,32 @@ def plan_resume(found: FoundCheckpoint, fingerprint: Mapping[str, Any]) -> Resum
         return ResumePlan(found, fingerprint, "from scratch")
     guarantee = resume_guarantee(found.state["run"], fingerprint, found.state["samples"])
     return ResumePlan(found, fingerprint, f"resumed from step {found.state['step']}: {guarantee}")
+
+
+def why_finished(found: FoundCheckpoint, now: Mapping[str, Any]) -> str:
+    """Why a launch with the fingerprint ``now`` has nothing to do, and what to change to go on; empty if it goes on.
+
+    A run that was complete before ``training.max_steps`` goes on with more steps, and where another plugin, other
+    options of one or other options of the data may decide otherwise. Another version of a plugin is no such change.
+    """
+    if found.checkpoint is None:
+        return ""
+    step, steps, saved = found.checkpoint.step, now["config"]["training.max_steps"], found.state["run"]
+    if step >= steps:
+        return f"step {step} of {steps} was reached before: raise training.max_steps"
+    reason = found.state.get("finished", "")
+    if not reason or steps > saved["config"].get("training.max_steps", steps) or _ends(saved) != _ends(now):
+        return ""
+    change = "raise training.max_steps, or change the options of a plugin or of the data"
+    return f"the run was completed at step {step} of {steps} ({reason}): {change}"
+
+
+def _ends(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of data and plugins, which may complete a run before its last step; plugins without versions."""
+    config, plugins = fingerprint["config"], fingerprint.get("plugins", {})
+    data = {key: value for key, value in config.items() if key.startswith("data.") and not key.startswith(_NEUTRAL)}
+    names = {key: value.partition(" ")[0] for key, value in plugins.items() if key.count(".") == 1}
+    return {**data, **plugins, **names}
 
 
 def run_fingerprint(

@@ -13,12 +13,14 @@ class TrainState:
     """Counts since step 0, over all ranks. ``tokens`` are positions; ``target_tokens`` are those in the loss.
 
     ``best_val_loss`` is the lowest validation loss so far in nats per target token, None before an evaluation.
+    ``finished`` is the reason why the run is complete before ``max_steps``, empty while it is not.
     """
 
     step: int = 0
     tokens: int = 0
     target_tokens: int = 0
     best_val_loss: float | None = None
+    finished: str = ""
 
     def advance(self, tokens: int, target_tokens: int) -> None:
         """Count one optimizer step, also one that was skipped."""
@@ -31,11 +33,18 @@ class TrainState:
         if self.best_val_loss is None or loss < self.best_val_loss:
             self.best_val_loss = loss
 
+    def finish(self, reason: str) -> None:
+        """Mark the run as complete."""
+        self.finished = reason
+
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``'s values; other keys are ignored."""
+        """Continue from ``state_dict``'s values; other keys are ignored.
+
+        A run that continues is not finished, whatever an earlier launch decided.
+        """
         self.step, self.tokens, self.target_tokens = state["step"], state["tokens"], state["target_tokens"]
         self.best_val_loss = state["best_val_loss"]

@@ -41,13 +41,17 @@ _UNLOGGED = 100
 
 @frozen
 class FitResult:
-    """How the loop ended. ``rates``: tokens per second of each logging interval."""
+    """How the loop ended. ``rates``: tokens per second of each logging interval.
+
+    ``data_ended``: there are no more data, which is why the run is complete.
+    """
 
     status: RunStatus
     reason: str
     last_train: Mapping[str, float]
     last_eval: Mapping[str, float]
     rates: tuple[float, ...]
+    data_ended: bool
 
 
 @define(slots=False, eq=False)
@@ -71,6 +75,9 @@ class Trainer:
     _buffer: MetricBuffer = field(factory=MetricBuffer, init=False)
     _timer: StepTimer = field(factory=StepTimer, init=False)
     _first_step: bool = field(default=True, init=False)
+    _evaluated: int = field(default=-1, init=False)
+    """The step of the last evaluation."""
+    _data_ended: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
@@ -83,13 +90,20 @@ class Trainer:
             status, reason = self._fit()
         except StopNow as stop:
             status, reason = "stopped", str(stop)
-        return FitResult(status, reason, self._last_train, self._last_eval, tuple(self._rates))
+        return FitResult(status, reason, self._last_train, self._last_eval, tuple(self._rates), self._data_ended)
 
     def _fit(self) -> tuple[RunStatus, str]:
         self.run.model.train()
         self._refuse_untrained()
-        if (decision := self._decide()).should_stop:
-            return self._stopped(decision)
+        decision = self._decide()
+        if decision.finish and not decision.halt:
+            decision = self._boundary(is_last=False)
+        elif not decision.should_stop:
+            decision = self._run_steps()
+        return self._outcome(decision)
+
+    def _run_steps(self) -> Decision:
+        """Run steps until a decision ends the run or all steps are finished. Returns the last decision."""
         if self.run.world_size > 1:
             self.train_step.warm_up_ddp(self._zero_batch())
         self._timer = StepTimer(waited_before=self.run.loader.wait_seconds)
@@ -97,11 +111,12 @@ class Trainer:
             try:
                 self._step(is_last=self.run.step + 1 == self._max_steps)
             except DataExhausted as exhausted:
-                return self._out_of_data(str(exhausted))
+                self._data_ended = True
+                self.run.control.finish(str(exhausted))
             decision = self._boundary(is_last=self.run.step == self._max_steps)
             if decision.should_stop:
-                return self._stopped(decision)
-        return "completed", f"finished all {self._max_steps} steps"
+                break
+        return decision
 
     def _refuse_untrained(self) -> None:
         """Raise PluginError if a plugin has changed which parameters the model has or trains, which has no effect."""
@@ -164,22 +179,41 @@ class Trainer:
             torch.cuda.synchronize(self.run.device)
 
     def _boundary(self, is_last: bool) -> Decision:
-        """After a step, always in this order: metrics, one decision, checkpoint, evaluation, stop."""
-        step, every = self.run.step, self.run.config.training.logging_steps
-        logs = is_last or step % (every or _UNLOGGED) == 0
+        """After a step, always in this order: metrics, one decision, checkpoint, evaluation, stop.
+
+        A decision to finish makes this boundary that of the last step. So does one during its evaluation: the
+        checkpoint, which was written before, is then replaced.
+        """
+        step, training = self.run.step, self.run.config.training
+        logs = is_last or step % (training.logging_steps or _UNLOGGED) == 0
         if logs:
-            self._log(notify=bool(every))
-            with self._timer.paused():
-                self.checkpointer.poll(wait=False)
+            self._log_interval()
         decision = self._decide()
+        finishes = bool(decision.finish) and not is_last
+        if finishes and self._buffer:
+            self._log_interval()
+            decision = decision.followed_by(self._decide())  # what was logged may halt the run
+        if finishes := finishes and not decision.halt:
+            self.run.state.finish(decision.finish)
+        blocking = is_last or decision.should_stop
         retry = "the one before could not be written" if logs and self.checkpointer.retry_due else ""
-        if decision.save or decision.should_stop or is_last or retry:
-            reason = "last step" if is_last else decision.stop or decision.halt or decision.save
-            if not_finite := self._save(reason or retry, blocking=decision.should_stop or is_last):
+        if decision.save or blocking or retry:
+            reason = "last step" if is_last else decision.halt or decision.finish or decision.stop or decision.save
+            if not_finite := self._save(reason or retry, blocking=blocking):
                 return Decision(halt=not_finite)
-        if decision.evaluate and not decision.should_stop:
+        evaluates = decision.evaluate or (finishes and training.eval_steps)
+        if evaluates and not decision.interrupts and self._evaluated != step:
             self._evaluate()
+            if not (is_last or finishes) and self.control.any_finishing():
+                return self._boundary(is_last=False)
         return decision
+
+    def _log_interval(self) -> None:
+        """Log the steps since the last logging boundary, if there are any."""
+        if self._buffer:
+            self._log(notify=bool(self.run.config.training.logging_steps))
+        with self._timer.paused():
+            self.checkpointer.poll(wait=False)
 
     def _decide(self) -> Decision:
         decision = self.control.decide()
@@ -241,7 +275,7 @@ class Trainer:
                 run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
                 return
             floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
-            self._last_eval = floats
+            self._last_eval, self._evaluated = floats, state.step
             if (loss := floats.get(VAL_LOSS)) is not None and math.isfinite(loss):
                 state.record_val_loss(loss)
                 self.checkpointer.run_dir.record_val_loss(state.step, loss)
@@ -255,23 +289,15 @@ class Trainer:
         with self._timer.paused():
             return self.checkpointer.save(reason, blocking=blocking)
 
-    def _stopped(self, decision: Decision) -> tuple[RunStatus, str]:
+    def _outcome(self, decision: Decision) -> tuple[RunStatus, str]:
+        """How the run ends. A halt needs a person, whatever else was decided; a complete run is not stopped."""
+        step = self.run.step
+        reason = self.run.state.finished or (f"finished all {step} steps" if step == self._max_steps else "")
         if decision.halt:
             return "halted", decision.halt
-        if self.run.step == self._max_steps:
-            reason = f"finished all {self._max_steps} steps; the last evaluation was left out: {decision.stop}"
-            return "completed", reason
-        return "stopped", decision.stop
-
-    def _out_of_data(self, reason: str) -> tuple[RunStatus, str]:
-        """The data ended before ``max_steps``: the run is complete, as after its last step."""
-        if self._buffer:
-            self._log(notify=True)
-        if not_finite := self._save(reason, blocking=True):
-            return "halted", not_finite
-        if self.run.config.training.eval_steps:
-            self._evaluate()
-        return "completed", reason
+        if reason and decision.stop and self._evaluated != step:
+            reason += f"; the last evaluation was left out: {decision.stop}"
+        return ("completed", reason) if reason else ("stopped", decision.stop)
 
     def _update_status(self) -> None:
         # Of the latest intervals only: the list grows with the run.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from attrs import define, field, frozen
 
+from gpt_simple._documents import parse
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import Loader
@@ -140,6 +141,7 @@ class LaunchView:
     control: Requests
     log: EngineLog
     comm: EngineComm
+    plugin: Callable[..., Any]
 
     @property
     def step(self) -> int:
@@ -183,7 +185,7 @@ class LaunchView:
 
 _LATER = {
     **dict.fromkeys(("model", "tokenizer", "checkpoints", "evaluating", "generate"), "on_model_built"),
-    **dict.fromkeys(("run_id", "loss", "val_batches"), "on_run_start"),
+    **dict.fromkeys(("run_id", "loss", "val_batches", "record", "recorded"), "on_run_start"),
 }
 """Members of ``hooks.run.Run`` that only later views have, and the hook that sees them first."""
 
@@ -215,7 +217,10 @@ class ModelView(LaunchView):
 
 @frozen(eq=False)
 class RunView(ModelView):
-    """The whole run. ``wrapped`` is the module whose backward reduces gradients; ``known`` is what ``facts`` copies."""
+    """The whole run. ``wrapped`` is the module whose backward reduces gradients; ``known`` is what ``facts`` copies.
+
+    ``kept`` is what plugins have recorded in run.json, and ``keep`` records a value there.
+    """
 
     run_id: str
     wrapped: torch.nn.Module
@@ -223,9 +228,29 @@ class RunView(ModelView):
     loader: Loader
     known: Mapping[str, Any]
     sync: Control
+    kept: Mapping[str, Any]
+    keep: Callable[[str, Any], None]
 
     def facts(self) -> dict[str, Any]:
         return deepcopy(dict(self.known))
+
+    def record(self, key: str, value: Any) -> None:
+        if not isinstance(key, str) or not key:
+            raise PluginError(
+                f"run.record was given {key!r} as a key; expected text", hint="begin with the plugin's name"
+            )
+        try:
+            # As a later launch reads it, at its place in run.json.
+            as_read = parse(json.dumps({"recorded": {key: value}}, allow_nan=False))["recorded"][key]
+        except Exception as error:
+            reason = f"run.record was given a value for {key!r} that JSON cannot hold ({describe(error)})"
+            raise PluginError(
+                reason, hint="expected text, finite numbers, lists and mappings with text as keys"
+            ) from error
+        self.keep(key, as_read)
+
+    def recorded(self, key: str, default: Any = None) -> Any:
+        return deepcopy(self.kept.get(key, default))
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.summed_loss(self.wrapped, batch)

@@ -72,7 +72,7 @@ class GradientsReady:
 
 @frozen
 class StepEnd:
-    """Totals after the step. ``is_last``: the run ends with it."""
+    """Totals after the step. ``is_last``: it is step ``training.max_steps``."""
 
     step: int
     tokens: int

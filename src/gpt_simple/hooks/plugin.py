@@ -67,6 +67,15 @@ class Plugin(Generic[C], Hooks):
     after: ClassVar[tuple[str, ...]] = ()
     """Names of plugins that are called before this one."""
 
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Names of plugins without which this one does not work. They are called before it.
+
+    A run without one of them is refused before it starts. Requiring a plugin does not activate it.
+    """
+
+    uses: ClassVar[tuple[str, ...]] = ()
+    """Names of plugins that this one uses where they are active. They are called before it."""
+
     state_version: ClassVar[int] = 1
     """Stored with the state and handed back to ``load_state_dict``."""
 

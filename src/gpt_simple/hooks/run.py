@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from gpt_simple.hooks.batch import Batch, Tokenizer
 
 
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "<missing>"})()
+"""The default of an argument that has none."""
+
+
 @frozen
 class CheckpointInfo:
     """A published checkpoint."""
@@ -37,10 +41,19 @@ class Control(Protocol):
         """Ask for an evaluation at the end of this step."""
 
     def stop(self, reason: str) -> None:
-        """Ask for a resumable stop (exit code 75) at the end of this step."""
+        """Ask for a resumable stop (exit code 75) at the end of this step. The same command goes on."""
 
     def halt(self, reason: str) -> None:
         """Ask for a stop that needs a person (exit code 76) at the end of this step."""
+
+    def finish(self, reason: str) -> None:
+        """Complete the run (exit code 0) at the end of this step: log, save and evaluate, as after the last step.
+
+        A request in an evaluation takes effect right after it, without another step. The checkpoint holds ``reason``,
+        and a later launch reports it and does nothing, unless it has a larger ``training.max_steps``, other options of
+        the data, or other plugins or options of them. A halt in the same step has precedence; a stop leaves out the
+        last evaluation; the reason is not kept in the step ``training.max_steps``, which completes the run anyway.
+        """
 
     def skip_step(self, flag: torch.Tensor) -> None:
         """Skip this step if ``flag`` (0-d bool on the device) is true. Only from ``on_gradients``."""
@@ -137,8 +150,28 @@ class Run(Protocol):
     @property
     def checkpoints(self) -> Checkpoints: ...
 
+    def plugin(self, name: str, default: Any = MISSING) -> Any:
+        """The active plugin of a name: its instance on this process, for a plugin that ``requires`` or ``uses`` it.
+
+        In every hook. Returns ``default`` where the plugin is not active, has failed and was switched off, or is not
+        called, as a plugin of the main process on the others. Without a ``default`` that raises PluginError.
+        """
+
     def facts(self) -> dict[str, Any]:
         """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""
+
+    def record(self, key: str, value: Any) -> None:
+        """Keep a fact of a plugin in run.json, such as the id of a tracker's run: durable when this returns.
+
+        From ``on_run_start`` on. ``key`` begins with the plugin's name (``"csvlog.path"``); ``value`` is what JSON can
+        hold, without NaN, else PluginError. Secrets of the configuration in it are hidden. The main process writes; a
+        plugin on all processes calls it on all of them. A fact is no part of a checkpoint: it survives a crash before
+        the first one, and may be of a later step than the one a launch resumes from. ``--force`` and a branch in
+        another directory start without facts. The file is written with each new value: not for every step.
+        """
+
+    def recorded(self, key: str, default: Any = None) -> Any:
+        """What ``record`` has kept under ``key``, in this launch or an earlier one, else ``default``."""
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         """This process's share of the val split, on the device.

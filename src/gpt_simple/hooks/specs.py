@@ -207,7 +207,7 @@ class HookSpecs:
             @hookimpl
             def on_step_end(self, run, event):
                 if event.tokens >= self.config.token_budget:
-                    run.control.stop("the token budget is spent")
+                    run.control.finish("the token budget is spent")
         """
 
     @_hook(ranks="all", returns="metrics")

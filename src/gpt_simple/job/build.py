@@ -178,6 +178,8 @@ def _trainer(
         loader=loader,
         known=_run_info(job, data, model),
         sync=control,
+        kept=run_dir.record.recorded,
+        keep=lambda key, value: run_dir.record_value(key, job.spec.without_secrets(value)),
     )
     plugins.adopt(run)
     checkpointer = Checkpointer(
@@ -234,6 +236,7 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_stat
     state = {
         "version": __version__,
         **job.state.state_dict(),
+        "finished": job.spec.without_secrets(job.state.finished),
         "samples": job.state.tokens // job.config.data.max_length,
         "model": layouts(tensors["model"]),
         "optimizer": optimizer_document,

@@ -64,10 +64,15 @@ class ClaimedRunDir:
     def record_val_loss(self, step: int, loss: float) -> None:
         """Record the validation loss of ``step`` durably. A full disk does not end the run: it is logged."""
         if self._lock.is_held():
-            try:
-                self.record.evaluated(step, loss, [found.step for found in self.store.list()])
-            except OSError as error:
-                self._log.error(f"{self.paths.run_json} was not written: {error.strerror}", name="output_failed")
+            self.record.evaluated(step, loss, [found.step for found in self.store.list()])
+            self._write_record()
+
+    def record_value(self, key: str, value: Any) -> None:
+        """Record a JSON value of a plugin durably. A full disk does not end the run: it is logged."""
+        if key in self.record.recorded and self.record.recorded[key] == value:
+            return
+        self.record.recorded[key] = value
+        self._write_record()
 
     def keep(self) -> None:
         """If the directory was deleted, recreate it with all that a later launch and other commands need.
@@ -94,6 +99,13 @@ class ClaimedRunDir:
         self.status.update(force=True)
         message = f"{self.paths.root} is gone, with the earlier checkpoints: it is made anew"
         self._log.error(message, name="output_gone")
+
+    def _write_record(self) -> None:
+        if self._lock.is_held():
+            try:
+                self.record.write()
+            except OSError as error:
+                self._log.error(f"{self.paths.run_json} was not written: {error.strerror}", name="output_failed")
 
     def take_stop_request(self) -> str:
         """The reason of a stop request in the directory, or an empty string. Also keeps the directory."""

@@ -42,6 +42,7 @@ class PluginCalls:
             self.requests,
             self.log,
             self.comm,
+            spec.host.active,
         )
         self.view = self._launch_view
         self.calls = spec.host.calls(dist.is_main, self._plugin_failed, world_size=dist.size, guard=TORCH_STATE)

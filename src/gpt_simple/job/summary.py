@@ -100,12 +100,10 @@ def _write_summary(job: Job, summary: dict[str, Any]) -> None:
 def _summarise(job: Job, data: Dataset, run_dir: ClaimedRunDir, fit: FitResult) -> dict[str, Any]:
     """What ``summary.json`` holds. Losses are in nats per target token."""
     state, newest, steps = job.state, run_dir.store.list(), job.config.training.max_steps
-    # What the next launch needs to continue: more steps, data that do not end, or no change.
+    # What the next launch needs to continue: data that do not end, more steps, or no change.
     change: dict[str, str] = {}
-    if fit.status == "completed" and state.step >= steps:
-        change = {"training.max_steps": str(2 * steps)}
-    elif fit.status == "completed" and job.config.data.on_exhaustion != "repeat":
-        change = {"data.on_exhaustion": "repeat"}
+    if fit.status == "completed":
+        change = {"data.on_exhaustion": "repeat"} if fit.data_ended else {"training.max_steps": str(2 * steps)}
     host = job.spec.host
     return {
         "status": fit.status,
@@ -157,9 +155,9 @@ def _sample(spec: RunSpec) -> str:
 
 
 def already_finished(job: Job, plan: ResumePlan) -> TrainResult:
-    """The result of a run whose steps were all finished before. Changes nothing."""
+    """The result of a run that was completed before. Changes nothing."""
     state, run_dir = plan.found.state, job.run_dir
-    reason = f"step {state['step']} of {job.config.training.max_steps} was reached before: raise training.max_steps"
+    reason = plan.why_finished
     job.plugins.log.info(f"{run_dir.root}: nothing to do, {reason}, or add --force to start anew", name="finished")
     summary: dict[str, Any] = dict.fromkeys(_SHARED) | {"best_val_loss": state["best_val_loss"]}
     with suppress(OSError, ValueError):

@@ -134,6 +134,16 @@ def _decide(
     return decision
 
 
+def why_absent(name: str, decisions: Mapping[str, Decision]) -> tuple[str, str]:
+    """Why a plugin that something needs is not active, and what to do."""
+    if (decision := decisions.get(name)) is not None:
+        return f"is not active ({decision.why})", decision.remedy
+    close = difflib.get_close_matches(name, decisions, 1)
+    listed = f"`{PROGRAM} plugins list` shows what is installed"
+    what = f"did you mean {close[0]!r}? " if close else "install its package and switch it on: "
+    return "is not installed", what + (f"({listed})" if close else f"[plugins.{name}] or -p {name} ({listed})")
+
+
 def _missing_requirements(decisions: Mapping[str, Decision], table: PluginsTable) -> Iterator[Problem]:
     for decision in (decisions[name] for name in table.require if name in decisions):
         if not decision.active:

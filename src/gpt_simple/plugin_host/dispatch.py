@@ -151,6 +151,8 @@ class Calls:
     alone: bool = True
     strict: bool = False
     guard: Guard = field(factory=Guard)
+    switched_off: set[str] = field(factory=set)
+    """The plugins that are no longer called on this process."""
     _callers: dict[str, HookCaller] = field(factory=dict)
     check_runtime: Callable[[Run, Preflight], Findings] | None = None
     on_model_built: Callable[[Run, events.ModelBuilt], None] | None = None
@@ -180,6 +182,7 @@ class Calls:
 
     def disable(self, name: str) -> None:
         """Switch a plugin off in every hook but ``on_close``, once all processes have agreed to that."""
+        self.switched_off.add(name)
         for hook in self._callers:
             self._drop(hook, name)
 
@@ -205,6 +208,7 @@ class Calls:
                 raise error
             raise failure from error
         plugin.failed = True
+        self.switched_off.add(plugin.name)
         for name in self._callers:
             if self._can_drop_out(name):
                 self._drop(name, plugin.name)

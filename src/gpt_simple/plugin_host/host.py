@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from attrs import define, evolve, field
 from pluggy import HookimplOpts, PluginManager, PluginValidationError
 
 from gpt_simple._names import DISTRIBUTION
-from gpt_simple.errors import GptSimpleError, PluginError, collecting, raise_all
+from gpt_simple.errors import GptSimpleError, PluginError, Problem, collecting, raise_all
 from gpt_simple.hooks.components import Registry
 from gpt_simple.hooks.results import Finding
+from gpt_simple.hooks.run import MISSING
 from gpt_simple.hooks.specs import HOOKS, PROJECT, HookSpecs
-from gpt_simple.plugin_host.activation import Decision, PluginsTable, Switches, decide
+from gpt_simple.plugin_host.activation import Decision, PluginsTable, Switches, decide, why_absent
 from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.plugin_host.dispatch import (
     DISPATCHED,
@@ -135,6 +136,8 @@ class PluginHost:
                     loaded.append(plugin)
                 else:
                     inactive_configs[name] = plugin.cls.Config
+        failures |= _without_requirements(loaded, decisions, {*failures, *broken_files}, table.tables)
+        loaded = [plugin for plugin in loaded if plugin.name not in failures]
         found += failures.values()
         with collecting(found):
             loaded = ordered(loaded)
@@ -223,6 +226,24 @@ class PluginHost:
             if self._manager.has_plugin(plugin.name):
                 self._manager.unregister(name=plugin.name)
 
+    def active(self, name: str, default: Any = MISSING) -> Any:
+        """The instance of a plugin that is called on this process, else ``default``; without one raise PluginError."""
+        found = next((plugin for plugin in self.plugins if plugin.name == name), None)
+        if found is None:
+            why, remedy = why_absent(name, self.decisions)
+        elif self._calls is not None and name in self._calls.switched_off:
+            why, remedy = "was switched off, because it failed", "the warning before says why"
+        elif not (self._is_main or found.ranks == "all"):
+            why, remedy = (
+                "runs on the main process only",
+                'ask where run.is_main is true, or let it declare ranks = "all"',
+            )
+        else:
+            return found.instance
+        if default is not MISSING:
+            return default
+        raise PluginError(f"run.plugin: plugin {name!r} {why}", hint=remedy)
+
     def order_hash(self) -> str:
         """A short hash of which plugins run, of which version, in which order; the same on all processes."""
         import hashlib  # only here, because it loads OpenSSL and only a run needs it
@@ -284,3 +305,25 @@ def _described(plugin: LoadedPlugin) -> Mapping[str, Any]:
 def _runs_everywhere(hook: str, plugin: LoadedPlugin) -> bool:
     ranks = HOOKS[hook].ranks
     return ranks == "all" or (ranks == "plugin" and plugin.ranks == "all")
+
+
+def _without_requirements(
+    loaded: Sequence[LoadedPlugin],
+    decisions: Mapping[str, Decision],
+    failed: Collection[str],
+    tables: Collection[str],
+) -> dict[str, GptSimpleError]:
+    """The error of each plugin that requires one that is not active. Those that ``failed`` have errors of their own."""
+    here = {*failed, *(plugin.name for plugin in loaded)}
+    errors: dict[str, GptSimpleError] = {}
+    for plugin in loaded:
+        problems = []
+        for name in plugin.cls.requires:
+            if name not in here:
+                why, remedy = why_absent(name, decisions)
+                message = f"plugin {plugin.label} requires plugin {name!r}, which {why}"
+                key = f"plugins.{plugin.name}" if plugin.name in tables else ""
+                problems.append(Problem(None, key, message, f"{remedy}; or switch {plugin.name!r} off"))
+        if problems:
+            errors[plugin.name] = PluginError(*problems)
+    return errors

@@ -165,7 +165,7 @@ def _class_mistakes(cls: type[Plugin[Any]], has_instance: bool) -> Iterator[Prob
         yield _problem(f"ranks is {cls.ranks!r}", 'expected "main" or "all"')
     if cls.on_error not in (None, "abort", "disable"):
         yield _problem(f"on_error is {cls.on_error!r}", 'expected "abort", "disable" or None')
-    for name in ("before", "after", "aliases"):
+    for name in ("before", "after", "requires", "uses", "aliases"):
         value: object = getattr(cls, name)
         if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
             yield _problem(f"{name} is {value!r}", f"expected a tuple of plugin names, such as ({str(value)!r},)")

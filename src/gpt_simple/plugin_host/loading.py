@@ -204,11 +204,15 @@ def name_passed(
 
 
 def ordered(plugins: Iterable[LoadedPlugin]) -> list[LoadedPlugin]:
-    """Call order: by ``before`` and ``after``, then by name. A cycle is a PluginError with its members."""
+    """Call order: by ``before``, ``after``, ``requires`` and ``uses``, then by name.
+
+    A cycle is a PluginError with its members.
+    """
     by_name = {plugin.name: plugin for plugin in plugins}
     sorter = TopologicalSorter(dict.fromkeys(by_name, ()))
     for name, plugin in by_name.items():
-        sorter.add(name, *(other for other in plugin.cls.after if other in by_name))
+        earlier = (*plugin.cls.after, *plugin.cls.requires, *plugin.cls.uses)
+        sorter.add(name, *(other for other in earlier if other in by_name))
         for other in plugin.cls.before:
             if other in by_name:
                 sorter.add(other, name)
@@ -216,7 +220,8 @@ def ordered(plugins: Iterable[LoadedPlugin]) -> list[LoadedPlugin]:
         sorter.prepare()
     except CycleError as error:
         members = ", ".join(by_name[name].label for name in sorted(set(error.args[1])))
-        raise PluginError(f"the before and after of these plugins contradict each other: {members}") from error
+        what = "before, after, requires and uses"
+        raise PluginError(f"the {what} of these plugins contradict each other: {members}") from error
     result: list[LoadedPlugin] = []
     ready: list[str] = []
     while sorter.is_active():

@@ -161,7 +161,7 @@ def _resume(preflight: Preflight) -> Iterator[Finding]:
     if resume.kind == "scratch":
         message = "starts from scratch"
     elif resume.kind == "finished":
-        message = f"{resume.path} has reached step {resume.step} of {steps}: there is nothing to do"
+        message = f"{resume.path}: there is nothing to do, {resume.finished}"
     else:
         message = f"goes on from {resume.path}, step {resume.step} of {steps}"
         message += "" if differs else f": {resume.guarantee}"

@@ -52,12 +52,14 @@ def plan_resume(
     fingerprints = data.fingerprints if data is not None and data.fingerprints else saved["data"]
     numerics = saved["numerics"] | {"torch": version("torch"), "processes": options.world_size}
     now = engine.run_fingerprint(config, data=fingerprints, numerics=numerics, plugins=plugins)
+    finished = engine.why_finished(found, now)
     return PlannedResume(
-        kind=found.kind,
+        kind="finished" if finished else "resume",
         step=found.checkpoint.step,
         path=found.checkpoint.path,
         guarantee=engine.resume_guarantee(saved, now, samples),
         changes=engine.changes(saved, now, samples),
         skipped=found.skipped,
         samples=samples,
+        finished=finished,
     )

@@ -21,7 +21,7 @@ _ALPHABET = string.ascii_lowercase + string.digits
 
 LAUNCH = {"step": COUNT, "time": TIME, "host": str}
 _FACTS = {"config?": dict, "origins?": {...: str}}
-_SHAPE = {"run_id": str, "lineage": [LAUNCH], "facts": _FACTS, "val_losses?": {...: (None, float)}}
+_SHAPE = {"run_id": str, "lineage": [LAUNCH], "facts": _FACTS, "val_losses?": {...: (None, float)}, "recorded?": dict}
 _ROW = {"kind": str, "step": COUNT, "name?": (None, str), "index?": object, "message?": object}
 
 
@@ -40,6 +40,8 @@ class RunRecord:
     facts: dict[str, Any] = field(factory=dict)
     val_losses: dict[str, float] = field(factory=dict)
     """Step -> validation loss, of steps that have a checkpoint."""
+    recorded: dict[str, Any] = field(factory=dict)
+    """What plugins have recorded, as JSON values."""
 
     @classmethod
     def load(cls, run_dir: RunDir) -> RunRecord:
@@ -48,7 +50,8 @@ class RunRecord:
         try:
             document = read(path, _SHAPE)
             losses = {step: loss for step, loss in document.get("val_losses", {}).items() if step.isdecimal()}
-            return cls(run_dir, document["run_id"], document["lineage"], document["facts"], losses)
+            recorded = document.get("recorded", {})
+            return cls(run_dir, document["run_id"], document["lineage"], document["facts"], losses, recorded)
         except FileNotFoundError:
             return cls(run_dir, new_id())
         except (OSError, ValueError) as error:
@@ -72,15 +75,16 @@ class RunRecord:
         self.write()
 
     def evaluated(self, step: int, loss: float, steps_with_checkpoint: Collection[int]) -> None:
-        """Keep the validation loss of ``step``, and of other steps only while their checkpoints exist."""
+        """Keep the validation loss of ``step``, and of other steps only while they have checkpoints. Writes nothing."""
         kept = {key: value for key, value in self.val_losses.items() if int(key) in steps_with_checkpoint}
         self.val_losses = {**kept, str(step): loss}
-        self.write()
 
     def write(self) -> None:
         """Write the record as it is."""
         document = asdict(self, recurse=False)
         del document["run_dir"]
+        if not self.recorded:
+            del document["recorded"]
         write_json(self.run_dir.run_json, document)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +19,9 @@ from gpt_simple import Plugin, Run, hookimpl
 from gpt_simple.errors import GptSimpleError, PluginError
 from gpt_simple.hooks import HOOKS, NoConfig, StepEnd
 from gpt_simple.hooks.components import BUILTIN, Component, builtin_registry
+from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.plugin_host.lint import lint
-from gpt_simple.plugin_host.loading import LoadedPlugin
+from gpt_simple.plugin_host.loading import LoadedPlugin, PassedPlugin, load_plugin, name_passed
 from gpt_simple.testing.faults import misbehaving
 from gpt_simple.testing.host_sync import HostSync, no_host_sync
 from gpt_simple.testing.recorder import Recorder
@@ -32,15 +33,21 @@ TinyRun = Callable[..., Trained]
 
 
 def check_contract(
-    plugin: type[Plugin[Any]], *, overrides: Overrides = None, enable: tuple[str, ...] = (), observes: bool = True
+    plugin: type[Plugin[Any]],
+    *,
+    overrides: Overrides = None,
+    enable: tuple[str, ...] = (),
+    observes: bool = True,
+    beside: Sequence[PassedPlugin] = (),
 ) -> None:
     """Raise one AssertionError that lists everything that ``plugin`` breaks.
 
     Every component that it registers is built, trained and resumed. ``overrides`` are the dotted keys of the
     configuration that it and its components need. ``enable`` switches an installed plugin on by its name, instead of
-    passing its class. ``observes=False`` is for a plugin that is meant to change training.
+    passing its class. ``observes=False`` is for a plugin that is meant to change training. ``beside`` are plugins that
+    it requires or uses; installed ones that it requires are switched on without that.
     """
-    found = violations(plugin, overrides=overrides, enable=enable, observes=observes)
+    found = violations(plugin, overrides=overrides, enable=enable, observes=observes, beside=beside)
     if found.broken or found.untried:
         lines = [*found.broken, *(f"{text}; give what it needs in overrides" for text in found.untried)]
         raise AssertionError(f"{plugin.__name__} breaks the contract:\n" + "\n".join(f"- {text}" for text in lines))
@@ -55,12 +62,20 @@ class Violations:
 
 
 def violations(
-    plugin: type[Plugin[Any]], *, overrides: Overrides = None, enable: tuple[str, ...] = (), observes: bool = True
+    plugin: type[Plugin[Any]],
+    *,
+    overrides: Overrides = None,
+    enable: tuple[str, ...] = (),
+    observes: bool = True,
+    beside: Sequence[PassedPlugin] = (),
 ) -> Violations:
     """What ``check_contract`` raises as one error, with the same arguments."""
     if mistakes := lint(plugin):
         raise AssertionError("\n".join(map(str, mistakes)))
-    run = partial(train, *(() if enable else (plugin,)), overrides=overrides, enable=enable)
+    others = {*name_passed(beside, usable(installed()), ())}
+    required = tuple(_required(plugin, {*others, *enable}))
+    own = () if enable else (plugin,)
+    run = partial(train, *beside, *own, overrides=overrides, enable=(*enable, *required))
     try:
         broken = list(_fails_in_a_hook(run))
     except GptSimpleError as error:
@@ -69,8 +84,9 @@ def violations(
         broken += check(run)
     broken += _fails_when_others_fail(run, plugin)
     if observes:
-        others = {key: value for key, value in (overrides or {}).items() if not key.startswith("plugins.")}
-        if not _equal(train(overrides=others), run()):
+        tables = tuple(f"plugins.{name}." for name in (*others, *required))
+        kept = {k: v for k, v in (overrides or {}).items() if not k.startswith("plugins.") or k.startswith(tables)}
+        if not _equal(train(*beside, overrides=kept, enable=required), run()):
             broken.append(
                 "the trained weights differ from those of a run without it; is that meant? then observes=False"
             )
@@ -92,6 +108,15 @@ def _components(plugin: type[Plugin[Any]]) -> list[Component]:
     registry = builtin_registry()
     LoadedPlugin(plugin.__name__, plugin, "", "").register_components(registry)
     return [part for part in registry.parts.values() if part.owner != BUILTIN]
+
+
+def _required(plugin: type[Plugin[Any]], given: set[str]) -> Iterator[str]:
+    """The installed plugins that a plugin requires, and those that they require, without those in ``given``."""
+    records = usable(installed())
+    for name in plugin.requires:
+        if name in records and name not in given:
+            given.add(name)
+            yield from (name, *_required(load_plugin(name, None, records[name]).cls, given))
 
 
 class StopsAfterTwo(Plugin[NoConfig]):
