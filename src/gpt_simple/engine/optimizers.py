@@ -1,10 +1,16 @@
-"""The optimizer component ``adamw``, and how the engine skips a step of any optimizer."""
+"""The optimizer component ``adamw``, how the engine skips a step of any optimizer, and the one that a run steps now."""
 
 from __future__ import annotations
 
-import torch
+import math
+from numbers import Real
 
+import torch
+from attrs import define, field
+
+from gpt_simple.checkpoint.state import OptimizerAsBuilt
 from gpt_simple.config.schema import OptimizerConfig
+from gpt_simple.errors import PluginError
 
 
 def adamw(model: torch.nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -30,3 +36,29 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     with the other: without a pass over the gradients, and without reading the device.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+@define(eq=False)
+class CurrentOptimizer:
+    """The optimizer that a run steps now. Views and checkpoints read it here.
+
+    ``as_built`` has what is no state of it: what its component and ``on_optimizer_built`` have set.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    as_built: OptimizerAsBuilt = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """Count what the optimizer has now as built. Raises PluginError for an ``lr_scale`` that is no factor."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            scale = group.get("lr_scale", 1.0)
+            if not isinstance(scale, Real) or not 0.0 <= float(scale) < math.inf:
+                raise PluginError(
+                    f"group {index} of the optimizer has the lr_scale {scale!r}",
+                    hint="expected a number from 0, by which the schedule's rate is multiplied",
+                )
+        self.as_built = OptimizerAsBuilt.of(self.optimizer)

@@ -180,6 +180,11 @@ class ResumePlan:
         return self.found.checkpoint.path if self.found.checkpoint else None
 
     @property
+    def step(self) -> int:
+        """The last step before this launch, 0 from scratch."""
+        return int(self.found.state["step"]) if self.found.checkpoint else 0
+
+    @property
     def samples(self) -> int:
         """Samples consumed before this launch."""
         return int(self.found.state["samples"]) if self.found.checkpoint else 0

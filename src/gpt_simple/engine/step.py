@@ -144,10 +144,10 @@ class TrainStep:
         return norm, torch.nan_to_num_((norm - norm).float(), nan=1.0)
 
     def _update(self, number: int, skipped: torch.Tensor) -> None:
-        """Step the optimizer at the schedule's rate, unless ``skipped``."""
+        """Step the optimizer at the schedule's rate times each group's ``lr_scale``, unless ``skipped``."""
         rate = self.schedule(number)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         if self._skips_on_device:
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.step_optimizer(self.optimizer)

@@ -1,7 +1,8 @@
-"""``run`` as plugins see it: three complete views, each made once, of a run that is being built.
+"""``run`` as plugins see it: four complete views, each made once, of a run that is being built.
 
-``LaunchView`` exists from the first log line, ``ModelView`` from the first model on, ``RunView`` when all state is
-restored. They implement ``gpt_simple.hooks.run.Run``; a member that a view does not have yet raises PluginError.
+``LaunchView`` exists from the first log line, ``ModelView`` from the first model on, ``OptimizerView`` from the
+optimizer on, ``RunView`` when all state is restored. They implement ``gpt_simple.hooks.run.Run``; a member that a view
+does not have yet raises PluginError.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.control import Control, Requests
 from gpt_simple.engine.evaluation import evaluation_mode
 from gpt_simple.engine.memory import peak_bytes
+from gpt_simple.engine.optimizers import CurrentOptimizer
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import derive_seed
 from gpt_simple.engine.state import TrainState
@@ -178,6 +180,7 @@ class LaunchView:
 
 _LATER = {
     **dict.fromkeys(("model", "tokenizer", "checkpoints", "evaluating", "generate"), "on_model_built"),
+    "optimizer": "on_optimizer_built",
     **dict.fromkeys(("run_id", "loss", "val_batches"), "on_run_start"),
 }
 """Members of ``hooks.run.Run`` that only later views have, and the hook that sees them first."""
@@ -209,7 +212,18 @@ class ModelView(LaunchView):
 
 
 @frozen(eq=False)
-class RunView(ModelView):
+class OptimizerView(ModelView):
+    """The run with its optimizer, whose state may not be restored yet."""
+
+    current: CurrentOptimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.current.optimizer
+
+
+@frozen(eq=False)
+class RunView(OptimizerView):
     """The whole run. ``wrapped`` is the module whose backward reduces gradients; ``known`` is what ``facts`` copies."""
 
     run_id: str

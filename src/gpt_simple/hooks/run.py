@@ -108,6 +108,10 @@ class Run(Protocol):
         """The raw module; its parameters have the names that they have in a checkpoint."""
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The raw optimizer, to be read. From ``on_optimizer_built`` on."""
+
+    @property
     def tokenizer(self) -> Tokenizer: ...
 
     @property

@@ -141,6 +141,21 @@ class HookSpecs:
                 event.model.token_embedding.weight.requires_grad_(False)
         """
 
+    @_hook(ranks="all")
+    def on_optimizer_built(self, run: Run, event: events.OptimizerBuilt) -> None:
+        """The optimizer is built for the model's trained parameters; its state is not yet restored.
+
+        Change the options of its groups here, in the same way on every process. ``lr_scale`` (1.0 where it is missing)
+        multiplies the schedule's rate of a group. What is set here is set again at a resume, and is not saved; an
+        option that changes later is state, which a checkpoint keeps::
+
+            @hookimpl
+            def on_optimizer_built(self, run, event):
+                for group in event.optimizer.param_groups:
+                    if group["weight_decay"] == 0.0:
+                        group["lr_scale"] = 0.5
+        """
+
     @_hook()
     def on_checkpoint_loaded(self, run: Run, event: events.CheckpointLoaded) -> None:
         """All state, including this plugin's, is restored from a checkpoint. Called only in a run that resumes.

@@ -10,37 +10,30 @@ from typing import Any
 import torch
 
 from gpt_simple._names import __version__
-from gpt_simple.checkpoint.state import (
-    OptimizerAsBuilt,
-    flatten_optimizer,
-    load_model,
-    model_tensors,
-    restore_optimizer,
-)
+from gpt_simple.checkpoint.state import load_model, model_tensors, restore_optimizer
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
 from gpt_simple.engine.control import throttled
-from gpt_simple.engine.optimizers import skips_on_device
+from gpt_simple.engine.optimizers import CurrentOptimizer
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import derive_seed, isolated_rng
 from gpt_simple.engine.step import TrainStep, step_optimizer, summed_loss
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
-from gpt_simple.errors import CheckpointError, PluginError
+from gpt_simple.errors import CheckpointError
 from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
 from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model
+from gpt_simple.job.optimizer import build_optimizer, optimizer_state
 from gpt_simple.job.stages import model_view
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
-
-OptimizerState = Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]
 
 _MODEL_STREAM = 0x6D6F64656C  # differs from the streams of micro-batches, which count samples from 0
 
@@ -57,16 +50,15 @@ def build_trainer(
     config, dist = job.config, job.dist
     with job.signals.interrupting(dist.size == 1):
         model = _build_model(job, data, plan)
-        optimizer = _build_optimizer(job, model)
-        optimizer_state = partial(_optimizer_state, job, model, optimizer, OptimizerAsBuilt.of(optimizer))
-        _restore(job, plan, model, optimizer)
+        current = build_optimizer(job, model, plan)
+        _restore(job, plan, model, current.optimizer)
         get = job.spec.registry.get
         schedule = get("schedule", config.optimizer.schedule).build(config.optimizer, config.training.max_steps)
         schedule(job.state.step + 1)  # a rate that cannot be used is found before an earlier run is discarded
         train_step = TrainStep(
             model=model,
             wrapped=dist.wrap(model),
-            optimizer=optimizer,
+            optimizer=current.optimizer,
             schedule=schedule,
             precision=job.runtime.precision,
             dist=dist,
@@ -86,7 +78,7 @@ def build_trainer(
         )
         with closing(loader):
             _warn_of_early_end(job, loader, plan.samples)
-            yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader, optimizer_state)
+            yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader, current)
 
 
 def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
@@ -97,22 +89,9 @@ def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
     plugins.adopt(model_view(job, data, plan, model))
     if plugins.calls.on_model_built is not None:
         with plugins.comm.during("on_model_built"):
-            plugins.calls.on_model_built(plugins.view, ModelBuilt(model))
+            plugins.calls.on_model_built(plugins.view, ModelBuilt(model, plan.step))
     checkpoint_activations(job.spec, model)
     return model
-
-
-def _build_optimizer(job: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
-    config = job.config.optimizer
-    part = job.spec.registry.get("optimizer", config.name)
-    optimizer: torch.optim.Optimizer = part.build(model, config, job.dist.device)
-    if not skips_on_device(optimizer):
-        job.plugins.log.info(
-            f"optimizer {config.name} has no found_inf, with which it would skip a non-finite step by itself: the host"
-            " reads one value a step",
-            name="host_read",
-        )
-    return optimizer
 
 
 def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -163,7 +142,7 @@ def _trainer(
     run_dir: ClaimedRunDir,
     train_step: TrainStep,
     loader: Loader,
-    optimizer_state: OptimizerState,
+    current: CurrentOptimizer,
 ) -> Trainer:
     plugins, model = job.plugins, train_step.model
     conditions = [] if time_budget is None else [time_budget.reason_to_stop]
@@ -182,7 +161,7 @@ def _trainer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, optimizer_state),
+        snapshot=partial(_snapshot, job, plan, model, current),
         must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
         time_budget=time_budget,
     )
@@ -194,7 +173,7 @@ def _trainer(
         checkpointer=checkpointer,
         signals=job.signals,
         time_budget=time_budget,
-        after_first_update=optimizer_state,
+        after_first_update=partial(optimizer_state, job, current),
     )
 
 
@@ -208,25 +187,9 @@ def _warn_of_early_end(job: Job, loader: Loader, consumed: int) -> None:
         )
 
 
-def _optimizer_state(
-    job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, built: OptimizerAsBuilt
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's part of a checkpoint. Raises PluginError, naming the component, for state that cannot be saved.
-
-    The run ends with it: a save that is tried again fails again.
-    """
-    label = job.spec.registry.get("optimizer", job.config.optimizer.name).label
-    try:
-        return flatten_optimizer(optimizer, model, built)
-    except CheckpointError as error:
-        raise PluginError(*(p._replace(message=f"{label}: {p.message}") for p in error.problems)) from error
-    except Exception as error:
-        raise PluginError(f"{label}: its state cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_state: OptimizerState) -> Snapshot:
+def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, current: CurrentOptimizer) -> Snapshot:
     """The content of a checkpoint: tensors and JSON documents by file stem."""
-    moments, optimizer_document = optimizer_state()
+    moments, optimizer_document = optimizer_state(job, current)
     plugin_records, plugin_tensors = job.spec.host.state()
     state = {
         "version": __version__,
