@@ -17,6 +17,9 @@ from gpt_simple.checkpoint.packed import add_tensor, mark_of, may_be_state, pack
 from gpt_simple.checkpoint.tensor_names import ELSEWHERE, optimizer_tensors
 from gpt_simple.errors import CheckpointError
 
+EVALUATION_WEIGHTS = "weights-eval"
+"""Stem of the file with the weights that an optimizer has for evaluation, where they are not those that it trains."""
+
 _MOST_LISTED = 10
 """Differences that an error lists."""
 
@@ -41,6 +44,15 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy one tensor into each parameter of the raw module. CheckpointError lists every difference."""
+    own = dict(model.named_parameters())
+    _raise_if(_compare(_layouts(tensors), _layouts(own)), "the checkpoint's weights are of another model")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
 
 
 @frozen(eq=False)

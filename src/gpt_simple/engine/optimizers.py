@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 
 import torch
@@ -10,6 +12,7 @@ from attrs import define, field
 
 from gpt_simple.checkpoint.state import OptimizerAsBuilt
 from gpt_simple.config.schema import OptimizerConfig
+from gpt_simple.engine.optimizer_modes import Attributed, evaluation_weights, has_modes
 from gpt_simple.errors import PluginError
 
 
@@ -42,12 +45,15 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 class CurrentOptimizer:
     """The optimizer that a run steps now. Views and checkpoints read it here.
 
-    ``as_built`` has what is no state of it: what its component and ``on_optimizer_built`` have set.
+    ``attributed`` makes a failure name the optimizer's component. ``as_built`` has what is no state of it: what the
+    component and ``on_optimizer_built`` have set.
     """
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    attributed: Attributed
     as_built: OptimizerAsBuilt = field(init=False)
+    _evaluates: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.settle()
@@ -62,3 +68,23 @@ class CurrentOptimizer:
                     hint="expected a number from 0, by which the schedule's rate is multiplied",
                 )
         self.as_built = OptimizerAsBuilt.of(self.optimizer)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model has the optimizer's weights for evaluation, if it has others than for training."""
+        if self._evaluates:
+            yield
+            return
+        self._evaluates = True
+        try:
+            with evaluation_weights(self.optimizer, self.attributed):
+                yield
+        finally:
+            self._evaluates = False
+
+    def weights_for_evaluation(self) -> dict[str, torch.Tensor] | None:
+        """A copy in host memory of each parameter as it is evaluated, None if it is evaluated as it is trained."""
+        if not has_modes(self.optimizer):
+            return None
+        with self.evaluating():
+            return {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}

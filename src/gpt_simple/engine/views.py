@@ -221,6 +221,12 @@ class OptimizerView(ModelView):
     def optimizer(self) -> torch.optim.Optimizer:
         return self.current.optimizer
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        # Not super(): inside a decorator attrs cannot replace the class that it means.
+        with self.current.evaluating(), ModelView.evaluating(self):
+            yield
+
 
 @frozen(eq=False)
 class RunView(OptimizerView):

@@ -168,4 +168,9 @@ class Run(Protocol):
         """The most bytes used so far: allocated on a GPU, else the process's resident set."""
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Eval mode, no_grad, autocast as in training, and an RNG of its own; all restored afterwards."""
+        """Eval mode, no_grad, autocast as in training, and an RNG of its own; all restored afterwards.
+
+        An optimizer with methods ``train()`` and ``eval()`` is in eval mode: the parameters are those that it has for
+        evaluation. Afterwards weights and state are to the bit what they were. Meanwhile the device holds a copy of the
+        optimizer's parameters.
+        """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpt_simple._names import __version__
-from gpt_simple.checkpoint.state import load_model, model_tensors, restore_optimizer
+from gpt_simple.checkpoint.state import EVALUATION_WEIGHTS, load_model, model_tensors, restore_optimizer
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
@@ -200,6 +200,8 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, current: Curre
         "run": plan.fingerprint,
     }
     tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
+    if (weights := current.weights_for_evaluation()) is not None:
+        tensors[EVALUATION_WEIGHTS] = weights
     return tensors, {"state": state, "plugins": plugin_records}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gpt_simple.checkpoint.state import flatten_optimizer
+from gpt_simple.engine.optimizer_modes import enter_train_mode
 from gpt_simple.engine.optimizers import CurrentOptimizer, skips_on_device
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.views import OptimizerView
@@ -18,7 +19,7 @@ from gpt_simple.job.job import Job
 
 def build_optimizer(job: Job, model: torch.nn.Module, plan: ResumePlan) -> CurrentOptimizer:
     """The run's optimizer, whose state is still to be restored. Calls ``on_optimizer_built``."""
-    current = CurrentOptimizer(model, _new_optimizer(job, model))
+    current = CurrentOptimizer(model, _new_optimizer(job, model), _component(job).attributed)
     if not skips_on_device(current.optimizer):
         job.plugins.log.info(
             f"optimizer {job.config.optimizer.name} has no found_inf, with which it would skip a non-finite step by"
@@ -35,7 +36,9 @@ def _component(job: Job) -> Component:
 
 
 def _new_optimizer(job: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = _component(job).build(model, job.config.optimizer, job.dist.device)
+    part = _component(job)
+    optimizer: torch.optim.Optimizer = part.build(model, job.config.optimizer, job.dist.device)
+    enter_train_mode(optimizer, part.attributed)
     return optimizer
 
 
