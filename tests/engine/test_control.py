@@ -69,7 +69,7 @@ def test_skip_flags_are_combined_and_taken_once() -> None:
     assert requests.take_skip() is None
 
 
-@pytest.mark.parametrize("request_", ["save", "evaluate", "stop", "halt"])
+@pytest.mark.parametrize("request_", ["save", "evaluate", "stop", "halt", "rebuild_optimizer"])
 @pytest.mark.parametrize("reason", [None, "", 3, True])
 def test_a_request_without_a_reason_is_refused(request_: str, reason: Any) -> None:
     requests = Requests()
@@ -88,10 +88,10 @@ class Others:
 
     def all_reduce_max(self, flags: Any) -> list[int]:
         self.seen.append([int(flag) for flag in flags])
-        return [1, 0, 1, 0, 0, 1]
+        return [1, 0, 1, 0, 0, 0, 1]
 
     def gather(self, value: Any) -> list[Any]:
-        return [value, ["", "", "SIGTERM", ""]]
+        return [value, ["", "", "SIGTERM", "", ""]]
 
 
 def test_another_rank_can_decide_and_says_why() -> None:
@@ -101,6 +101,6 @@ def test_another_rank_can_decide_and_says_why() -> None:
     requests.save("mine")
     requests.disable("console")
     decision = control.decide()
-    assert others.seen == [[1, 0, 0, 0, 1, 0]]
+    assert others.seen == [[1, 0, 0, 0, 0, 1, 0]]
     assert (decision.save, decision.stop, decision.should_stop) == ("mine", "SIGTERM", True)
     assert decision.disabled_plugins == ("wandb",)

@@ -18,7 +18,7 @@ from gpt_simple.errors import PluginError
 StopCondition = Callable[[], str]
 """Returns a reason to stop (a signal, the time budget, a request in the run directory), or an empty string."""
 
-_KINDS = ("save", "evaluate", "stop", "halt")
+_KINDS = ("save", "evaluate", "stop", "halt", "rebuild")
 """What can be requested, in the order of the collective."""
 
 _THROTTLE_SECONDS = 1.0
@@ -32,6 +32,7 @@ class Decision:
     evaluate: str = ""
     stop: str = ""
     halt: str = ""
+    rebuild: str = ""
     disabled_plugins: tuple[str, ...] = ()
     """Plugins that failed on some rank and are switched off on all."""
     failures: tuple[str, ...] = ()
@@ -68,6 +69,9 @@ class Requests:
     def halt(self, reason: str) -> None:
         self._request("halt", reason)
 
+    def rebuild_optimizer(self, reason: str) -> None:
+        self._request("rebuild", reason)
+
     def _request(self, kind: str, reason: str) -> None:
         if not isinstance(reason, str) or not reason:
             raise PluginError(f"run.control was given {reason!r} as a reason; expected text that says why")
@@ -90,8 +94,8 @@ class Requests:
 
     def clear(self) -> None:
         """Remove what was decided. A request to stop or halt is final and stays."""
-        self.reasons.pop("save", None)
-        self.reasons.pop("evaluate", None)
+        for kind in ("save", "evaluate", "rebuild"):
+            self.reasons.pop(kind, None)
         self.failed_plugins.clear()
 
 
@@ -122,9 +126,9 @@ class Control:
         mine = [requests.reasons.get(kind, "") for kind in _KINDS]
         failed = [name in requests.failed_plugins for name in self.plugins]
         agreed = self.dist.all_reduce_max([*map(bool, mine), *failed])
-        # Texts need a second collective: only where the loop ends anyway or a plugin has failed.
+        # Texts need a second collective: only where the loop ends anyway, a plugin has failed, or all is built anew.
         texts = self.dist.gather(mine) if any(agreed[2 : len(_KINDS)]) else [mine]
-        save, evaluate, stop, halt = (
+        save, evaluate, stop, halt, rebuild = (
             next(filter(None, given), "another process asked for it") if yes else ""
             for yes, given in zip(agreed, zip(*texts, strict=True), strict=False)
         )
@@ -133,7 +137,7 @@ class Control:
         messages = zip(*self.dist.gather(own), strict=False) if disabled else ()
         failures = tuple(next((text for text in given if text is not None), "") for given in messages)
         requests.clear()
-        return Decision(save, evaluate, stop, halt, disabled, failures)
+        return Decision(save, evaluate, stop, halt, rebuild, disabled, failures)
 
     def _apply_stop_conditions(self) -> None:
         if "stop" not in self.requests.reasons:

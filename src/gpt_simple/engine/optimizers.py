@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 
@@ -52,10 +52,24 @@ class CurrentOptimizer:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     attributed: Attributed
+    was_rebuilt: bool = False
+    """Whether the run has built it anew at some step: which parameters are trained no longer follows from its start."""
+    names: Mapping[int, str] = field(init=False)
+    """The name of each parameter of the model when it was built, by ``id``."""
     as_built: OptimizerAsBuilt = field(init=False)
     _evaluates: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._use(self.optimizer)
+
+    def replace(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step ``optimizer`` from now on."""
+        self.was_rebuilt = True
+        self._use(optimizer)
+
+    def _use(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self.settle()
 
     def settle(self) -> None:

@@ -59,6 +59,7 @@ _STATE = {
     "best_val_loss": (None, float),
     "optimizer": {"optimizer": str, "parameters": {...: _PARAMETER}},
     "scaler": {...: float},
+    "trained?": [str],
     "run": {"config": _CONFIG, "data": {...: str}, "numerics": dict, "plugins?": dict},
 }
 """state.json; job/build.py writes it."""

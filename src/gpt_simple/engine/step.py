@@ -79,9 +79,18 @@ class TrainStep:
     step_optimizer: Callable[[torch.optim.Optimizer], None] = step_optimizer
 
     def __attrs_post_init__(self) -> None:
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._reseed = BatchSeeder(self.seed, self.dist.device)
-        self._skips_on_device = skips_on_device(self.optimizer)
+        self.renew(self.optimizer, self.wrapped)
+
+    def renew(self, optimizer: torch.optim.Optimizer, wrapped: torch.nn.Module) -> None:
+        """Train the parameters that the model has and trains now, with their optimizer and the module around them."""
+        self.optimizer, self.wrapped = optimizer, wrapped
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._skips_on_device = skips_on_device(optimizer)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The summed cross-entropy of a batch, by the module that is trained."""
+        return self.summed_loss(self.wrapped, batch)
 
     def __call__(
         self,

@@ -54,6 +54,7 @@ class FitResult:
 class Trainer:
     """A prepared run. ``fit`` runs its steps to the end of the run, a stop or a halt.
 
+    ``rebuild`` makes the optimizer, and all that depends on which parameters are trained, anew for a reason.
     ``after_first_update`` may refuse what a checkpoint will need, before hours of training depend on it.
     """
 
@@ -64,6 +65,7 @@ class Trainer:
     checkpointer: Checkpointer
     signals: StopSignals
     time_budget: TimeBudget | None
+    rebuild: Callable[[str], None]
     after_first_update: Callable[[], object]
     _last_train: Mapping[str, float] = field(factory=dict, init=False)
     _last_eval: Mapping[str, float] = field(factory=dict, init=False)
@@ -71,6 +73,7 @@ class Trainer:
     _buffer: MetricBuffer = field(factory=MetricBuffer, init=False)
     _timer: StepTimer = field(factory=StepTimer, init=False)
     _first_step: bool = field(default=True, init=False)
+    """Whether the next step is the first one with this optimizer."""
 
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
@@ -87,11 +90,11 @@ class Trainer:
 
     def _fit(self) -> tuple[RunStatus, str]:
         self.run.model.train()
+        decision = self._decide()
         self._refuse_untrained()
-        if (decision := self._decide()).should_stop:
+        if decision.should_stop:
             return self._stopped(decision)
-        if self.run.world_size > 1:
-            self.train_step.warm_up_ddp(self._zero_batch())
+        self._warm_up()
         self._timer = StepTimer(waited_before=self.run.loader.wait_seconds)
         while self.run.step < self._max_steps:
             try:
@@ -109,8 +112,13 @@ class Trainer:
             others = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
             raise PluginError(
                 f"a plugin changed the model after it was prepared for training: {'; '.join(lines[:3])}{others}",
-                hint="change, freeze and unfreeze parameters in on_model_built",
+                hint="change, freeze and unfreeze parameters in on_model_built, or ask for"
+                " run.control.rebuild_optimizer after it",
             )
+
+    def _warm_up(self) -> None:
+        if self.run.world_size > 1:
+            self.train_step.warm_up_ddp(self._zero_batch())
 
     def _zero_batch(self) -> Batch:
         training, data = self.run.config.training, self.run.config.data
@@ -172,6 +180,8 @@ class Trainer:
             with self._timer.paused():
                 self.checkpointer.poll(wait=False)
         decision = self._decide()
+        if logs:
+            self._refuse_untrained()
         retry = "the one before could not be written" if logs and self.checkpointer.retry_due else ""
         if decision.save or decision.should_stop or is_last or retry:
             reason = "last step" if is_last else decision.stop or decision.halt or decision.save
@@ -187,12 +197,17 @@ class Trainer:
             self.calls.disable(name)
             if message:
                 self.run.log.warning(message, name="plugin_failed", plugin=name)
+        if decision.rebuild:
+            self._synchronize()
+            with self._timer.paused():
+                self.rebuild(decision.rebuild)
+                self._warm_up()
+            self._first_step = True  # it compiles again, and the new state has to be one that can be saved
         return decision
 
     def _log(self, *, notify: bool) -> None:
         """Read the interval's metrics in one device read and one collective, and hand them to the plugins."""
         run, calls, step = self.run, self.calls, self.run.step
-        self._refuse_untrained()
         # Read first: this waits for the steps in the device's queue, and their time counts.
         metrics, records = self._buffer.read(self.train_step.schedule(step), run.world_size)
         split, self._timer = self._timer.split(step, run.loader.wait_seconds)

@@ -230,11 +230,10 @@ class OptimizerView(ModelView):
 
 @frozen(eq=False)
 class RunView(OptimizerView):
-    """The whole run. ``wrapped`` is the module whose backward reduces gradients; ``known`` is what ``facts`` copies."""
+    """The whole run. ``summed_loss`` is that of a batch; ``known`` is what ``facts`` copies."""
 
     run_id: str
-    wrapped: torch.nn.Module
-    summed_loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
+    summed_loss: Callable[[Batch], torch.Tensor]
     loader: Loader
     known: Mapping[str, Any]
     sync: Control
@@ -243,7 +242,7 @@ class RunView(OptimizerView):
         return deepcopy(dict(self.known))
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        return self.summed_loss(self.wrapped, batch)
+        return self.summed_loss(batch)
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")

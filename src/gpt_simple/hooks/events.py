@@ -35,7 +35,7 @@ class ModelBuilt:
 
 @frozen
 class OptimizerBuilt:
-    """``optimizer`` is the raw one, as its component has built it. ``step`` as in ``ModelBuilt``."""
+    """``optimizer`` is the raw one, as its component has built it. ``step`` is the last finished step."""
 
     optimizer: torch.optim.Optimizer
     step: int = 0

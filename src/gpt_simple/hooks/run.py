@@ -42,6 +42,14 @@ class Control(Protocol):
     def halt(self, reason: str) -> None:
         """Ask for a stop that needs a person (exit code 76) at the end of this step."""
 
+    def rebuild_optimizer(self, reason: str) -> None:
+        """Ask for an optimizer of the parameters that the model has and trains now, at the end of this step.
+
+        For a plugin that has unfrozen, frozen, added, replaced or removed parameters, in the same way on every process.
+        The component builds the optimizer, ``on_optimizer_built`` is called again, and a parameter that has the name
+        and shape of an earlier one keeps its state. Checkpoints record which parameters are trained.
+        """
+
     def skip_step(self, flag: torch.Tensor) -> None:
         """Skip this step if ``flag`` (0-d bool on the device) is true. Only from ``on_gradients``."""
 

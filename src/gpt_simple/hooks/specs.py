@@ -134,7 +134,8 @@ class HookSpecs:
     def on_model_built(self, run: Run, event: events.ModelBuilt) -> None:
         """The raw module is initialised on its device; checkpointing, compilation and wrapping come next.
 
-        Change the module in place here, in the same way on every process::
+        Change the module in place here, in the same way on every process. ``event.step`` is the step that a run resumes
+        from: repeat a change of the structure that was made before it with ``run.control.rebuild_optimizer``::
 
             @hookimpl
             def on_model_built(self, run, event):
@@ -145,6 +146,7 @@ class HookSpecs:
     def on_optimizer_built(self, run: Run, event: events.OptimizerBuilt) -> None:
         """The optimizer is built for the model's trained parameters; its state is not yet restored.
 
+        Called again whenever it is built again, for ``run.control.rebuild_optimizer``.
         Change the options of its groups here, in the same way on every process. ``lr_scale`` (1.0 where it is missing)
         multiplies the schedule's rate of a group. What is set here is set again at a resume, and is not saved; an
         option that changes later is state, which a checkpoint keeps::

@@ -30,7 +30,7 @@ from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model
-from gpt_simple.job.optimizer import build_optimizer, optimizer_state
+from gpt_simple.job.optimizer import TRAINED, build_optimizer, optimizer_state, rebuild_optimizer, restore_trained
 from gpt_simple.job.stages import model_view
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
@@ -50,6 +50,7 @@ def build_trainer(
     config, dist = job.config, job.dist
     with job.signals.interrupting(dist.size == 1):
         model = _build_model(job, data, plan)
+        restore_trained(plan, model)
         current = build_optimizer(job, model, plan)
         _restore(job, plan, model, current.optimizer)
         get = job.spec.registry.get
@@ -145,24 +146,28 @@ def _trainer(
     current: CurrentOptimizer,
 ) -> Trainer:
     plugins, model = job.plugins, train_step.model
+    known = _run_info(job, data, model)
     conditions = [] if time_budget is None else [time_budget.reason_to_stop]
     control = job.control(*conditions, throttled(run_dir.take_stop_request))
     run = plugins.extended_view(
         RunView,
         run_id=run_dir.run_id,
-        wrapped=train_step.wrapped,
-        summed_loss=train_step.summed_loss,
+        summed_loss=train_step.loss,
         loader=loader,
-        known=_run_info(job, data, model),
+        known=known,
         sync=control,
     )
     plugins.adopt(run)
+
+    def rebuild(reason: str) -> None:
+        rebuild_optimizer(job, current, train_step, reason)
+        known.update(_run_info(job, data, model))
+
     checkpointer = Checkpointer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
         snapshot=partial(_snapshot, job, plan, model, current),
-        must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
         time_budget=time_budget,
     )
     return Trainer(
@@ -173,6 +178,7 @@ def _trainer(
         checkpointer=checkpointer,
         signals=job.signals,
         time_budget=time_budget,
+        rebuild=rebuild,
         after_first_update=partial(optimizer_state, job, current),
     )
 
@@ -199,6 +205,8 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, current: Curre
         "scaler": job.runtime.precision.scaler.state_dict(),
         "run": plan.fingerprint,
     }
+    if current.was_rebuilt:
+        state[TRAINED] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
     if (weights := current.weights_for_evaluation()) is not None:
         tensors[EVALUATION_WEIGHTS] = weights
