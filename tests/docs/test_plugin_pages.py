@@ -44,6 +44,9 @@ def recipes() -> list[type[Plugin[Any]]]:
 RECIPES = {cls.__name__: cls for cls in recipes() if issubclass(cls, Plugin)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "FreezeEmbedding": {"observes": False},
+    "Thaw": {"observes": False},
+    "Grow": {"observes": False},
+    "SlowGains": {"observes": False},
     "Zigzag": {"observes": False, "overrides": {"optimizer.schedule": "zigzag"}},
 }
 

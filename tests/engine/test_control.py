@@ -73,7 +73,7 @@ def test_skip_flags_are_combined_and_taken_once() -> None:
     assert requests.take_skip() is None
 
 
-@pytest.mark.parametrize("request_", ["save", "evaluate", "stop", "halt", "finish"])
+@pytest.mark.parametrize("request_", ["save", "evaluate", "stop", "halt", "finish", "rebuild_optimizer"])
 @pytest.mark.parametrize("reason", [None, "", 3, True])
 def test_a_request_without_a_reason_is_refused(request_: str, reason: Any) -> None:
     requests = Requests()

@@ -18,7 +18,7 @@ STEP = ["on_step_start", "on_batch", "on_batch", "on_gradients", "on_step_end"]
 LOG = ["collect_metrics", "on_metrics"]
 SAVE = ["on_checkpoint_saving", "on_checkpoint_saved"]
 EVALUATE = ["evaluate", "on_eval_end"]
-START = ["check_config", "check_runtime", "on_model_built"]
+START = ["check_config", "check_runtime", "on_model_built", "on_optimizer_built"]
 RHYTHM = {"training.logging_steps": 2, "training.eval_steps": 3, "training.save_steps": 3}
 
 
@@ -147,6 +147,12 @@ def test_check_runtime() -> None:
 
 def test_on_model_built() -> None:
     assert seen_by("on_model_built", lambda run: any(p.grad is not None for p in run.model.parameters())) == [False]
+
+
+def test_on_optimizer_built(stopped_and_resumed: tuple[Trained, Trained]) -> None:
+    steps = [trained.recorder.events("on_optimizer_built")[0].step for trained in stopped_and_resumed]
+    assert steps == [0, 4]
+    assert seen_by("on_optimizer_built", lambda run: len(run.optimizer.state)) == [0]
 
 
 def test_on_checkpoint_loaded(stopped_and_resumed: tuple[Trained, Trained]) -> None:

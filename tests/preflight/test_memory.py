@@ -317,3 +317,38 @@ def test_a_batch_fits_into_something(check: Check) -> None:
 def test_memory_is_predicted_only_when_asked(check: Check) -> None:
     assert "memory" not in check()
     assert PreflightOptions().memory is False
+
+
+def test_an_optimizer_with_weights_for_evaluation_is_predicted() -> None:
+    """An evaluation needs a copy of the weights, and a checkpoint holds both sets."""
+
+    class HasModes(torch.optim.SGD):
+        def train(self) -> None:
+            self.mode = "train"
+
+        def eval(self) -> None:
+            self.mode = "eval"
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            assert self.mode == "train"
+            super().step()
+
+    def build(model: torch.nn.Module, config: Any, device: torch.device) -> torch.optim.Optimizer:
+        return HasModes(model.parameters(), lr=0.1)
+
+    def build_plain(model: torch.nn.Module, config: Any, device: torch.device) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    registry = builtin_registry()
+    registry.add("optimizer", "modes", build)
+    registry.add("optimizer", "plain", build_plain)
+    config = small(save_steps=1, background_save=True)
+    modes, plain = (
+        predict_memory(
+            evolve(config, optimizer=evolve(config.optimizer, name=name)), vocab_size=257, registry=registry, cuda=True
+        )
+        for name in ("modes", "plain")
+    )
+    size = plain.by_category["parameters"]
+    assert modes.by_phase["evaluation"] - plain.by_phase["evaluation"] == pytest.approx(size, rel=0.05)
+    assert modes.copy - plain.copy == pytest.approx(size, rel=0.05)

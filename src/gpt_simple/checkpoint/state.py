@@ -17,6 +17,9 @@ from gpt_simple.checkpoint.packed import add_tensor, mark_of, may_be_state, pack
 from gpt_simple.checkpoint.tensor_names import ELSEWHERE, as_text, optimizer_tensors
 from gpt_simple.errors import CheckpointError
 
+EVALUATION_WEIGHTS = "weights-eval"
+"""Stem of the file with the weights that an optimizer has for evaluation, where they are not those that it trains."""
+
 _MOST_LISTED = 10
 """Differences that an error lists."""
 
@@ -41,6 +44,15 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy one tensor into each parameter of the raw module. CheckpointError lists every difference."""
+    own = dict(model.named_parameters())
+    _raise_if(_compare(layouts(tensors), layouts(own)), "the checkpoint's weights are of another model")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
 
 
 @frozen(eq=False)
@@ -101,9 +113,17 @@ def flatten_optimizer(
     With ``built``, what has changed in groups and attributes since then is state, too.
     Raises CheckpointError, naming the entry, for state that a checkpoint cannot hold.
     """
+    return _flatten(optimizer, _named_parameters(optimizer, model), _device(model), built)
+
+
+def _flatten(
+    optimizer: torch.optim.Optimizer,
+    named: Sequence[tuple[str, nn.Parameter]],
+    home: torch.device,
+    built: OptimizerAsBuilt | None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, Any] = {}
-    named, home = _named_parameters(optimizer, model), _device(model)
     for name, parameter in named:
         state = optimizer.state.get(parameter, {})
         held = {key: value for key, value in state.items() if isinstance(value, Tensor) and isinstance(key, str)}
@@ -137,8 +157,13 @@ def restore_optimizer(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     document: Mapping[str, Any],
+    *,
+    clone: bool = True,
 ) -> None:
-    """Restore the state that ``flatten_optimizer`` took. CheckpointError lists every difference."""
+    """Restore the state that ``flatten_optimizer`` took. CheckpointError lists every difference.
+
+    Without ``clone`` the optimizer keeps the tensors of parameters themselves.
+    """
     if (kind := type(optimizer).__name__) != document["optimizer"]:
         raise CheckpointError(f"the checkpoint has the state of {document['optimizer']}, this run uses {kind}")
     saved = document["parameters"]
@@ -157,7 +182,9 @@ def restore_optimizer(
     for index, (name, _) in enumerate(named):
         record = saved[name]
         # Cloned: torch keeps a tensor that fits as it is, and the caller's would then change with training.
-        held = {key: tensors[f"{key}.{name}"].clone() for key in record["tensors"]}
+        held = {key: tensors[f"{key}.{name}"] for key in record["tensors"]}
+        if clone:
+            held = {key: tensor.clone() for key, tensor in held.items()}
         held |= record["values"] | unpack(record.get("nested", {"dict": []}), tensors, home)
         if held:
             state[index] = held
@@ -171,6 +198,44 @@ def restore_optimizer(
             loaded[key] = _as_saved(loaded[key], state[index][key])
     for name, value in elsewhere.get("attributes", {}).items():
         _set_attribute(optimizer, name, value)
+
+
+def carry_over(
+    old: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    built: OptimizerAsBuilt,
+    new: torch.optim.Optimizer,
+    model: nn.Module,
+) -> int:
+    """Give ``new`` the state of ``old``, for each parameter that has the name, shape and type of an earlier one.
+
+    ``names`` are those of the parameters of ``old``, by ``id``. What has changed in a group since it was ``built`` goes
+    to a group with a parameter in common. Returns how many parameters of ``new`` begin without state. Raises
+    CheckpointError for state that belongs to the parameters together, if these are others now.
+    """
+    grouped = [[names[id(parameter)] for parameter in group["params"]] for group in old.param_groups]
+    held = [parameter for group in old.param_groups for parameter in group["params"]]
+    named = list(zip((name for group in grouped for name in group), held, strict=True))
+    tensors, document = _flatten(old, named, _device(model), built)
+    saved, own = document["parameters"], dict(_named_parameters(new, model))
+    same = {name for name, layout in layouts(own).items() if name in saved and saved[name]["layout"] == layout}
+    if "extra" in document and not saved.keys() == own.keys() == same:
+        kind = type(old).__name__
+        raise CheckpointError(f"{kind} keeps state in entries of its own, which other parameters cannot take over")
+    empty = {name: {"layout": layout, "tensors": [], "values": {}} for name, layout in layouts(own).items()}
+    document["parameters"] = empty | {name: saved[name] for name in same}
+    if "groups" in document:
+        number = {name: index for index, group in enumerate(grouped) for name in group}
+        options = document["groups"]["list"]
+        by_name = {id(parameter): name for name, parameter in own.items()}
+        common = [
+            next((number[n] for p in group["params"] if (n := by_name[id(p)]) in number), None)
+            for group in new.param_groups
+        ]
+        document["groups"] = {"list": [{"dict": []} if index is None else options[index] for index in common]}
+    kept = {name: tensors[name] for name in optimizer_tensors(document)}
+    restore_optimizer(new, model, kept, document, clone=False)
+    return len(own) - len(same)
 
 
 def _as_saved(loaded: Any, saved: Any) -> Any:

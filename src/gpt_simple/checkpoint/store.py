@@ -173,6 +173,10 @@ class Store:
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
 
+    def has_tensors(self, checkpoint: Checkpoint, stem: str) -> bool:
+        """Whether the checkpoint has ``stem.safetensors``."""
+        return f"{stem}.safetensors" in Manifest.read(checkpoint.path).files
+
     def layouts(self, checkpoint: Checkpoint, stem: str) -> Mapping[str, Mapping[str, Any]]:
         """``dtype`` and ``shape`` of each tensor in ``stem.safetensors``, from the manifest."""
         path = self._verified_file(checkpoint, f"{stem}.safetensors")

@@ -6,6 +6,7 @@ accumulation, which the engine does itself, and gets neither loader nor schedule
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -128,6 +129,12 @@ class ProcessGroup:
             # Accelerate cannot pass the option that replaces broadcast_buffers yet.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
+
+    def release_wrapped(self) -> None:
+        """Forget what ``wrap`` has returned: with the last reference go its buckets and its hooks on gradients."""
+        if self.size > 1:
+            self._accelerator.free_memory()
+            gc.collect()
 
     def accumulating(self, wrapped: torch.nn.Module, is_last: bool) -> AbstractContextManager[Any]:
         """The context of a micro-batch: gradients are reduced on the last one only."""

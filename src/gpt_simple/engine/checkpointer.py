@@ -7,7 +7,7 @@ may have room again later, and hours of training are worth more than a save.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -56,16 +56,12 @@ class SaveResult:
 
 @define(eq=False)
 class Checkpointer:
-    """Saves what ``snapshot`` returns. All ranks call ``save`` and ``poll`` together; the main one writes.
-
-    ``must_be_finite``: names of the weights in the snapshot's ``model``. A buffer may hold an infinity, as a mask does.
-    """
+    """Saves what ``snapshot`` returns. All ranks call ``save`` and ``poll`` together; the main one writes."""
 
     run: RunView
     calls: Calls
     run_dir: RunDirOwner
     snapshot: Callable[[], Snapshot]
-    must_be_finite: Collection[str]
     time_budget: TimeBudget | None
     retry_due: bool = field(default=False, init=False)
     """Whether the newest save failed and should be tried again soon."""
@@ -123,7 +119,9 @@ class Checkpointer:
 
     def _begin(self) -> None:
         self.run_dir.keep()
-        self.run_dir.writer.begin(self.run.step, *self.snapshot(), must_be_finite=self.must_be_finite)
+        # A buffer may hold an infinity, as a mask does.
+        weights = self.run.model.state_dict().keys() - dict(self.run.model.named_buffers()).keys()
+        self.run_dir.writer.begin(self.run.step, *self.snapshot(), must_be_finite=weights)
 
     def _write(self, *, must_succeed: bool) -> Published | None:
         self.run_dir.keep()

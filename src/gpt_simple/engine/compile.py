@@ -142,6 +142,13 @@ def compile_model(model: torch.nn.Module, plan: CompilePlan) -> None:
             block.compile(backend=plan.backend, dynamic=False, fullgraph=True)
 
 
+def recompile_model(model: torch.nn.Module, plan: CompilePlan) -> None:
+    """Compile a model that was changed since it was compiled, as one that is new."""
+    if plan.enabled:
+        torch._dynamo.reset()
+    compile_model(model, plan)
+
+
 def refuse_uncompilable(model: torch.nn.Module, plan: CompilePlan) -> None:
     """Raise ConfigError if blocks are to be compiled and the model has none."""
     by_block = plan.enabled and plan.scope == "blocks"

@@ -18,9 +18,9 @@ from gpt_simple.errors import PluginError
 StopCondition = Callable[[], str]
 """Returns a reason to stop (a signal, the time budget, a request in the run directory), or an empty string."""
 
-_KINDS = ("save", "evaluate", "stop", "halt", "finish")
+_KINDS = ("save", "evaluate", "rebuild", "stop", "halt", "finish")
 """What can be requested, in the order of the collective."""
-_FINAL = _KINDS[2:]
+_FINAL = _KINDS[3:]
 """What ends the run."""
 
 _THROTTLE_SECONDS = 1.0
@@ -35,6 +35,7 @@ class Decision:
     stop: str = ""
     halt: str = ""
     finish: str = ""
+    rebuild: str = ""
     disabled_plugins: tuple[str, ...] = ()
     """Plugins that failed on some rank and are switched off on all."""
     failures: tuple[str, ...] = ()
@@ -82,6 +83,9 @@ class Requests:
 
     def finish(self, reason: str) -> None:
         self._request("finish", reason)
+
+    def rebuild_optimizer(self, reason: str) -> None:
+        self._request("rebuild", reason)
 
     def _request(self, kind: str, reason: str) -> None:
         if not isinstance(reason, str) or not reason:
@@ -140,9 +144,9 @@ class Control:
         mine = [requests.reasons.get(kind, "") for kind in _KINDS]
         failed = [name in requests.failed_plugins for name in self.plugins]
         agreed = self.dist.all_reduce_max([*map(bool, mine), *failed])
-        # Texts need a second collective: only where the loop ends anyway or a plugin has failed.
-        texts = self.dist.gather(mine) if any(agreed[len(_KINDS) - len(_FINAL) : len(_KINDS)]) else [mine]
-        save, evaluate, stop, halt, finish = (
+        # Texts need a second collective: only where the run ends or is built anew anyway, or a plugin has failed.
+        texts = self.dist.gather(mine) if any(agreed[2 : len(_KINDS)]) else [mine]
+        save, evaluate, rebuild, stop, halt, finish = (
             next(filter(None, given), "another process asked for it") if yes else ""
             for yes, given in zip(agreed, zip(*texts, strict=True), strict=False)
         )
@@ -151,7 +155,7 @@ class Control:
         messages = zip(*self.dist.gather(own), strict=False) if disabled else ()
         failures = tuple(next((text for text in given if text is not None), "") for given in messages)
         requests.clear()
-        return Decision(save, evaluate, stop, halt, finish, disabled, failures)
+        return Decision(save, evaluate, stop, halt, finish, rebuild, disabled, failures)
 
     def _apply_stop_conditions(self) -> None:
         if "stop" not in self.requests.reasons:

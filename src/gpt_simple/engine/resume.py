@@ -61,6 +61,7 @@ _STATE = {
     "optimizer": {"optimizer": str, "parameters": {...: _PARAMETER}},
     "scaler": {...: float},
     "model?": {...: str},
+    "trained?": [str],
     "run": {"config": _CONFIG, "data": {...: str}, "numerics": dict, "plugins?": dict},
 }
 """state.json; job/build.py writes it."""
@@ -195,6 +196,11 @@ class ResumePlan:
     def source(self) -> Path | None:
         """The checkpoint's path, None from scratch."""
         return self.found.checkpoint.path if self.found.checkpoint else None
+
+    @property
+    def step(self) -> int:
+        """The last step before this launch, 0 from scratch."""
+        return int(self.found.state["step"]) if self.found.checkpoint else 0
 
     @property
     def samples(self) -> int:

@@ -79,9 +79,18 @@ class TrainStep:
     step_optimizer: Callable[[torch.optim.Optimizer], None] = step_optimizer
 
     def __attrs_post_init__(self) -> None:
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._reseed = BatchSeeder(self.seed, self.dist.device)
-        self._skips_on_device = skips_on_device(self.optimizer)
+        self.renew(self.optimizer, self.wrapped)
+
+    def renew(self, optimizer: torch.optim.Optimizer, wrapped: torch.nn.Module) -> None:
+        """Train the parameters that the model has and trains now, with their optimizer and the module around them."""
+        self.optimizer, self.wrapped = optimizer, wrapped
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._skips_on_device = skips_on_device(optimizer)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The summed cross-entropy of a batch, by the module that is trained."""
+        return self.summed_loss(self.wrapped, batch)
 
     def __call__(
         self,
@@ -144,10 +153,10 @@ class TrainStep:
         return norm, torch.nan_to_num_((norm - norm).float(), nan=1.0)
 
     def _update(self, number: int, skipped: torch.Tensor) -> None:
-        """Step the optimizer at the schedule's rate, unless ``skipped``."""
+        """Step the optimizer at the schedule's rate times each group's ``lr_scale``, unless ``skipped``."""
         rate = self.schedule(number)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         if self._skips_on_device:
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.step_optimizer(self.optimizer)

@@ -58,6 +58,7 @@ class FitResult:
 class Trainer:
     """A prepared run. ``fit`` runs its steps to the end of the run, a stop or a halt.
 
+    ``rebuild`` makes the optimizer, and all that depends on which parameters are trained, anew for a reason.
     ``after_first_update`` may refuse what a checkpoint will need, before hours of training depend on it.
     """
 
@@ -68,6 +69,7 @@ class Trainer:
     checkpointer: Checkpointer
     signals: StopSignals
     time_budget: TimeBudget | None
+    rebuild: Callable[[str], None]
     after_first_update: Callable[[], object]
     _last_train: Mapping[str, float] = field(factory=dict, init=False)
     _last_eval: Mapping[str, float] = field(factory=dict, init=False)
@@ -75,6 +77,7 @@ class Trainer:
     _buffer: MetricBuffer = field(factory=MetricBuffer, init=False)
     _timer: StepTimer = field(factory=StepTimer, init=False)
     _first_step: bool = field(default=True, init=False)
+    """Whether the next step is the first one with this optimizer."""
     _evaluated: int = field(default=-1, init=False)
     """The step of the last evaluation."""
     _data_ended: bool = field(default=False, init=False)
@@ -94,8 +97,8 @@ class Trainer:
 
     def _fit(self) -> tuple[RunStatus, str]:
         self.run.model.train()
-        self._refuse_untrained()
         decision = self._decide()
+        self._refuse_untrained()
         if decision.finish and not decision.halt:
             decision = self._boundary(is_last=False)
         elif not decision.should_stop:
@@ -104,8 +107,7 @@ class Trainer:
 
     def _run_steps(self) -> Decision:
         """Run steps until a decision ends the run or all steps are finished. Returns the last decision."""
-        if self.run.world_size > 1:
-            self.train_step.warm_up_ddp(self._zero_batch())
+        self._warm_up()
         self._timer = StepTimer(waited_before=self.run.loader.wait_seconds)
         while self.run.step < self._max_steps:
             try:
@@ -124,8 +126,13 @@ class Trainer:
             others = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
             raise PluginError(
                 f"a plugin changed the model after it was prepared for training: {'; '.join(lines[:3])}{others}",
-                hint="change, freeze and unfreeze parameters in on_model_built",
+                hint="change, freeze and unfreeze parameters in on_model_built, or ask for"
+                " run.control.rebuild_optimizer after it",
             )
+
+    def _warm_up(self) -> None:
+        if self.run.world_size > 1:
+            self.train_step.warm_up_ddp(self._zero_batch())
 
     def _zero_batch(self) -> Batch:
         training, data = self.run.config.training, self.run.config.data
@@ -189,6 +196,8 @@ class Trainer:
         if logs:
             self._log_interval()
         decision = self._decide()
+        if logs:
+            self._refuse_untrained()
         finishes = bool(decision.finish) and not is_last
         if finishes and self._buffer:
             self._log_interval()
@@ -221,12 +230,17 @@ class Trainer:
             self.calls.disable(name)
             if message:
                 self.run.log.warning(message, name="plugin_failed", plugin=name)
+        if decision.rebuild:
+            self._synchronize()
+            with self._timer.paused():
+                self.rebuild(decision.rebuild)
+                self._warm_up()
+            self._first_step = True  # it compiles again, and the new state has to be one that can be saved
         return decision
 
     def _log(self, *, notify: bool) -> None:
         """Read the interval's metrics in one device read and one collective, and hand them to the plugins."""
         run, calls, step = self.run, self.calls, self.run.step
-        self._refuse_untrained()
         # Read first: this waits for the steps in the device's queue, and their time counts.
         metrics, records = self._buffer.read(self.train_step.schedule(step), run.world_size)
         split, self._timer = self._timer.split(step, run.loader.wait_seconds)

@@ -1,7 +1,8 @@
-"""``run`` as plugins see it: three complete views, each made once, of a run that is being built.
+"""``run`` as plugins see it: four complete views, each made once, of a run that is being built.
 
-``LaunchView`` exists from the first log line, ``ModelView`` from the first model on, ``RunView`` when all state is
-restored. They implement ``gpt_simple.hooks.run.Run``; a member that a view does not have yet raises PluginError.
+``LaunchView`` exists from the first log line, ``ModelView`` from the first model on, ``OptimizerView`` from the
+optimizer on, ``RunView`` when all state is restored. They implement ``gpt_simple.hooks.run.Run``; a member that a view
+does not have yet raises PluginError.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.control import Control, Requests
 from gpt_simple.engine.evaluation import evaluation_mode
 from gpt_simple.engine.memory import peak_bytes
+from gpt_simple.engine.optimizers import CurrentOptimizer
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import derive_seed
 from gpt_simple.engine.state import TrainState
@@ -185,6 +187,7 @@ class LaunchView:
 
 _LATER = {
     **dict.fromkeys(("model", "tokenizer", "checkpoints", "evaluating", "generate"), "on_model_built"),
+    "optimizer": "on_optimizer_built",
     **dict.fromkeys(("run_id", "loss", "val_batches", "record", "recorded"), "on_run_start"),
 }
 """Members of ``hooks.run.Run`` that only later views have, and the hook that sees them first."""
@@ -216,15 +219,31 @@ class ModelView(LaunchView):
 
 
 @frozen(eq=False)
-class RunView(ModelView):
-    """The whole run. ``wrapped`` is the module whose backward reduces gradients; ``known`` is what ``facts`` copies.
+class OptimizerView(ModelView):
+    """The run with its optimizer, whose state may not be restored yet."""
+
+    current: CurrentOptimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.current.optimizer
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        # Not super(): inside a decorator attrs cannot replace the class that it means.
+        with self.current.evaluating(), ModelView.evaluating(self):
+            yield
+
+
+@frozen(eq=False)
+class RunView(OptimizerView):
+    """The whole run. ``summed_loss`` is that of a batch; ``known`` is what ``facts`` copies.
 
     ``kept`` is what plugins have recorded in run.json, and ``keep`` records a value there.
     """
 
     run_id: str
-    wrapped: torch.nn.Module
-    summed_loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
+    summed_loss: Callable[[Batch], torch.Tensor]
     loader: Loader
     known: Mapping[str, Any]
     sync: Control
@@ -253,7 +272,7 @@ class RunView(ModelView):
         return deepcopy(self.kept.get(key, default))
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        return self.summed_loss(self.wrapped, batch)
+        return self.summed_loss(batch)
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")

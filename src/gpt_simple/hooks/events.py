@@ -24,9 +24,21 @@ RunStatus = Literal["completed", "stopped", "halted"]
 
 @frozen
 class ModelBuilt:
-    """``model`` is the raw module, initialised on its device."""
+    """``model`` is the raw module, initialised on its device.
+
+    ``step`` is the last finished step: 0 in a new run, that of the checkpoint in a run that resumes.
+    """
 
     model: torch.nn.Module
+    step: int = 0
+
+
+@frozen
+class OptimizerBuilt:
+    """``optimizer`` is the raw one, as its component has built it. ``step`` is the last finished step."""
+
+    optimizer: torch.optim.Optimizer
+    step: int = 0
 
 
 @frozen

@@ -55,6 +55,14 @@ class Control(Protocol):
         last evaluation; the reason is not kept in the step ``training.max_steps``, which completes the run anyway.
         """
 
+    def rebuild_optimizer(self, reason: str) -> None:
+        """Ask for an optimizer of the parameters that the model has and trains now, at the end of this step.
+
+        For a plugin that has unfrozen, frozen, added, replaced or removed parameters, in the same way on every process.
+        The component builds the optimizer, ``on_optimizer_built`` is called again, and a parameter that has the name
+        and shape of an earlier one keeps its state. Checkpoints record which parameters are trained.
+        """
+
     def skip_step(self, flag: torch.Tensor) -> None:
         """Skip this step if ``flag`` (0-d bool on the device) is true. Only from ``on_gradients``."""
 
@@ -119,6 +127,10 @@ class Run(Protocol):
     @property
     def model(self) -> torch.nn.Module:
         """The raw module; its parameters have the names that they have in a checkpoint."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The raw optimizer, to be read. From ``on_optimizer_built`` on."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -197,4 +209,9 @@ class Run(Protocol):
         """The most bytes used so far: allocated on a GPU, else the process's resident set."""
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Eval mode, no_grad, autocast as in training, and an RNG of its own; all restored afterwards."""
+        """Eval mode, no_grad, autocast as in training, and an RNG of its own; all restored afterwards.
+
+        An optimizer with methods ``train()`` and ``eval()`` is in eval mode: the parameters are those that it has for
+        evaluation. Afterwards weights and state are to the bit what they were. Meanwhile the device holds a copy of the
+        optimizer's parameters.
+        """

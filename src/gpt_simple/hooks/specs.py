@@ -134,11 +134,28 @@ class HookSpecs:
     def on_model_built(self, run: Run, event: events.ModelBuilt) -> None:
         """The raw module is initialised on its device; checkpointing, compilation and wrapping come next.
 
-        Change the module in place here, in the same way on every process::
+        Change the module in place here, in the same way on every process. ``event.step`` is the step that a run resumes
+        from: repeat a change of the structure that was made before it with ``run.control.rebuild_optimizer``::
 
             @hookimpl
             def on_model_built(self, run, event):
                 event.model.token_embedding.weight.requires_grad_(False)
+        """
+
+    @_hook(ranks="all")
+    def on_optimizer_built(self, run: Run, event: events.OptimizerBuilt) -> None:
+        """The optimizer is built for the model's trained parameters; its state is not yet restored.
+
+        Called again whenever it is built again, for ``run.control.rebuild_optimizer``.
+        Change the options of its groups here, in the same way on every process. ``lr_scale`` (1.0 where it is missing)
+        multiplies the schedule's rate of a group. What is set here is set again at a resume, and is not saved; an
+        option that changes later is state, which a checkpoint keeps::
+
+            @hookimpl
+            def on_optimizer_built(self, run, event):
+                for group in event.optimizer.param_groups:
+                    if group["weight_decay"] == 0.0:
+                        group["lr_scale"] = 0.5
         """
 
     @_hook()

@@ -10,38 +10,30 @@ from typing import Any
 import torch
 
 from gpt_simple._names import __version__
-from gpt_simple.checkpoint.state import (
-    OptimizerAsBuilt,
-    flatten_optimizer,
-    layouts,
-    load_model,
-    model_tensors,
-    restore_optimizer,
-)
+from gpt_simple.checkpoint.state import EVALUATION_WEIGHTS, layouts, load_model, model_tensors, restore_optimizer
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
 from gpt_simple.engine.control import throttled
-from gpt_simple.engine.optimizers import skips_on_device
+from gpt_simple.engine.optimizers import CurrentOptimizer
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import derive_seed, isolated_rng
 from gpt_simple.engine.step import TrainStep, step_optimizer, summed_loss
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
-from gpt_simple.errors import CheckpointError, PluginError
+from gpt_simple.errors import CheckpointError
 from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
 from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model
+from gpt_simple.job.optimizer import TRAINED, build_optimizer, optimizer_state, rebuild_optimizer, restore_trained
 from gpt_simple.job.stages import model_view
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
-
-OptimizerState = Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]
 
 _MODEL_STREAM = 0x6D6F64656C  # differs from the streams of micro-batches, which count samples from 0
 
@@ -59,16 +51,16 @@ def build_trainer(
     dist.started()
     with job.signals.interrupting(dist.size == 1):
         model = _build_model(job, data, plan)
-        optimizer = _build_optimizer(job, model)
-        optimizer_state = partial(_optimizer_state, job, model, optimizer, OptimizerAsBuilt.of(optimizer))
-        _restore(job, plan, model, optimizer)
+        restore_trained(plan, model)
+        current = build_optimizer(job, model, plan)
+        _restore(job, plan, model, current.optimizer)
         get = job.spec.registry.get
         schedule = get("schedule", config.optimizer.schedule).build(config.optimizer, config.training.max_steps)
         schedule(job.state.step + 1)  # a rate that cannot be used is found before an earlier run is discarded
         train_step = TrainStep(
             model=model,
             wrapped=dist.wrap(model),
-            optimizer=optimizer,
+            optimizer=current.optimizer,
             schedule=schedule,
             precision=job.runtime.precision,
             dist=dist,
@@ -88,7 +80,7 @@ def build_trainer(
         )
         with closing(loader):
             _warn_of_early_end(job, loader, plan.samples)
-            yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader, optimizer_state)
+            yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader, current)
 
 
 def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
@@ -99,22 +91,9 @@ def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
     plugins.adopt(model_view(job, data, plan, model))
     if plugins.calls.on_model_built is not None:
         with plugins.comm.during("on_model_built"):
-            plugins.calls.on_model_built(plugins.view, ModelBuilt(model))
+            plugins.calls.on_model_built(plugins.view, ModelBuilt(model, plan.step))
     checkpoint_activations(job.spec, model)
     return model
-
-
-def _build_optimizer(job: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
-    config = job.config.optimizer
-    part = job.spec.registry.get("optimizer", config.name)
-    optimizer: torch.optim.Optimizer = part.build(model, config, job.dist.device)
-    if not skips_on_device(optimizer):
-        job.plugins.log.info(
-            f"optimizer {config.name} has no found_inf, with which it would skip a non-finite step by itself: the host"
-            " reads one value a step",
-            name="host_read",
-        )
-    return optimizer
 
 
 def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -165,29 +144,33 @@ def _trainer(
     run_dir: ClaimedRunDir,
     train_step: TrainStep,
     loader: Loader,
-    optimizer_state: OptimizerState,
+    current: CurrentOptimizer,
 ) -> Trainer:
     plugins, model = job.plugins, train_step.model
+    known = _run_info(job, data, model)
     conditions = [] if time_budget is None else [time_budget.reason_to_stop]
     control = job.control(*conditions, throttled(run_dir.take_stop_request))
     run = plugins.extended_view(
         RunView,
         run_id=run_dir.run_id,
-        wrapped=train_step.wrapped,
-        summed_loss=train_step.summed_loss,
+        summed_loss=train_step.loss,
         loader=loader,
-        known=_run_info(job, data, model),
+        known=known,
         sync=control,
         kept=run_dir.record.recorded,
         keep=lambda key, value: run_dir.record_value(key, job.spec.without_secrets(value)),
     )
     plugins.adopt(run)
+
+    def rebuild(reason: str) -> None:
+        rebuild_optimizer(job, current, train_step, reason)
+        known.update(_run_info(job, data, model))
+
     checkpointer = Checkpointer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, optimizer_state),
-        must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
+        snapshot=partial(_snapshot, job, plan, model, current),
         time_budget=time_budget,
     )
     return Trainer(
@@ -198,7 +181,8 @@ def _trainer(
         checkpointer=checkpointer,
         signals=job.signals,
         time_budget=time_budget,
-        after_first_update=optimizer_state,
+        rebuild=rebuild,
+        after_first_update=partial(optimizer_state, job, current),
     )
 
 
@@ -212,25 +196,9 @@ def _warn_of_early_end(job: Job, loader: Loader, consumed: int) -> None:
         )
 
 
-def _optimizer_state(
-    job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, built: OptimizerAsBuilt
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's part of a checkpoint. Raises PluginError, naming the component, for state that cannot be saved.
-
-    The run ends with it: a save that is tried again fails again.
-    """
-    label = job.spec.registry.get("optimizer", job.config.optimizer.name).label
-    try:
-        return flatten_optimizer(optimizer, model, built)
-    except CheckpointError as error:
-        raise PluginError(*(p._replace(message=f"{label}: {p.message}") for p in error.problems)) from error
-    except Exception as error:
-        raise PluginError(f"{label}: its state cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_state: OptimizerState) -> Snapshot:
+def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, current: CurrentOptimizer) -> Snapshot:
     """The content of a checkpoint: tensors and JSON documents by file stem."""
-    moments, optimizer_document = optimizer_state()
+    moments, optimizer_document = optimizer_state(job, current)
     plugin_records, plugin_tensors = job.spec.host.state()
     tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
     state = {
@@ -243,6 +211,10 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_stat
         "scaler": job.runtime.precision.scaler.state_dict(),
         "run": plan.fingerprint,
     }
+    if current.was_rebuilt:
+        state[TRAINED] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if (weights := current.weights_for_evaluation()) is not None:
+        tensors[EVALUATION_WEIGHTS] = weights
     return tensors, {"state": state, "plugins": plugin_records}
 
 

@@ -10,7 +10,7 @@ import torch
 
 from gpt_simple._documents import check, read
 from gpt_simple._names import DISTRIBUTION
-from gpt_simple.checkpoint.state import load_model
+from gpt_simple.checkpoint.state import EVALUATION_WEIGHTS, load_model, load_weights
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.engine.compatibility import keep_values
@@ -81,6 +81,7 @@ def restore(
 ) -> tuple[torch.nn.Module, Tokenizer]:
     """The model (fp32, in eval mode) of the checkpoint of ``step`` or of the newest valid one, and its tokenizer.
 
+    It has the weights that evaluations of the run had: the optimizer's own for evaluation, where there are such.
     Changes nothing on disk. ``plugins`` are switched on as by ``-p``, beside those of the run that are installed. A
     plugin file runs only if it is among them, not because run.json names it. Raises CheckpointError if there is no such
     run or checkpoint, and ConfigError if the plugin that brings its model is missing.
@@ -113,6 +114,8 @@ def restore(
     assert spec is not None, "without errors there is one"
     model = new_model(keep_values(spec, saved), tokenizer)
     load_model(model, store.load_tensors(checkpoint, "model"))
+    if store.has_tensors(checkpoint, EVALUATION_WEIGHTS):
+        load_weights(model, store.load_tensors(checkpoint, EVALUATION_WEIGHTS))
     return model.to(device).eval(), tokenizer
 
 

@@ -156,6 +156,7 @@ class Calls:
     _callers: dict[str, HookCaller] = field(factory=dict)
     check_runtime: Callable[[Run, Preflight], Findings] | None = None
     on_model_built: Callable[[Run, events.ModelBuilt], None] | None = None
+    on_optimizer_built: Callable[[Run, events.OptimizerBuilt], None] | None = None
     on_checkpoint_loaded: Callable[[Run, events.CheckpointLoaded], None] | None = None
     on_run_start: Callable[[Run, events.RunStart], None] | None = None
     on_step_start: Callable[[Run, events.StepStart], None] | None = None

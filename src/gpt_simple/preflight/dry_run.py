@@ -15,6 +15,7 @@ from gpt_simple.config.schema import Config
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import CompilePlan, compile_model
 from gpt_simple.engine.evaluation import evaluation_mode
+from gpt_simple.engine.optimizer_modes import enter_train_mode, evaluation_weights, has_modes
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.step import OnBatch, OnGradients, StepResult, TrainStep, summed_loss
 from gpt_simple.hooks.batch import Batch
@@ -64,6 +65,7 @@ class DryRun:
         if set_checkpointing is not None:
             set_checkpointing(int(config.training.gradient_checkpointing))
         optimizer = registry.get("optimizer", config.optimizer.name).build(model, config.optimizer, device)
+        enter_train_mode(optimizer)
         compile_model(model, compile_plan)
         rate = optimizer.param_groups[0].get("lr", 0.0)
         train_step = TrainStep(
@@ -96,7 +98,7 @@ class DryRun:
     def evaluate(self) -> torch.Tensor:
         """The forward pass of an evaluation's batch."""
         step = self.train_step
-        with evaluation_mode(step.model, step.precision, step.seed):
+        with evaluation_weights(step.optimizer), evaluation_mode(step.model, step.precision, step.seed):
             return summed_loss(step.wrapped, self.batch)
 
     def optimizer_state(self) -> list[torch.Tensor]:
@@ -108,7 +110,9 @@ class DryRun:
         """Bytes of a checkpoint's tensors, once there was a step."""
         weights = self.train_step.model.state_dict(keep_vars=True).values()
         distinct = {id(tensor): tensor for tensor in (*weights, *self.optimizer_state())}
-        return sum(tensor.nbytes for tensor in distinct.values() if isinstance(tensor, torch.Tensor))
+        size = sum(tensor.nbytes for tensor in distinct.values() if isinstance(tensor, torch.Tensor))
+        evaluated = self.train_step.model.parameters() if has_modes(self.train_step.optimizer) else ()
+        return size + sum(parameter.nbytes for parameter in evaluated)
 
 
 def synthetic_batch(config: Config, vocab_size: int, device: torch.device) -> Batch:
