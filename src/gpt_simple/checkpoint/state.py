@@ -36,8 +36,16 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy ``tensors`` into the raw module. CheckpointError lists every name, shape and type that differs."""
-    own = model_tensors(model)
-    _raise_if(_compare(_layouts(tensors), _layouts(own)), "the checkpoint is of another model")
+    _copy(tensors, model_tensors(model), "the checkpoint is of another model")
+
+
+def load_weights(name: str, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy ``tensors`` into the set of weights of this name. CheckpointError lists what differs, as for a model."""
+    _copy(tensors, weights, f"the checkpoint's weights {name!r} do not fit those of this run")
+
+
+def _copy(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], otherwise: str) -> None:
+    _raise_if(_compare(_layouts(tensors), _layouts(own)), otherwise)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

@@ -26,9 +26,11 @@ from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import derive_seed
 from gpt_simple.engine.state import TrainState
+from gpt_simple.engine.weights import Exchange, paired
 from gpt_simple.errors import Interruption, PluginError, describe
 from gpt_simple.hooks.batch import Batch, Tokenizer
 from gpt_simple.hooks.events import LogRecord
+from gpt_simple.hooks.plugin import LIVE
 from gpt_simple.hooks.run import CheckpointInfo
 from gpt_simple.model.generate import generate
 
@@ -178,7 +180,7 @@ class LaunchView:
 
 _LATER = {
     **dict.fromkeys(("model", "tokenizer", "checkpoints", "evaluating", "generate"), "on_model_built"),
-    **dict.fromkeys(("run_id", "loss", "val_batches"), "on_run_start"),
+    **dict.fromkeys(("run_id", "loss", "val_batches", "weights"), "on_run_start"),
 }
 """Members of ``hooks.run.Run`` that only later views have, and the hook that sees them first."""
 
@@ -210,13 +212,18 @@ class ModelView(LaunchView):
 
 @frozen(eq=False)
 class RunView(ModelView):
-    """The whole run. ``wrapped`` is the module whose backward reduces gradients; ``known`` is what ``facts`` copies."""
+    """The whole run.
+
+    ``wrapped`` is the module whose backward reduces gradients; ``known`` is what ``facts`` copies; ``weight_sets``
+    returns those of the plugins.
+    """
 
     run_id: str
     wrapped: torch.nn.Module
     summed_loss: Callable[[torch.nn.Module, Batch], torch.Tensor]
     loader: Loader
     known: Mapping[str, Any]
+    weight_sets: Callable[[], Mapping[str, Mapping[str, torch.Tensor]]]
     sync: Control
 
     def facts(self) -> dict[str, Any]:
@@ -224,6 +231,17 @@ class RunView(ModelView):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.summed_loss(self.wrapped, batch)
+
+    def weights(self, weights: Mapping[str, torch.Tensor] | str) -> Exchange:
+        if weights == LIVE:
+            return Exchange(())
+        if isinstance(weights, str):
+            sets = self.weight_sets()
+            if weights not in sets:
+                known = ", ".join((LIVE, *sets))
+                raise PluginError(f"there are no weights of the name {weights!r}", hint=f"expected one of {known}")
+            weights = sets[weights]
+        return Exchange(paired(self.model, weights))
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")

@@ -147,10 +147,11 @@ class CheckpointSaved:
 
 @frozen
 class CheckpointLoaded:
-    """The checkpoint that the run continues from."""
+    """The checkpoint that the run continues from. ``weight_sets``: the names of those that it had and are restored."""
 
     step: int
     path: Path
+    weight_sets: tuple[str, ...] = ()
 
 
 @frozen

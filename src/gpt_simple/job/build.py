@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -14,9 +14,11 @@ from gpt_simple.checkpoint.state import (
     OptimizerAsBuilt,
     flatten_optimizer,
     load_model,
+    load_weights,
     model_tensors,
     restore_optimizer,
 )
+from gpt_simple.checkpoint.store import weights_stem
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
@@ -29,6 +31,7 @@ from gpt_simple.engine.step import TrainStep, step_optimizer, summed_loss
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
+from gpt_simple.engine.weights import paired
 from gpt_simple.errors import CheckpointError, PluginError
 from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
@@ -117,6 +120,7 @@ def _build_optimizer(job: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     checkpoint, state, store = plan.found.checkpoint, plan.found.state, plan.found.store
+    sets = _weight_sets(job, model)  # also of a new run: what does not fit is found before the first step
     if checkpoint is None:
         return
     load_model(model, store.load_tensors(checkpoint, "model"))
@@ -128,10 +132,27 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
         store.load_tensors(checkpoint, "plugins"),
         is_main=job.dist.is_main,
     )
+    restored = []
+    for name in store.weight_sets(checkpoint):
+        if name in sets:
+            load_weights(name, sets[name], store.load_tensors(checkpoint, weights_stem(name)))
+            restored.append(name)
+        else:
+            job.plugins.log.warning(
+                f"no plugin here keeps the weights {name!r} of {checkpoint.path.name}: later checkpoints will not have"
+                " them",
+                name="weights_left_out",
+            )
     job.state.load_state_dict({**state, "best_val_loss": _best_val_loss(plan)})
     plugins = job.plugins
     if plugins.calls.on_checkpoint_loaded is not None:
-        plugins.calls.on_checkpoint_loaded(plugins.view, CheckpointLoaded(job.state.step, checkpoint.path))
+        event = CheckpointLoaded(job.state.step, checkpoint.path, tuple(restored))
+        plugins.calls.on_checkpoint_loaded(plugins.view, event)
+
+
+def _weight_sets(job: Job, model: torch.nn.Module) -> Mapping[str, Mapping[str, torch.Tensor]]:
+    """The plugins' sets of weights on this process."""
+    return job.spec.host.weight_sets(partial(paired, model))
 
 
 def _best_val_loss(plan: ResumePlan) -> float | None:
@@ -175,6 +196,7 @@ def _trainer(
         summed_loss=train_step.summed_loss,
         loader=loader,
         known=_run_info(job, data, model),
+        weight_sets=partial(_weight_sets, job, model),
         sync=control,
     )
     plugins.adopt(run)
@@ -237,6 +259,7 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_stat
         "run": plan.fingerprint,
     }
     tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
+    tensors |= {weights_stem(name): dict(weights) for name, weights in _weight_sets(job, model).items()}
     return tensors, {"state": state, "plugins": plugin_records}
 
 
