@@ -34,6 +34,7 @@ _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\n\t"
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="The same seed, the same text.")
 @click.option("--count", default=1, show_default=True, type=click.IntRange(1), help="Texts, with seeds from --seed on.")
 @click.option("--step", type=click.IntRange(1), help="The checkpoint of this step; unset: the newest.")
+@click.option("--weights", default="live", show_default=True, help="A set of weights that a plugin keeps, such as ema.")
 @click.option(
     "-p",
     "plugins",
@@ -50,6 +51,7 @@ def sample(
     seed: int,
     count: int,
     step: int | None,
+    weights: str,
     plugins: tuple[str, ...],
     device: str | None,
     **sampling: Any,
@@ -69,7 +71,7 @@ def sample(
         from gpt_simple.run_dir.layout import RunDir
 
         torch_device = _device(device)
-        model, tokenizer = restore(RunDir(run), torch_device, step=step, plugins=plugins)
+        model, tokenizer = restore(RunDir(run), torch_device, step=step, weights=weights, plugins=plugins)
     for index in range(count):
         with torch.no_grad(), resolve(None, torch_device).autocast():
             text = generate(model, tokenizer, prompt, max_new_tokens=tokens, seed=seed + index, **sampling)

@@ -24,7 +24,7 @@ RunStatus = Literal["completed", "stopped", "halted"]
 
 @frozen
 class ModelBuilt:
-    """``model`` is the raw module, initialised on its device."""
+    """``model`` is the raw module on its device. Its structure is final after this hook, its values later."""
 
     model: torch.nn.Module
 

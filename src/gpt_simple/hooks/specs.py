@@ -132,9 +132,11 @@ class HookSpecs:
 
     @_hook(ranks="all")
     def on_model_built(self, run: Run, event: events.ModelBuilt) -> None:
-        """The raw module is initialised on its device; checkpointing, compilation and wrapping come next.
+        """The raw module is on its device; restoring, checkpointing, compilation and wrapping come next.
 
-        Change the module in place here, in the same way on every process::
+        Change its structure in place here, in the same way on every process. Values are not final: a resumed run
+        restores them afterwards, and a model that is divided over processes may get them later. They are there from
+        ``on_run_start`` on::
 
             @hookimpl
             def on_model_built(self, run, event):
