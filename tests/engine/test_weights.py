@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt_simple import Metric, Plugin, PluginError, hookimpl
-from gpt_simple.engine import weights as exchanges
 from gpt_simple.engine.views import EvaluationAbandoned
-from gpt_simple.engine.weights import Exchange, open_exchanges, paired, undo_exchanges
+from gpt_simple.engine.weights import OPEN, Exchange, paired, undo_exchanges
 from gpt_simple.testing import train
 from gpt_simple.testing.ranks import train_on_ranks
 from tests.tiny import TinyRun, state_bytes
@@ -182,7 +181,7 @@ def test_however_it_ends_everything_is_back(end: Callable[[Tied, Weights], None]
     end(model, given)
     assert equal(current(model), own)
     assert equal(given, kept)
-    assert open_exchanges() == 0
+    assert not OPEN
 
 
 class Interrupting(TorchDispatchMode):
@@ -420,7 +419,7 @@ def test_an_exchange_that_is_left_open_is_the_plugins_failure(act: Callable[[Any
     expected = "other weights in the model (run.weights was entered and not left)"
     assert (expected if act is entered else "in the middle") in message
     assert f"failed in {hook}" in message
-    assert not exchanges._OPEN
+    assert not OPEN
 
 
 def test_there_are_no_weights_before_a_run_starts() -> None:

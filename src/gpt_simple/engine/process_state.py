@@ -27,7 +27,7 @@ from torch import (
 )
 from torch.overrides import has_torch_function
 
-from gpt_simple.engine.weights import open_exchanges, undo_exchanges
+from gpt_simple.engine.weights import OPEN, undo_exchanges
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.events import BatchReady
@@ -55,7 +55,7 @@ def _state(run: Any) -> State:
     autocasts = autocast_increment_nesting() - 1
     autocast_decrement_nesting()
     try:
-        training = run.model.training
+        training = run.raw.training
     except (AttributeError, PluginError):  # there is no run, or it has no model yet
         training = None
     return (
@@ -64,7 +64,7 @@ def _state(run: Any) -> State:
         get_default_dtype(),
         torch.get_default_device() if has_torch_function(_ANY) else None,
         training,
-        open_exchanges(),
+        len(OPEN),
         autocasts,
         _autocast_kinds() if autocasts else (),
         _handlers(),
@@ -90,9 +90,9 @@ def _restore(run: Any, before: State) -> str:
     if _default_device() != device:
         left.append(f"the default device {torch.get_default_device()}")
         _restore_device(device)
-    if training is not None and run.model.training is not training:
+    if training is not None and run.raw.training is not training:
         left.append(f"the model in {'evaluation' if training else 'training'} mode")
-        run.model.train(training)
+        run.raw.train(training)
     if (_autocast_depth(), _autocast_kinds()) != (autocasts, kinds):
         left.append("autocast entered and not left")
         _restore_autocast(autocasts, kinds)
@@ -184,7 +184,7 @@ def preserved_process_state() -> Iterator[None]:
     python, numpy, matmul = random.getstate(), np.random.get_state(), torch.get_float32_matmul_precision()
     kinds = _autocast_kinds()
     modes = is_grad_enabled(), is_inference_mode_enabled()
-    places = get_default_dtype(), _default_device(), None, open_exchanges()
+    places = get_default_dtype(), _default_device(), None, len(OPEN)
     before: State = (*modes, *places, _autocast_depth(), kinds, _handlers())
     try:
         torch.set_default_device(None)

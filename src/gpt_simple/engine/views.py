@@ -26,7 +26,7 @@ from gpt_simple.engine.memory import peak_bytes
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import derive_seed
 from gpt_simple.engine.state import TrainState
-from gpt_simple.engine.weights import Exchange, paired
+from gpt_simple.engine.weights import Exchange, WeightWatch, paired
 from gpt_simple.errors import Interruption, PluginError, describe
 from gpt_simple.hooks.batch import Batch, Tokenizer
 from gpt_simple.hooks.events import LogRecord
@@ -137,6 +137,7 @@ class LaunchView:
     control: Requests
     log: EngineLog
     comm: EngineComm
+    watch: WeightWatch
 
     @property
     def step(self) -> int:
@@ -193,21 +194,26 @@ def _missing(name: str) -> PluginError:
 class ModelView(LaunchView):
     """The run with its model, raw and not yet prepared for training; in ``check_runtime`` without storage.
 
-    ``forward`` calls the model, and attributes its failure to the component.
+    ``raw`` is the model for the engine's own use. ``forward`` calls it, and attributes its failure to the component.
     """
 
-    model: torch.nn.Module
+    raw: torch.nn.Module
     forward: Callable[..., torch.Tensor]
     tokenizer: Tokenizer
     checkpoints: EngineCheckpoints
 
+    @property
+    def model(self) -> torch.nn.Module:
+        self.watch.taken()
+        return self.raw
+
     def evaluating(self) -> AbstractContextManager[None]:
-        return evaluation_mode(self.model, self.precision, derive_seed(self.config.training.seed, self.step))
+        return evaluation_mode(self.raw, self.precision, derive_seed(self.config.training.seed, self.step))
 
     def generate(self, prompt: str = "", **options: Any) -> str:
         # The length grows token by token: torch would compile for each.
         with self.evaluating(), torch.compiler.set_stance("force_eager"):
-            return generate(self.model, self.tokenizer, prompt, forward=self.forward, **options)
+            return generate(self.raw, self.tokenizer, prompt, forward=self.forward, **options)
 
 
 @frozen(eq=False)
@@ -241,7 +247,7 @@ class RunView(ModelView):
                 known = ", ".join((LIVE, *sets))
                 raise PluginError(f"there are no weights of the name {weights!r}", hint=f"expected one of {known}")
             weights = sets[weights]
-        return Exchange(paired(self.model, weights))
+        return Exchange(paired(self.raw, weights))
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")

@@ -15,6 +15,10 @@ from attrs import define, field
 from torch import Tensor
 
 from gpt_simple.errors import PluginError
+from gpt_simple.plugin_host.dispatch import Watch
+
+_SAMPLED = 32
+"""Parameters of which a watch compares one element, spread over the model."""
 
 _MOST_LISTED = 10
 """Mistakes in a mapping that an error lists."""
@@ -36,7 +40,7 @@ class Exchange(AbstractContextManager[None]):
     whether the tensor has the parameter's already. Stored before each copy, so that Ctrl-C can interrupt anywhere."""
 
     def __enter__(self) -> None:
-        _OPEN.append(self)
+        OPEN.append(self)
         try:
             _settle()
         except BaseException:
@@ -44,8 +48,8 @@ class Exchange(AbstractContextManager[None]):
             raise
 
     def __exit__(self, *_: object) -> None:
-        if self in _OPEN:  # else a failed hook left it open, and it was undone
-            _OPEN.remove(self)
+        if self in OPEN:  # else a failed hook left it open, and it was undone
+            OPEN.remove(self)
         _settle()
 
     def move(self, end: int) -> None:
@@ -67,21 +71,18 @@ class Exchange(AbstractContextManager[None]):
                 self._place = following, following, None, False
 
 
-_OPEN: list[Exchange] = []
+OPEN: list[Exchange] = []
+"""The exchanges of this process that are open, in the order in which they were opened."""
+
 _APPLIED: list[Exchange] = []
 """The exchange that the model has, if any."""
 
 
-def open_exchanges() -> int:
-    """How many exchanges are open in this process."""
-    return len(_OPEN)
-
-
 def undo_exchanges(count: int) -> bool:
     """Undo all but the first ``count`` that were opened. Returns whether there were any."""
-    left = len(_OPEN) > count
-    if left or _OPEN[-1:] != _APPLIED:
-        del _OPEN[count:]
+    left = len(OPEN) > count
+    if left or OPEN[-1:] != _APPLIED:
+        del OPEN[count:]
         _settle()
     return left
 
@@ -89,11 +90,11 @@ def undo_exchanges(count: int) -> bool:
 @torch.no_grad()
 def _settle() -> None:
     """Bring the newest exchange that is open into the model, and no other."""
-    if _APPLIED and _OPEN[-1:] != _APPLIED:
+    if _APPLIED and OPEN[-1:] != _APPLIED:
         _APPLIED[0].move(0)
         _APPLIED.clear()
-    if _OPEN:
-        _APPLIED[:] = _OPEN[-1:]
+    if OPEN:
+        _APPLIED[:] = OPEN[-1:]
         _APPLIED[0].move(len(_APPLIED[0].pairs))
     torch.clear_autocast_cache()  # it holds casts of the weights that were there before
 
@@ -155,3 +156,49 @@ def _layout(tensor: Tensor) -> str:
 
 def _memory(tensor: Tensor) -> object:
     return tensor.device, tensor.data_ptr()
+
+
+@define(eq=False)
+class WeightWatch(Watch):
+    """Compares one element of some parameters with what it was when the step was marked.
+
+    Only an optimizer step changes weights, so those after it are the reference until the next one. They stay on the
+    device: the host reads them only after a failure.
+    """
+
+    _run: Any = field(default=None, init=False)
+    _step: int = field(default=-1, init=False)
+    _parameters: Sequence[Tensor] = field(default=(), init=False)
+    _elements: list[Tensor] = field(factory=list, init=False)
+    _places: list[int] = field(factory=list, init=False)
+    _kept: tuple[list[int], Tensor] | None = field(default=None, init=False)
+
+    def start(self, run: Any) -> None:
+        """Watch ``run``: a change from here on counts. A hook before may have set values of its own."""
+        found = [parameter for parameter in run.raw.parameters() if parameter.numel()]
+        self._run, self._step, self._kept = run, -1, None
+        self._parameters = found[:: -(-len(found) // _SAMPLED) or 1]
+
+    def taken(self) -> None:
+        """The plugin that is called now, if any, gets the model."""
+        if self.caller is not None:
+            self.holders.add(self.caller)
+            self.mark()
+
+    def mark(self) -> None:
+        if self._parameters and self._run.step != self._step and not OPEN:
+            self._step, self._kept = self._run.step, self._sample()
+
+    def changed(self) -> bool:
+        if self._kept is None or self._run.step != self._step or OPEN:
+            return False
+        (places, kept), (places_now, now) = self._kept, self._sample()
+        same = (kept == now) | (kept != kept) & (now != now)
+        return places != places_now or not bool(same.all())
+
+    def _sample(self) -> tuple[list[int], Tensor]:
+        places = [parameter.data_ptr() for parameter in self._parameters]
+        if places != self._places:
+            self._places = places
+            self._elements = [p.detach()[tuple(size // 2 for size in p.shape)] for p in self._parameters]
+        return places, torch.stack(self._elements)

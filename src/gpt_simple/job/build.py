@@ -200,6 +200,7 @@ def _trainer(
         sync=control,
     )
     plugins.adopt(run)
+    run.watch.start(run)
     checkpointer = Checkpointer(
         run=run,
         calls=plugins.calls,
