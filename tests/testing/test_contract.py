@@ -152,3 +152,25 @@ def test_the_contract_finds_what_fails_only_after_an_error() -> None:
 
     with pytest.raises(AssertionError, match=r"plugin bad .*failed in on_run_error at step 1: ValueError: too late"):
         check_contract(Bad)
+
+
+def test_the_contract_finds_a_set_of_weights_that_begins_anew() -> None:
+    class Forgets(Plugin[NoConfig]):
+        """Takes the weights of the start of a launch as its set, although it was restored."""
+
+        ranks = "all"
+
+        @hookimpl
+        def on_model_built(self, run: Run, event: Any) -> None:
+            self.kept = {name: parameter.detach().clone() for name, parameter in event.model.named_parameters()}
+
+        @hookimpl
+        def on_run_start(self, run: Run, event: Any) -> None:
+            for name, parameter in run.model.named_parameters():
+                self.kept[name].copy_(parameter.detach())
+
+        def weight_sets(self) -> Any:
+            return {"first": self.kept}
+
+    with pytest.raises(AssertionError, match="stopped and resumed ends with other weights 'first'"):
+        check_contract(Forgets)
