@@ -44,7 +44,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--packages", type=int, default=100)
 arguments = parser.parse_args()
 
-RUN = SimpleNamespace(model=torch.nn.Linear(1, 1))  # the guard checks its mode
+RUN = SimpleNamespace(raw=torch.nn.Linear(1, 1))  # the guard checks its mode
 EVENT = MetricsReady(1, 1, {})
 
 

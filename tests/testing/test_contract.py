@@ -206,3 +206,25 @@ def test_good_components_keep_the_contract() -> None:
             registry.add("schedule", "tenth", lambda *_: lambda step: 0.1)
 
     check_contract(Parts)
+
+
+def test_the_contract_finds_a_set_of_weights_that_begins_anew() -> None:
+    class Forgets(Plugin[NoConfig]):
+        """Takes the weights of the start of a launch as its set, although it was restored."""
+
+        ranks = "all"
+
+        @hookimpl
+        def on_model_built(self, run: Run, event: Any) -> None:
+            self.kept = {name: parameter.detach().clone() for name, parameter in event.model.named_parameters()}
+
+        @hookimpl
+        def on_run_start(self, run: Run, event: Any) -> None:
+            for name, parameter in run.model.named_parameters():
+                self.kept[name].copy_(parameter.detach())
+
+        def weight_sets(self) -> Any:
+            return {"first": self.kept}
+
+    with pytest.raises(AssertionError, match="stopped and resumed ends with other weights 'first'"):
+        check_contract(Forgets)

@@ -17,9 +17,6 @@ from gpt_simple.checkpoint.packed import add_tensor, mark_of, may_be_state, pack
 from gpt_simple.checkpoint.tensor_names import ELSEWHERE, as_text, optimizer_tensors
 from gpt_simple.errors import CheckpointError
 
-EVALUATION_WEIGHTS = "weights-eval"
-"""Stem of the file with the weights that an optimizer has for evaluation, where they are not those that it trains."""
-
 _MOST_LISTED = 10
 """Differences that an error lists."""
 
@@ -39,20 +36,19 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy ``tensors`` into the raw module. CheckpointError lists every name, shape and type that differs."""
-    own = model_tensors(model)
-    _raise_if(_compare(layouts(tensors), layouts(own)), "the checkpoint is of another model")
+    _copy(tensors, model_tensors(model), "the checkpoint is of another model")
+
+
+def load_weights(name: str, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy ``tensors`` into the set of weights of this name. CheckpointError lists what differs, as for a model."""
+    _copy(tensors, weights, f"the checkpoint's weights {name!r} do not fit those of this run")
+
+
+def _copy(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], otherwise: str) -> None:
+    _raise_if(_compare(layouts(tensors), layouts(own)), otherwise)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-
-
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy one tensor into each parameter of the raw module. CheckpointError lists every difference."""
-    own = dict(model.named_parameters())
-    _raise_if(_compare(layouts(tensors), layouts(own)), "the checkpoint's weights are of another model")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
 
 
 @frozen(eq=False)

@@ -39,6 +39,13 @@ _DRAFTS: set[Path] = set()
 
 _NAME = re.compile(r"(?P<hidden>\.)?step-(?P<step>\d{8,})(?(hidden)\.(?P<role>deleted|replaced|tmp-(?P<pid>\d+)))")
 
+_WEIGHTS = re.compile(r"weights-(?P<name>.+)\.safetensors")
+
+
+def weights_stem(name: str) -> str:
+    """The stem of the file with a set of weights."""
+    return f"weights-{name}"
+
 
 @frozen
 class Checkpoint:
@@ -173,14 +180,15 @@ class Store:
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
 
-    def has_tensors(self, checkpoint: Checkpoint, stem: str) -> bool:
-        """Whether the checkpoint has ``stem.safetensors``."""
-        return f"{stem}.safetensors" in Manifest.read(checkpoint.path).files
-
     def layouts(self, checkpoint: Checkpoint, stem: str) -> Mapping[str, Mapping[str, Any]]:
         """``dtype`` and ``shape`` of each tensor in ``stem.safetensors``, from the manifest."""
         path = self._verified_file(checkpoint, f"{stem}.safetensors")
         return Manifest.read(checkpoint.path).files[path.name].tensors or {}
+
+    def weight_sets(self, checkpoint: Checkpoint) -> Sequence[str]:
+        """The names of the sets of weights beside the model's own."""
+        files = Manifest.read(checkpoint.path).files
+        return sorted(found["name"] for found in map(_WEIGHTS.fullmatch, files) if found)
 
     def load_tensors(self, checkpoint: Checkpoint, stem: str) -> dict[str, Tensor]:
         """The tensors of ``stem.safetensors`` by name, in host memory, after verification."""

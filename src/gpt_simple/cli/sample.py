@@ -35,6 +35,10 @@ _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\n\t"
 @click.option("--count", default=1, show_default=True, type=click.IntRange(1), help="Texts, with seeds from --seed on.")
 @click.option("--step", type=click.IntRange(1), help="The checkpoint of this step; unset: the newest.")
 @click.option(
+    "--weights",
+    help="live, or a set that a plugin keeps, such as ema; unset: those that the run's evaluations had.",
+)
+@click.option(
     "-p",
     "plugins",
     multiple=True,
@@ -50,6 +54,7 @@ def sample(
     seed: int,
     count: int,
     step: int | None,
+    weights: str | None,
     plugins: tuple[str, ...],
     device: str | None,
     **sampling: Any,
@@ -69,7 +74,7 @@ def sample(
         from gpt_simple.run_dir.layout import RunDir
 
         torch_device = _device(device)
-        model, tokenizer = restore(RunDir(run), torch_device, step=step, plugins=plugins)
+        model, tokenizer = restore(RunDir(run), torch_device, step=step, weights=weights, plugins=plugins)
     for index in range(count):
         with torch.no_grad(), resolve(None, torch_device).autocast():
             text = generate(model, tokenizer, prompt, max_new_tokens=tokens, seed=seed + index, **sampling)

@@ -81,7 +81,7 @@ class Checkpointer:
         if self._newest == run.step and not run.state.finished:
             return ""
         in_background = run.config.training.background_save and not blocking
-        if not in_background and not dist.on_main(lambda: all_finite(run.model.parameters())):
+        if not in_background and not dist.on_main(lambda: all_finite(run.raw.parameters())):
             return self._not_finite(run.step)
         if self.calls.on_checkpoint_saving is not None:
             with run.comm.during("on_checkpoint_saving"):

@@ -1,9 +1,9 @@
 """State that the whole process shares, torch's and signal handlers: a hook or method that leaves it changed has failed.
 
 A plugin may switch gradients off, enter autocast or inference mode, change the default dtype or device, or put the
-model into evaluation mode, and training would go wrong without an error. It may install signal handlers, and the run
-could not be stopped any more. ``Guard`` compares the state after every call of a plugin, restores what has changed, and
-counts that as the plugin's failure.
+model into evaluation mode or leave other weights in it, and training would go wrong without an error. It may install
+signal handlers, and the run could not be stopped any more. ``Guard`` compares the state after every call of a plugin,
+restores what has changed, and counts that as the plugin's failure.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import (
 )
 from torch.overrides import has_torch_function
 
+from gpt_simple.engine.weights import OPEN, undo_exchanges
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.events import BatchReady
@@ -45,7 +46,7 @@ _RESTORED: list[torch.inference_mode] = []
 
 Handlers = tuple[Any, ...]
 
-State = tuple[bool, bool, torch.dtype, torch.device | None, bool | None, int, tuple[str, ...], Handlers]
+State = tuple[bool, bool, torch.dtype, torch.device | None, bool | None, int, int, tuple[str, ...], Handlers]
 
 
 def _state(run: Any) -> State:
@@ -54,7 +55,7 @@ def _state(run: Any) -> State:
     autocasts = autocast_increment_nesting() - 1
     autocast_decrement_nesting()
     try:
-        training = run.model.training
+        training = run.raw.training
     except (AttributeError, PluginError):  # there is no run, or it has no model yet
         training = None
     return (
@@ -63,6 +64,7 @@ def _state(run: Any) -> State:
         get_default_dtype(),
         torch.get_default_device() if has_torch_function(_ANY) else None,
         training,
+        len(OPEN),
         autocasts,
         _autocast_kinds() if autocasts else (),
         _handlers(),
@@ -71,8 +73,10 @@ def _state(run: Any) -> State:
 
 def _restore(run: Any, before: State) -> str:
     """Restore what has changed, and describe what it was changed to; empty if nothing was."""
-    gradients, inference, dtype, device, training, autocasts, kinds, handlers = before
+    gradients, inference, dtype, device, training, exchanges, autocasts, kinds, handlers = before
     left = []
+    if undo_exchanges(exchanges):
+        left.append("other weights in the model (run.weights was entered and not left)")
     if is_inference_mode_enabled() is not inference:
         left.append(f"inference mode {_on_off(not inference)}")
         _RESTORED.append(torch.inference_mode(inference))
@@ -86,9 +90,9 @@ def _restore(run: Any, before: State) -> str:
     if _default_device() != device:
         left.append(f"the default device {torch.get_default_device()}")
         _restore_device(device)
-    if training is not None and run.model.training is not training:
+    if training is not None and run.raw.training is not training:
         left.append(f"the model in {'evaluation' if training else 'training'} mode")
-        run.model.train(training)
+        run.raw.train(training)
     if (_autocast_depth(), _autocast_kinds()) != (autocasts, kinds):
         left.append("autocast entered and not left")
         _restore_autocast(autocasts, kinds)
@@ -198,7 +202,8 @@ def preserved_process_state() -> Iterator[None]:
     python, numpy, matmul = random.getstate(), np.random.get_state(), _matmul_precision()
     kinds = _autocast_kinds()
     modes = is_grad_enabled(), is_inference_mode_enabled()
-    before: State = (*modes, get_default_dtype(), _default_device(), None, _autocast_depth(), kinds, _handlers())
+    places = get_default_dtype(), _default_device(), None, len(OPEN)
+    before: State = (*modes, *places, _autocast_depth(), kinds, _handlers())
     try:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)

@@ -65,8 +65,15 @@ _STATE = {
     "run": {"config": _CONFIG, "data": {...: str}, "numerics": dict, "plugins?": dict},
 }
 """state.json; job/build.py writes it."""
-_RECORD = {"version": int, "required": bool, "distribution": str, "distribution_version": str, "state": dict}
-"""The state of a plugin in plugins.json."""
+_RECORD = {
+    "version": int,
+    "required": bool,
+    "distribution": str,
+    "distribution_version": str,
+    "state": dict,
+    "weights?": [str],
+}
+"""The state of a plugin in plugins.json, and the names of its sets of weights."""
 
 
 @frozen

@@ -96,7 +96,8 @@ class Trainer:
         return FitResult(status, reason, self._last_train, self._last_eval, tuple(self._rates), self._data_ended)
 
     def _fit(self) -> tuple[RunStatus, str]:
-        self.run.model.train()
+        self.run.raw.train()
+        self.run.watch.start(self.run)
         decision = self._decide()
         self._refuse_untrained()
         if decision.finish and not decision.halt:
@@ -286,6 +287,12 @@ class Trainer:
                 with run.evaluating(), run.comm.during("evaluate"):
                     metrics = namespaced(calls.evaluate(run, Evaluate(state.step)))
             except EvaluationAbandoned:
+                if run.watch.changed():
+                    raise PluginError(
+                        "the evaluation was abandoned, because the run is stopping, while a plugin had changed the"
+                        " model's weights; they are not saved, and the last checkpoint stays",
+                        hint="change weights with run.weights, which puts them back",
+                    ) from None
                 run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
                 return
             floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)

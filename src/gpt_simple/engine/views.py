@@ -29,9 +29,11 @@ from gpt_simple.engine.optimizers import CurrentOptimizer
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import derive_seed
 from gpt_simple.engine.state import TrainState
+from gpt_simple.engine.weights import Exchange, WeightWatch, paired
 from gpt_simple.errors import Interruption, PluginError, describe
 from gpt_simple.hooks.batch import Batch, Tokenizer
 from gpt_simple.hooks.events import LogRecord
+from gpt_simple.hooks.plugin import LIVE
 from gpt_simple.hooks.run import CheckpointInfo
 from gpt_simple.model.generate import generate
 
@@ -144,6 +146,7 @@ class LaunchView:
     log: EngineLog
     comm: EngineComm
     plugin: Callable[..., Any]
+    watch: WeightWatch
 
     @property
     def step(self) -> int:
@@ -188,7 +191,7 @@ class LaunchView:
 _LATER = {
     **dict.fromkeys(("model", "tokenizer", "checkpoints", "evaluating", "generate"), "on_model_built"),
     "optimizer": "on_optimizer_built",
-    **dict.fromkeys(("run_id", "loss", "val_batches", "record", "recorded"), "on_run_start"),
+    **dict.fromkeys(("run_id", "loss", "val_batches", "record", "recorded", "weights"), "on_run_start"),
 }
 """Members of ``hooks.run.Run`` that only later views have, and the hook that sees them first."""
 
@@ -201,21 +204,26 @@ def _missing(name: str) -> PluginError:
 class ModelView(LaunchView):
     """The run with its model, raw and not yet prepared for training; in ``check_runtime`` without storage.
 
-    ``forward`` calls the model, and attributes its failure to the component.
+    ``raw`` is the model for the engine's own use. ``forward`` calls it, and attributes its failure to the component.
     """
 
-    model: torch.nn.Module
+    raw: torch.nn.Module
     forward: Callable[..., torch.Tensor]
     tokenizer: Tokenizer
     checkpoints: EngineCheckpoints
 
+    @property
+    def model(self) -> torch.nn.Module:
+        self.watch.taken()
+        return self.raw
+
     def evaluating(self) -> AbstractContextManager[None]:
-        return evaluation_mode(self.model, self.precision, derive_seed(self.config.training.seed, self.step))
+        return evaluation_mode(self.raw, self.precision, derive_seed(self.config.training.seed, self.step))
 
     def generate(self, prompt: str = "", **options: Any) -> str:
         # The length grows token by token: torch would compile for each.
         with self.evaluating(), torch.compiler.set_stance("force_eager"):
-            return generate(self.model, self.tokenizer, prompt, forward=self.forward, **options)
+            return generate(self.raw, self.tokenizer, prompt, forward=self.forward, **options)
 
 
 @frozen(eq=False)
@@ -239,13 +247,15 @@ class OptimizerView(ModelView):
 class RunView(OptimizerView):
     """The whole run. ``summed_loss`` is that of a batch; ``known`` is what ``facts`` copies.
 
-    ``kept`` is what plugins have recorded in run.json, and ``keep`` records a value there.
+    ``weight_sets`` returns those of the plugins. ``kept`` is what plugins have recorded in run.json, and ``keep``
+    records a value there.
     """
 
     run_id: str
     summed_loss: Callable[[Batch], torch.Tensor]
     loader: Loader
     known: Mapping[str, Any]
+    weight_sets: Callable[[], Mapping[str, Mapping[str, torch.Tensor]]]
     sync: Control
     kept: Mapping[str, Any]
     keep: Callable[[str, Any], None]
@@ -273,6 +283,17 @@ class RunView(OptimizerView):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.summed_loss(batch)
+
+    def weights(self, weights: Mapping[str, torch.Tensor] | str) -> Exchange:
+        if weights == LIVE:
+            return Exchange(())
+        if isinstance(weights, str):
+            sets = self.weight_sets()
+            if weights not in sets:
+                known = ", ".join((LIVE, *sets))
+                raise PluginError(f"there are no weights of the name {weights!r}", hint=f"expected one of {known}")
+            weights = sets[weights]
+        return Exchange(paired(self.raw, weights))
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")

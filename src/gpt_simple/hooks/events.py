@@ -24,7 +24,7 @@ RunStatus = Literal["completed", "stopped", "halted"]
 
 @frozen
 class ModelBuilt:
-    """``model`` is the raw module, initialised on its device.
+    """``model`` is the raw module on its device. Its structure is final after this hook, its values later.
 
     ``step`` is the last finished step: 0 in a new run, that of the checkpoint in a run that resumes.
     """
@@ -159,10 +159,11 @@ class CheckpointSaved:
 
 @frozen
 class CheckpointLoaded:
-    """The checkpoint that the run continues from."""
+    """The checkpoint that the run continues from. ``weight_sets``: the names of those that it had and are restored."""
 
     step: int
     path: Path
+    weight_sets: tuple[str, ...] = ()
 
 
 @frozen

@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from attrs import frozen
 
 if TYPE_CHECKING:
+    import torch
+
     # For a type checker a plugin inherits every hook, so that it reports a wrong event, arity or result. At run time a
     # plugin inherits none, because a hook that it does not implement is never called.
     from gpt_simple.hooks.specs import HookSpecs as Hooks
 else:
     Hooks = object
+
+LIVE = "live"
+"""The model's own weights, where sets of weights are named."""
+
+EVAL = "eval"
+"""The weights of a checkpoint that an optimizer with ``eval()`` evaluates with. No plugin's set has this name."""
 
 Ranks = Literal["main", "all"]
 OnError = Literal["abort", "disable"]
@@ -94,6 +102,18 @@ class Plugin(Generic[C], Hooks):
 
     def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
         """Restore what ``state_dict`` returned. Called on every process where the plugin runs."""
+
+    def weight_sets(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Further weights that this plugin keeps, such as a moving average, by the name of each set.
+
+        A set has one tensor for each parameter, of its shape and dtype, under the name in ``model.named_parameters()``.
+        A name has lower-case letters, digits, ``_`` and ``-``, begins with a letter and is not ``live``. The sets are
+        made in ``on_model_built`` and keep their names; their values count from ``on_run_start`` on, which sets those
+        of a new set. Each is a file of every checkpoint, and a resume restores its tensors in place before
+        ``on_checkpoint_loaded``. ``run.weights(name)`` and evaluations use it. Called on every process, so the plugin
+        has ``ranks = "all"``.
+        """
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """Facts for the end-of-run summary and summary.json: a mapping of readable names to JSON values.

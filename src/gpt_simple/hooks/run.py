@@ -5,7 +5,7 @@ Plugins are typed against this protocol; the engine implements it. Anything that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -193,6 +193,19 @@ class Run(Protocol):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy of a batch (nats, 0-d, on the device), by the compiled model."""
+
+    def weights(self, weights: Mapping[str, torch.Tensor] | str) -> AbstractContextManager[None]:
+        """Put other weights into the model: a set by its name, or one tensor for each parameter by its name.
+
+        Inside, ``run.model``, ``run.loss`` and ``run.generate`` use them. Contents are exchanged in place, so each
+        tensor holds the parameter's content meanwhile, and always back. This takes the memory of one parameter. The
+        tensors have the parameters' shapes and dtypes and may be on another device. ``"live"`` are the model's own
+        weights. Each process exchanges its own. Raises PluginError, before anything is exchanged, for an unknown name,
+        and with a list of all names and tensors that do not fit::
+
+            with run.evaluating(), run.weights("ema"):
+                text = run.generate("Once")
+        """
 
     def generate(
         self,

@@ -132,10 +132,12 @@ class HookSpecs:
 
     @_hook(ranks="all")
     def on_model_built(self, run: Run, event: events.ModelBuilt) -> None:
-        """The raw module is initialised on its device; checkpointing, compilation and wrapping come next.
+        """The raw module is on its device; restoring, checkpointing, compilation and wrapping come next.
 
-        Change the module in place here, in the same way on every process. ``event.step`` is the step that a run resumes
-        from: repeat a change of the structure that was made before it with ``run.control.rebuild_optimizer``::
+        Change its structure in place here, in the same way on every process. ``event.step`` is the step that a run
+        resumes from: repeat a change of the structure that was made before it with ``run.control.rebuild_optimizer``.
+        Values are not final: a resumed run restores them afterwards, and a model that is divided over processes may get
+        them later. They are there from ``on_run_start`` on::
 
             @hookimpl
             def on_model_built(self, run, event):

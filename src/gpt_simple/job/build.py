@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from gpt_simple._names import __version__
-from gpt_simple.checkpoint.state import EVALUATION_WEIGHTS, layouts, load_model, model_tensors, restore_optimizer
+from gpt_simple.checkpoint.state import (
+    layouts,
+    load_model,
+    load_weights,
+    model_tensors,
+    restore_optimizer,
+)
+from gpt_simple.checkpoint.store import weights_stem
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
@@ -23,9 +30,11 @@ from gpt_simple.engine.step import TrainStep, step_optimizer, summed_loss
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
+from gpt_simple.engine.weights import paired
 from gpt_simple.errors import CheckpointError
 from gpt_simple.hardware import peak_flops
 from gpt_simple.hooks.events import CheckpointLoaded, ModelBuilt
+from gpt_simple.hooks.plugin import EVAL
 from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
@@ -98,6 +107,7 @@ def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
 
 def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     checkpoint, state, store = plan.found.checkpoint, plan.found.state, plan.found.store
+    sets = _weight_sets(job, model)  # also of a new run: what does not fit is found before the first step
     if checkpoint is None:
         return
     load_model(model, store.load_tensors(checkpoint, "model"))
@@ -109,10 +119,29 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
         store.load_tensors(checkpoint, "plugins"),
         is_main=job.dist.is_main,
     )
+    restored = []
+    for name in store.weight_sets(checkpoint):
+        if name == EVAL:
+            continue  # the optimizer makes them from its own state
+        if name in sets:
+            load_weights(name, sets[name], store.load_tensors(checkpoint, weights_stem(name)))
+            restored.append(name)
+        else:
+            job.plugins.log.warning(
+                f"no plugin here keeps the weights {name!r} of {checkpoint.path.name}: later checkpoints will not have"
+                " them",
+                name="weights_left_out",
+            )
     job.state.load_state_dict({**state, "best_val_loss": _best_val_loss(plan)})
     plugins = job.plugins
     if plugins.calls.on_checkpoint_loaded is not None:
-        plugins.calls.on_checkpoint_loaded(plugins.view, CheckpointLoaded(job.state.step, checkpoint.path))
+        event = CheckpointLoaded(job.state.step, checkpoint.path, tuple(restored))
+        plugins.calls.on_checkpoint_loaded(plugins.view, event)
+
+
+def _weight_sets(job: Job, model: torch.nn.Module) -> Mapping[str, Mapping[str, torch.Tensor]]:
+    """The plugins' sets of weights on this process."""
+    return job.spec.host.weight_sets(partial(paired, model))
 
 
 def _best_val_loss(plan: ResumePlan) -> float | None:
@@ -156,11 +185,13 @@ def _trainer(
         summed_loss=train_step.loss,
         loader=loader,
         known=known,
+        weight_sets=partial(_weight_sets, job, model),
         sync=control,
         kept=run_dir.record.recorded,
         keep=lambda key, value: run_dir.record_value(key, job.spec.without_secrets(value)),
     )
     plugins.adopt(run)
+    run.watch.start(run)
 
     def rebuild(reason: str) -> None:
         rebuild_optimizer(job, current, train_step, reason)
@@ -214,7 +245,8 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, current: Curre
     if current.was_rebuilt:
         state[TRAINED] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if (weights := current.weights_for_evaluation()) is not None:
-        tensors[EVALUATION_WEIGHTS] = weights
+        tensors[weights_stem(EVAL)] = weights
+    tensors |= {weights_stem(name): dict(weights) for name, weights in _weight_sets(job, model).items()}
     return tensors, {"state": state, "plugins": plugin_records}
 
 

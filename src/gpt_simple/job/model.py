@@ -10,13 +10,15 @@ import torch
 
 from gpt_simple._documents import check, read
 from gpt_simple._names import DISTRIBUTION
-from gpt_simple.checkpoint.state import EVALUATION_WEIGHTS, load_model, load_weights
-from gpt_simple.checkpoint.store import Checkpoint, Store
+from gpt_simple.checkpoint.state import load_model
+from gpt_simple.checkpoint.store import Checkpoint, Store, weights_stem
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.engine.compatibility import keep_values
 from gpt_simple.engine.resume import check_weights
-from gpt_simple.errors import CheckpointError, ConfigError, raise_all
+from gpt_simple.engine.weights import paired
+from gpt_simple.errors import CheckpointError, ConfigError, PluginError, raise_all
 from gpt_simple.hooks.components import UnknownComponent
+from gpt_simple.hooks.plugin import EVAL, LIVE
 from gpt_simple.model.shape import padded
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugin_host.discovery import installed, usable
@@ -77,19 +79,27 @@ def checkpoint_activations(spec: RunSpec, model: torch.nn.Module) -> None:
 
 
 def restore(
-    run_dir: RunDir, device: torch.device, *, step: int | None = None, plugins: Sequence[str] = ()
+    run_dir: RunDir,
+    device: torch.device,
+    *,
+    step: int | None = None,
+    weights: str | None = None,
+    plugins: Sequence[str] = (),
 ) -> tuple[torch.nn.Module, Tokenizer]:
     """The model (fp32, in eval mode) of the checkpoint of ``step`` or of the newest valid one, and its tokenizer.
 
-    It has the weights that evaluations of the run had: the optimizer's own for evaluation, where there are such.
-    Changes nothing on disk. ``plugins`` are switched on as by ``-p``, beside those of the run that are installed. A
-    plugin file runs only if it is among them, not because run.json names it. Raises CheckpointError if there is no such
-    run or checkpoint, and ConfigError if the plugin that brings its model is missing.
+    ``weights`` names a set that a plugin of the run keeps, or ``live``. Without it the model has the weights that the
+    run's evaluations had: the optimizer's own for evaluation (``eval``), where there are such. Changes nothing on disk.
+    ``plugins`` are switched on as by ``-p``, beside those of the run that are installed. A plugin file runs only if it
+    is among them, not because run.json names it. Raises CheckpointError if there is no such run, checkpoint or set, and
+    ConfigError if the plugin that brings its model is missing.
     """
     if not run_dir.is_used():
         raise no_run(run_dir.root)
     store = Store(run_dir.checkpoints)
     checkpoint = _find(store, step)
+    if weights is not None:
+        _refuse_unknown(weights, store, checkpoint)
     info = _read_info(run_dir)
     values, tokenizer = info["config"], load_tokenizer(run_dir.tokenizer, end=_eod_id(info))
     saved = {key: value for key, value in values.items() if key.startswith("model.")}
@@ -114,8 +124,10 @@ def restore(
     assert spec is not None, "without errors there is one"
     model = new_model(keep_values(spec, saved), tokenizer)
     load_model(model, store.load_tensors(checkpoint, "model"))
-    if store.has_tensors(checkpoint, EVALUATION_WEIGHTS):
-        load_weights(model, store.load_tensors(checkpoint, EVALUATION_WEIGHTS))
+    if weights is None and EVAL in store.weight_sets(checkpoint):
+        weights = EVAL
+    if weights not in (None, LIVE):
+        _load_set(model, store, checkpoint, weights)
     return model.to(device).eval(), tokenizer
 
 
@@ -140,6 +152,24 @@ def _check(store: Store, checkpoint: Checkpoint) -> None:
         check_weights(state, store, checkpoint)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path} is damaged: {error}") from None
+
+
+def _refuse_unknown(weights: str, store: Store, checkpoint: Checkpoint) -> None:
+    if weights not in (known := [LIVE, *store.weight_sets(checkpoint)]):
+        raise CheckpointError(
+            f"{checkpoint.path} has no weights of the name {weights!r}", hint=f"expected one of {', '.join(known)}"
+        )
+
+
+def _load_set(model: torch.nn.Module, store: Store, checkpoint: Checkpoint, name: str) -> None:
+    """Copy a set of weights into the model."""
+    try:
+        pairs = paired(model, store.load_tensors(checkpoint, weights_stem(name)))
+    except PluginError as error:
+        raise CheckpointError(f"{checkpoint.path}, weights {name!r}: {error}") from None
+    with torch.no_grad():
+        for parameter, tensor in pairs:
+            parameter.copy_(tensor)
 
 
 def _eod_id(info: dict[str, Any]) -> int | None:

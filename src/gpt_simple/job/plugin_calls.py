@@ -17,6 +17,7 @@ from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import TORCH_STATE
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.views import EngineComm, EngineLog, LaunchView
+from gpt_simple.engine.weights import WeightWatch
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.events import Close, LogRecord, RunError
 from gpt_simple.plugin_host.loading import LoadedPlugin
@@ -33,6 +34,7 @@ class PluginCalls:
         self.requests = Requests()
         self.log = EngineLog(self._publish, state)
         self.comm = EngineComm(dist)
+        watch = WeightWatch()
         self._launch_view = LaunchView(
             spec.config,
             Path(spec.config.training.output_dir),
@@ -43,9 +45,11 @@ class PluginCalls:
             self.log,
             self.comm,
             spec.host.active,
+            watch,
         )
         self.view = self._launch_view
-        self.calls = spec.host.calls(dist.is_main, self._plugin_failed, world_size=dist.size, guard=TORCH_STATE)
+        guard = attrs.evolve(TORCH_STATE, watch=watch)
+        self.calls = spec.host.calls(dist.is_main, self._plugin_failed, world_size=dist.size, guard=guard)
 
     def extended_view(self, kind: type[View], **fields: Any) -> View:
         """A later view: what the newest one has, and ``fields``."""

@@ -150,7 +150,7 @@ def model_view(job: Job, data: Dataset, plan: ResumePlan, model: torch.nn.Module
     part = job.spec.registry.get("model", job.config.model.name)
     return job.plugins.extended_view(
         ModelView,
-        model=model,
+        raw=model,
         forward=part.attributed(model, "failed in forward"),
         tokenizer=data.tokenizer,
         checkpoints=EngineCheckpoints(plan.found.store),

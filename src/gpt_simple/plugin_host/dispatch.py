@@ -51,16 +51,35 @@ class Copies:
     edited: Callable[[Any], str]
 
 
+@define(eq=False)
+class Watch:
+    """Finds weights of the model that a plugin has changed by hand; ``engine/weights.py`` has one that does.
+
+    ``caller`` is the plugin that is called now. ``holders`` are those that got the model: only they are watched.
+    """
+
+    caller: LoadedPlugin | None = field(default=None, init=False)
+    holders: set[LoadedPlugin] = field(factory=set, init=False)
+
+    def mark(self) -> None:
+        """A holder is called next: keep what shows a change of the weights, once for each step."""
+
+    def changed(self) -> bool:
+        """Whether the weights are others than when this step was marked."""
+        return False
+
+
 @frozen
 class Guard:
     """State of the process that every plugin must leave unchanged; ``engine/process_state.py`` has torch's.
 
     ``state(run)`` returns the current state, to be compared; ``run`` is None in a plain method.
     ``restore(run, before)`` restores the state and returns a description of what was changed, empty if nothing was.
-    ``copies``: of the events of some hooks.
+    ``copies``: of the events of some hooks. ``watch``: over the weights of the model.
     """
 
     copies: Mapping[str, Copies] = field(factory=dict, kw_only=True)
+    watch: Watch = field(factory=Watch, kw_only=True)
 
     state: Callable[[Any], Any] = lambda run: None
     restore: Callable[[Any, Any], str] = lambda run, before: ""
@@ -107,12 +126,16 @@ class HookCaller:
 
         Called in every step. The state and the time after one plugin are those before the next, so each is read once.
         """
-        state, copies = self.guard.state, self.copies
+        state, copies, watch = self.guard.state, self.copies, self.guard.watch
         given = event if copies is None else copies.make(event)
         outcomes: list[Any] = []
         before, start = state(run), perf_counter()
+        outer, holders = watch.caller, watch.holders
         for implementation, plugin in self.impls:
+            watch.caller = plugin
             try:
+                if holders and plugin in holders:
+                    watch.mark()
                 result = implementation(run, given)
                 if state(run) != before:
                     self.guard.refuse(run, before)
@@ -130,6 +153,7 @@ class HookCaller:
             end = perf_counter()
             plugin.seconds += end - start
             start = end
+        watch.caller = outer
         if self.ends_run:
             self.impls = ()  # called once only
             return outcomes
@@ -179,6 +203,8 @@ class Calls:
         info = HOOKS[hook]
         ordered = tuple(reversed(impls)) if info.order == "reverse" else tuple(impls)
         self._callers[hook] = HookCaller(info, ordered, self.guard, self.fail)
+        if hook == "on_model_built":
+            self.guard.watch.holders.update(plugin for _, plugin in impls)
         self._publish(hook)
 
     def disable(self, name: str) -> None:
@@ -208,6 +234,8 @@ class Calls:
             if isinstance(error, GptSimpleError) and not isinstance(error, (PluginError, ConfigError)):
                 raise error
             raise failure from error
+        if plugin in self.guard.watch.holders and self.guard.watch.changed():
+            raise _with_changed_weights(failure) from error
         plugin.failed = True
         self.switched_off.add(plugin.name)
         for name in self._callers:
@@ -236,6 +264,12 @@ class Calls:
     def _publish(self, hook: str) -> None:
         caller = self._callers[hook]
         setattr(self, hook, caller.call if caller.impls else None)
+
+
+def _with_changed_weights(failure: PluginError) -> PluginError:
+    note = "the model's weights are changed and nobody can put them back, so the run ends; its last checkpoint stays"
+    hint = "change weights with run.weights, which puts them back"
+    return failure.replace_problems(p._replace(message=f"{p.message}; {note}", hint=hint) for p in failure.problems)
 
 
 def checked(info: HookInfo, result: Any) -> Any:

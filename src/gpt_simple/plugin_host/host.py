@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from pluggy import HookimplOpts, PluginManager, PluginValidationError
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.errors import GptSimpleError, PluginError, Problem, collecting, raise_all
 from gpt_simple.hooks.components import Registry
+from gpt_simple.hooks.plugin import EVAL, LIVE
 from gpt_simple.hooks.results import Finding
 from gpt_simple.hooks.run import MISSING
 from gpt_simple.hooks.specs import HOOKS, PROJECT, HookSpecs
@@ -48,8 +50,13 @@ from gpt_simple.plugin_host.state import PluginStates, Record
 if TYPE_CHECKING:
     import torch
 
+    WeightSet = Mapping[str, torch.Tensor]
+
     from gpt_simple.config.schema import Config
     from gpt_simple.hooks.preflight import Preflight
+
+
+_SET_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 class _Manager(PluginManager):
@@ -82,6 +89,8 @@ class PluginHost:
     _calls: Calls | None = None
     _is_main: bool = True
     _states: PluginStates = field(factory=PluginStates)
+    _sets: dict[str, list[str]] = field(factory=dict)
+    """Plugin -> the names of its sets of weights when it was asked first, which stay."""
 
     def __attrs_post_init__(self) -> None:
         self._manager = _Manager(PROJECT)
@@ -265,13 +274,51 @@ class PluginHost:
 
         Records that were loaded for a missing plugin are carried forward.
         """
-        return self._states.save(self.plugins, self._guarded)
+        return self._states.save(self.plugins, self._guarded, self._sets)
 
     def load_state(
         self, records: Mapping[str, Record], tensors: Mapping[str, torch.Tensor], *, is_main: bool = True
     ) -> None:
         """Hand stored state back to its owners. Raises CheckpointError if a required plugin is missing."""
         self._states.load(self.plugins, records, tensors, is_main, self.guard)
+
+    def weight_sets(self, check: Callable[[WeightSet], object]) -> dict[str, WeightSet]:
+        """The plugins' sets of weights by name, each checked by ``check``.
+
+        What does not fit is a failure of its plugin. Raises PluginError if two plugins have sets of one name.
+        """
+        found: dict[str, WeightSet] = {}
+        owners: dict[str, LoadedPlugin] = {}
+        for plugin in self.plugins:
+            sets = self._guarded(plugin, "weight_sets", partial(self._sets_of, plugin, check)) or {}
+            for name in sets.keys() & owners.keys():
+                others = f"plugins {owners[name].label} and {plugin.label}"
+                raise PluginError(f"{others} both have weights of the name {name!r}", hint="give one another name")
+            found |= sets
+            owners |= dict.fromkeys(sets, plugin)
+        return found
+
+    def _sets_of(self, plugin: LoadedPlugin, check: Callable[[WeightSet], object]) -> Mapping[str, WeightSet]:
+        sets: Mapping[str, WeightSet] = plugin.instance.weight_sets()
+        if not isinstance(sets, Mapping):
+            raise PluginError(f"it returned a {type(sets).__name__}; expected a mapping of names to sets of weights")
+        for name, weights in sets.items():
+            if not isinstance(name, str) or not _SET_NAME.fullmatch(name) or name in (LIVE, EVAL):
+                raise PluginError(
+                    f"it has weights of the name {name!r}",
+                    hint=f"expected lower-case letters, digits, _ and -, a letter in front, and not {LIVE} or {EVAL}",
+                )
+            try:
+                check(weights)
+            except PluginError as error:
+                raise PluginError(f"its weights {name!r}: {error}") from error
+        if sorted(sets) != (made := self._sets.setdefault(plugin.name, sorted(sets))):
+            raise PluginError(
+                f"it has the weights {', '.join(sets) or 'none'} now, and had {', '.join(made) or 'none'} when the run"
+                " was built",
+                hint="make them in on_model_built, where a resume finds them",
+            )
+        return sets
 
     def _impls(self, hook: str) -> list[Impl]:
         """The implementations of a hook in call order, each as a function of all its arguments."""

@@ -26,7 +26,7 @@ from gpt_simple.hooks.specs import HOOKS, PROJECT
 MARK = f"{PROJECT}_impl"
 """The attribute in which ``@hookimpl`` keeps its options."""
 
-PLAIN_METHODS = frozenset({"describe", "load_state_dict", "state_dict"})
+PLAIN_METHODS = frozenset({"describe", "load_state_dict", "state_dict", "weight_sets"})
 FORBIDDEN_OPTIONS = ("wrapper", "hookwrapper", "tryfirst", "trylast", "specname")
 CLASS_HOOKS = frozenset({"register_components"})
 
@@ -163,6 +163,8 @@ def _class_mistakes(cls: type[Plugin[Any]], has_instance: bool) -> Iterator[Prob
             yield _problem("__init__ must take exactly (self, config)")
     if cls.ranks not in ("main", "all"):
         yield _problem(f"ranks is {cls.ranks!r}", 'expected "main" or "all"')
+    if cls.ranks != "all" and cls.weight_sets is not Plugin.weight_sets:
+        yield _problem("weight_sets is called on every process", 'write ranks = "all"')
     if cls.on_error not in (None, "abort", "disable"):
         yield _problem(f"on_error is {cls.on_error!r}", 'expected "abort", "disable" or None')
     for name in ("before", "after", "requires", "uses", "aliases"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +39,17 @@ class PluginStates:
     _last: dict[str, tuple[str, Record, Tensors]] = field(factory=dict)
     """Plugin -> name, record and tensors of its latest state, for when it is switched off before the next save."""
 
-    def save(self, plugins: Iterable[LoadedPlugin], guarded: Guarded) -> tuple[dict[str, Record], Tensors]:
-        """Records by plugin, and tensors by ``plugin/path``. ``guarded`` applies the failure policy."""
+    def save(
+        self, plugins: Iterable[LoadedPlugin], guarded: Guarded, sets: Mapping[str, Sequence[str]]
+    ) -> tuple[dict[str, Record], Tensors]:
+        """Records by plugin, and tensors by ``plugin/path``. ``guarded`` applies the failure policy.
+
+        ``sets``: the names of each plugin's sets of weights, which are files of their own.
+        """
         records, tensors = dict(self.carried), dict(self.carried_tensors)
         for plugin in plugins:
-            if packed := guarded(plugin, "state_dict", lambda: _pack_plugin(plugin)):  # noqa: B023
+            pack_own = partial(_pack_plugin, plugin, sets.get(plugin.name))
+            if packed := guarded(plugin, "state_dict", pack_own):
                 records[plugin.name], own = packed
                 tensors.update(own)
                 self._remember(plugin, plugin.name, *packed)
@@ -74,8 +80,10 @@ class PluginStates:
                     + _remedy(name, record["distribution"], record["distribution_version"])
                 )
         for name, record in records.items():
+            if not record["state"]:
+                continue  # it has sets of weights only, and those of a missing plugin are not carried
             if (plugin := owners.get(name)) is None:
-                self.carried[name] = dict(record)
+                self.carried[name] = {key: value for key, value in record.items() if key != "weights"}
                 self.carried_tensors.update(_of(name, tensors))
             elif is_main or plugin.ranks == "all":
                 if is_main:
@@ -135,7 +143,7 @@ def _of(name: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {path: tensor for path, tensor in tensors.items() if path.startswith(f"{name}/")}
 
 
-def _pack_plugin(plugin: LoadedPlugin) -> tuple[Record, Tensors] | None:
+def _pack_plugin(plugin: LoadedPlugin, sets: Sequence[str] | None) -> tuple[Record, Tensors] | None:
     tensors: Tensors = {}
     state = plugin.instance.state_dict()
     if not isinstance(state, Mapping):
@@ -144,7 +152,7 @@ def _pack_plugin(plugin: LoadedPlugin) -> tuple[Record, Tensors] | None:
     # Fails here, where it is the plugin's failure, and not while the checkpoint is written.
     json.dumps(packed)
     "".join(tensors).encode()
-    if not state:
+    if not (state or sets):
         return None
     record = {
         "version": plugin.cls.state_version,
@@ -153,6 +161,8 @@ def _pack_plugin(plugin: LoadedPlugin) -> tuple[Record, Tensors] | None:
         "distribution_version": plugin.version,
         "state": packed,
     }
+    if sets:
+        record["weights"] = list(sets)
     return record, tensors
 
 

@@ -4,25 +4,46 @@ Every ``training.eval_steps`` steps and at the end. ``eval/loss`` is in nats per
 the same nats over the bytes of the text (nats / (ln 2 x bytes)), so that tokenizers compare. The end-of-document
 tokens count in the nats and have no bytes: it is the length of the whole split when the model compresses it. The metric
 is left out where the bytes are not known exactly.
+
+``weights`` names what is evaluated: the model's own weights, sets that plugins keep, or both. ``eval/loss`` is of the
+first, a further set ``ema`` is ``eval/ema/loss``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from gpt_simple.hooks import Metric, NoConfig, Plugin, hookimpl
+from attrs import frozen
+from typing_extensions import Doc
+
+from gpt_simple.hooks import Finding, Metric, Plugin, hookimpl
 
 if TYPE_CHECKING:
     import torch
 
-    from gpt_simple.hooks import Run
+    from gpt_simple import Config as RunConfig
+    from gpt_simple.hooks import Preflight, Run
     from gpt_simple.hooks import events as ev
 
 
-class Evaluate(Plugin[NoConfig]):
+@frozen
+class EvaluateConfig:
+    """``[plugins.evaluate]``."""
+
+    weights: Annotated[
+        tuple[str, ...],
+        Doc(
+            "weights to evaluate: live are the model's own, others those of a plugin; eval/loss and the best checkpoint"
+            " are of the first"
+        ),
+    ] = ("live",)
+
+
+class Evaluate(Plugin[EvaluateConfig]):
     """Runs on every process, each on its share of the rows."""
 
+    Config = EvaluateConfig
     ranks = "all"
     on_error = "abort"
 
@@ -32,9 +53,20 @@ class Evaluate(Plugin[NoConfig]):
     """The bytes of all that an evaluation reads, for any other tokenizer."""
 
     @hookimpl
+    def check_config(self, config: RunConfig, preflight: Preflight) -> list[Finding]:
+        names = self.config.weights
+        if names and len({*names}) == len(names):
+            return []
+        given = ", ".join(names) or "none"
+        message = f"expected one or more names of weights, each once; found {given}"
+        return [Finding("error", "weights", message, place="plugins.evaluate.weights")]
+
+    @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
         import torch
 
+        for name in self.config.weights:
+            run.weights(name)  # an unknown name is found now and not in the first evaluation
         val, training = run.facts()["data"]["val"], run.config.training
         batches = training.max_eval_batches
         whole = batches is None or batches * training.per_device_batch_size >= val["rows"]
@@ -52,6 +84,13 @@ class Evaluate(Plugin[NoConfig]):
 
     @hookimpl
     def evaluate(self, run: Run, event: ev.Evaluate) -> dict[str, Metric]:
+        metrics: dict[str, Metric] = {}
+        for index, name in enumerate(self.config.weights):
+            with run.weights(name):
+                metrics |= self._metrics(run, f"eval/{name}" if index else "eval")
+        return metrics
+
+    def _metrics(self, run: Run, prefix: str) -> dict[str, Metric]:
         import torch
 
         nats = torch.zeros((), dtype=torch.float64, device=run.device)
@@ -63,11 +102,11 @@ class Evaluate(Plugin[NoConfig]):
                 size += self._token_bytes[batch.labels.clamp(min=0)].masked_fill(batch.labels < 0, 0).sum()
             targets += batch.targets
         bits = nats / math.log(2)
-        metrics = {"eval/loss": Metric(nats / max(1, targets), weight=targets)}
+        metrics = {f"{prefix}/loss": Metric(nats / max(1, targets), weight=targets)}
         if self._token_bytes is not None:
-            metrics["eval/bits_per_byte"] = Metric(bits / size.clamp(min=1), weight=size)
+            metrics[f"{prefix}/bits_per_byte"] = Metric(bits / size.clamp(min=1), weight=size)
         elif self._bytes is not None:
-            metrics["eval/bits_per_byte"] = Metric(bits / self._bytes, reduce="sum")
+            metrics[f"{prefix}/bits_per_byte"] = Metric(bits / self._bytes, reduce="sum")
         return metrics
 
     @hookimpl

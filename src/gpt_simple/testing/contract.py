@@ -16,12 +16,14 @@ import torch
 from attrs import frozen
 
 from gpt_simple import Plugin, Run, hookimpl
+from gpt_simple.checkpoint.store import Store, weights_stem
 from gpt_simple.errors import GptSimpleError, PluginError
 from gpt_simple.hooks import HOOKS, NoConfig, StepEnd
 from gpt_simple.hooks.components import BUILTIN, Component, builtin_registry
 from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.plugin_host.lint import lint
 from gpt_simple.plugin_host.loading import LoadedPlugin, PassedPlugin, load_plugin, name_passed
+from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.testing.faults import misbehaving
 from gpt_simple.testing.host_sync import HostSync, no_host_sync
 from gpt_simple.testing.recorder import Recorder
@@ -168,7 +170,7 @@ def _leaves_things_open(run: TinyRun) -> Iterator[str]:
 
 
 def _resumes_otherwise(run: TinyRun) -> Iterator[str]:
-    """Two steps, a stop and two more give the weights of four; the plugin's state is saved and loaded on the way."""
+    """Two steps, a stop and two more give the weights of four, and the plugin's sets of them; its state is loaded."""
     with TemporaryDirectory() as directory:
         straight = run(max_steps=4)
         run(StopsAfterTwo, max_steps=4, output_dir=directory)
@@ -179,6 +181,9 @@ def _resumes_otherwise(run: TinyRun) -> Iterator[str]:
             return
         if not _equal(straight, resumed):
             yield "a run that was stopped and resumed ends with other weights"
+        for name, weights in _weight_sets(straight).items():
+            if not _same(weights, _weight_sets(resumed).get(name, {})):
+                yield f"a run that was stopped and resumed ends with other weights {name!r}"
 
 
 def _fails_when_others_fail(run: TinyRun, plugin: type[Plugin[Any]]) -> Iterator[str]:
@@ -190,9 +195,18 @@ def _fails_when_others_fail(run: TinyRun, plugin: type[Plugin[Any]]) -> Iterator
 
 
 def _equal(one: Trained, other: Trained) -> bool:
-    return one.weights.keys() == other.weights.keys() and all(
-        torch.equal(value, other.weights[name]) for name, value in one.weights.items()
-    )
+    return _same(one.weights, other.weights)
+
+
+def _same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def _weight_sets(trained: Trained) -> dict[str, dict[str, torch.Tensor]]:
+    """The plugins' sets of weights in the last checkpoint."""
+    store = Store(RunDir(trained.output_dir).checkpoints)
+    last = store.list()[-1]
+    return {name: store.load_tensors(last, weights_stem(name)) for name in store.weight_sets(last)}
 
 
 def _open_files(directory: Path) -> list[str]:
