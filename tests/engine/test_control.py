@@ -92,10 +92,10 @@ class Others:
 
     def all_reduce_max(self, flags: Any) -> list[int]:
         self.seen.append([int(flag) for flag in flags])
-        return [1, 0, 1, 0, 0, 0, 1]
+        return [1, 0, 0, 1, 0, 0, 0, 1]
 
     def gather(self, value: Any) -> list[Any]:
-        return [value, ["", "", "SIGTERM", "", ""]]
+        return [value, ["", "", "", "SIGTERM", "", ""]]
 
 
 def test_another_rank_can_decide_and_says_why() -> None:

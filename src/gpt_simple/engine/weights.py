@@ -179,6 +179,10 @@ class WeightWatch(Watch):
         self._run, self._step, self._kept = run, -1, None
         self._parameters = found[:: -(-len(found) // _SAMPLED) or 1]
 
+    def close(self) -> None:
+        """Let go of the run."""
+        self._run, self._parameters, self._kept = None, (), None
+
     def taken(self) -> None:
         """The plugin that is called now, if any, gets the model."""
         if self.caller is not None:

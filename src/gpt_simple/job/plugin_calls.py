@@ -75,6 +75,7 @@ class PluginCalls:
         # The view, the log and the calls refer to each other: the weights would stay until Python looks for cycles.
         self.view = self._launch_view
         self.log.close()
+        self.view.watch.close()
         self._spec.host.close()
 
     def _publish(self, record: LogRecord) -> None:
