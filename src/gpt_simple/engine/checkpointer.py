@@ -70,9 +70,12 @@ class Checkpointer:
     retry_due: bool = field(default=False, init=False)
     """Whether the newest save failed and should be tried again soon."""
     _newest: int | None = field(default=None, init=False)
+    _outdated: bool = field(default=False, init=False)
     _reported: float = field(default=float("-inf"), init=False)
     _pending: tuple[int, str] | None = field(default=None, init=False)
     """Step and reason of the save that is running in the background."""
+    _evaluated: tuple[int, float] | None = field(default=None, init=False)
+    """The step that was evaluated last, and its validation loss."""
 
     def save(self, reason: str, *, blocking: bool) -> str:
         """Save this step, unless it is saved already. Raises CheckpointError only if ``blocking``.
@@ -82,8 +85,9 @@ class Checkpointer:
         """
         run, dist, started = self.run, self.run.dist, time.perf_counter()
         self.poll(wait=True)
-        if self._newest == run.step:
+        if self._newest == run.step and not self._outdated:
             return ""
+        self._outdated = False
         in_background = run.config.training.background_save and not blocking
         if not in_background and not dist.on_main(lambda: all_finite(run.model.parameters())):
             return self._not_finite(run.step)
@@ -98,6 +102,15 @@ class Checkpointer:
         if self.time_budget is not None:
             self.time_budget.record_save(time.perf_counter() - started)
         return ""
+
+    def outdate(self) -> None:
+        """Let the next ``save`` write this step again if it is saved already: its state has changed since."""
+        self._outdated = True
+
+    def record_val_loss(self, loss: float) -> None:
+        """Keep the validation loss of this step, durably and for the event of its checkpoint."""
+        self._evaluated = self.run.step, loss
+        self.run_dir.record_val_loss(self.run.step, loss)
 
     def poll(self, *, wait: bool) -> None:
         """Report a background save if it has ended; ``wait`` until it has."""
@@ -159,5 +172,13 @@ class Checkpointer:
         self._reported = float("-inf")
         self._newest = written.step
         if self.calls.on_checkpoint_saved is not None:
-            event = CheckpointSaved(written.step, written.path, written.seconds, written.bytes, reason)
+            step, loss = self._evaluated or (None, None)
+            event = CheckpointSaved(
+                written.step,
+                written.path,
+                written.seconds,
+                written.bytes,
+                reason,
+                val_loss=loss if step == written.step else None,
+            )
             self.calls.on_checkpoint_saved(self.run, event)

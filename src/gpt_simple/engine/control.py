@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.errors import PluginError
@@ -36,6 +36,10 @@ class Decision:
     """Plugins that failed on some rank and are switched off on all."""
     failures: tuple[str, ...] = ()
     """The message for each of them, empty if the main rank has logged it."""
+
+    def merged(self, later: Decision) -> Decision:
+        """This decision with the requests of a ``later`` one of the same boundary; the first reason of each is kept."""
+        return evolve(self, **{kind: getattr(self, kind) or getattr(later, kind) for kind in _KINDS})
 
     @property
     def should_stop(self) -> bool:

@@ -31,6 +31,7 @@ _NEUTRAL = (
     "training.max_eval_batches",
     "training.save_steps",
     "training.max_skipped_steps",
+    "training.save_after_eval",
     "training.background_save",
     "training.keep_last_k",
     "training.keep_milestone_every",
@@ -57,6 +58,7 @@ _CONFIG = {"data.max_length": range(1, 2**63), "data.on_exhaustion": object, "da
 _STATE = {
     **dict.fromkeys(("step", "tokens", "target_tokens", "samples"), COUNT),
     "best_val_loss": (None, float),
+    "evaluation_due?": bool,
     "optimizer": {"optimizer": str, "parameters": {...: _PARAMETER}},
     "scaler": {...: float},
     "run": {"config": _CONFIG, "data": {...: str}, "numerics": dict, "plugins?": dict},

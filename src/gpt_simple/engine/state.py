@@ -13,12 +13,14 @@ class TrainState:
     """Counts since step 0, over all ranks. ``tokens`` are positions; ``target_tokens`` are those in the loss.
 
     ``best_val_loss`` is the lowest validation loss so far in nats per target token, None before an evaluation.
+    ``evaluation_due``: a stop left out the evaluation of this step, which a resumed run begins with.
     """
 
     step: int = 0
     tokens: int = 0
     target_tokens: int = 0
     best_val_loss: float | None = None
+    evaluation_due: bool = False
 
     def advance(self, tokens: int, target_tokens: int) -> None:
         """Count one optimizer step, also one that was skipped."""
@@ -31,11 +33,17 @@ class TrainState:
         if self.best_val_loss is None or loss < self.best_val_loss:
             self.best_val_loss = loss
 
+    def keep_evaluation_due(self, due: bool) -> None:
+        """Record whether the evaluation of this step is still due."""
+        self.evaluation_due = due
+
     def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return asdict(self)
+        """JSON values for a checkpoint. ``evaluation_due`` only where it is true, which is seldom."""
+        values = asdict(self)
+        return values if self.evaluation_due else {key: values[key] for key in values if key != "evaluation_due"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``'s values; other keys are ignored."""
         self.step, self.tokens, self.target_tokens = state["step"], state["tokens"], state["target_tokens"]
         self.best_val_loss = state["best_val_loss"]
+        self.evaluation_due = state.get("evaluation_due", False)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from gpt_simple.data.loader import DataExhausted
 from gpt_simple.distributed.metric_reduction import MetricReducer
@@ -67,6 +67,7 @@ class Trainer:
     after_first_update: Callable[[], object]
     _last_train: Mapping[str, float] = field(factory=dict, init=False)
     _last_eval: Mapping[str, float] = field(factory=dict, init=False)
+    _evaluated_step: int = field(default=-1, init=False)
     _rates: list[float] = field(factory=list, init=False)
     _buffer: MetricBuffer = field(factory=MetricBuffer, init=False)
     _timer: StepTimer = field(factory=StepTimer, init=False)
@@ -74,6 +75,7 @@ class Trainer:
 
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
+        self._saves_after_eval = self.run.config.training.save_after_eval
         self._reducer = MetricReducer(self.run.dist)
         self._loss_monitor = LossMonitor(self.run.config.training.max_skipped_steps)
 
@@ -93,6 +95,10 @@ class Trainer:
         if self.run.world_size > 1:
             self.train_step.warm_up_ddp(self._zero_batch())
         self._timer = StepTimer(waited_before=self.run.loader.wait_seconds)
+        if self._saves_after_eval and self.run.state.evaluation_due:
+            decision = self._evaluate_and_save(Decision(evaluate="the launch before left it out"))
+            if decision.should_stop:
+                return self._stopped(decision)
         while self.run.step < self._max_steps:
             try:
                 self._step(is_last=self.run.step + 1 == self._max_steps)
@@ -164,7 +170,10 @@ class Trainer:
             torch.cuda.synchronize(self.run.device)
 
     def _boundary(self, is_last: bool) -> Decision:
-        """After a step, always in this order: metrics, one decision, checkpoint, evaluation, stop."""
+        """After a step, always in this order: metrics, one decision, checkpoint, evaluation, stop.
+
+        With ``training.save_after_eval`` the evaluation comes before the checkpoint.
+        """
         step, every = self.run.step, self.run.config.training.logging_steps
         logs = is_last or step % (every or _UNLOGGED) == 0
         if logs:
@@ -172,13 +181,39 @@ class Trainer:
             with self._timer.paused():
                 self.checkpointer.poll(wait=False)
         decision = self._decide()
-        retry = "the one before could not be written" if logs and self.checkpointer.retry_due else ""
-        if decision.save or decision.should_stop or is_last or retry:
-            reason = "last step" if is_last else decision.stop or decision.halt or decision.save
-            if not_finite := self._save(reason or retry, blocking=decision.should_stop or is_last):
-                return Decision(halt=not_finite)
-        if decision.evaluate and not decision.should_stop:
+        if logs and not decision.save and self.checkpointer.retry_due:
+            decision = evolve(decision, save="the one before could not be written")
+        return self._evaluate_and_save(decision, ends="last step" if is_last else "")
+
+    def _evaluate_and_save(self, decision: Decision, *, ends: str = "") -> Decision:
+        """Do both if they are due, in the order that the run has. Returns how to go on.
+
+        ``ends``: why this step is the last one, or empty.
+        """
+        if self._saves_after_eval and decision.evaluate:
+            decision = self._evaluate_first(decision, is_last=bool(ends))
+        reason = ends or decision.stop or decision.halt or decision.save
+        if reason and (not_finite := self._save(reason, blocking=bool(ends) or decision.should_stop)):
+            return Decision(halt=not_finite)
+        if decision.evaluate and not decision.should_stop and not self._saves_after_eval:
             self._evaluate()
+        return decision
+
+    def _evaluate_first(self, decision: Decision, *, is_last: bool) -> Decision:
+        """Evaluate if it is due. Returns the decision with what was requested meanwhile, for the checkpoint to come.
+
+        An evaluation that a stop leaves out is kept in the checkpoint, and the next launch begins with it.
+        """
+        done = False
+        if not decision.should_stop:
+            done = self._evaluate()
+            self.checkpointer.outdate()
+            later = self._decide()
+            if later.evaluate:
+                self.run.control.evaluate(later.evaluate)  # for the next step: this one is evaluated
+            # After the last step only a halt changes how the run ends, and a stop that has left the evaluation out.
+            decision = decision.merged(evolve(later, stop="") if done and is_last else later)
+        self.run.state.keep_evaluation_due(not done and not is_last)
         return decision
 
     def _decide(self) -> Decision:
@@ -226,11 +261,11 @@ class Trainer:
         if notify and calls.on_metrics is not None:
             calls.on_metrics(run, MetricsReady(step, run.tokens, floats))
 
-    def _evaluate(self) -> None:
-        """Run the plugins' evaluations. A stop that arrives meanwhile abandons them."""
+    def _evaluate(self) -> bool:
+        """Run the plugins' evaluations. A stop that arrives meanwhile abandons them, and the result is false."""
         run, calls, state = self.run, self.calls, self.run.state
         if calls.evaluate is None:
-            return
+            return True
         self._synchronize()
         with self._timer.paused():
             started = time.perf_counter()
@@ -239,15 +274,16 @@ class Trainer:
                     metrics = namespaced(calls.evaluate(run, Evaluate(state.step)))
             except EvaluationAbandoned:
                 run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
-                return
+                return False
             floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
-            self._last_eval = floats
+            self._last_eval, self._evaluated_step = floats, state.step
             if (loss := floats.get(VAL_LOSS)) is not None and math.isfinite(loss):
                 state.record_val_loss(loss)
-                self.checkpointer.run_dir.record_val_loss(state.step, loss)
+                self.checkpointer.record_val_loss(loss)
             if calls.on_eval_end is not None:
                 seconds = time.perf_counter() - started
                 calls.on_eval_end(run, EvalEnd(state.step, state.tokens, floats, seconds))
+        return True
 
     def _save(self, reason: str, *, blocking: bool) -> str:
         """Save this step. Returns why the run must halt, or an empty string."""
@@ -267,10 +303,10 @@ class Trainer:
         """The data ended before ``max_steps``: the run is complete, as after its last step."""
         if self._buffer:
             self._log(notify=True)
-        if not_finite := self._save(reason, blocking=True):
-            return "halted", not_finite
-        if self.run.config.training.eval_steps:
-            self._evaluate()
+        is_due = self.run.config.training.eval_steps and self._evaluated_step != self.run.step
+        due = "the last step" if is_due else ""
+        if (decision := self._evaluate_and_save(Decision(evaluate=due), ends=reason)).halt:
+            return "halted", decision.halt
         return "completed", reason
 
     def _update_status(self) -> None:

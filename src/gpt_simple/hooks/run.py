@@ -140,10 +140,23 @@ class Run(Protocol):
     def facts(self) -> dict[str, Any]:
         """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""
 
-    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
-        """This process's share of the val split, on the device.
+    def val_batches(self, max_batches: int | None = None, bucket: str | None = None) -> Iterator[Batch]:
+        """This process's share of the val split, or of one bucket of it, on the device.
 
-        ``max_batches`` limits the rows of all processes to that number times ``per_device_batch_size``.
+        ``max_batches`` limits the rows of all processes to that number times ``per_device_batch_size``: the same rows
+        with any number of processes. ``run.facts()["data"]["val"]["buckets"]`` maps each bucket to its rows. Raises
+        PluginError for any other name. Only in hooks that run on every process.
+        """
+
+    def batches(self, sample_ids: Iterable[int]) -> Iterator[Batch]:
+        """The rows of these samples of the training order, on the device: for probes. In any hook from on_run_start on.
+
+        A process gets all of them, in the order of ``sample_ids``, in batches of ``per_device_batch_size`` rows; the
+        last batch is filled with rows without a target. So the batches are the same on every process, with any number
+        of processes, and nothing waits for another process. A process takes a share of them with
+        ``ids[run.rank :: run.world_size]``. An id is a number in the order of samples, as ``batch.first_sample`` is; a
+        sample may be read before training reads it, and again. The position in the data does not change. Raises
+        PluginError for what is no sample, and for data that are a stream.
         """
 
     def loss(self, batch: Batch) -> torch.Tensor:
