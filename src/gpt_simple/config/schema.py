@@ -187,6 +187,9 @@ class TrainingConfig:
     keep_milestone_every: Annotated[
         int | None, Ge(0), Doc("checkpoints at multiples of this step are kept for ever; null or 0: none")
     ] = None
+    checkpoint_store: Annotated[
+        str, Doc("store component that also keeps the checkpoints elsewhere; local: the run directory alone")
+    ] = "local"
     max_skipped_steps: Annotated[
         int | None, Ge(1), Doc("halt after this many steps in a row whose gradients were not finite; null: never")
     ] = 25

@@ -27,6 +27,7 @@ from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.control import Control, Requests
 from gpt_simple.engine.evaluation import evaluation_mode
 from gpt_simple.engine.memory import peak_bytes
+from gpt_simple.engine.mirror import Mirror
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import derive_seed
 from gpt_simple.engine.state import TrainState
@@ -115,6 +116,7 @@ class EngineCheckpoints:
     """The run's checkpoints; implements ``gpt_simple.hooks.run.Checkpoints``."""
 
     _store: Store
+    _mirror: Mirror | None = None
 
     def list(self) -> Sequence[CheckpointInfo]:
         return [CheckpointInfo(found.step, found.path) for found in self._store.list()]
@@ -124,6 +126,8 @@ class EngineCheckpoints:
     ) -> Sequence[CheckpointInfo]:
         # Training does not wait for the deletion of large files.
         gone = self._store.prune(keep_last, keep_every, set(protect), wait=False)
+        if self._mirror is not None:
+            self._mirror.removed(gone)
         return [CheckpointInfo(found.step, found.path) for found in gone]
 
 

@@ -84,6 +84,7 @@ class PlannedResume:
 
     ``skipped`` are newer checkpoints that are damaged, each with the reason. ``guarantee`` is the resume guarantee:
     ``bit-exact``, ``order-exact: ...`` or ``changed: ...``, from the configuration, the data and the installed torch.
+    ``store`` names the checkpoint store that the launch fetches the checkpoint from; only its step is known then.
     """
 
     kind: Literal["scratch", "resume", "finished"]
@@ -93,6 +94,7 @@ class PlannedResume:
     changes: ConfigChanges | None = None
     skipped: Sequence[tuple[Path, str]] = ()
     samples: int = 0
+    store: str = ""
 
 
 @frozen

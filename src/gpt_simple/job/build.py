@@ -22,6 +22,7 @@ from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
 from gpt_simple.engine.control import throttled
+from gpt_simple.engine.mirror import RECORD
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import derive_seed, isolated_rng
@@ -37,7 +38,7 @@ from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model
 from gpt_simple.job.stages import model_view
-from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.layout import RunDir, finite
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
 
 OptimizerState = Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]
@@ -182,7 +183,7 @@ def _trainer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, optimizer_state),
+        snapshot=partial(_snapshot, job, plan, model, optimizer_state, run_dir.record),
         must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
         time_budget=time_budget,
     )
@@ -224,7 +225,9 @@ def _optimizer_state(
         raise PluginError(f"{label}: its state cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_state: OptimizerState) -> Snapshot:
+def _snapshot(
+    job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_state: OptimizerState, record: RunRecord
+) -> Snapshot:
     """The content of a checkpoint: tensors and JSON documents by file stem."""
     moments, optimizer_document = optimizer_state()
     plugin_records, plugin_tensors = job.spec.host.state()
@@ -237,7 +240,9 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_stat
         "run": plan.fingerprint,
     }
     tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
-    return tensors, {"state": state, "plugins": plugin_records}
+    documents = {"state": state, "plugins": plugin_records}
+    # Another machine, which finds the checkpoint in the store, has no run.json.
+    return tensors, documents | ({RECORD: finite(record.document())} if job.has_store else {})
 
 
 def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from gpt_simple.job.stages import (
     preflight,
     prepare_data,
 )
-from gpt_simple.job.summary import already_finished, run_to_end, stopped_before_first_step
+from gpt_simple.job.summary import already_finished, bring_to_store, run_to_end, stopped_before_first_step
 from gpt_simple.spec import RunSpec
 
 
@@ -54,6 +54,7 @@ def train(
                 plan = plan_resume(job, found, data)
                 time_budget = preflight(job, data, plan)
                 if plan.is_finished:
+                    bring_to_store(job, found)
                     return already_finished(job, plan)
                 with (
                     claim_run_dir(job, data, plan) as run_dir,

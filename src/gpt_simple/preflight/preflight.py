@@ -104,7 +104,9 @@ class RunPreflight:
     def resume(self) -> PlannedResume:
         from gpt_simple.preflight.resume import plan_resume
 
-        return plan_resume(self.config, self.options, self.plugins, lambda: _unless_refused(lambda: self.data))
+        return plan_resume(
+            self.config, self.registry, self.options, self.plugins, lambda: _unless_refused(lambda: self.data)
+        )
 
     @cached_property
     def output(self) -> CheckedOutput:
