@@ -183,6 +183,16 @@ def test_a_checkpoint_of_the_run_directory_is_not_fetched(tmp_path: Path, folder
     assert "fetch" not in {method for method, _ in fails.calls}
 
 
+def test_a_damaged_local_checkpoint_is_never_copied(tmp_path: Path, folder: Path) -> None:
+    run(tmp_path / "run", tmp_path / "other")
+    flip(tmp_path / "run/checkpoints/step-00000002")
+    rest = run(tmp_path / "run", folder, max_steps=4)
+    assert held(folder) == [3, 4]
+    (skipped,) = logged(rest, "checkpoint_skipped")
+    assert "SHA-256" in skipped
+    assert "it is not copied to the store 'folder'" in skipped
+
+
 @pytest.mark.parametrize("lost", [(3,), (2, 3)])
 def test_a_damaged_local_checkpoint_is_fetched_again(lost: tuple[int, ...], tmp_path: Path, folder: Path) -> None:
     whole = train(max_steps=5, overrides=CONSTANT)
@@ -199,6 +209,10 @@ def test_the_newest_is_fetched_also_behind_later_sequences(tmp_path: Path, folde
     """The run directory has published more often than the machine that went further."""
     run(tmp_path / "ahead", folder, max_steps=5, training__save_steps=None)
     run(tmp_path / "run", tmp_path / "other", max_steps=4, training__save_steps=1)
+    with pytest.raises(CheckpointError, match=r"step-00000005 in .* is of the run \w+, and .* its own place"):
+        run(tmp_path / "run", folder, max_steps=6)
+    assert held(tmp_path / "run/checkpoints") == [2, 3, 4]
+    shutil.copy(tmp_path / "ahead/run.json", tmp_path / "run")
     rest = run(tmp_path / "run", folder, max_steps=6)
     assert rest.recorder.events("on_run_start")[0].step == 5
 
@@ -378,6 +392,18 @@ def test_force_discards_the_run_in_the_store_too(tmp_path: Path, folder: Path, f
     fails.names = set()
     assert force(tmp_path / "run", folder) == 2
     assert held(folder) == held(tmp_path / "run/checkpoints") == [2]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_branch_is_found_in_its_own_store(tmp_path: Path, folder: Path) -> None:
+    """The same command on a new machine goes on with the branch, and does not begin it again."""
+    origin = run(tmp_path / "origin", tmp_path / "first", max_steps=2).result.checkpoint_path
+    branch: dict[str, Any] = {"training__resume": str(origin)}
+    for steps, began in ((3, 2), (5, 3)):
+        recorder = run(tmp_path / "branch", folder, max_steps=steps, **branch).recorder
+        assert recorder.events("on_run_start")[0].step == began
+        shutil.rmtree(tmp_path / "branch")
+    assert held(folder) == [3, 4, 5]
 
 
 def test_a_store_that_keeps_everything_is_not_mixed(tmp_path: Path, folder: Path) -> None:

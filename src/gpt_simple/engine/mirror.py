@@ -26,6 +26,7 @@ from gpt_simple.hooks.components import LOCAL, Component
 from gpt_simple.hooks.run import Log
 from gpt_simple.hooks.store import CheckpointStore
 from gpt_simple.run_dir.layout import RunDir, write_json
+from gpt_simple.run_dir.lineage import RunRecord
 
 RECORD = "run"
 """Stem of the document of a checkpoint that has the content of run.json, for another machine."""
@@ -39,7 +40,7 @@ _KEY = "training.checkpoint_store"
 
 
 class StoreFailed(CheckpointError):
-    """The store cannot be used now, and the launch cannot go on without it."""
+    """The store cannot be used, or not by this run, and the launch cannot go on without it."""
 
 
 @frozen
@@ -69,6 +70,8 @@ class Mirror:
     _ends: bool = field(default=False, init=False)
     _done: list[tuple[str, float]] = field(factory=list, init=False)
     """Checkpoints that were copied since the last report, and the seconds that each took."""
+    _damaged: list[str] = field(factory=list, init=False)
+    """Why local checkpoints are not copied, since the last report."""
     _failure: str = field(default="", init=False)
     _reported: float = field(default=-math.inf, init=False)
 
@@ -164,7 +167,10 @@ class Mirror:
         """Log what has happened since the last report. Returns the seconds of each copy."""
         with self._changed:
             done, self._done = self._done, []
+            damaged, self._damaged = self._damaged, []
             failure, self._failure = self._failure, ""
+        for problem in damaged:
+            log.warning(problem, name="checkpoint_skipped")
         for name, seconds in done:
             self._reported = -math.inf
             log.info(f"{name} is in the {self.name} ({seconds:.1f} s)", name="checkpoint_stored")
@@ -242,15 +248,30 @@ class Mirror:
 
         def checked(arrived: Checkpoint) -> None:
             check(arrived)
-            record = arrived.path / f"{RECORD}.json"
-            if record.exists() and not run_dir.run_json.exists():
-                write_json(run_dir.run_json, parse(record.read_bytes()))  # the run keeps its id
+            self._keep_id(name, arrived.path / f"{RECORD}.json", run_dir)
 
         self._local.receive(
             step_of(name) or 0,
             lambda directory: self._insist(f"fetch {name}", partial(copy, directory), "cannot be read"),
             checked,
         )
+
+    def _keep_id(self, name: str, record: Path, run_dir: RunDir) -> None:
+        """Write the run.json that came with a checkpoint, unless there is one: the run keeps its id.
+
+        Raises StoreFailed if the directory holds another run.
+        """
+        if not record.exists():
+            return
+        document = parse(record.read_bytes())
+        if not run_dir.run_json.exists():
+            write_json(run_dir.run_json, document)
+        elif (mine := RunRecord.load(run_dir).run_id) != (other := document["run_id"]):
+            raise StoreFailed(
+                f"{name} in the {self.label} is of the run {other}, and {run_dir.root} holds the run {mine}",
+                key=_KEY,
+                hint="each run needs its own place in the store",
+            )
 
     def _add(self, task: _Task) -> None:
         with self._changed:
@@ -276,11 +297,11 @@ class Mirror:
                 failure, failures = "", 0
             with self._changed:
                 self._tasks.pop(0)
+                self._failure = failure
                 if not failure and copied:
                     self._done.append((task.path.name, time.monotonic() - began))
                 if failure:
                     self._tasks.append(task)
-                    self._failure = failure
                     self._attempts_left -= 1
                     self._pause(failures)
                 self._changed.notify_all()
@@ -316,7 +337,7 @@ class Mirror:
             except Unreadable:
                 raise
             except CheckpointError as error:
-                self._failure = f"{error}: it is not copied to the {self.label}"
+                self._damaged.append(f"{error}: it is not copied to the {self.label}")
                 return False
             self._remote.published(task.path)
         self._there.add(name)

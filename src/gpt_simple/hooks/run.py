@@ -81,7 +81,8 @@ class Checkpoints(Protocol):
     ) -> Sequence[CheckpointInfo]:
         """Remove all but the newest ``keep_last``, multiples of ``keep_every`` and the steps in ``protect``.
 
-        The two newest valid ones and the one just written always stay. Returns what was removed.
+        The two newest valid ones and the one just written always stay. A checkpoint store follows if it can remove.
+        Returns what was removed.
         """
 
 
