@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 
 from gpt_simple.config.schema import Config, Phase
 from gpt_simple.data import loader as module
@@ -313,3 +314,56 @@ def test_batches_arrive_on_the_device(opened: Callable[..., tuple[Dataset, Confi
         assert there.input_ids.is_cuda
         assert torch.equal(here.labels, there.labels.cpu())
         assert torch.equal(here.document_ids, there.document_ids.cpu())  # type: ignore[arg-type, union-attr]
+
+
+def rows_of(batches: list[Batch]) -> list[list[int]]:
+    return [labels for batch in batches for labels in batch.labels.tolist()]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("cap", [None, 1])
+def test_a_bucket_of_the_val_split_is_read_alone(cap: int | None, world: int, write_dataset: WriteDataset) -> None:
+    documents = [[1 + i % 250] * (5 + i % 7) for i in range(60)]
+    path = write_dataset(train={"a": documents}, val={"a": documents[:20], "b": documents[20:30], "c": documents[30:]})
+    config = Config()
+    config = evolve(
+        config,
+        data=evolve(config.data, path=str(path), tokenizer="bytes", max_length=T, num_workers=0),
+        training=evolve(config.training, per_device_batch_size=3, eval_steps=1),
+    )
+    dataset = prepare(config, builtin_registry())
+    loaders = [Loader(dataset, config, world_size=world, rank=rank) for rank in range(world)]
+    every = [labels for labels in rows_of(list(Loader(dataset, config).val_batches())) if set(labels) != {IGNORED}]
+    found, begin = [], 0
+    for bucket, rows in dataset.val.buckets.items():
+        shares = [list(loader.val_batches(cap, bucket)) for loader in loaders]
+        assert len({len(share) for share in shares}) == 1
+        mine = sorted(row for share in shares for row in rows_of(share) if set(row) != {IGNORED})
+        own = every[begin : begin + rows]
+        assert len(mine) == min(rows, rows if cap is None else cap * 3)
+        assert all(row in own for row in mine)
+        found += mine
+        begin += rows
+    assert cap is not None or sorted(found) == sorted(every)
+
+
+@pytest.mark.parametrize("curriculum", [(), CURRICULUM])
+def test_samples_are_read_again_in_the_order_asked(
+    curriculum: tuple[Phase, ...], opened: Callable[..., tuple[Dataset, Config]]
+) -> None:
+    dataset, config = opened(B=2, curriculum=curriculum, num_workers=1)
+    loader = Loader(dataset, config, world_size=2, rank=1)
+    trained = {
+        data.first_sample + i: labels
+        for data in steps(Loader(dataset, config), 60)
+        for i, labels in enumerate(data.batches[0].labels.tolist())
+    }
+    ids = np.array([90, 3, 3, 0, 57, 88, 11])
+    batches = list(loader.batches(ids))
+    assert [batch.first_sample for batch in batches] == [90, 3, 57, 11]
+    assert {tuple(batch.input_ids.shape) for batch in batches} == {(2, T)}
+    assert rows_of(batches) == [*(trained[sample] for sample in ids.tolist()), [IGNORED] * T]
+    assert [batch.targets for batch in batches] == [int((batch.labels != IGNORED).sum()) for batch in batches]
+    assert not list(loader.batches(np.array([], np.int64)))
+    assert loader.next_step().first_sample == 0, "the position stays"
+    loader.close()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from gpt_simple import Plugin
+from gpt_simple import CheckpointError, ConfigError, Plugin
 from gpt_simple.hooks import HOOKS
-from gpt_simple.testing import check_contract
+from gpt_simple.testing import check_contract, train
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -41,7 +44,8 @@ def recipes() -> list[type[Plugin[Any]]]:
     return [value for value in namespace.values() if isinstance(value, type) and value.__module__ == "cookbook"]
 
 
-RECIPES = {cls.__name__: cls for cls in recipes() if issubclass(cls, Plugin)}
+COOKBOOK = recipes()
+RECIPES = {cls.__name__: cls for cls in COOKBOOK if issubclass(cls, Plugin)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "FreezeEmbedding": {"observes": False},
     "Thaw": {"observes": False},
@@ -54,6 +58,90 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipes_keep_the_contract(name: str) -> None:
     check_contract(RECIPES[name], **OPTIONS.get(name, {}))
+
+
+class Bucket:
+    """A client of S3 without a network. ``broken``: how many more uploads work, None for all."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.broken: int | None = None
+
+    def get_paginator(self, name: str) -> Bucket:
+        assert name == "list_objects_v2"
+        return self
+
+    def paginate(self, *, Bucket: str, Prefix: str) -> Iterator[dict[str, Any]]:
+        assert Bucket == "models"
+        keys = sorted(key for key in self.objects if key.startswith(Prefix))
+        yield from ({"Contents": [{"Key": key} for key in page]} for page in batched(keys, 5)) if keys else [{}]
+
+    def download_file(self, bucket: str, key: str, filename: str) -> None:
+        Path(filename).write_bytes(self.objects[key])
+
+    def upload_file(self, filename: str, bucket: str, key: str) -> None:
+        if self.broken is not None:
+            self.broken -= 1
+            if self.broken < 0:
+                raise ConnectionError("no route to host")
+        self.objects[key] = Path(filename).read_bytes()
+
+    def delete_object(self, *, Bucket: str, Key: str) -> None:
+        self.objects.pop(Key, None)
+
+
+def batched(values: list[str], size: int) -> list[list[str]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """What the recipe's client of S3 reads and writes; attempts follow one another at once."""
+    bucket = Bucket()
+    boto3: Any = ModuleType("boto3")
+    boto3.client = lambda service, config: bucket
+    limits: Any = ModuleType("botocore.config")
+    limits.Config = dict
+    for name, module in (("boto3", boto3), ("botocore", ModuleType("botocore")), ("botocore.config", limits)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("gpt_simple.engine.mirror._PAUSES", (0.01,))
+    return bucket
+
+
+OBJECTS = {"training.checkpoint_store": "s3", "plugins.s3.bucket": "models", "plugins.s3.prefix": "/me/first/"}
+
+
+def steps_in(bucket: Bucket) -> list[str]:
+    return sorted(key.split("/")[2] for key in bucket.objects if key.endswith("/MANIFEST.json"))
+
+
+def test_the_recipe_for_s3_brings_a_run_to_a_new_machine(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.objects["me/first-try/step-00000009/MANIFEST.json"] = b"{}"
+    overrides = OBJECTS | {"training.keep_last_k": 1, "training.eval_steps": None}
+    train(RECIPES["S3"], output_dir=tmp_path / "run", max_steps=5, overrides=overrides)
+    assert [step for step in steps_in(bucket) if step != "step-00000009"] == ["step-00000004", "step-00000005"]
+    assert not [key for key in bucket.objects if "step-00000002" in key], "it follows retention"
+    shutil.rmtree(tmp_path / "run")
+    rest = train(RECIPES["S3"], output_dir=tmp_path / "run", max_steps=6, overrides=overrides)
+    assert rest.recorder.events("on_run_start")[0].step == 5
+    assert "me/first/step-00000006/model.safetensors" in bucket.objects
+
+
+def test_an_upload_to_s3_that_breaks_off_is_no_checkpoint(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.broken = 4
+    with pytest.raises(CheckpointError, match="ConnectionError: no route to host"):
+        train(RECIPES["S3"], output_dir=tmp_path / "run", overrides=OBJECTS)
+    assert bucket.objects
+    assert steps_in(bucket) == []
+    bucket.broken = None
+    assert train(RECIPES["S3"], output_dir=tmp_path / "run", overrides=OBJECTS).result.status == "completed"
+    assert steps_in(bucket) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("missing", ["bucket", "prefix"])
+def test_the_recipe_for_s3_names_an_option_that_is_missing(missing: str, bucket: Bucket) -> None:
+    with pytest.raises(ConfigError, match=f"plugins.s3.{missing}: the store s3 needs a {missing}"):
+        train(RECIPES["S3"], overrides=OBJECTS | {f"plugins.s3.{missing}": ""})
 
 
 @pytest.mark.slow

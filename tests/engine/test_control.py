@@ -105,6 +105,6 @@ def test_another_rank_can_decide_and_says_why() -> None:
     requests.save("mine")
     requests.disable("console")
     decision = control.decide()
-    assert others.seen == [[1, 0, 0, 0, 0, 1, 0]]
+    assert others.seen == [[1, 0, 0, 0, 0, 0, 1, 0]]
     assert (decision.save, decision.stop, decision.should_stop) == ("mine", "SIGTERM", True)
     assert decision.disabled_plugins == ("wandb",)

@@ -14,7 +14,7 @@ import pytest
 
 import gpt_simple
 from gpt_simple import Plugin, hookimpl, hooks, testing
-from gpt_simple.hooks import HOOKS, Registry, events, preflight, results, run
+from gpt_simple.hooks import HOOKS, Registry, events, preflight, results, run, store
 from gpt_simple.hooks.specs import HookSpecs
 from gpt_simple.plugin_host.dispatch import DISPATCHED, Calls
 from gpt_simple.plugin_host.lint import hooks_of, lint
@@ -51,8 +51,8 @@ def catalogue() -> dict[str, object]:
         "plugin": {name: _signature(member) for name, member in vars(Plugin).items() if not name.startswith("_")},
         "run": {
             f"{name}.{member}": _signature(value)
-            for name, cls in sorted({**vars(run), "Registry": Registry}.items())
-            if isinstance(cls, type) and cls.__module__ in (run.__name__, Registry.__module__)
+            for name, cls in sorted({**vars(run), **vars(store), "Registry": Registry}.items())
+            if isinstance(cls, type) and cls.__module__ in (run.__name__, store.__name__, Registry.__module__)
             for member, value in vars(cls).items()
             if not member.startswith("_")
         },

@@ -220,6 +220,7 @@ def brings(kind: Any, config: Any) -> type[Plugin[NoConfig]]:
         ("optimizer", {"name": "lion"}, "config= must be a frozen attrs class, not {'name': 'lion'}"),
         ("schedule", OptimizerConfig, r"takes no config=: only the optimizer brings the class of \[optimizer\]"),
         ("tokenizer", DataConfig, r"takes no config=: only the source brings the class of \[data\]"),
+        ("store", DataConfig, "takes no config=: its options are the plugin's own"),
     ],
 )
 def test_a_class_that_cannot_be_a_section_is_refused(kind: str, config: Any, message: str) -> None:

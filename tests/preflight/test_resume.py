@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from tests.checkpoint.injection import refuse
 from tests.cli.test_bad_input import snapshot
 from tests.conftest import Shell
 from tests.preflight.conftest import Check
+from tests.stores import FolderStore, folder
+
+__all__ = ["folder"]
 
 
 def test_a_resume_is_reported_and_a_changed_one_is_a_warning(check: Check, shell: Shell, here: Path) -> None:
@@ -62,3 +66,38 @@ def test_an_unreadable_checkpoint_is_refused_as_by_the_run(
         run = shell("run", "config.toml", "-q", "--training.max_steps=6")
     assert (run.code, message in run.err) == (4, True)
     assert snapshot(here) == before
+
+
+STORE = '''
+from tests.stores import Folder as _Folder
+
+
+class Folder(_Folder):
+    """Brings stores."""
+'''
+
+
+def test_a_checkpoint_in_a_store_is_reported_and_not_fetched(
+    check: Check, shell: Shell, here: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "folder.py").write_text(STORE)
+    options = ("-p", "./folder.py", "--training.checkpoint_store=folder", f"--plugins.folder.path={folder}")
+    assert "from scratch" in check(*options)["resume"]["message"]
+    assert shell("run", "config.toml", "-q", *options).code == 0
+    assert check(*options)["resume"]["fields"]["kind"] == "finished"
+    shutil.rmtree(here / "out")
+    before = snapshot(here)
+    found = check(*options, "--training.max_steps=6")["resume"]
+    assert found["fields"] == {"kind": "resume", "step": 4, "promise": ""}
+    assert "the store 'folder' of the plugin folder" in found["message"]
+    assert "holds step 4 of 6, which the run fetches" in found["message"]
+    assert "holds 2 checkpoint(s)" in check(*options, "--training.resume=scratch", code=4)["resume-refused"]["message"]
+    assert snapshot(here) == before
+
+    def unreachable(method: str, name: str) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(FolderStore, "before", staticmethod(unreachable))
+    refused = check(*options, code=4)["resume-refused"]
+    assert "cannot be reached: find failed with ConnectionError: no route to host" in refused["message"]
+    assert refused["place"] == "--training.checkpoint_store"

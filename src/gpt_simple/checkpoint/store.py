@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from gpt_simple._documents import parse
-from gpt_simple._files import fsync, nearest_existing, remove_tree, write_whole
+from gpt_simple._files import AtomicDirectory, fsync, nearest_existing, remove_tree, write_whole
 from gpt_simple.checkpoint.draft import Draft, Published, hidden
 from gpt_simple.checkpoint.manifest import MANIFEST, Manifest, NewerFormat, Unreadable, check_file, check_tensors
 from gpt_simple.errors import CheckpointError
@@ -73,6 +73,9 @@ class Store:
     """Checkpoints that this process has written or hashed, and need not hash again."""
     _removals: list[threading.Thread] = field(factory=list, init=False)
     """Free the space of deleted checkpoints, which takes a while for large files."""
+    _in_use: set[Path] = field(factory=set, init=False)
+    """Checkpoints that a thread reads, which ``prune`` leaves until the next time."""
+    _guard: threading.Lock = field(factory=threading.Lock, init=False)
 
     def publish(
         self,
@@ -92,7 +95,7 @@ class Store:
         _DRAFTS.add(path)
         self.settle()
         try:
-            sequence = 1 + max((c.sequence for c in self.list() if c.sequence != UNKNOWN_SEQUENCE), default=0)
+            sequence = 1 + self._last_sequence()
             with Draft(path) as draft:
                 for stem, group in tensors.items():
                     draft.add_tensors(stem, group)
@@ -109,6 +112,54 @@ class Store:
             _DRAFTS.discard(path)
         self._verified.add(target)
         return published
+
+    def receive(self, step: int, fetch: Callable[[Path], object], check: Callable[[Checkpoint], object]) -> Checkpoint:
+        """Publish a checkpoint from elsewhere as the newest, whole or not at all, once it is verified.
+
+        ``fetch`` fills the empty directory that it is given; ``check`` raises CheckpointError for content that cannot
+        be used. A damaged checkpoint of the same step is renamed, as ``quarantine`` does.
+        """
+        target = self.root / f"step-{step:08d}"
+        path = hidden(target, f"tmp-{os.getpid()}")
+        arrived = Checkpoint(step, path)
+        _DRAFTS.add(path)
+        try:
+            with AtomicDirectory(path) as place:
+                fetch(path)
+                for item in path.iterdir():
+                    if item.is_symlink() or not item.is_file():
+                        raise CheckpointError(f"{target.name} is damaged: {item.name} is no file")
+                self.verify(arrived)
+                check(arrived)
+                self._put_last(path)
+                if target.exists():
+                    self.quarantine(target, f"{target} was damaged: another copy of it was fetched")
+                place.rename(target)
+        finally:
+            _DRAFTS.discard(path)
+            self._verified.discard(path)
+        self._verified.add(target)
+        return Checkpoint.open(target)
+
+    def _put_last(self, path: Path) -> None:
+        """Give the checkpoint in ``path`` a place after all others."""
+        manifest, last = Manifest.read(path), self._last_sequence()
+        if manifest.sequence <= last:
+            (path / MANIFEST).write_text(evolve(manifest, sequence=last + 1).to_json(), encoding="utf-8")
+
+    def _last_sequence(self) -> int:
+        return max((c.sequence for c in self.list() if c.sequence != UNKNOWN_SEQUENCE), default=0)
+
+    @contextlib.contextmanager
+    def in_use(self, path: Path) -> Iterator[bool]:
+        """Keep ``prune`` from deleting a checkpoint meanwhile. False: it is not there any more."""
+        with self._guard:
+            is_there = (path / MANIFEST).exists()
+            self._in_use.add(path)
+        try:
+            yield is_there
+        finally:
+            self._in_use.discard(path)
 
     def list(self) -> list[Checkpoint]:
         """Published checkpoints in the order they were published, oldest first. Only manifests are read."""
@@ -134,6 +185,11 @@ class Store:
         if full:
             self._verified.add(checkpoint.path)
 
+    def verify_once(self, path: Path) -> None:
+        """``verify`` a checkpoint that this process has neither written nor verified before."""
+        if path not in self._verified:
+            self.verify(Checkpoint.open(path))
+
     def newest_valid(
         self, check: Callable[[Checkpoint], object] = lambda checkpoint: None
     ) -> tuple[Checkpoint | None, Sequence[tuple[Path, str]]]:
@@ -145,7 +201,7 @@ class Store:
         skipped = []
         for checkpoint in reversed(self._candidates()):
             try:
-                self.verify(checkpoint)
+                self.verify(checkpoint, full=checkpoint.path not in self._verified)
                 check(checkpoint)
             except Unreadable:
                 raise
@@ -249,9 +305,11 @@ class Store:
         deleted = []
         for checkpoint in reversed(sound):
             if checkpoint.step not in kept:
-                with contextlib.suppress(CheckpointError):  # it stays until the next time; no reason to end a run
-                    self.delete(checkpoint)
-                    deleted.append(checkpoint)
+                # What cannot be deleted stays until the next time; no reason to end a run.
+                with self._guard, contextlib.suppress(CheckpointError):
+                    if checkpoint.path not in self._in_use:
+                        self.delete(checkpoint)
+                        deleted.append(checkpoint)
         if wait:
             self.settle()
         return deleted
@@ -318,6 +376,12 @@ class Store:
             free = shutil.disk_usage(nearest_existing(self.root)).free
             message += f"; it needs {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free there"
         return CheckpointError(f"{message}; earlier checkpoints are untouched")
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint with this name; None if a checkpoint has no such name."""
+    found = _NAME.fullmatch(name)
+    return int(found["step"]) if found is not None and found["hidden"] is None else None
 
 
 def _sequence_of(path: Path) -> int:

@@ -177,6 +177,9 @@ class TrainingConfig:
         int | None, Ge(1), Doc("evaluate at most this many batches of per_device_batch_size rows; null: all")
     ] = None
     save_steps: Annotated[int | None, Ge(0), Doc("steps between checkpoints; null or 0: only the last one")] = 1000
+    save_after_eval: Annotated[
+        bool, Doc("evaluate before the checkpoint of the same step, which then holds what the evaluation decided")
+    ] = False
     background_save: Annotated[
         bool, Doc("write periodic checkpoints while training goes on; needs host memory for a copy of the state")
     ] = False
@@ -184,6 +187,9 @@ class TrainingConfig:
     keep_milestone_every: Annotated[
         int | None, Ge(0), Doc("checkpoints at multiples of this step are kept for ever; null or 0: none")
     ] = None
+    checkpoint_store: Annotated[
+        str, Doc("store component that also keeps the checkpoints elsewhere; local: the run directory alone")
+    ] = "local"
     max_skipped_steps: Annotated[
         int | None, Ge(1), Doc("halt after this many steps in a row whose gradients were not finite; null: never")
     ] = 25

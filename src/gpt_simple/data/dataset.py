@@ -54,6 +54,15 @@ class Split:
     def rows(self) -> int:
         return int(self._offsets[-1])
 
+    def rows_of(self, bucket: str) -> tuple[int, int]:
+        """The first row of a bucket and their number. KeyError if there is no such bucket."""
+        begin = 0
+        for name, rows in self.buckets.items():
+            if name == bucket:
+                return begin, rows
+            begin += rows
+        raise KeyError(bucket)
+
     def targets_of(self, rows: I64) -> I64:
         """Number of targets in each of these rows, shape [n]."""
         targets = np.empty(len(rows), np.int64)
@@ -116,7 +125,13 @@ class Dataset:
     def describe(self) -> dict[str, Any]:
         """Counts of both splits, for people. Of a stream, ``train`` counts the beginning."""
         split = {
-            name: {"documents": part.documents, "rows": part.rows, "targets": part.targets, "bytes": part.bytes}
+            name: {
+                "documents": part.documents,
+                "rows": part.rows,
+                "targets": part.targets,
+                "bytes": part.bytes,
+                "buckets": dict(part.buckets),
+            }
             for name, part in (("train", self.train), ("val", self.val))
         }
         return {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import TypeVar
@@ -122,28 +122,52 @@ class Loader:
         after = "" if total is None else f" after {total} samples"
         raise DataExhausted(f'the data end{after} (data.on_exhaustion = "{self._config.data.on_exhaustion}")')
 
-    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
-        """This process's share of the val split: every row once over all processes.
+    @property
+    def val_buckets(self) -> Mapping[str, int]:
+        """Rows of each bucket of the val split."""
+        return self._dataset.val.buckets
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether ``batches`` can read any sample again: a stream is read once, forward."""
+        return self._order is not None
+
+    def val_batches(self, max_batches: int | None = None, bucket: str | None = None) -> Iterator[Batch]:
+        """This process's share of the val split, or of one ``bucket`` of it: every row once over all processes.
 
         Every process gets as many batches; the last ones are filled with rows without a target. ``max_batches`` caps
         the rows of all processes at that number times the batch size: a fixed sample, whatever their number.
         """
-        split, size = self._dataset.val, self._batch
-        chosen = np.arange(split.rows)
-        if max_batches is not None and max_batches * size < split.rows:
-            chosen = np.sort(permute(key(EVALUATION_STREAM), split.rows, np.arange(max_batches * size)))
-        rounds = -(-len(chosen) // (self._world_size * size))
-        padded = np.full(rounds * self._world_size * size, PADDING)
-        padded[: len(chosen)] = chosen
-        mine = padded.reshape(rounds, self._world_size * size)[:, self._rank * size :][:, :size]
-        per_chunk = max(1, CHUNK_TOKENS // (size * split.max_length))
-        jobs = (partial(self._read, split, mine[i : i + per_chunk].reshape(-1)) for i in range(0, rounds, per_chunk))
-        first = self._rank * size
-        for rows in self._prefetched(jobs):
-            targets = (rows[1] != IGNORED).view(-1, size * split.max_length).sum(1).tolist()
-            for tensors, count in zip(self._batches(rows), targets, strict=True):
-                yield Batch(*tensors, first, count)
-                first += self._world_size * size
+        split, size, world = self._dataset.val, self._batch, self._world_size
+        begin, count = (0, split.rows) if bucket is None else split.rows_of(bucket)
+        chosen = np.arange(count)
+        if max_batches is not None and max_batches * size < count:
+            chosen = np.sort(permute(key(EVALUATION_STREAM), count, np.arange(max_batches * size)))
+        rows = _padded(begin + chosen, world * size).reshape(-1, world, size)[:, self._rank]
+        first = range(self._rank * size, len(rows) * world * size, world * size)
+        return self._batches_of(split, rows, first)
+
+    def batches(self, samples: I64) -> Iterator[Batch]:
+        """These samples of the order, in this order, all of them on this process.
+
+        The last batch is filled with rows without a target.
+        """
+        assert self._order is not None, "the caller asks has_samples"
+        if not len(samples):
+            return iter(())
+        ascending, place = np.unique(samples, return_inverse=True)
+        rows = _padded(self._order.locate(ascending)[place], self._batch).reshape(-1, self._batch)
+        return self._batches_of(self._dataset.train, rows, samples[:: self._batch].tolist())
+
+    def _batches_of(self, split: Split, rows: I64, first: Sequence[int]) -> Iterator[Batch]:
+        """Batches of these rows, shape [n, B], whose first samples have the numbers ``first``."""
+        per_chunk = max(1, CHUNK_TOKENS // (self._batch * split.max_length))
+        jobs = (partial(self._read, split, rows[i : i + per_chunk].reshape(-1)) for i in range(0, len(rows), per_chunk))
+        numbers = iter(first)
+        for chunk in self._prefetched(jobs):
+            targets = (chunk[1] != IGNORED).view(-1, self._batch * split.max_length).sum(1).tolist()
+            for tensors, count in zip(self._batches(chunk), targets, strict=True):
+                yield Batch(*tensors, next(numbers), count)
 
     def close(self) -> None:
         """Stop the threads. Waits for the reads that have begun, not for those that are queued."""
@@ -275,3 +299,8 @@ class Loader:
             return future.result()
         finally:
             self.wait_seconds += time.perf_counter() - begin
+
+
+def _padded(rows: I64, multiple: int) -> I64:
+    """``rows`` and so much padding that their number is a multiple."""
+    return np.pad(rows, (0, -len(rows) % multiple), constant_values=PADDING)

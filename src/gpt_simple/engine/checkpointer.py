@@ -17,6 +17,7 @@ from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.background import BackgroundWriter, NotFinite
 from gpt_simple.engine.loss_monitor import all_finite
+from gpt_simple.engine.mirror import Mirror
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.views import RunView
 from gpt_simple.errors import CheckpointError
@@ -37,6 +38,7 @@ class RunDirOwner(Protocol):
     store: Store
     status: StatusFile
     writer: BackgroundWriter
+    mirror: Mirror | None
 
     def keep(self) -> None:
         """Recreate the directory if it was deleted. Raises CheckpointError if another process owns it now."""
@@ -66,9 +68,13 @@ class Checkpointer:
     retry_due: bool = field(default=False, init=False)
     """Whether the newest save failed and should be tried again soon."""
     _newest: int | None = field(default=None, init=False)
+    _write_seconds: float = field(default=0.0, init=False)
+    _outdated: bool = field(default=False, init=False)
     _reported: float = field(default=float("-inf"), init=False)
     _pending: tuple[int, str] | None = field(default=None, init=False)
     """Step and reason of the save that is running in the background."""
+    _evaluated: tuple[int, float] | None = field(default=None, init=False)
+    """The step that was evaluated last, and its validation loss."""
 
     def save(self, reason: str, *, blocking: bool) -> str:
         """Save this step, unless it is saved already as it is now. Raises CheckpointError only if ``blocking``.
@@ -78,8 +84,9 @@ class Checkpointer:
         """
         run, dist, started = self.run, self.run.dist, time.perf_counter()
         self.poll(wait=True)
-        if self._newest == run.step and not run.state.finished:
+        if self._newest == run.step and not self._outdated:
             return ""
+        self._outdated = False
         in_background = run.config.training.background_save and not blocking
         if not in_background and not dist.on_main(lambda: all_finite(run.raw.parameters())):
             return self._not_finite(run.step)
@@ -95,8 +102,21 @@ class Checkpointer:
             self.time_budget.record_save(time.perf_counter() - started)
         return ""
 
+    def outdate(self) -> None:
+        """Let the next ``save`` write this step again if it is saved already: its state has changed since."""
+        self._outdated = True
+
+    def record_val_loss(self, loss: float) -> None:
+        """Keep the validation loss of this step, durably and for the event of its checkpoint."""
+        self._evaluated = self.run.step, loss
+        self.run_dir.record_val_loss(self.run.step, loss)
+
     def poll(self, *, wait: bool) -> None:
-        """Report a background save if it has ended; ``wait`` until it has."""
+        """Report a background save if it has ended; ``wait`` until it has. Also report copies in the store."""
+        if (mirror := self.run_dir.mirror) is not None:
+            for seconds in mirror.report(self.run.log):
+                if self.time_budget is not None:
+                    self.time_budget.record_save(self._write_seconds + seconds)  # the last save waits for its copy
         if self._pending is None:
             return
         step, reason = self._pending
@@ -155,7 +175,17 @@ class Checkpointer:
         if written is None:
             return
         self._reported = float("-inf")
-        self._newest = written.step
+        self._newest, self._write_seconds = written.step, written.seconds
+        if self.run_dir.mirror is not None:
+            self.run_dir.mirror.begin(written.path)
         if self.calls.on_checkpoint_saved is not None:
-            event = CheckpointSaved(written.step, written.path, written.seconds, written.bytes, reason)
+            step, loss = self._evaluated or (None, None)
+            event = CheckpointSaved(
+                written.step,
+                written.path,
+                written.seconds,
+                written.bytes,
+                reason,
+                val_loss=loss if step == written.step else None,
+            )
             self.calls.on_checkpoint_saved(self.run, event)

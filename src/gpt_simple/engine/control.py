@@ -41,6 +41,10 @@ class Decision:
     failures: tuple[str, ...] = ()
     """The message for each of them, empty if the main rank has logged it."""
 
+    def merged(self, later: Decision) -> Decision:
+        """This decision with the requests of a ``later`` one of the same boundary; the first reason of each is kept."""
+        return evolve(self, **{kind: getattr(self, kind) or getattr(later, kind) for kind in _KINDS})
+
     @property
     def should_stop(self) -> bool:
         """Whether the loop ends here, before ``max_steps``."""
@@ -50,10 +54,6 @@ class Decision:
     def interrupts(self) -> bool:
         """Whether the run is to end quickly: without another evaluation."""
         return bool(self.stop or self.halt)
-
-    def followed_by(self, later: Decision) -> Decision:
-        """Both decisions of one boundary. What ends the run is in the later one, too: such a request stays."""
-        return evolve(later, save=self.save or later.save, evaluate=self.evaluate or later.evaluate)
 
 
 _NOTHING = Decision()

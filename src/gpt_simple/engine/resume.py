@@ -18,6 +18,7 @@ from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.checkpoint.tensor_names import as_text, optimizer_tensors
 from gpt_simple.config.schema import Config
 from gpt_simple.engine.compatibility import flatten, with_legacy_options, with_legacy_values
+from gpt_simple.engine.mirror import Mirror
 from gpt_simple.errors import CheckpointError
 from gpt_simple.hooks.preflight import ConfigChanges
 from gpt_simple.plugin_host.state import unpack
@@ -31,6 +32,8 @@ _NEUTRAL = (
     "training.max_eval_batches",
     "training.save_steps",
     "training.max_skipped_steps",
+    "training.save_after_eval",
+    "training.checkpoint_store",
     "training.background_save",
     "training.keep_last_k",
     "training.keep_milestone_every",
@@ -58,6 +61,7 @@ _STATE = {
     **dict.fromkeys(("step", "tokens", "target_tokens", "samples"), COUNT),
     "best_val_loss": (None, float),
     "finished?": str,
+    "evaluation_due?": bool,
     "optimizer": {"optimizer": str, "parameters": {...: _PARAMETER}},
     "scaler": {...: float},
     "model?": {...: str},
@@ -87,6 +91,8 @@ class FoundCheckpoint:
     """Damaged checkpoints that are newer, each with a reason."""
     seen: Sequence[Path] = ()
     """All checkpoints of the run, to notice if another run writes one before this launch has locked the directory."""
+    mirror: Mirror | None = None
+    """The checkpoints elsewhere, on the main process of a run with a ``training.checkpoint_store``."""
 
 
 def find_checkpoint(config: Config, store: Store, *, force: bool) -> FoundCheckpoint:
@@ -102,7 +108,7 @@ def find_checkpoint(config: Config, store: Store, *, force: bool) -> FoundCheckp
                 f" {listed[-1].step}: add --force to discard them, or choose another training.output_dir"
             )
         return FoundCheckpoint(store)
-    checkpoint, skipped = store.newest_valid(lambda found: _load_state(config, store, found))
+    checkpoint, skipped = store.newest_valid(lambda found: load_state(config, store, found))
     inside = setting != "auto" and Path(setting).resolve().parent == store.root.resolve()
     if checkpoint is None and skipped and not inside:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped)
@@ -115,7 +121,7 @@ def find_checkpoint(config: Config, store: Store, *, force: bool) -> FoundCheckp
     if checkpoint is None:
         return FoundCheckpoint(store)
     seen = [each.path for each in listed]
-    return FoundCheckpoint(store, checkpoint, _load_state(config, store, checkpoint), skipped, seen)
+    return FoundCheckpoint(store, checkpoint, load_state(config, store, checkpoint), skipped, seen)
 
 
 def _open(path: Path, store: Store, newest: Checkpoint | None) -> Checkpoint:
@@ -134,7 +140,7 @@ def _open(path: Path, store: Store, newest: Checkpoint | None) -> Checkpoint:
     return checkpoint
 
 
-def _load_state(config: Config, store: Store, checkpoint: Checkpoint) -> dict[str, Any]:
+def load_state(config: Config, store: Store, checkpoint: Checkpoint) -> dict[str, Any]:
     """state.json, with the configuration of an earlier version completed.
 
     Raises CheckpointError if it, or the state of plugins, is not what a run writes, whatever its checksums are.

@@ -14,6 +14,7 @@ class TrainState:
 
     ``best_val_loss`` is the lowest validation loss so far in nats per target token, None before an evaluation.
     ``finished`` is the reason why the run is complete before ``max_steps``, empty while it is not.
+    ``evaluation_due``: a stop left out the evaluation of this step, which a resumed run begins with.
     """
 
     step: int = 0
@@ -21,6 +22,7 @@ class TrainState:
     target_tokens: int = 0
     best_val_loss: float | None = None
     finished: str = ""
+    evaluation_due: bool = False
 
     def advance(self, tokens: int, target_tokens: int) -> None:
         """Count one optimizer step, also one that was skipped."""
@@ -37,9 +39,14 @@ class TrainState:
         """Mark the run as complete."""
         self.finished = reason
 
+    def keep_evaluation_due(self, due: bool) -> None:
+        """Record whether the evaluation of this step is still due."""
+        self.evaluation_due = due
+
     def state_dict(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return asdict(self)
+        """JSON values for a checkpoint. ``evaluation_due`` only where it is true, which is seldom."""
+        values = asdict(self)
+        return values if self.evaluation_due else {key: values[key] for key in values if key != "evaluation_due"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``'s values; other keys are ignored.
@@ -48,3 +55,4 @@ class TrainState:
         """
         self.step, self.tokens, self.target_tokens = state["step"], state["tokens"], state["target_tokens"]
         self.best_val_loss = state["best_val_loss"]
+        self.evaluation_due = state.get("evaluation_due", False)

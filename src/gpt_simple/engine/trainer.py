@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from gpt_simple.data.loader import DataExhausted
 from gpt_simple.distributed.metric_reduction import MetricReducer
@@ -84,6 +84,7 @@ class Trainer:
 
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
+        self._saves_after_eval = self.run.config.training.save_after_eval
         self._reducer = MetricReducer(self.run.dist)
         self._loss_monitor = LossMonitor(self.run.config.training.max_skipped_steps)
 
@@ -110,6 +111,10 @@ class Trainer:
         """Run steps until a decision ends the run or all steps are finished. Returns the last decision."""
         self._warm_up()
         self._timer = StepTimer(waited_before=self.run.loader.wait_seconds)
+        if self._saves_after_eval and self.run.state.evaluation_due:
+            due = Decision(evaluate="the launch before left it out")
+            if (decision := self._evaluate_and_save(due, is_last=False)).should_stop:
+                return decision
         while self.run.step < self._max_steps:
             try:
                 self._step(is_last=self.run.step + 1 == self._max_steps)
@@ -189,33 +194,57 @@ class Trainer:
     def _boundary(self, is_last: bool) -> Decision:
         """After a step, always in this order: metrics, one decision, checkpoint, evaluation, stop.
 
-        A decision to finish makes this boundary that of the last step. So does one during its evaluation: the
-        checkpoint, which was written before, is then replaced.
+        With ``training.save_after_eval`` the evaluation comes before the checkpoint. A decision to finish makes this
+        boundary that of the last step. So does one during its evaluation: a checkpoint that was written before is then
+        replaced.
         """
-        step, training = self.run.step, self.run.config.training
-        logs = is_last or step % (training.logging_steps or _UNLOGGED) == 0
+        logs = is_last or self.run.step % (self.run.config.training.logging_steps or _UNLOGGED) == 0
         if logs:
             self._log_interval()
         decision = self._decide()
         if logs:
             self._refuse_untrained()
-        finishes = bool(decision.finish) and not is_last
-        if finishes and self._buffer:
+        if decision.finish and not is_last and self._buffer:
             self._log_interval()
-            decision = decision.followed_by(self._decide())  # what was logged may halt the run
-        if finishes := finishes and not decision.halt:
-            self.run.state.finish(decision.finish)
-        blocking = is_last or decision.should_stop
-        retry = "the one before could not be written" if logs and self.checkpointer.retry_due else ""
-        if decision.save or blocking or retry:
-            reason = "last step" if is_last else decision.halt or decision.finish or decision.stop or decision.save
-            if not_finite := self._save(reason or retry, blocking=blocking):
-                return Decision(halt=not_finite)
-        evaluates = decision.evaluate or (finishes and training.eval_steps)
-        if evaluates and not decision.interrupts and self._evaluated != step:
+            decision = decision.merged(self._decide())  # what was logged may halt the run
+        if logs and not decision.save and self.checkpointer.retry_due:
+            decision = evolve(decision, save="the one before could not be written")
+        return self._evaluate_and_save(decision, is_last=is_last)
+
+    def _evaluate_and_save(self, decision: Decision, *, is_last: bool) -> Decision:
+        """Do both if they are due, in the order that the run has. Returns how to go on."""
+        run, ends = self.run, is_last or bool(decision.finish)
+        is_due = bool(decision.evaluate or (decision.finish and not is_last and run.config.training.eval_steps))
+        evaluates = is_due and self._evaluated != run.step
+        if evaluates and self._saves_after_eval:
+            decision = self._evaluate_first(decision, is_last=ends)
+        if decision.finish and not decision.halt and not is_last:
+            run.state.finish(decision.finish)
+            self.checkpointer.outdate()
+        reason = "last step" if is_last else decision.halt or decision.finish or decision.stop or decision.save
+        if reason and (not_finite := self._save(reason, blocking=is_last or decision.should_stop)):
+            return Decision(halt=not_finite)
+        if evaluates and not decision.interrupts and not self._saves_after_eval:
             self._evaluate()
-            if not (is_last or finishes) and self.control.any_finishing():
+            if not ends and self.control.any_finishing():
                 return self._boundary(is_last=False)
+        return decision
+
+    def _evaluate_first(self, decision: Decision, *, is_last: bool) -> Decision:
+        """Evaluate. Returns the decision with what was requested meanwhile, for the checkpoint to come.
+
+        An evaluation that a stop leaves out is kept in the checkpoint, and the next launch begins with it.
+        """
+        done = False
+        if not decision.interrupts:
+            done = self._evaluate()
+            self.checkpointer.outdate()
+            later = self._decide()
+            if later.evaluate:
+                self.run.control.evaluate(later.evaluate)  # for the next step: this one is evaluated
+            # After the last step only a halt changes how the run ends, and a stop that has left the evaluation out.
+            decision = decision.merged(evolve(later, stop="") if done and is_last else later)
+        self.run.state.keep_evaluation_due(not done and not is_last)
         return decision
 
     def _log_interval(self) -> None:
@@ -275,11 +304,11 @@ class Trainer:
         if notify and calls.on_metrics is not None:
             calls.on_metrics(run, MetricsReady(step, run.tokens, floats))
 
-    def _evaluate(self) -> None:
-        """Run the plugins' evaluations. A stop that arrives meanwhile abandons them."""
+    def _evaluate(self) -> bool:
+        """Run the plugins' evaluations. A stop that arrives meanwhile abandons them, and the result is false."""
         run, calls, state = self.run, self.calls, self.run.state
         if calls.evaluate is None:
-            return
+            return True
         self._synchronize()
         with self._timer.paused():
             started = time.perf_counter()
@@ -294,15 +323,16 @@ class Trainer:
                         hint="change weights with run.weights, which puts them back",
                     ) from None
                 run.log.info("evaluation abandoned: the run is stopping", name="evaluation_abandoned")
-                return
+                return False
             floats = resolve_name_collisions(self._reducer.reduce(metrics), self.control.plugins)
             self._last_eval, self._evaluated = floats, state.step
             if (loss := floats.get(VAL_LOSS)) is not None and math.isfinite(loss):
                 state.record_val_loss(loss)
-                self.checkpointer.run_dir.record_val_loss(state.step, loss)
+                self.checkpointer.record_val_loss(loss)
             if calls.on_eval_end is not None:
                 seconds = time.perf_counter() - started
                 calls.on_eval_end(run, EvalEnd(state.step, state.tokens, floats, seconds))
+        return True
 
     def _save(self, reason: str, *, blocking: bool) -> str:
         """Save this step. Returns why the run must halt, or an empty string."""

@@ -7,13 +7,16 @@ does not have yet raises PluginError.
 
 from __future__ import annotations
 
+import difflib
 import json
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from attrs import define, field, frozen
 
@@ -21,10 +24,12 @@ from gpt_simple._documents import parse
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import Loader
+from gpt_simple.data.order import I64
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.control import Control, Requests
 from gpt_simple.engine.evaluation import evaluation_mode
 from gpt_simple.engine.memory import peak_bytes
+from gpt_simple.engine.mirror import Mirror
 from gpt_simple.engine.optimizers import CurrentOptimizer
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import derive_seed
@@ -121,6 +126,7 @@ class EngineCheckpoints:
     """The run's checkpoints; implements ``gpt_simple.hooks.run.Checkpoints``."""
 
     _store: Store
+    _mirror: Mirror | None = None
 
     def list(self) -> Sequence[CheckpointInfo]:
         return [CheckpointInfo(found.step, found.path) for found in self._store.list()]
@@ -130,6 +136,8 @@ class EngineCheckpoints:
     ) -> Sequence[CheckpointInfo]:
         # Training does not wait for the deletion of large files.
         gone = self._store.prune(keep_last, keep_every, set(protect), wait=False)
+        if self._mirror is not None:
+            self._mirror.removed(gone)
         return [CheckpointInfo(found.step, found.path) for found in gone]
 
 
@@ -178,7 +186,7 @@ class LaunchView:
     def facts(self) -> dict[str, Any]:
         return {}
 
-    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
+    def val_batches(self, max_batches: int | None = None, bucket: str | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")
         raise _missing("val_batches")
 
@@ -191,7 +199,7 @@ class LaunchView:
 _LATER = {
     **dict.fromkeys(("model", "tokenizer", "checkpoints", "evaluating", "generate"), "on_model_built"),
     "optimizer": "on_optimizer_built",
-    **dict.fromkeys(("run_id", "loss", "val_batches", "record", "recorded", "weights"), "on_run_start"),
+    **dict.fromkeys(("run_id", "loss", "val_batches", "batches", "record", "recorded", "weights"), "on_run_start"),
 }
 """Members of ``hooks.run.Run`` that only later views have, and the hook that sees them first."""
 
@@ -295,9 +303,43 @@ class RunView(OptimizerView):
             weights = sets[weights]
         return Exchange(paired(self.raw, weights))
 
-    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
+    def val_batches(self, max_batches: int | None = None, bucket: str | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")
-        for batch in self.loader.val_batches(max_batches):
+        buckets = self.loader.val_buckets
+        if bucket is not None and not (isinstance(bucket, str) and bucket in buckets):
+            close = difflib.get_close_matches(str(bucket), buckets, 1)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
+            raise PluginError(
+                f"run.val_batches: the val split has no bucket {bucket!r}{meant}",
+                hint=f"it has {', '.join(buckets) or 'none'}",
+            )
+        return self._until_leaving(self.loader.val_batches(max_batches, bucket))
+
+    def _until_leaving(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
             if self.sync.any_leaving():
                 raise EvaluationAbandoned
             yield batch
+
+    def batches(self, sample_ids: Iterable[int]) -> Iterator[Batch]:
+        if not self.loader.has_samples:
+            raise PluginError(
+                "run.batches: the data are a stream, of which no sample can be read again",
+                hint='run.facts()["data"]["stream"] says so beforehand',
+            )
+        return self.loader.batches(_checked_ids(sample_ids, self.loader.samples_total()))
+
+
+def _checked_ids(sample_ids: Iterable[int], total: int | None) -> I64:
+    """Ids of samples as an array [n]. Raises PluginError unless each is a sample of ``total`` (None: endless)."""
+    expected = "expected integers from 0" + ("" if total is None else f" to {total - 1}")
+    ids: list[int] = []
+    for sample in sample_ids:
+        try:
+            number = operator.index(sample)
+        except TypeError:
+            raise PluginError(f"run.batches was given {sample!r} as a sample", hint=expected) from None
+        if not 0 <= number < (2**62 if total is None else total) or isinstance(sample, bool):
+            raise PluginError(f"run.batches was given {sample!r}, which is no sample of the order", hint=expected)
+        ids.append(number)
+    return np.array(ids, np.int64)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from gpt_simple.hooks.results import Finding, Metric
     from gpt_simple.hooks.run import CheckpointInfo, Run
     from gpt_simple.hooks.specs import HOOKS, HookInfo, hookimpl
+    from gpt_simple.hooks.store import CheckpointStore
 
 __all__ = [
     "HOOKS",
@@ -56,6 +57,7 @@ __all__ = [
     "CheckpointLoaded",
     "CheckpointSaved",
     "CheckpointSaving",
+    "CheckpointStore",
     "Close",
     "CollectMetrics",
     "Component",
@@ -90,7 +92,7 @@ __all__ = [
     "hookimpl",
 ]
 
-_MODULES = ("specs", "plugin", "run", "results", "events", "components", "preflight")
+_MODULES = ("specs", "plugin", "run", "results", "events", "components", "preflight", "store")
 """Where the names are, the modules that most commands need first: a name imports those before its own."""
 
 

@@ -148,13 +148,19 @@ class CheckpointSaving:
 
 @frozen
 class CheckpointSaved:
-    """A durable checkpoint: the directory ``path`` of ``bytes`` bytes, written in ``seconds``."""
+    """A durable checkpoint: the directory ``path`` of ``bytes`` bytes, written in ``seconds``.
+
+    ``val_loss`` is the ``eval/loss`` of its step in nats per target token, None where that is unknown or not finite: a
+    checkpoint is saved before its step is evaluated, unless ``training.save_after_eval`` is set or it is written in the
+    background.
+    """
 
     step: int
     path: Path
     seconds: float
     bytes: int
     reason: str
+    val_loss: float | None = None
 
 
 @frozen

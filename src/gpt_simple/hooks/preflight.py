@@ -85,6 +85,7 @@ class PlannedResume:
     ``skipped`` are newer checkpoints that are damaged, each with the reason. ``guarantee`` is the resume guarantee:
     ``bit-exact``, ``order-exact: ...`` or ``changed: ...``, from the configuration, the data and the installed torch.
     ``finished`` says why the run is complete, and what to change to go on.
+    ``store`` names the checkpoint store that the launch fetches the checkpoint from; only its step is known then.
     """
 
     kind: Literal["scratch", "resume", "finished"]
@@ -95,6 +96,7 @@ class PlannedResume:
     skipped: Sequence[tuple[Path, str]] = ()
     samples: int = 0
     finished: str = ""
+    store: str = ""
 
 
 @frozen

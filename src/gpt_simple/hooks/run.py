@@ -102,7 +102,8 @@ class Checkpoints(Protocol):
     ) -> Sequence[CheckpointInfo]:
         """Remove all but the newest ``keep_last``, multiples of ``keep_every`` and the steps in ``protect``.
 
-        The two newest valid ones and the one just written always stay. Returns what was removed.
+        The two newest valid ones and the one just written always stay. A checkpoint store follows if it can remove.
+        Returns what was removed.
         """
 
 
@@ -185,10 +186,23 @@ class Run(Protocol):
     def recorded(self, key: str, default: Any = None) -> Any:
         """What ``record`` has kept under ``key``, in this launch or an earlier one, else ``default``."""
 
-    def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
-        """This process's share of the val split, on the device.
+    def val_batches(self, max_batches: int | None = None, bucket: str | None = None) -> Iterator[Batch]:
+        """This process's share of the val split, or of one bucket of it, on the device.
 
-        ``max_batches`` limits the rows of all processes to that number times ``per_device_batch_size``.
+        ``max_batches`` limits the rows of all processes to that number times ``per_device_batch_size``: the same rows
+        with any number of processes. ``run.facts()["data"]["val"]["buckets"]`` maps each bucket to its rows. Raises
+        PluginError for any other name. Only in hooks that run on every process.
+        """
+
+    def batches(self, sample_ids: Iterable[int]) -> Iterator[Batch]:
+        """The rows of these samples of the training order, on the device: for probes. In any hook from on_run_start on.
+
+        A process gets all of them, in the order of ``sample_ids``, in batches of ``per_device_batch_size`` rows; the
+        last batch is filled with rows without a target. So the batches are the same on every process, with any number
+        of processes, and nothing waits for another process. A process takes a share of them with
+        ``ids[run.rank :: run.world_size]``. An id is a number in the order of samples, as ``batch.first_sample`` is; a
+        sample may be read before training reads it, and again. The position in the data does not change. Raises
+        PluginError for what is no sample, and for data that are a stream.
         """
 
     def loss(self, batch: Batch) -> torch.Tensor:

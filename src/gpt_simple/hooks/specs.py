@@ -88,7 +88,7 @@ class HookSpecs:
     @classmethod
     @_hook(ranks="all")
     def register_components(cls, registry: Registry) -> None:
-        """Add named parts (a model, optimizer, schedule, tokenizer or source) that a configuration can choose.
+        """Add named parts (model, optimizer, schedule, tokenizer, source, store) that a configuration can choose.
 
         Called right after the plugin is imported and before its configuration exists, so it is a class method. Give the
         part as ``module:attribute``: it is imported when it is used, and the hook itself imports nothing slow::
@@ -296,7 +296,8 @@ class HookSpecs:
     def on_eval_end(self, run: Run, event: events.EvalEnd) -> None:
         """The metrics of an evaluation are ready as plain floats.
 
-        Example::
+        A request made here holds for the end of the next step. With ``training.save_after_eval`` it holds for this one,
+        whose checkpoint comes after this hook and has the state that the plugin decides on here::
 
             @hookimpl
             def on_eval_end(self, run, event):

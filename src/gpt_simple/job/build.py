@@ -23,6 +23,7 @@ from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
 from gpt_simple.engine.control import throttled
+from gpt_simple.engine.mirror import RECORD
 from gpt_simple.engine.optimizers import CurrentOptimizer
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import derive_seed, isolated_rng
@@ -41,7 +42,7 @@ from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model
 from gpt_simple.job.optimizer import TRAINED, build_optimizer, optimizer_state, rebuild_optimizer, restore_trained
 from gpt_simple.job.stages import model_view
-from gpt_simple.run_dir.layout import RunDir
+from gpt_simple.run_dir.layout import RunDir, finite
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
 
 _MODEL_STREAM = 0x6D6F64656C  # differs from the streams of micro-batches, which count samples from 0
@@ -201,7 +202,7 @@ def _trainer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, current),
+        snapshot=partial(_snapshot, job, plan, model, current, run_dir.record),
         time_budget=time_budget,
     )
     return Trainer(
@@ -227,7 +228,9 @@ def _warn_of_early_end(job: Job, loader: Loader, consumed: int) -> None:
         )
 
 
-def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, current: CurrentOptimizer) -> Snapshot:
+def _snapshot(
+    job: Job, plan: ResumePlan, model: torch.nn.Module, current: CurrentOptimizer, record: RunRecord
+) -> Snapshot:
     """The content of a checkpoint: tensors and JSON documents by file stem."""
     moments, optimizer_document = optimizer_state(job, current)
     plugin_records, plugin_tensors = job.spec.host.state()
@@ -247,7 +250,9 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, current: Curre
     if (weights := current.weights_for_evaluation()) is not None:
         tensors[weights_stem(EVAL)] = weights
     tensors |= {weights_stem(name): dict(weights) for name, weights in _weight_sets(job, model).items()}
-    return tensors, {"state": state, "plugins": plugin_records}
+    documents = {"state": state, "plugins": plugin_records}
+    # Another machine, which finds the checkpoint in the store, has no run.json.
+    return tensors, documents | ({RECORD: finite(record.document())} if job.has_store else {})
 
 
 def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]:

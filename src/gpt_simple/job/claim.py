@@ -11,6 +11,7 @@ from attrs import define
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.engine.background import BackgroundWriter
+from gpt_simple.engine.mirror import Mirror
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.stop_signals import StopNow
@@ -38,6 +39,7 @@ class ClaimedRunDir:
     status: StatusFile
     writer: BackgroundWriter
     record: RunRecord
+    mirror: Mirror | None
     _lock: RunLock
     _tokenizer: Tokenizer
     _log: EngineLog
@@ -56,10 +58,14 @@ class ClaimedRunDir:
         """
         with system_errors(CheckpointError, self.paths.root):
             if self._discards:
+                if self.mirror is not None:
+                    self.mirror.discard()
                 self.paths.remove_run_files()
                 self.status.update(force=True)
             self._tokenizer.save(self.paths.tokenizer)
             self.record.launched(info, step=step, resumed_from=plan.source)
+        if self.mirror is not None:
+            self.mirror.begin_missing()
 
     def record_val_loss(self, step: int, loss: float) -> None:
         """Record the validation loss of ``step`` durably. A full disk does not end the run: it is logged."""
@@ -107,6 +113,11 @@ class ClaimedRunDir:
             except OSError as error:
                 self._log.error(f"{self.paths.run_json} was not written: {error.strerror}", name="output_failed")
 
+    def close_mirror(self) -> None:
+        """End what copies checkpoints into the store; after an error, wait for them first."""
+        if self.mirror is not None:
+            self.mirror.close(self._log, owns_run=self._lock.is_held())
+
     def take_stop_request(self) -> str:
         """The reason of a stop request in the directory, or an empty string. Also keeps the directory."""
         self.keep()
@@ -132,7 +143,16 @@ def claim_run_dir(job: Job, data: Dataset, plan: ResumePlan) -> Iterator[Claimed
         try:
             record = job.dist.on_main(lambda: _acquire(job, plan, lock))
             claimed = ClaimedRunDir(
-                paths, store, status, BackgroundWriter(store), record, lock, data.tokenizer, log, job.force
+                paths,
+                store,
+                status,
+                BackgroundWriter(store),
+                record,
+                plan.found.mirror,
+                lock,
+                data.tokenizer,
+                log,
+                job.force,
             )
             with (
                 _status_of_errors(claimed, state, step),
@@ -173,7 +193,7 @@ def _locked(job: Job, plan: ResumePlan, lock: RunLock) -> RunRecord:
 
 @contextmanager
 def _status_of_errors(claimed: ClaimedRunDir, state: TrainState, begun: int) -> Iterator[None]:
-    """Write the status of an error that leaves; then wait for a checkpoint that is being written, and for deletions."""
+    """Write the status of an error that leaves; then wait for checkpoints that are being written, copied or deleted."""
     try:
         yield
     except BaseException as error:
@@ -186,4 +206,5 @@ def _status_of_errors(claimed: ClaimedRunDir, state: TrainState, begun: int) -> 
         raise
     finally:
         claimed.writer.close()
+        claimed.close_mirror()
         claimed.store.settle()

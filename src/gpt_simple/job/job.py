@@ -12,6 +12,7 @@ from gpt_simple.engine.control import Control, StopCondition
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.stop_signals import StopNow, StopSignals
 from gpt_simple.errors import Halted
+from gpt_simple.hooks.components import LOCAL
 from gpt_simple.job.plugin_calls import PluginCalls
 from gpt_simple.job.runtime import Runtime
 from gpt_simple.run_dir.layout import RunDir
@@ -38,6 +39,11 @@ class Job:
     @property
     def run_dir(self) -> RunDir:
         return RunDir(Path(self.config.training.output_dir))
+
+    @property
+    def has_store(self) -> bool:
+        """Whether checkpoints are kept elsewhere, too."""
+        return self.config.training.checkpoint_store != LOCAL
 
     def control(self, *stop_conditions: StopCondition) -> Control:
         """Decisions of all ranks on a signal, the plugins' requests and ``stop_conditions``."""

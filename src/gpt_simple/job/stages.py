@@ -10,9 +10,11 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from attrs import evolve
 
 from gpt_simple._names import __version__
 from gpt_simple.checkpoint.store import Store
@@ -22,7 +24,8 @@ from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.distributed.start_up import start_up
 from gpt_simple.engine.compatibility import flatten
 from gpt_simple.engine.compile import refuse_uncompilable
-from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, run_fingerprint
+from gpt_simple.engine.mirror import Mirror
+from gpt_simple.engine.resume import FoundCheckpoint, ResumePlan, load_state, run_fingerprint
 from gpt_simple.engine.resume import find_checkpoint as search_checkpoint
 from gpt_simple.engine.resume import plan_resume as compare_with_checkpoint
 from gpt_simple.engine.stop_signals import StopSignals
@@ -35,6 +38,7 @@ from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model, refuse_shared_documents
 from gpt_simple.launch.member import processes
 from gpt_simple.preflight.preflight import RunPreflight
+from gpt_simple.run_dir.lock import RunLock
 from gpt_simple.spec import RunSpec
 
 
@@ -78,12 +82,33 @@ def find_checkpoint(job: Job) -> FoundCheckpoint:
     # One store for the whole launch, so that a checkpoint is verified once.
     store = Store(job.run_dir.checkpoints)
 
-    def search() -> FoundCheckpoint:
+    def open_mirror() -> Mirror | None:
         with system_errors(CheckpointError):
             job.run_dir.check()
+            return _open_mirror(job, store) if job.has_store and job.dist.is_main else None
+
+    def search() -> FoundCheckpoint:
+        with system_errors(CheckpointError):
             return search_checkpoint(job.config, store, force=job.force)
 
-    return job.dist.all_or_none(search)
+    mirror = job.dist.all_or_none(open_mirror)  # the other ranks search what the main one has fetched
+    return evolve(job.dist.all_or_none(search), mirror=mirror)
+
+
+def _open_mirror(job: Job, store: Store) -> Mirror:
+    """The run's checkpoints in the store of the configuration, the newest of which is then in the run directory."""
+    config, log = job.config, job.plugins.log
+    part = job.spec.registry.get("store", config.training.checkpoint_store)
+    mirror = Mirror.open(part, config, store, force=job.force)
+    if job.force or config.training.resume == "scratch":
+        return mirror
+    check = partial(load_state, config, store)
+    newest, _ = store.newest_valid(check)
+    if mirror.newer_than(newest):
+        job.run_dir.create()
+        with RunLock(job.run_dir, log.info):
+            mirror.fetch_newer(newest, job.run_dir, check, log)
+    return mirror
 
 
 def prepare_data(job: Job, found: FoundCheckpoint) -> Dataset:
@@ -153,7 +178,7 @@ def model_view(job: Job, data: Dataset, plan: ResumePlan, model: torch.nn.Module
         raw=model,
         forward=part.attributed(model, "failed in forward"),
         tokenizer=data.tokenizer,
-        checkpoints=EngineCheckpoints(plan.found.store),
+        checkpoints=EngineCheckpoints(plan.found.store, plan.found.mirror),
     )
 
 

@@ -59,6 +59,7 @@ def run_to_end(job: Job, data: Dataset, plan: ResumePlan, run_dir: ClaimedRunDir
         )
         calls.on_run_start(run, event)
     fit = trainer.fit()
+    await_store(job, plan.found)
     fit = evolve(fit, reason=job.spec.without_secrets(fit.reason))
     summary = _summarise(job, data, run_dir, fit)
     if calls.on_run_end is not None:
@@ -67,6 +68,23 @@ def run_to_end(job: Job, data: Dataset, plan: ResumePlan, run_dir: ClaimedRunDir
         _write_summary(job, summary)
     run_dir.status.update(state=fit.status, step=state.step, reason=fit.reason, force=True)
     return _result(summary, run.output_dir)
+
+
+def await_store(job: Job, found: FoundCheckpoint) -> None:
+    """Wait until the store, if there is one, holds all checkpoints. Raises CheckpointError if it cannot be reached."""
+    if job.has_store:
+        job.dist.on_main(lambda: found.mirror.finish(job.plugins.log) if found.mirror is not None else None)
+
+
+def bring_to_store(job: Job, found: FoundCheckpoint) -> None:
+    """Copy what an earlier launch did not live to copy into the store, and wait for it."""
+    if (mirror := found.mirror) is not None:
+        mirror.begin_missing()
+    try:
+        await_store(job, found)
+    finally:
+        if mirror is not None:
+            mirror.close(job.plugins.log, owns_run=False)
 
 
 def _recorded_info(spec: RunSpec, plan: ResumePlan, run: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,13 @@ from gpt_simple.job.stages import (
     preflight,
     prepare_data,
 )
-from gpt_simple.job.summary import already_finished, run_to_end, stopped_before_first_step, stopped_while_joining
+from gpt_simple.job.summary import (
+    already_finished,
+    bring_to_store,
+    run_to_end,
+    stopped_before_first_step,
+    stopped_while_joining,
+)
 from gpt_simple.spec import RunSpec
 
 
@@ -62,6 +68,7 @@ def _train(spec: RunSpec, force: bool, began: float, signals: StopSignals) -> Tr
                 plan = plan_resume(job, found, data)
                 time_budget = preflight(job, data, plan)
                 if plan.is_finished:
+                    bring_to_store(job, found)
                     return already_finished(job, plan)
                 with (
                     claim_run_dir(job, data, plan) as run_dir,

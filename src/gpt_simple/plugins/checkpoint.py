@@ -29,7 +29,7 @@ class Checkpoint(Plugin[NoConfig]):
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
-        # A checkpoint is written before its step is evaluated, so it does not hold that loss.
+        # A checkpoint is usually written before its step is evaluated, so it does not hold that loss.
         path = run.output_dir / "metrics.jsonl"
         if event.resumed_from is not None and path.exists():
             found = {row["step"]: row.get("eval/loss") for row in read_metrics(path, "eval")}

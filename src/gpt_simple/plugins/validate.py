@@ -158,7 +158,9 @@ def _resume(preflight: Preflight) -> Iterator[Finding]:
     changed = resume.changes is not None and resume.changes.lines.keys() != {"training.max_steps"}
     differs = resume.kind == "resume" and changed
     fields = {"kind": resume.kind, "step": resume.step, "promise": resume.guarantee}
-    if resume.kind == "scratch":
+    if resume.store:
+        message = f"the {resume.store} holds step {resume.step} of {steps}, which the run fetches and goes on from"
+    elif resume.kind == "scratch":
         message = "starts from scratch"
     elif resume.kind == "finished":
         message = f"{resume.path}: there is nothing to do, {resume.finished}"

@@ -106,7 +106,9 @@ class RunPreflight:
         from gpt_simple.preflight.resume import plan_resume
 
         with system_errors(CheckpointError):
-            return plan_resume(self.config, self.options, self.plugins, lambda: _unless_refused(lambda: self.data))
+            return plan_resume(
+                self.config, self.registry, self.options, self.plugins, lambda: _unless_refused(lambda: self.data)
+            )
 
     @cached_property
     def output(self) -> CheckedOutput:

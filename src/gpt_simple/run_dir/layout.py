@@ -16,7 +16,7 @@ from gpt_simple._files import nearest_existing, new_directory, remove_if_empty, 
 from gpt_simple.errors import CheckpointError, ConfigError
 
 _CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.(?:deleted|replaced|tmp-\d+)")
-_CHECKPOINT_FILE = re.compile(r"(?:model|optimizer|plugins|state|MANIFEST).*\.(?:json|safetensors)|\.tmp\w+")
+_CHECKPOINT_FILE = re.compile(r"(?:model|optimizer|plugins|state|run|MANIFEST).*\.(?:json|safetensors)|\.tmp\w+")
 _TOKENIZER_FILE = re.compile(r"tokenizer\.json")
 _LEVELS, _MOST_DIRECTORIES = 3, 5000
 _MOST_RUNS = 8

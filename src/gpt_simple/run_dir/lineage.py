@@ -81,11 +81,15 @@ class RunRecord:
 
     def write(self) -> None:
         """Write the record as it is."""
+        write_json(self.run_dir.run_json, self.document())
+
+    def document(self) -> dict[str, Any]:
+        """The content of run.json."""
         document = asdict(self, recurse=False)
         del document["run_dir"]
         if not self.recorded:
             del document["recorded"]
-        write_json(self.run_dir.run_json, document)
+        return document
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
