@@ -306,3 +306,13 @@ def test_the_commands_show_a_finished_run(shell: Shell, here: Path) -> None:
     assert "there is nothing to do, the run was completed at step 2 of 4 (the budget is spent): raise" in said
     assert shell("report", "out").code == 0
     assert "completed: the budget is spent" in (here / "out/report.html").read_text()
+
+
+def test_a_save_in_the_background_is_replaced_too(tmp_path: Path) -> None:
+    options = {**RHYTHM, "training.background_save": True}
+    trained = train(asks("on_eval_end", 4), output_dir=tmp_path, max_steps=9, overrides=options)
+    assert (trained.result.status, trained.result.steps) == ("completed", 4)
+    saved = [(event.step, event.reason) for event in trained.recorder.events("on_checkpoint_saved")]
+    assert saved == [(2, "every 2 steps"), (4, "every 2 steps"), (4, "enough")]
+    assert state_of(tmp_path, 4)["finished"] == "enough"
+    assert "completed at step 4" in train(asks("on_eval_end", 4), output_dir=tmp_path, max_steps=9).result.reason

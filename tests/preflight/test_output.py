@@ -42,6 +42,24 @@ def test_a_run_that_cannot_save_is_refused_unless_it_is_finished(
     assert shell("validate", "config.toml", "--force").code == 0
 
 
+def test_a_run_that_a_plugin_finished_needs_no_room(
+    shell: Shell, check: Check, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "enough.py").write_text(
+        "from gpt_simple import Plugin, hookimpl\nclass Enough(Plugin):\n    @hookimpl\n"
+        "    def on_step_end(self, run):\n        run.control.finish('enough')\n"
+    )
+    enough = ("-p", "./enough.py")
+    assert shell("run", "config.toml", "-q", *enough).code == 0
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    assert shell("run", "config.toml", "-q", *enough).code == 0
+    found = check(*enough, "--device=h100")
+    assert found["output"]["fields"]["needed"] == 0
+    assert found["runtime"]["fields"]["steps_left"] == 0
+    assert found["resume"]["fields"]["step"] == 1
+    assert "could save nothing" in shell("run", "config.toml", "-q", *enough, "--training.max_steps=6").err
+
+
 def test_an_output_that_cannot_be_written(check: Check) -> None:
     assert "config.toml" in check("--training.output_dir=config.toml", code=2)["output-refused"]["message"]
 

@@ -81,7 +81,13 @@ class RunPreflight:
 
     @property
     def samples(self) -> int:
-        return self.samples_done + max(0, self.config.training.max_steps - self.steps_done) * self.rows_per_step
+        return self.samples_done + (self.config.training.max_steps - self._steps_over) * self.rows_per_step
+
+    @property
+    def _steps_over(self) -> int:
+        """Of ``training.max_steps``, those that this launch does not make: all of them if the run is complete."""
+        resume, steps = self._resume_or_scratch, self.config.training.max_steps
+        return steps if resume.kind == "finished" else min(resume.step, steps)
 
     @cached_property
     def data(self) -> InspectedData:
@@ -116,7 +122,7 @@ class RunPreflight:
 
         shape = _unless_refused(lambda: self.shape)
         with system_errors(ConfigError, key="training.output_dir"):
-            return check_output(self.config, shape, steps_done=self.steps_done, force=self.options.force)
+            return check_output(self.config, shape, steps_done=self._steps_over, force=self.options.force)
 
     @cached_property
     def environment(self) -> Environment:
@@ -141,7 +147,7 @@ class RunPreflight:
             self.options,
             data=self.data,
             shape=self.shape,
-            steps_done=self.steps_done,
+            steps_done=self._steps_over,
             checkpoint_bytes=self.output.checkpoint_bytes,
             compile_is_explicit=not self.is_default("training.compile"),
         )
