@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
@@ -310,6 +312,45 @@ def test_compiled_code_uses_the_weights_that_are_there(model: Tied) -> None:
     with exchange(model, given):
         assert torch.equal(compiled(inputs), model.body(inputs))
     assert torch.equal(compiled(inputs), before)
+
+
+DIVIDED = """
+import torch
+from torch import distributed, nn
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+from gpt_simple import PluginError
+from gpt_simple.engine.weights import Exchange, WeightWatch, paired
+
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+model = nn.Linear(4, 4)
+for name, parameter in list(model.named_parameters()):
+    setattr(model, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+given = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+own = {name: parameter.full_tensor().clone() for name, parameter in model.named_parameters()}
+with Exchange(paired(model, given)):
+    assert all(bool((parameter.full_tensor() == 1).all()) for parameter in model.parameters())
+assert all(torch.equal(parameter.full_tensor(), own[name]) for name, parameter in model.named_parameters())
+try:
+    paired(model, {**given, "bias": torch.ones(4)})
+except PluginError as error:
+    assert "bias: [4] float32; the parameter is [4] float32 (Shard(dim=0),)" in str(error), error
+else:
+    raise AssertionError("an undivided tensor was accepted")
+run, watch = type("Run", (), {"raw": model, "step": 0}), WeightWatch()
+watch.start(run)
+watch.mark()
+assert not watch.changed()
+model.bias.data.add_(1)
+assert watch.changed()
+distributed.destroy_process_group()
+"""
+
+
+def test_parameters_that_are_divided_over_processes_are_exchanged_too() -> None:
+    ended = subprocess.run([sys.executable, "-c", DIVIDED], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 class Everywhere(Plugin[Any]):

@@ -104,7 +104,8 @@ def test_it_can_be_added_when_a_run_is_resumed(tmp_path: Path) -> None:
 
 def test_two_processes_have_one_average_and_resume_it(tmp_path: Path) -> None:
     for out, plugins in (("whole", [Ema]), ("parts", [Ema, StopsAt(2)]), ("parts", [Ema])):
-        outcomes = train_on_ranks(*plugins, output_dir=tmp_path / out, max_steps=4)
+        overrides = {"plugins.evaluate.weights": ["ema", "live"]}
+        outcomes = train_on_ranks(*plugins, output_dir=tmp_path / out, max_steps=4, overrides=overrides)
         assert not any(outcome.error for outcome in outcomes)
         assert len({outcome.weights for outcome in outcomes}) == 1
     assert equal(saved(tmp_path / "parts"), saved(tmp_path / "whole"))

@@ -125,7 +125,7 @@ def paired(model: torch.nn.Module, weights: Mapping[str, Any]) -> Sequence[tuple
         parameter, tensor = parameters[name], weights[name]
         if problem := _misfit(parameter, tensor):
             problems.append(f"{name}: {problem}")
-        elif tensor.numel() and (owner := owners.setdefault(_memory(tensor), name)) not in own:
+        elif _local(tensor).numel() and (owner := owners.setdefault(_memory(tensor), name)) not in own:
             problems.append(f"{name}: shares its memory with {owner}")
         else:
             pairs.append((parameter, tensor))
@@ -151,11 +151,19 @@ def _misfit(parameter: Tensor, tensor: object) -> str:
 
 def _layout(tensor: Tensor) -> str:
     kind = "" if tensor.layout is torch.strided and not tensor.is_meta else f" {tensor.layout} on {tensor.device.type}"
+    placements = getattr(tensor, "placements", None)  # of a tensor that is divided over processes
+    kind += f" {placements}" if placements else ""
     return f"{list(tensor.shape)} {tensor.dtype}{kind}".replace("torch.", "")
 
 
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has: all of it, unless it is divided over processes."""
+    part: Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return part
+
+
 def _memory(tensor: Tensor) -> object:
-    return tensor.device, tensor.data_ptr()
+    return tensor.device, _local(tensor).data_ptr()
 
 
 @define(eq=False)
@@ -175,7 +183,7 @@ class WeightWatch(Watch):
 
     def start(self, run: Any) -> None:
         """Watch ``run``: a change from here on counts. A hook before may have set values of its own."""
-        found = [parameter for parameter in run.raw.parameters() if parameter.numel()]
+        found = [parameter for parameter in run.raw.parameters() if _local(parameter).numel()]
         self._run, self._step, self._kept = run, -1, None
         self._parameters = found[:: -(-len(found) // _SAMPLED) or 1]
 
@@ -204,5 +212,6 @@ class WeightWatch(Watch):
         places = [parameter.data_ptr() for parameter in self._parameters]
         if places != self._places:
             self._places = places
-            self._elements = [p.detach()[tuple(size // 2 for size in p.shape)] for p in self._parameters]
+            parts = [_local(parameter.detach()) for parameter in self._parameters]
+            self._elements = [part[tuple(size // 2 for size in part.shape)] for part in parts]
         return places, torch.stack(self._elements)
