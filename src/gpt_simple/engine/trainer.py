@@ -86,7 +86,7 @@ class Trainer:
         return FitResult(status, reason, self._last_train, self._last_eval, tuple(self._rates))
 
     def _fit(self) -> tuple[RunStatus, str]:
-        self.run.model.train()
+        self.run.guarded.train()
         self._refuse_untrained()
         if (decision := self._decide()).should_stop:
             return self._stopped(decision)

@@ -191,21 +191,22 @@ def _missing(name: str) -> PluginError:
 class ModelView(LaunchView):
     """The run with its model, raw and not yet prepared for training; in ``check_runtime`` without storage.
 
-    ``forward`` calls the model, and attributes its failure to the component.
+    ``forward`` calls the model, and attributes its failure to the component; so do the methods of ``guarded``.
     """
 
     model: torch.nn.Module
+    guarded: torch.nn.Module
     forward: Callable[..., torch.Tensor]
     tokenizer: Tokenizer
     checkpoints: EngineCheckpoints
 
     def evaluating(self) -> AbstractContextManager[None]:
-        return evaluation_mode(self.model, self.precision, derive_seed(self.config.training.seed, self.step))
+        return evaluation_mode(self.guarded, self.precision, derive_seed(self.config.training.seed, self.step))
 
     def generate(self, prompt: str = "", **options: Any) -> str:
         # The length grows token by token: torch would compile for each.
         with self.evaluating(), torch.compiler.set_stance("force_eager"):
-            return generate(self.model, self.tokenizer, prompt, forward=self.forward, **options)
+            return generate(self.guarded, self.tokenizer, prompt, forward=self.forward, **options)
 
 
 @frozen(eq=False)

@@ -22,11 +22,12 @@ from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
+from gpt_simple.engine.components import attributed_calls, guarded
 from gpt_simple.engine.control import throttled
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import derive_seed, isolated_rng
-from gpt_simple.engine.step import TrainStep, step_optimizer, summed_loss
+from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
@@ -74,8 +75,7 @@ def build_trainer(
             dist=dist,
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
-            summed_loss=get("model", config.model.name).attributed(summed_loss, "failed in forward"),
-            step_optimizer=get("optimizer", config.optimizer.name).attributed(step_optimizer, "failed in step"),
+            **attributed_calls(job.spec.registry, config),
         )
         compile_model(model, job.runtime.compile_plan)
         loader = Loader(
@@ -94,7 +94,7 @@ def build_trainer(
 def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
     with isolated_rng(derive_seed(job.config.training.seed, _MODEL_STREAM), torch.device("cpu")):
         model = new_model(job.spec, data.tokenizer)
-    model.to(job.dist.device)
+    guarded(job.spec.registry, job.config, model).to(job.dist.device)
     plugins = job.plugins
     plugins.adopt(model_view(job, data, plan, model))
     if plugins.calls.on_model_built is not None:
@@ -121,8 +121,11 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
     checkpoint, state, store = plan.found.checkpoint, plan.found.state, plan.found.store
     if checkpoint is None:
         return
-    load_model(model, store.load_tensors(checkpoint, "model"))
-    restore_optimizer(optimizer, model, store.load_tensors(checkpoint, "optimizer"), state["optimizer"])
+    load_model(guarded(job.spec.registry, job.config, model), store.load_tensors(checkpoint, "model"))
+    restore = job.spec.registry.get("optimizer", job.config.optimizer.name).attributed(
+        restore_optimizer, "cannot restore its state"
+    )
+    restore(optimizer, model, store.load_tensors(checkpoint, "optimizer"), state["optimizer"])
     if state["scaler"]:
         job.runtime.precision.scaler.load_state_dict(state["scaler"])
     job.spec.host.load_state(
@@ -185,7 +188,8 @@ def _trainer(
         calls=plugins.calls,
         run_dir=run_dir,
         snapshot=partial(_snapshot, job, plan, model, optimizer_state),
-        must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
+        must_be_finite=guarded(job.spec.registry, job.config, model).state_dict().keys()
+        - dict(model.named_buffers()).keys(),
         time_budget=time_budget,
     )
     return Trainer(
@@ -217,25 +221,24 @@ def _optimizer_state(
 
     The run ends with it: a save that is tried again fails again.
     """
-    label = job.spec.registry.get("optimizer", job.config.optimizer.name).label
+    part = job.spec.registry.get("optimizer", job.config.optimizer.name)
     try:
-        return flatten_optimizer(optimizer, model, built)
+        return part.attributed(flatten_optimizer, "has state that cannot be read")(optimizer, model, built)
     except CheckpointError as error:
-        raise PluginError(*(p._replace(message=f"{label}: {p.message}") for p in error.problems)) from error
-    except Exception as error:
-        raise PluginError(f"{label}: its state cannot be read: {type(error).__name__}: {error}") from error
+        raise PluginError(*(p._replace(message=f"{part.label}: {p.message}") for p in error.problems)) from error
 
 
 def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_state: OptimizerState) -> Snapshot:
     """The content of a checkpoint: tensors and JSON documents by file stem."""
     moments, optimizer_document = optimizer_state()
     plugin_records, plugin_tensors = job.spec.host.state()
-    tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
+    weights = model_tensors(guarded(job.spec.registry, job.config, model))
+    tensors = {"model": weights, "optimizer": moments, "plugins": plugin_tensors}
     state = {
         "version": __version__,
         **job.state.state_dict(),
         "samples": job.state.tokens // job.config.data.max_length,
-        "model": layouts(tensors["model"]),
+        "model": layouts(weights),
         "optimizer": optimizer_document,
         "scaler": job.runtime.precision.scaler.state_dict(),
         "run": plan.fingerprint,
@@ -245,7 +248,7 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_stat
 
 def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]:
     """The result of ``run.facts()``. Comes after ``on_model_built``, which may have added parameters."""
-    config, device = job.config, job.dist.device
+    config, device, model = job.config, job.dist.device, guarded(job.spec.registry, job.config, model)
     flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
     kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
     precision, compile_plan, training = job.runtime.precision, job.runtime.compile_plan, config.training
