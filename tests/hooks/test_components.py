@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from inspect import isroutine
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from gpt_simple.config.schema import DataConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
 from gpt_simple.hooks import NoConfig, PreflightOptions, Registry
-from gpt_simple.hooks.components import SECTION_FIELDS
+from gpt_simple.hooks.components import CONFIG_KEY, SECTION_FIELDS
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.spec import resolve_spec
 from gpt_simple.testing import Trained, train, train_on_ranks
@@ -345,7 +346,52 @@ def failing_model(when: str) -> Callable[..., nn.Module]:
     return lambda config, *, vocab_size, max_length: made(vocab_size, config.width)
 
 
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return fails()
+
+
+class Backward(Bigram):
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        return FailsBackward.apply(super().forward(input_ids, labels))
+
+
+def model_without(method: str) -> Callable[..., nn.Module]:
+    """A model with a method that fails."""
+    made = type("Failing", (Bigram,), {method: fails})
+    return lambda config, *, vocab_size, max_length: made(vocab_size, config.width)
+
+
+def optimizer_without(method: str) -> Callable[..., torch.optim.Optimizer]:
+    made = type("Failing", (torch.optim.SGD,), {method: fails})
+    return lambda model, config, device: made(model.parameters(), lr=0.1)
+
+
+def tokenizer_without(member: str) -> Callable[..., Any]:
+    """The tokenizer of bytes with a method, or a property, that fails."""
+
+    def build(config: Any, texts: Any) -> Any:
+        tokenizer = byte_tokenizer(config, texts)
+        own = getattr(type(tokenizer), member, None)
+        broken = fails if isroutine(own) else property(fails)
+        return type("Failing", (), {"__getattr__": lambda self, name: getattr(tokenizer, name), member: broken})()
+
+    return build
+
+
+MODEL_METHODS = ("state_dict", "set_activation_checkpointing", "flops_per_token", "to", "train")
+TOKENIZER_MEMBERS = ("encode_batch", "save", "fingerprint", "eod_id", "vocab_size", "name")
+
 FAILING: dict[str, tuple[Any, Any, str]] = {
+    **{f"model.{name}": ("model", model_without(name), f"failed in {name}") for name in MODEL_METHODS},
+    **{f"tokenizer.{name}": ("tokenizer", tokenizer_without(name), f"failed in {name}") for name in TOKENIZER_MEMBERS},
+    "backward": ("model", lambda config, **sizes: Backward(sizes["vocab_size"], 8), "failed in backward"),
+    "optimizer.state_dict": ("optimizer", optimizer_without("state_dict"), "has state that cannot be read"),
     **{f"forward in {when}": ("model", failing_model(when), "failed in forward") for when in ("train", "evaluate")},
     **{
         f"forward {what}": ("model", failing_model(what), "failed in forward: TypeError: the model returned")
@@ -364,8 +410,12 @@ FAILING: dict[str, tuple[Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("what", FAILING)
-def test_a_failure_of_a_part_names_the_part_and_its_plugin(what: str) -> None:
+def test_a_failure_of_a_part_names_the_part_and_its_plugin(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind, factory, message = FAILING[what]
+    if kind == "tokenizer":
+        monkeypatch.setenv("GPT_SIMPLE_CACHE", str(tmp_path))  # with data in the cache it is not used
 
     class Owner(Plugin[NoConfig]):
         @classmethod
@@ -378,14 +428,45 @@ def test_a_failure_of_a_part_names_the_part_and_its_plugin(what: str) -> None:
         def on_step_end(self, run: Any) -> None:
             run.generate("a", max_new_tokens=1)
 
-    key = {"model": "model.name", "optimizer": "optimizer.name", "schedule": "optimizer.schedule"}.get(kind)
-    overrides: dict[str, Any] = {key or "data.source": "failing"}
+    overrides: dict[str, Any] = {CONFIG_KEY[kind]: "failing"}
     if kind == "model":
         overrides = {"model": {"name": "failing"}}
     wanted = rf"^{kind} 'failing' of the plugin owner \(.*\) {message}"
     with pytest.raises(PluginError, match=wanted) as caught:
         train(Owner, *([Samples] if "sample" in what else []), max_steps=2, overrides=overrides)
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "message"),
+    [
+        ("optimizer", "load_state_dict", "cannot restore its state"),
+        ("model", "state_dict", "failed in state_dict"),
+    ],
+)
+def test_a_failure_while_a_run_resumes_is_attributed(tmp_path: Path, kind: Any, method: str, message: str) -> None:
+    broken: list[type] = []
+    base = Bigram if kind == "model" else torch.optim.SGD
+
+    class Part(base):  # type: ignore[misc, valid-type]
+        def __getattribute__(self, name: str) -> Any:
+            return fails if broken and name == method else super().__getattribute__(name)
+
+    class Owner(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            if kind == "model":
+                registry.add(kind, "part", lambda config, **sizes: Part(sizes["vocab_size"], 8), config=BigramConfig)
+            else:
+                registry.add(kind, "part", lambda model, config, device: Part(model.parameters(), lr=0.1))
+
+    chosen = {"model": {"name": "part"}} if kind == "model" else {"optimizer.name": "part"}
+    where = {"training.output_dir": str(tmp_path / "run")}
+    train(Owner, max_steps=1, overrides=chosen | where)
+    broken.append(Part)
+    with pytest.raises(PluginError, match=rf"^{kind} 'part' of the plugin owner \(.*\) {message}"):
+        train(Owner, max_steps=2, overrides=chosen | where)
 
 
 def test_on_two_processes_both_end_with_the_part_that_failed() -> None:

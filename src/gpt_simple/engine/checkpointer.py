@@ -140,7 +140,8 @@ class Checkpointer:
     def _begin(self) -> None:
         self.run_dir.keep()
         # A buffer may hold an infinity, as a mask does.
-        weights = self.run.model.state_dict().keys() - dict(self.run.model.named_buffers()).keys()
+        model = self.run.guarded
+        weights = model.state_dict().keys() - dict(model.named_buffers()).keys()
         self.run_dir.writer.begin(self.run.step, *self.snapshot(), must_be_finite=weights)
 
     def _write(self, *, must_succeed: bool) -> Published | None:

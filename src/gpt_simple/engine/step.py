@@ -62,8 +62,8 @@ class TrainStep:
 
     ``wrapped`` is ``model`` or the module that reduces its gradients over the processes of ``dist``. A step whose
     gradient is not finite is skipped: by the optimizer on the device if it can, else by the host, which reads one value
-    a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host. ``summed_loss`` and
-    ``step_optimizer`` are the functions of these names, which may attribute a failure to a component.
+    a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host. ``summed_loss``,
+    ``backward`` and ``step_optimizer`` are the functions of these names, which may attribute a failure to a component.
     """
 
     model: torch.nn.Module
@@ -76,6 +76,7 @@ class TrainStep:
     max_grad_norm: float | None
     fake_tensors: bool = False
     summed_loss: Callable[[torch.nn.Module, Batch], torch.Tensor] = summed_loss
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
     step_optimizer: Callable[[torch.optim.Optimizer], None] = step_optimizer
 
     def __attrs_post_init__(self) -> None:
@@ -134,7 +135,7 @@ class TrainStep:
             with self.dist.accumulating(self.wrapped, index == last):
                 with self.precision.autocast():
                     nats = self.summed_loss(self.wrapped, batch)
-                self.precision.scaler.scale(nats * scale).backward()  # type: ignore[no-untyped-call]
+                self.backward(self.precision.scaler.scale(nats * scale))
             loss = nats.detach() if loss is None else loss + nats.detach()
         assert loss is not None
         return loss
@@ -189,5 +190,5 @@ class TrainStep:
         """
         with self.precision.autocast():
             nats = self.summed_loss(self.wrapped, batch)
-        nats.backward()  # type: ignore[no-untyped-call]
+        self.backward(nats)
         self.optimizer.zero_grad(set_to_none=True)

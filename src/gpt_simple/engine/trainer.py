@@ -97,7 +97,7 @@ class Trainer:
         return FitResult(status, reason, self._last_train, self._last_eval, tuple(self._rates), self._data_ended)
 
     def _fit(self) -> tuple[RunStatus, str]:
-        self.run.raw.train()
+        self.run.guarded.train()
         self.run.watch.start(self.run)
         decision = self._decide()
         self._refuse_untrained()

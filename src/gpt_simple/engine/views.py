@@ -212,10 +212,12 @@ def _missing(name: str) -> PluginError:
 class ModelView(LaunchView):
     """The run with its model, raw and not yet prepared for training; in ``check_runtime`` without storage.
 
-    ``raw`` is the model for the engine's own use. ``forward`` calls it, and attributes its failure to the component.
+    ``raw`` is the model for the engine's own use. ``forward`` calls it, and attributes its failure to the component; so
+    do the methods of ``guarded``.
     """
 
     raw: torch.nn.Module
+    guarded: torch.nn.Module
     forward: Callable[..., torch.Tensor]
     tokenizer: Tokenizer
     checkpoints: EngineCheckpoints
@@ -226,12 +228,12 @@ class ModelView(LaunchView):
         return self.raw
 
     def evaluating(self) -> AbstractContextManager[None]:
-        return evaluation_mode(self.raw, self.precision, derive_seed(self.config.training.seed, self.step))
+        return evaluation_mode(self.guarded, self.precision, derive_seed(self.config.training.seed, self.step))
 
     def generate(self, prompt: str = "", **options: Any) -> str:
         # The length grows token by token: torch would compile for each.
         with self.evaluating(), torch.compiler.set_stance("force_eager"):
-            return generate(self.raw, self.tokenizer, prompt, forward=self.forward, **options)
+            return generate(self.guarded, self.tokenizer, prompt, forward=self.forward, **options)
 
 
 @frozen(eq=False)

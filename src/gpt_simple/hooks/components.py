@@ -12,6 +12,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from inspect import isroutine
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import attrs
@@ -25,6 +26,7 @@ Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source", "store"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 CONFIG_KEY: dict[Kind, str] = {
@@ -138,24 +140,38 @@ class Component:
         part = self.attributed(self.load(), "could not be made")(*arguments, **named)
         if self.owner == BUILTIN:
             return part
-        if missing := [name for name in _NEEDED[self.kind] if not hasattr(part, name)]:
+        guarded = self.guarded(part)
+        if missing := [name for name in _NEEDED[self.kind] if not hasattr(guarded, name)]:
             raise PluginError(f"{self.label} is made as a {type(part).__name__}, which has no {', '.join(missing)}")
         if self.kind == "source":
             return self._attributed_source(part)
+        if self.kind == "tokenizer":
+            return guarded
         return self._checked(part) if self.kind == "schedule" else part
 
-    def attributed(self, function: Callable[P, R], what: str) -> Callable[P, R]:
+    def guarded(self, part: T) -> T:
+        """``part``, this component's, as the engine calls it: a failure of a method or a property is attributed.
+
+        A built-in part is returned as it is. Others keep their class and their attributes.
+        """
+        return part if self.owner == BUILTIN else _Guarded(part, self, {})  # type: ignore[return-value]
+
+    def attributed(
+        self, function: Callable[P, R], what: str, passing: tuple[type[BaseException], ...] = ()
+    ) -> Callable[P, R]:
         """``function`` of the part, whose failure becomes a PluginError that names it and says ``what`` failed.
 
-        A GptSimpleError passes. A built-in part's function is returned as it is and costs nothing more.
+        A GptSimpleError passes, and what is ``passing``. A built-in part's function is returned as it is and costs
+        nothing more.
         """
         if self.owner == BUILTIN:
             return function
+        through: tuple[type[BaseException], ...] = (GptSimpleError, *PASSING, *passing)
 
         def call(*arguments: P.args, **named: P.kwargs) -> R:
             try:
                 return function(*arguments, **named)
-            except (GptSimpleError, *PASSING):
+            except through:
                 raise
             except BaseException as error:
                 raise self._failure(what, error) from error
@@ -197,10 +213,9 @@ class Component:
 
             return documents
 
-        if not (methods := [name for name in ("documents", "stream") if hasattr(part, name)]):
+        if not (methods := [name for name in ("documents", "stream") if hasattr(self.guarded(part), name)]):
             return part  # the directory of a dataset
-        fingerprint = self.attributed(part.fingerprint, "failed in fingerprint")
-        return _Source(part, {"fingerprint": fingerprint, **{name: attributed(name) for name in methods}})
+        return _Guarded(part, self, {name: attributed(name) for name in methods})
 
     def _failure(self, what: str, error: BaseException) -> PluginError:
         *_, last = traceback.extract_tb(error.__traceback__)
@@ -209,18 +224,25 @@ class Component:
         return failure
 
 
-class _Source:
-    """A source with some methods replaced. It has all other attributes of the source, and its class."""
+class _Guarded:
+    """A part of a plugin whose failures are attributed to its component. It has its class and its attributes.
 
-    def __init__(self, part: Any, methods: dict[str, Callable[[], Any]]) -> None:
-        self.__dict__.update(methods, _part=part)
+    ``methods`` are replaced by others.
+    """
+
+    def __init__(self, part: Any, component: Component, methods: dict[str, Callable[[], Any]]) -> None:
+        self.__dict__.update(methods, _part=part, _component=component)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self._part)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_part"], name)
+        component: Component = self.__dict__["_component"]
+        what = f"failed in {name}"
+        value = component.attributed(getattr, what, (AttributeError,))(self.__dict__["_part"], name)
+        # A file that cannot be written is no defect of the part that writes it.
+        return component.attributed(value, what, (OSError,) if name == "save" else ()) if isroutine(value) else value
 
 
 @frozen

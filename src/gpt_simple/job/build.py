@@ -22,12 +22,13 @@ from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
+from gpt_simple.engine.components import attributed_calls, guarded
 from gpt_simple.engine.control import throttled
 from gpt_simple.engine.mirror import RECORD
 from gpt_simple.engine.optimizers import CurrentOptimizer
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import derive_seed, isolated_rng
-from gpt_simple.engine.step import TrainStep, step_optimizer, summed_loss
+from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
@@ -76,8 +77,7 @@ def build_trainer(
             dist=dist,
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
-            summed_loss=get("model", config.model.name).attributed(summed_loss, "failed in forward"),
-            step_optimizer=get("optimizer", config.optimizer.name).attributed(step_optimizer, "failed in step"),
+            **attributed_calls(job.spec.registry, config),
         )
         compile_model(model, job.runtime.compile_plan)
         loader = Loader(
@@ -96,7 +96,7 @@ def build_trainer(
 def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
     with isolated_rng(derive_seed(job.config.training.seed, _MODEL_STREAM), torch.device("cpu")):
         model = new_model(job.spec, data.tokenizer)
-    model.to(job.dist.device)
+    guarded(job.spec.registry, job.config, model).to(job.dist.device)
     plugins = job.plugins
     plugins.adopt(model_view(job, data, plan, model))
     if plugins.calls.on_model_built is not None:
@@ -111,8 +111,11 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
     sets = _weight_sets(job, model)  # also of a new run: what does not fit is found before the first step
     if checkpoint is None:
         return
-    load_model(model, store.load_tensors(checkpoint, "model"))
-    restore_optimizer(optimizer, model, store.load_tensors(checkpoint, "optimizer"), state["optimizer"])
+    load_model(guarded(job.spec.registry, job.config, model), store.load_tensors(checkpoint, "model"))
+    restore = job.spec.registry.get("optimizer", job.config.optimizer.name).attributed(
+        restore_optimizer, "cannot restore its state"
+    )
+    restore(optimizer, model, store.load_tensors(checkpoint, "optimizer"), state["optimizer"])
     if state["scaler"]:
         job.runtime.precision.scaler.load_state_dict(state["scaler"])
     job.spec.host.load_state(
@@ -234,21 +237,22 @@ def _snapshot(
     """The content of a checkpoint: tensors and JSON documents by file stem."""
     moments, optimizer_document = optimizer_state(job, current)
     plugin_records, plugin_tensors = job.spec.host.state()
-    tensors = {"model": model_tensors(model), "optimizer": moments, "plugins": plugin_tensors}
+    weights = model_tensors(guarded(job.spec.registry, job.config, model))
+    tensors = {"model": weights, "optimizer": moments, "plugins": plugin_tensors}
     state = {
         "version": __version__,
         **job.state.state_dict(),
         "finished": job.spec.without_secrets(job.state.finished),
         "samples": job.state.tokens // job.config.data.max_length,
-        "model": layouts(tensors["model"]),
+        "model": layouts(weights),
         "optimizer": optimizer_document,
         "scaler": job.runtime.precision.scaler.state_dict(),
         "run": plan.fingerprint,
     }
     if current.was_rebuilt:
         state[TRAINED] = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if (weights := current.weights_for_evaluation()) is not None:
-        tensors[weights_stem(EVAL)] = weights
+    if (for_evaluation := current.weights_for_evaluation()) is not None:
+        tensors[weights_stem(EVAL)] = for_evaluation
     tensors |= {weights_stem(name): dict(weights) for name, weights in _weight_sets(job, model).items()}
     documents = {"state": state, "plugins": plugin_records}
     # Another machine, which finds the checkpoint in the store, has no run.json.
@@ -257,7 +261,7 @@ def _snapshot(
 
 def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]:
     """The result of ``run.facts()``. Comes after ``on_model_built``, which may have added parameters."""
-    config, device = job.config, job.dist.device
+    config, device, model = job.config, job.dist.device, guarded(job.spec.registry, job.config, model)
     flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
     document_kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
     precision, compile_plan, training = job.runtime.precision, job.runtime.compile_plan, config.training

@@ -14,6 +14,7 @@ from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store, weights_stem
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.engine.compatibility import keep_values
+from gpt_simple.engine.components import guarded
 from gpt_simple.engine.resume import check_weights
 from gpt_simple.engine.weights import paired
 from gpt_simple.errors import CheckpointError, ConfigError, PluginError, raise_all
@@ -67,7 +68,7 @@ def refuse_shared_documents(spec: RunSpec, model: torch.nn.Module) -> None:
 def checkpoint_activations(spec: RunSpec, model: torch.nn.Module) -> None:
     """Apply ``training.gradient_checkpointing``. ConfigError if it was set and the model has none."""
     every = int(spec.config.training.gradient_checkpointing)
-    apply = getattr(model, "set_activation_checkpointing", None)
+    apply = getattr(guarded(spec.registry, spec.config, model), "set_activation_checkpointing", None)
     if apply is not None:
         apply(every)
     elif every and not spec.origins.is_default("training.gradient_checkpointing"):
@@ -122,13 +123,17 @@ def restore(
         )
     raise_all(errors)
     assert spec is not None, "without errors there is one"
-    model = new_model(keep_values(spec, saved), tokenizer)
-    load_model(model, store.load_tensors(checkpoint, "model"))
+    spec = keep_values(spec, saved)
+    model = new_model(spec, tokenizer)
+    calls = guarded(spec.registry, spec.config, model)
+    load_model(calls, store.load_tensors(checkpoint, "model"))
     if weights is None and EVAL in store.weight_sets(checkpoint):
         weights = EVAL
     if weights not in (None, LIVE):
         _load_set(model, store, checkpoint, weights)
-    return model.to(device).eval(), tokenizer
+    calls.to(device)
+    calls.eval()
+    return model, tokenizer
 
 
 def _find(store: Store, step: int | None) -> Checkpoint:

@@ -176,6 +176,7 @@ def model_view(job: Job, data: Dataset, plan: ResumePlan, model: torch.nn.Module
     return job.plugins.extended_view(
         ModelView,
         raw=model,
+        guarded=part.guarded(model),
         forward=part.attributed(model, "failed in forward"),
         tokenizer=data.tokenizer,
         checkpoints=EngineCheckpoints(plan.found.store, plan.found.mirror),

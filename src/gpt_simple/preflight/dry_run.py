@@ -14,10 +14,11 @@ from attrs import frozen
 from gpt_simple.config.schema import Config
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import CompilePlan, compile_model
+from gpt_simple.engine.components import attributed_calls, guarded
 from gpt_simple.engine.evaluation import evaluation_mode
 from gpt_simple.engine.optimizer_modes import enter_train_mode, evaluation_weights, has_modes
 from gpt_simple.engine.precision import Precision
-from gpt_simple.engine.step import OnBatch, OnGradients, StepResult, TrainStep, summed_loss
+from gpt_simple.engine.step import OnBatch, OnGradients, StepResult, TrainStep
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import Registry
 from gpt_simple.model.gpt import GPT
@@ -61,7 +62,7 @@ class DryRun:
             model.set_loss_function(loss_function)
         if fake_tensors:
             _to_empty(model, device)
-        set_checkpointing = getattr(model, "set_activation_checkpointing", None)
+        set_checkpointing = getattr(guarded(registry, config, model), "set_activation_checkpointing", None)
         if set_checkpointing is not None:
             set_checkpointing(int(config.training.gradient_checkpointing))
         optimizer = registry.get("optimizer", config.optimizer.name).build(model, config.optimizer, device)
@@ -78,8 +79,9 @@ class DryRun:
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
             fake_tensors=fake_tensors,
+            **attributed_calls(registry, config),
         )
-        model.train()
+        guarded(registry, config, model).train()
         batch = synthetic_batch(config, min(vocab_size, rows), device)
         return cls(train_step, batch, config.training.gradient_accumulation_steps)
 
@@ -99,7 +101,7 @@ class DryRun:
         """The forward pass of an evaluation's batch."""
         step = self.train_step
         with evaluation_weights(step.optimizer), evaluation_mode(step.model, step.precision, step.seed):
-            return summed_loss(step.wrapped, self.batch)
+            return step.summed_loss(step.wrapped, self.batch)
 
     def optimizer_state(self) -> list[torch.Tensor]:
         """The tensors of the optimizer's state, once there was a step."""
