@@ -37,6 +37,7 @@ def test_a_moved_name_warns_where_it_is_used() -> None:
     with pytest.warns(DeprecationWarning, match=r"gpt_simple.predict_memory .* use preflight.predict_memory") as seen:
         from gpt_simple import predict_memory  # the line
     assert line_of(seen).endswith("# the line")
+    assert len(seen) == 1, "an import looks a name up twice"
     assert predict_memory is memory.predict_memory
     with pytest.warns(DeprecationWarning, match="gpt_simple.MemoryPrediction") as seen:
         assert gpt_simple.MemoryPrediction is hooks.MemoryPrediction  # the line

@@ -6,6 +6,7 @@ A name is imported when it is used, so importing this package imports neither to
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from gpt_simple._names import __version__
@@ -93,7 +94,9 @@ def __getattr__(name: str) -> Any:
         from gpt_simple.deprecation import warn_deprecated
 
         module, instead = _DEPRECATED[name]
-        warn_deprecated(f"gpt_simple.{name}", removal="1.0", instead=instead)
+        # `from gpt_simple import NAME` calls this twice: for the import system, then for the line itself.
+        if sys._getframe(1).f_globals.get("__name__") != "importlib._bootstrap":
+            warn_deprecated(f"gpt_simple.{name}", removal="1.0", instead=instead)
         return getattr(importlib.import_module(module), name)
     home = _HOMES.get(name)
     if home is None:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +16,9 @@ from attrs import Factory, define
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 """Flag of ``os.open``: a symbolic link is an error."""
+
+_LEVELS, _MOST_DIRECTORIES, _MOST_NAMED = 3, 5000, 8
+"""How deep and in how many directories ``holders_below`` searches, and how many it names."""
 
 
 @define
@@ -136,3 +140,16 @@ def remove_tree(path: Path) -> None:
 def nearest_existing(path: Path) -> Path:
     """``path``, or the closest of its parents that exists."""
     return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())
+
+
+def holders_below(root: Path, what: str, *names: str) -> str:
+    """A hint with the directories below ``root`` that hold a file of these names; empty without any."""
+    found: list[str] = []
+    for path, directories, files in islice(os.walk(root), _MOST_DIRECTORIES):
+        if not set(names).isdisjoint(files):
+            found.append(str(path))
+        is_deep = len(Path(path).relative_to(root).parts) >= _LEVELS
+        # Nothing of a run is below its checkpoints.
+        directories[:] = sorted(d for d in directories if not (is_deep or d.startswith(".") or d == "checkpoints"))
+    more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    return f"the {what} below it are {', '.join(found[:_MOST_NAMED])}{more}" if found else ""

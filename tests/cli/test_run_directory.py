@@ -76,6 +76,7 @@ COMMANDS = {
     "stop": (["stop", "runs"], 4),
     "report": (["report", "runs"], 4),
     "sample": (["sample", "runs"], 4),
+    "wandb upload": (["wandb", "upload", "runs"], 4),
     "run": (["run", "runs"], 2),
     "validate": (["validate", "runs"], 2),
     "show": (["config", "show", "runs"], 2),
@@ -97,6 +98,21 @@ def test_the_runs_below_a_directory_are_named(shell: Shell, here: Path, command:
     assert "deep" not in said
     assert "hidden" not in said
     assert snapshot(here) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["data", "inspect", "sets"], ["run", "--data.format=pretokenized", "--data.path=sets"]],
+    ids=lambda command: command[0],
+)
+def test_the_data_sets_below_a_directory_are_named(shell: Shell, here: Path, command: list[str]) -> None:
+    for name in ("sets/b", "sets/more/a", "sets/too/deep/for/this", "sets/.hidden"):
+        (here / name).mkdir(parents=True)
+        (here / name / "dataset.json").write_text("{}")
+    ended = shell(*command)
+    assert ended.code == 3
+    assert "sets: there is no dataset.json" in ended.err
+    assert ended.err.endswith("the data sets below it are sets/b, sets/more/a\n")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"run_id": "a", "lineage": [], "facts": {"config": []}}'])

@@ -145,6 +145,18 @@ def test_a_process_that_hangs_is_named_after_the_timeout(ranks: Ranks, tmp_path:
     assert text.startswith("process 2 did not come to the end of step 3: waited 3 s")
 
 
+def test_a_halt_before_the_first_step_has_one_reason(ranks: Ranks, tmp_path: Path) -> None:
+    class Halts(Everywhere):
+        @hookimpl
+        def check_runtime(self, run: Any) -> list[Any]:
+            if run.rank == 1:
+                run.control.halt("the weights are wrong")
+            return []
+
+    answers = ranks(2, lambda rank: tiny(tmp_path / "run", plugins=[Halts()]).status)
+    assert [(answer["code"], answer["text"]) for answer in answers] == [(76, "the weights are wrong")] * 2
+
+
 def test_a_process_that_hangs_before_a_checkpoint_is_named_too(ranks: Ranks, tmp_path: Path) -> None:
     """The main process may take its time to write one; that all come there is another matter."""
 

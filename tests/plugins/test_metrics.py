@@ -63,3 +63,21 @@ def test_no_row_is_written_when_the_lock_is_free(tiny: TinyRun, monkeypatch: pyt
     assert tiny(training__logging_steps=1).status == "completed"
     assert len(seen) > 6
     assert set(seen) == {"holds"}
+
+
+def test_nan_is_null_at_any_depth(tiny: TinyRun) -> None:
+    nan, infinity = float("nan"), float("inf")
+
+    def log(run: Any) -> None:
+        run.log.info("scores", name="s", loss=nan, by={"a": [1.0, -infinity], "b": (nan,), "c": {"d": 2.0}}, n=[1, "x"])
+
+    result = tiny(plugins=[At("on_step_end", 2, log)])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (result.output_dir / "metrics.jsonl").read_text()
+    rows = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    (row,) = (row for row in rows if row.get("name") == "s")
+    assert (row["loss"], row["by"], row["n"]) == (None, {"a": [1.0, None], "b": [None], "c": {"d": 2.0}}, [1, "x"])
+    assert row["nonfinite"] == {"loss": "nan", "by.a.1": "-inf", "by.b.0": "nan"}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from gpt_simple.data.cache import Log, reading
-from gpt_simple.data.manifest import FILE, TOKENIZER, Manifest, read_manifest, verify_checksums
+from gpt_simple.data.manifest import FILE, TOKENIZER, Manifest, datasets_below, read_manifest, verify_checksums
 from gpt_simple.data.shards import Shard, open_shard
 from gpt_simple.data.sources.shards import TRAIN, NanoGpt
 from gpt_simple.data.tokenizer import load_tokenizer
@@ -46,6 +47,8 @@ def inspect(directory: Path, *, sample_tokens: int, log: Log) -> list[str]:
 def _inspect(directory: Path, sample_tokens: int, log: Log) -> list[str]:
     if (directory / TRAIN).is_file() and not (directory / FILE).exists():
         return NanoGpt(directory).describe()
+    if directory.is_dir() and not os.path.lexists(directory / FILE) and (below := datasets_below(directory)):
+        raise DataError(f"{directory}: there is no {FILE}", hint=below)
     manifest = read_manifest(directory)
     tokenizer = load_tokenizer(directory / TOKENIZER, end=manifest.eod_id)
     if tokenizer.fingerprint != manifest.tokenizer:

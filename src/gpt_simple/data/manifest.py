@@ -22,6 +22,7 @@ import attrs
 from attrs import frozen
 
 from gpt_simple._documents import parse
+from gpt_simple._files import holders_below
 from gpt_simple.config.convert import convert
 from gpt_simple.data.cache import reading
 from gpt_simple.errors import DataError
@@ -157,6 +158,11 @@ def write_manifest(directory: Path, manifest: Manifest, tokenizer: Tokenizer) ->
 def unfinished(directory: Path) -> DataError:
     """The error of a directory that holds ``WORK`` and no manifest."""
     return DataError(f"{directory}: is not finished", hint="run the `gpt-simple tokenize` that began it again")
+
+
+def datasets_below(directory: Path) -> str:
+    """A hint with the data sets in directories below one that holds none; empty without any."""
+    return holders_below(directory, "data sets", FILE)
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -56,6 +56,6 @@ class Job:
         control = self.control(*([deadline.reason_to_stop] if deadline is not None else []))
         leave, halt = self.dist.all_reduce_max([control.is_leaving(), "halt" in reasons])
         if halt:
-            raise Halted(reasons.get("halt", "another process asked for it"))
+            raise Halted(next(filter(None, self.dist.gather(reasons.get("halt", "")))))
         if leave:
             raise StopNow(reasons.get("stop", "another process was asked to stop"))

@@ -146,6 +146,21 @@ def _open(path: Path) -> FileIO:
 
 
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values for JSON: a float that is not finite becomes None and is written in words under ``nonfinite``."""
-    nonfinite = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-    return {**values, **dict.fromkeys(nonfinite), "nonfinite": nonfinite} if nonfinite else dict(values)
+    """The values for JSON: a float that is not finite becomes None and is written in words under ``nonfinite``.
+
+    The name of one inside a list or a dictionary has all keys and indices: ``scores.3``.
+    """
+    nonfinite: dict[str, str] = {}
+    finite = {name: _finite(value, name, nonfinite) for name, value in values.items()}
+    return {**finite, "nonfinite": nonfinite} if nonfinite else finite
+
+
+def _finite(value: Any, name: str, nonfinite: dict[str, str]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite[name] = str(value)
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(inner, f"{name}.{key}", nonfinite) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner, f"{name}.{index}", nonfinite) for index, inner in enumerate(value)]
+    return value

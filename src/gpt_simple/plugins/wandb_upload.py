@@ -19,6 +19,9 @@ from gpt_simple import CheckpointError, ConfigError, GptSimpleError, read_metric
 from gpt_simple.plugins.console_text import printable
 from gpt_simple.plugins.wandb import WandbConfig, another, figures, is_installed, open_run
 
+_SHOWN = 8
+"""How many runs an error names."""
+
 
 @click.group()
 def wandb() -> None:
@@ -106,7 +109,12 @@ def _read(path: Path) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return document
     except FileNotFoundError:
-        raise CheckpointError(f"there is no run in {path.parent}: expected a training.output_dir of a run") from None
+        visible = "[!.]*"
+        levels = f"{visible}/run.json", f"{visible}/{visible}/run.json"
+        below = sorted(str(found.parent) for level in levels for found in path.parent.glob(level))
+        hint = f"the runs below it are {', '.join(below[:_SHOWN])}{', ...' if below[_SHOWN:] else ''}" if below else ""
+        hint = hint or "expected a training.output_dir of a run"
+        raise CheckpointError(f"there is no run in {path.parent}: {hint}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): expected the directory of a run") from error
     except ValueError as error:

@@ -8,19 +8,15 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gpt_simple._files import nearest_existing, new_directory, remove_if_empty, write_whole
+from gpt_simple._files import holders_below, nearest_existing, new_directory, remove_if_empty, write_whole
 from gpt_simple.errors import CheckpointError, ConfigError
 
 _CHECKPOINT = re.compile(r"step-\d{8,}|\.step-\d{8,}\.(?:deleted|replaced|tmp-\d+)")
 _CHECKPOINT_FILE = re.compile(r"(?:model|optimizer|plugins|state|run|MANIFEST).*\.(?:json|safetensors)|\.tmp\w+")
 _TOKENIZER_FILE = re.compile(r"tokenizer\.json")
-_LEVELS, _MOST_DIRECTORIES = 3, 5000
-_MOST_RUNS = 8
-"""How deep and in how many directories runs are searched for, and how many are named."""
 
 
 class RunDir:
@@ -151,15 +147,7 @@ def no_run(root: Path) -> CheckpointError:
 
 def runs_below(root: Path) -> str:
     """A hint with the runs in directories below one that holds none; empty without any."""
-    found: list[str] = []
-    for path, directories, files in islice(os.walk(root), _MOST_DIRECTORIES):
-        if "run.json" in files or "status.json" in files:
-            found.append(str(path))
-        is_deep = len(Path(path).relative_to(root).parts) >= _LEVELS
-        # Nothing of a run is below its checkpoints.
-        directories[:] = sorted(d for d in directories if not (is_deep or d.startswith(".") or d == "checkpoints"))
-    more = f" and {len(found) - _MOST_RUNS} more" if len(found) > _MOST_RUNS else ""
-    return f"the runs below it are {', '.join(found[:_MOST_RUNS])}{more}" if found else ""
+    return holders_below(root, "runs", "run.json", "status.json")
 
 
 def _refusal(message: str) -> ConfigError:

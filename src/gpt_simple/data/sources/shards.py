@@ -26,6 +26,7 @@ from gpt_simple.data.manifest import (
     Manifest,
     ShardRecord,
     SplitRecord,
+    datasets_below,
     token_dtype,
     unfinished,
     write_manifest,
@@ -64,7 +65,7 @@ def build(config: DataConfig, seed: int) -> Shards:
     raise DataError(
         f"{directory}: there is no {FILE} (or {TRAIN} of nanoGPT)",
         key="data.path",
-        hint="expected a directory of token shards, or data.format = 'text' or 'jsonl'",
+        hint=datasets_below(directory) or "expected a directory of token shards, or data.format = 'text' or 'jsonl'",
     )
 
 
