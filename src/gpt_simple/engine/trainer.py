@@ -106,9 +106,9 @@ class Trainer:
                 return self._stopped(decision)
         return "completed", f"finished all {self._max_steps} steps"
 
-    def _refuse_untrained(self) -> None:
+    def _refuse_untrained(self, *, failed: bool = False) -> None:
         """Raise PluginError if a plugin has changed which parameters the model has or trains, which has no effect."""
-        if lines := self.train_step.not_trained():
+        if lines := self.train_step.not_trained(failed=failed):
             others = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
             raise PluginError(
                 f"a plugin changed the model after it was prepared for training: {'; '.join(lines[:3])}{others}",
@@ -134,14 +134,18 @@ class Trainer:
         data = run.loader.next_step()
         if calls.on_step_start is not None:
             calls.on_step_start(run, StepStart(step))
-        result = self.train_step(
-            step,
-            data.batches,
-            data.targets,
-            on_batch=self._on_batch if calls.on_batch is not None else None,
-            on_gradients=self._on_gradients if calls.on_gradients is not None else None,
-            before_update=self.signals.defer if self._first_step else None,
-        )
+        try:
+            result = self.train_step(
+                step,
+                data.batches,
+                data.targets,
+                on_batch=self._on_batch if calls.on_batch is not None else None,
+                on_gradients=self._on_gradients if calls.on_gradients is not None else None,
+                before_update=self.signals.defer if self._first_step else None,
+            )
+        except RuntimeError:
+            self._refuse_untrained(failed=True)  # a change of what is trained may fail in torch first
+            raise
         state.advance(data.tokens, data.targets)
         self._buffer.add(step, data, result.loss, result.norm, result.skipped)
         self._timer.step(data.tokens, data.targets)
@@ -180,10 +184,11 @@ class Trainer:
             with self._timer.paused():
                 self.checkpointer.poll(wait=False)
         decision = self._decide()
-        if logs:
-            self._refuse_untrained()
         retry = "the one before could not be written" if logs and self.checkpointer.retry_due else ""
-        if decision.save or decision.should_stop or is_last or retry:
+        saves = decision.save or decision.should_stop or is_last or retry
+        if logs or saves:
+            self._refuse_untrained()
+        if saves:
             reason = "last step" if is_last else decision.stop or decision.halt or decision.save
             if not_finite := self._save(reason or retry, blocking=decision.should_stop or is_last):
                 return Decision(halt=not_finite)
@@ -282,6 +287,7 @@ class Trainer:
         """The data ended before ``max_steps``: the run is complete, as after its last step."""
         if self._buffer:
             self._log(notify=True)
+        self._refuse_untrained()
         if not_finite := self._save(reason, blocking=True):
             return "halted", not_finite
         if self.run.config.training.eval_steps:
