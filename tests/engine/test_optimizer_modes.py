@@ -120,6 +120,41 @@ class Inside(Averages):
         self.inner.exchange(back)
 
 
+class Holder:
+    """No optimizer, and it holds one."""
+
+    def __init__(self, base: Averages) -> None:
+        self.base = base
+
+
+class Wraps(Averages):
+    """Groups and state are those of another optimizer, which hides in an object."""
+
+    def __init__(self, parameters: Any, lr: float = 0.1) -> None:
+        self.holder, self.mode, self.buffer = Holder(Exchanges(parameters, lr)), "", torch.zeros(3)
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.holder.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.holder.base.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.holder.base.mode = "train"
+        self.holder.base.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.holder.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.holder.base.state_dict()
+
+    def exchange(self, back: bool) -> None:
+        self.holder.base.exchange(back)
+
+
 KINDS: tuple[type[Averages], ...] = (
     Rounds,
     Exchanges,
@@ -128,6 +163,7 @@ KINDS: tuple[type[Averages], ...] = (
     TakesOtherMemory,
     WritesElsewhere,
     Inside,
+    Wraps,
 )
 
 

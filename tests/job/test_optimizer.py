@@ -348,3 +348,30 @@ def test_processes_with_different_models_are_refused() -> None:
     outcomes = train_on_ranks(OnMain())
     assert "the processes have models with different parameters" in outcomes[0].error
     assert outcomes[1].error
+
+
+class ChangesUnasked(Everywhere):
+    """Changes the model after step 2, and asks for nothing."""
+
+    def __init__(self, change: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        if event.step == 2:
+            self.change(run.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.norm.requires_grad_(False), "norm.weight is frozen now"),
+        (lambda model: setattr(model, "norm", torch.nn.Identity()), "1 parameters that are trained are no longer in"),
+    ],
+)
+def test_a_change_that_fails_in_torch_names_what_to_do(change: Any, message: str) -> None:
+    """Two processes wait for the gradients of a parameter that has none any more."""
+    for outcome in train_on_ranks(ChangesUnasked(change), max_steps=5, overrides={"training.logging_steps": 5}):
+        assert message in outcome.error
+        assert "run.control.rebuild_optimizer" in outcome.error

@@ -43,7 +43,7 @@ def evaluation_weights(
     if not has_modes(optimizer):
         yield
         return
-    originals = _Originals(_tensors(vars(optimizer)))
+    originals = _Originals(_tensors([vars(optimizer), optimizer.param_groups, optimizer.state]))
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             originals.keep(parameter.detach())

@@ -169,14 +169,19 @@ class TrainStep:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def not_trained(self) -> list[str]:
-        """What was changed in the model since the step was made, and has no effect on it. One line for each name."""
+    def not_trained(self, *, failed: bool = False) -> list[str]:
+        """What was changed in the model since the step was made, and has no effect on it. One line for each name.
+
+        Of a step that has ``failed`` also what is frozen: several processes wait for its gradients.
+        """
         trained, found = {id(parameter) for parameter in self._parameters}, set()
         lines = []
         for name, parameter in self.model.named_parameters():
             found.add(id(parameter))
             if parameter.requires_grad and id(parameter) not in trained:
                 lines.append(f"{name} requires gradients now, and is not trained")
+            elif failed and self.dist.size > 1 and not parameter.requires_grad and id(parameter) in trained:
+                lines.append(f"{name} is frozen now, and the other processes wait for its gradients")
         if gone := len(trained - found):
             lines.append(f"{gone} parameters that are trained are no longer in the model")
         return lines

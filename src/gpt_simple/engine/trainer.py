@@ -126,9 +126,9 @@ class Trainer:
                 break
         return decision
 
-    def _refuse_untrained(self) -> None:
+    def _refuse_untrained(self, *, failed: bool = False) -> None:
         """Raise PluginError if a plugin has changed which parameters the model has or trains, which has no effect."""
-        if lines := self.train_step.not_trained():
+        if lines := self.train_step.not_trained(failed=failed):
             others = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
             raise PluginError(
                 f"a plugin changed the model after it was prepared for training: {'; '.join(lines[:3])}{others}",
@@ -154,14 +154,18 @@ class Trainer:
         data = run.loader.next_step()
         if calls.on_step_start is not None:
             calls.on_step_start(run, StepStart(step))
-        result = self.train_step(
-            step,
-            data.batches,
-            data.targets,
-            on_batch=self._on_batch if calls.on_batch is not None else None,
-            on_gradients=self._on_gradients if calls.on_gradients is not None else None,
-            before_update=self.signals.defer if self._first_step else None,
-        )
+        try:
+            result = self.train_step(
+                step,
+                data.batches,
+                data.targets,
+                on_batch=self._on_batch if calls.on_batch is not None else None,
+                on_gradients=self._on_gradients if calls.on_gradients is not None else None,
+                before_update=self.signals.defer if self._first_step else None,
+            )
+        except RuntimeError:
+            self._refuse_untrained(failed=True)  # a change of what is trained may fail in torch first
+            raise
         state.advance(data.tokens, data.targets)
         self._buffer.add(step, data, result.loss, result.norm, result.skipped)
         self._timer.step(data.tokens, data.targets)
@@ -222,8 +226,10 @@ class Trainer:
             run.state.finish(decision.finish)
             self.checkpointer.outdate()
         reason = "last step" if is_last else decision.halt or decision.finish or decision.stop or decision.save
-        if reason and (not_finite := self._save(reason, blocking=is_last or decision.should_stop)):
-            return Decision(halt=not_finite)
+        if reason:
+            self._refuse_untrained()
+            if not_finite := self._save(reason, blocking=is_last or decision.should_stop):
+                return Decision(halt=not_finite)
         if evaluates and not decision.interrupts and not self._saves_after_eval:
             self._evaluate()
             if not ends and self.control.any_finishing():
