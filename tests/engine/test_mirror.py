@@ -16,7 +16,7 @@ from attrs import evolve
 
 import gpt_simple
 from gpt_simple import CheckpointError, GptSimpleError, Plugin, PluginError, hookimpl
-from gpt_simple.checkpoint.manifest import Manifest
+from gpt_simple.checkpoint.manifest import Manifest, sha256_of
 from gpt_simple.hooks import NoConfig, Registry
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
@@ -143,6 +143,14 @@ def nest(path: Path) -> None:
     (path / "more").symlink_to(path / "state.json")
 
 
+def misfile(path: Path) -> None:
+    """Another program has written the record of the run, with the right checksum."""
+    record, manifest = path / "run.json", Manifest.read(path)
+    record.write_text('{"run_id": 3}')
+    entry = evolve(manifest.files["run.json"], size=record.stat().st_size, sha256=sha256_of(record))
+    (path / "MANIFEST.json").write_text(evolve(manifest, files={**manifest.files, "run.json": entry}).to_json())
+
+
 def rename(path: Path) -> None:
     (path / "MANIFEST.json").write_text(evolve(Manifest.read(path), step=2).to_json())
 
@@ -151,7 +159,7 @@ def cut(path: Path) -> None:
     (path / "MANIFEST.json").write_text("{")
 
 
-@pytest.mark.parametrize("damage", [flip, lose, nest, rename, cut])
+@pytest.mark.parametrize("damage", [flip, lose, nest, misfile, rename, cut])
 def test_a_damaged_one_gives_way_to_the_one_before(
     damage: Callable[[Path], None], tmp_path: Path, folder: Path
 ) -> None:
@@ -209,7 +217,7 @@ def test_the_newest_is_fetched_also_behind_later_sequences(tmp_path: Path, folde
     """The run directory has published more often than the machine that went further."""
     run(tmp_path / "ahead", folder, max_steps=5, training__save_steps=None)
     run(tmp_path / "run", tmp_path / "other", max_steps=4, training__save_steps=1)
-    with pytest.raises(CheckpointError, match=r"step-00000005 in .* is of the run \w+, and .* its own place"):
+    with pytest.raises(CheckpointError, match=r"step 5 in .* is of the run \w+, and .* its own place"):
         run(tmp_path / "run", folder, max_steps=6)
     assert held(tmp_path / "run/checkpoints") == [2, 3, 4]
     shutil.copy(tmp_path / "ahead/run.json", tmp_path / "run")
@@ -393,6 +401,16 @@ def test_force_discards_the_run_in_the_store_too(tmp_path: Path, folder: Path, f
     assert force(tmp_path / "run", folder) == 2
     assert held(folder) == held(tmp_path / "run/checkpoints") == [2]
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_damaged_record_of_the_run_is_named(tmp_path: Path, folder: Path) -> None:
+    """It is no reason to go back to an earlier checkpoint."""
+    run(tmp_path / "run", folder)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    (tmp_path / "run/run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged .* move it away"):
+        run(tmp_path / "run", folder)
+    assert held(tmp_path / "run/checkpoints") == []
 
 
 def test_a_branch_is_found_in_its_own_store(tmp_path: Path, folder: Path) -> None:

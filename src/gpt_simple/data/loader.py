@@ -152,7 +152,7 @@ class Loader:
 
         The last batch is filled with rows without a target.
         """
-        assert self._order is not None, "the caller asks has_samples"
+        assert self._order is not None, "the caller has checked has_samples"
         if not len(samples):
             return iter(())
         ascending, place = np.unique(samples, return_inverse=True)

@@ -17,7 +17,6 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from gpt_simple._documents import parse
 from gpt_simple.checkpoint.manifest import Unreadable
 from gpt_simple.checkpoint.store import Checkpoint, Store, step_of
 from gpt_simple.config.schema import Config
@@ -25,7 +24,7 @@ from gpt_simple.errors import PASSING, CheckpointError, GptSimpleError, PluginEr
 from gpt_simple.hooks.components import LOCAL, Component
 from gpt_simple.hooks.run import Log
 from gpt_simple.hooks.store import CheckpointStore
-from gpt_simple.run_dir.layout import RunDir, write_json
+from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord
 
 RECORD = "run"
@@ -115,6 +114,7 @@ class Mirror:
         A damaged one is reported, and the one before it is fetched. Raises StoreFailed if the store cannot be read, and
         CheckpointError if nothing valid is left.
         """
+        RunRecord.load(run_dir)  # a damaged run.json is no damage of a checkpoint
         skipped: list[str] = []
         for name in self.newer_than(newest):
             log.info(f"{name} is fetched from the {self.name}", name="checkpoint_fetched")
@@ -152,7 +152,7 @@ class Mirror:
         self._add(_Task(path))
 
     def begin_missing(self) -> None:
-        """Copy all checkpoints of the run directory that the store lacks: those that a launch did not live to copy."""
+        """Copy all checkpoints of the run directory that the store lacks, as after a kill."""
         for checkpoint in self._local.list():
             if checkpoint.path.name not in self._there:
                 self.begin(checkpoint.path)
@@ -248,7 +248,7 @@ class Mirror:
 
         def checked(arrived: Checkpoint) -> None:
             check(arrived)
-            self._keep_id(name, arrived.path / f"{RECORD}.json", run_dir)
+            self._keep_id(arrived, run_dir)
 
         self._local.receive(
             step_of(name) or 0,
@@ -256,19 +256,24 @@ class Mirror:
             checked,
         )
 
-    def _keep_id(self, name: str, record: Path, run_dir: RunDir) -> None:
+    def _keep_id(self, arrived: Checkpoint, run_dir: RunDir) -> None:
         """Write the run.json that came with a checkpoint, unless there is one: the run keeps its id.
 
         Raises StoreFailed if the directory holds another run.
         """
-        if not record.exists():
+        path = arrived.path / f"{RECORD}.json"
+        if not path.exists():
             return
-        document = parse(record.read_bytes())
+        try:
+            record = RunRecord.of(run_dir, self._local.load_document(arrived, RECORD))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
         if not run_dir.run_json.exists():
-            write_json(run_dir.run_json, document)
-        elif (mine := RunRecord.load(run_dir).run_id) != (other := document["run_id"]):
+            record.write()
+        elif (mine := RunRecord.load(run_dir).run_id) != record.run_id:
             raise StoreFailed(
-                f"{name} in the {self.label} is of the run {other}, and {run_dir.root} holds the run {mine}",
+                f"step {arrived.step} in the {self.label} is of the run {record.run_id}, and {run_dir.root} holds the"
+                f" run {mine}",
                 key=_KEY,
                 hint="each run needs its own place in the store",
             )

@@ -327,7 +327,7 @@ class RunView(OptimizerView):
         if not self.loader.has_samples:
             raise PluginError(
                 "run.batches: the data are a stream, of which no sample can be read again",
-                hint='run.facts()["data"]["stream"] says so beforehand',
+                hint='run.facts()["data"]["stream"] is true for such data',
             )
         return self.loader.batches(_checked_ids(sample_ids, self.loader.samples_total()))
 

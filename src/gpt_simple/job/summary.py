@@ -77,7 +77,7 @@ def await_store(job: Job, found: FoundCheckpoint) -> None:
 
 
 def bring_to_store(job: Job, found: FoundCheckpoint) -> None:
-    """Copy what an earlier launch did not live to copy into the store, and wait for it."""
+    """Copy what an earlier launch has not copied into the store, as after a kill, and wait for it."""
     if (mirror := found.mirror) is not None:
         mirror.begin_missing()
     try:

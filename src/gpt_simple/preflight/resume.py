@@ -51,7 +51,7 @@ def plan_resume(
     except ConfigError:
         return PlannedResume("scratch")  # nothing can be there, and check_output refuses the directory
     store = _SizeCheckingStore(run_dir.checkpoints)
-    # A launch asks the store itself, a moment later.
+    # A launch reads the store a moment later.
     if config.training.checkpoint_store != LOCAL and not options.launching:
         part = registry.get("store", config.training.checkpoint_store)
         mirror = Mirror.open(part, config, store, force=options.force)

@@ -48,10 +48,7 @@ class RunRecord:
         """The record of the directory, or a new one if it has none. Nothing is written."""
         path = run_dir.run_json
         try:
-            document = read(path, _SHAPE)
-            losses = {step: loss for step, loss in document.get("val_losses", {}).items() if step.isdecimal()}
-            recorded = document.get("recorded", {})
-            return cls(run_dir, document["run_id"], document["lineage"], document["facts"], losses, recorded)
+            return cls.of(run_dir, read(path))
         except FileNotFoundError:
             return cls(run_dir, new_id())
         except (OSError, ValueError) as error:
@@ -59,6 +56,14 @@ class RunRecord:
                 f"{path} is damaged ({error})",
                 hint="move it away to go on under a new run id; the checkpoints do not depend on it",
             ) from error
+
+    @classmethod
+    def of(cls, run_dir: RunDir, document: Any) -> RunRecord:
+        """The record for a directory with the content of a run.json. Raises ValueError if it is none."""
+        check(document, _SHAPE)
+        losses = {step: loss for step, loss in document.get("val_losses", {}).items() if step.isdecimal()}
+        recorded = document.get("recorded", {})
+        return cls(run_dir, document["run_id"], document["lineage"], document["facts"], losses, recorded)
 
     def launched(self, facts: Mapping[str, Any], *, step: int, resumed_from: Path | None) -> None:
         """Record what runs now (config, versions, hardware, plugins, data) and from which checkpoint it goes on."""
