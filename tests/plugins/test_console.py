@@ -227,6 +227,20 @@ def test_the_time_left_follows_the_usual_speed() -> None:
     assert console._left(run) == 100.0
 
 
+def test_the_time_left_counts_the_tokens_of_the_stages() -> None:
+    console = Console(ConsoleConfig(progress="lines"))
+    console._stages = [
+        {"first_step": 1, "tokens": 10},
+        {"first_step": 5, "tokens": 40},
+        {"first_step": 9, "tokens": 20},
+    ]
+    run: Any = SimpleNamespace(step=4, config=SimpleNamespace(training=SimpleNamespace(max_steps=10)))
+    console.on_metrics(run, MetricsReady(step=4, tokens=40, metrics={"train/loss": 1.0, "perf/step_ms": 1000.0}))
+    assert console._left(run) == pytest.approx(4 * 4 + 2 * 2)
+    run.step = 9
+    assert console._left(run) == pytest.approx(2)
+
+
 def test_the_best_loss_outlives_a_stop_after_its_evaluation(shell: Shell, here: Path) -> None:
     """The checkpoint of the step was written before, so it does not hold that loss."""
     assert shell("run", "config.toml", "-q").code == 0

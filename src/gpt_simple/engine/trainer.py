@@ -70,10 +70,14 @@ class Trainer:
     _rates: list[float] = field(factory=list, init=False)
     _buffer: MetricBuffer = field(factory=MetricBuffer, init=False)
     _timer: StepTimer = field(factory=StepTimer, init=False)
-    _first_step: bool = field(default=True, init=False)
+    _lengths: set[int] = field(factory=set, init=False)
+    """Lengths of the rows of all steps so far: each is compiled once."""
 
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
+        self._plan = self.run.loader.plan
+        flops: Callable[[int], float] | None = getattr(self.run.model, "flops_per_token", None)
+        self._flops = {stage.length: flops(stage.length) for stage in self._plan.stages} if flops is not None else {}
         self._reducer = MetricReducer(self.run.dist)
         self._loss_monitor = LossMonitor(self.run.config.training.max_skipped_steps)
 
@@ -113,15 +117,21 @@ class Trainer:
             )
 
     def _zero_batch(self) -> Batch:
-        training, data = self.run.config.training, self.run.config.data
-        zeros = torch.zeros(training.per_device_batch_size, data.max_length, dtype=torch.int64, device=self.run.device)
-        extra = zeros if data.document_mask else None
+        """A batch of the shape of the next step's."""
+        stage = self._plan.stage(self.run.step + 1)
+        zeros = torch.zeros(stage.rows, stage.length, dtype=torch.int64, device=self.run.device)
+        extra = zeros if self.run.config.data.document_mask else None
         return Batch(zeros, zeros, extra, extra, first_sample=0, targets=zeros.numel())
 
     def _step(self, is_last: bool) -> None:
         """One optimizer step over all its micro-batches, with the hooks around it."""
         run, calls, state = self.run, self.calls, self.run.state
         step = state.step + 1
+        length, is_first = self._plan.stage(step).length, not self._lengths
+        # A step with rows of a new length compiles and warms caches up: it is no part of throughput.
+        if is_new := length not in self._lengths:
+            self._lengths.add(length)
+            self._synchronize()
         started = time.perf_counter()
         data = run.loader.next_step()
         if calls.on_step_start is not None:
@@ -132,19 +142,20 @@ class Trainer:
             data.targets,
             on_batch=self._on_batch if calls.on_batch is not None else None,
             on_gradients=self._on_gradients if calls.on_gradients is not None else None,
-            before_update=self.signals.defer if self._first_step else None,
+            before_update=self.signals.defer if is_first else None,
         )
         state.advance(data.tokens, data.targets)
         self._buffer.add(step, data, result.loss, result.norm, result.skipped)
-        self._timer.step(data.tokens, data.targets)
-        if self._first_step:
+        flops = self._flops.get(length, 0.0) * data.tokens
+        self._timer.step(data.tokens, data.targets, flops)
+        if is_first:
             self.after_first_update()
-            # The step compiles and warms caches up: it is no part of throughput.
-            self._first_step = False
+        if is_new:
             self._synchronize()
-            self._timer.exclude_step(time.perf_counter() - started, data.tokens)
-        elif self.time_budget is not None:
-            self.time_budget.record_step(time.perf_counter() - started)
+            self._timer.exclude_step(time.perf_counter() - started, data.tokens, flops)
+        if self.time_budget is not None:
+            growth = self._plan.stage(step + 1).tokens / data.tokens
+            self.time_budget.record_step(0.0 if is_new else time.perf_counter() - started, growth)
         if calls.on_step_end is not None:
             calls.on_step_end(run, StepEnd(step, state.tokens, state.target_tokens, is_last))
 
@@ -276,7 +287,7 @@ class Trainer:
     def _update_status(self) -> None:
         # Of the latest intervals only: the list grows with the run.
         rate = statistics.median(self._rates[-15:]) if self._rates else None
-        left = (self._max_steps - self.run.step) * self.run.known["tokens_per_step"]
+        left = self._plan.tokens_between(self.run.step, self._max_steps)
         self.checkpointer.run_dir.status.update(
             state="running",
             step=self.run.step,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from gpt_simple.hooks.plugin import NoConfig, Plugin
     from gpt_simple.hooks.preflight import (
+        BatchStage,
         CheckedOutput,
         ConfigChanges,
         Environment,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HOOKS",
     "BatchReady",
+    "BatchStage",
     "CheckedOutput",
     "CheckpointInfo",
     "CheckpointLoaded",

@@ -138,7 +138,11 @@ class Run(Protocol):
     def checkpoints(self) -> Checkpoints: ...
 
     def facts(self) -> dict[str, Any]:
-        """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""
+        """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ...
+
+        ``tokens_per_step`` counts those after the warm-up stages. ``stages`` has the fields of a ``BatchStage`` for
+        each stage that the run reaches.
+        """
 
     def val_batches(self, max_batches: int | None = None) -> Iterator[Batch]:
         """This process's share of the val split, on the device.

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from attrs import asdict
 
 from gpt_simple._names import __version__
 from gpt_simple.checkpoint.state import (
@@ -19,6 +20,7 @@ from gpt_simple.checkpoint.state import (
 )
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
+from gpt_simple.data.plan import BatchPlan
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
 from gpt_simple.engine.control import throttled
@@ -82,10 +84,11 @@ def build_trainer(
             world_size=dist.size,
             rank=dist.rank,
             device=dist.device,
+            step=job.state.step,
             consumed=plan.samples,
         )
         with closing(loader):
-            _warn_of_early_end(job, loader, plan.samples)
+            _warn_of_early_end(job, loader)
             yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader, optimizer_state)
 
 
@@ -174,7 +177,7 @@ def _trainer(
         wrapped=train_step.wrapped,
         summed_loss=train_step.summed_loss,
         loader=loader,
-        known=_run_info(job, data, model),
+        known=_run_info(job, data, model, loader.plan),
         sync=control,
     )
     plugins.adopt(run)
@@ -182,7 +185,7 @@ def _trainer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, optimizer_state),
+        snapshot=partial(_snapshot, job, plan, model, optimizer_state, loader.plan),
         must_be_finite=model.state_dict().keys() - dict(model.named_buffers()).keys(),
         time_budget=time_budget,
     )
@@ -198,11 +201,11 @@ def _trainer(
     )
 
 
-def _warn_of_early_end(job: Job, loader: Loader, consumed: int) -> None:
-    left, steps = loader.steps_after(consumed), job.config.training.max_steps
-    if left is not None and job.state.step + left < steps:
+def _warn_of_early_end(job: Job, loader: Loader) -> None:
+    last, steps = loader.last_step(), job.config.training.max_steps
+    if last is not None and last < steps:
         job.plugins.log.warning(
-            f"the data end after step {job.state.step + left:,} of {steps:,}, and the run with them"
+            f"the data end after step {last:,} of {steps:,}, and the run with them"
             f' (data.on_exhaustion = "{job.config.data.on_exhaustion}")',
             name="data_end_early",
         )
@@ -224,14 +227,16 @@ def _optimizer_state(
         raise PluginError(f"{label}: its state cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_state: OptimizerState) -> Snapshot:
+def _snapshot(
+    job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_state: OptimizerState, batch_plan: BatchPlan
+) -> Snapshot:
     """The content of a checkpoint: tensors and JSON documents by file stem."""
     moments, optimizer_document = optimizer_state()
     plugin_records, plugin_tensors = job.spec.host.state()
     state = {
         "version": __version__,
         **job.state.state_dict(),
-        "samples": job.state.tokens // job.config.data.max_length,
+        "samples": batch_plan.samples_after(job.state.step),
         "optimizer": optimizer_document,
         "scaler": job.runtime.precision.scaler.state_dict(),
         "run": plan.fingerprint,
@@ -240,13 +245,12 @@ def _snapshot(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer_stat
     return tensors, {"state": state, "plugins": plugin_records}
 
 
-def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]:
+def _run_info(job: Job, data: Dataset, model: torch.nn.Module, batch_plan: BatchPlan) -> dict[str, Any]:
     """The result of ``run.facts()``. Comes after ``on_model_built``, which may have added parameters."""
     config, device = job.config, job.dist.device
     flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
     kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
-    precision, compile_plan, training = job.runtime.precision, job.runtime.compile_plan, config.training
-    rows = training.per_device_batch_size * training.gradient_accumulation_steps * job.dist.size
+    precision, compile_plan = job.runtime.precision, job.runtime.compile_plan
     return {
         "device": _device_name(device),
         "precision": precision.name,
@@ -255,7 +259,8 @@ def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_token": flops(config.data.max_length) if flops is not None else None,
         "peak_flops": peak_flops(_device_name(device), precision.name),
-        "tokens_per_step": rows * config.data.max_length,
+        "tokens_per_step": batch_plan.stages[-1].tokens,
+        "stages": [asdict(stage) for stage in batch_plan.between(1, config.training.max_steps)],
         "document_kernel": kernel(device) if kernel and config.data.document_mask else None,
         "floor": data.floor,
         "data": data.describe(),
