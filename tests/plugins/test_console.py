@@ -20,6 +20,7 @@ from rich.console import Console as Terminal
 from gpt_simple.hooks import LogRecord, MetricsReady, RunStart
 from gpt_simple.plugins.console import Console, ConsoleConfig
 from gpt_simple.plugins.console_live import LiveView, sparkline
+from gpt_simple.plugins.console_text import compiling_steps
 from tests.conftest import Shell
 
 ESCAPE = "\x1b"
@@ -239,6 +240,16 @@ def test_the_time_left_counts_the_tokens_of_the_stages() -> None:
     assert console._left(run) == pytest.approx(4 * 4 + 2 * 2)
     run.step = 9
     assert console._left(run) == pytest.approx(2)
+
+
+def test_the_steps_that_compile_are_named() -> None:
+    lengths = {1: 8, 3: 8, 5: 16, 9: 8, 11: 32}
+    facts = {"compile": "model", "stages": [{"first_step": step, "length": length} for step, length in lengths.items()]}
+    assert compiling_steps(facts, 0) == [1, 5, 11]
+    assert compiling_steps(facts, 5) == [6, 9, 11], "a resumed process compiles anew"
+    assert compiling_steps(facts, 8) == [9, 11]
+    assert compiling_steps(facts, 99) == [100]
+    assert compiling_steps(facts | {"compile": "off"}, 0) == []
 
 
 def test_the_best_loss_outlives_a_stop_after_its_evaluation(shell: Shell, here: Path) -> None:

@@ -21,6 +21,7 @@ from gpt_simple.hooks import Plugin, hookimpl
 from gpt_simple.plugins.console_text import (
     banner,
     checkpoint_line,
+    compiling_steps,
     evaluation_line,
     log_lines,
     metrics_line,
@@ -70,9 +71,11 @@ class Console(Plugin[ConsoleConfig]):
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
         self._stages = event.facts["stages"]
         self._write("start", banner(run, event), {"step": event.step, "max_steps": event.max_steps, **event.facts})
-        if event.facts["compile"] != "off" and event.step < event.max_steps:
-            each = " for each length of rows" if len({stage["length"] for stage in self._stages}) > 1 else ""
-            line = f"step {event.step + 1} compiles the model: this takes a while, once{each}"
+        compiling = compiling_steps(event.facts, event.step)
+        if compiling and event.step < event.max_steps:
+            line = f"step {event.step + 1} compiles the model: this takes a while, once"
+            if others := ", ".join(f"{step:,}" for step in compiling[1:]):
+                line += f" for each length of rows (again at step {others})"
             self._write("compile", [line], {"step": event.step + 1})
         if self._mode == "live":
             from gpt_simple.plugins.console_live import LiveView

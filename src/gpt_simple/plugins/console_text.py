@@ -90,6 +90,18 @@ def _steps(stages: Sequence[Mapping[str, Any]], world_size: int, max_steps: int)
         )
 
 
+def compiling_steps(facts: Mapping[str, Any], step: int) -> list[int]:
+    """The steps after ``step`` that compile the model: the first with rows of each length."""
+    stages = facts.get("stages", ())
+    if facts["compile"] == "off":
+        return []
+    first: dict[int, int] = {}
+    for stage, following in zip(stages, [*stages[1:], None], strict=False):
+        if following is None or following["first_step"] > step + 1:
+            first.setdefault(stage["length"], max(stage["first_step"], step + 1))
+    return list(first.values()) or [step + 1]
+
+
 def tokens_between(stages: Sequence[Mapping[str, Any]], step: int, last_step: int) -> int:
     """Tokens of the steps after ``step`` up to ``last_step``; ``stages`` are those of ``run.facts()``."""
     total, end = 0, last_step + 1
