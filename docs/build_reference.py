@@ -10,7 +10,7 @@ import attrs
 from gpt_simple.cli.fields import builtin_configs
 from gpt_simple.config.frozen import json_value
 from gpt_simple.config.render import value_text
-from gpt_simple.config.schema import Phase, PluginsConfig
+from gpt_simple.config.schema import Phase, PluginsConfig, WarmupStage
 from gpt_simple.config.structure import SECTIONS
 from gpt_simple.config.types import fields_of, summary
 
@@ -22,7 +22,8 @@ def reference() -> str:
     """A table of fields for every section and built-in plugin, as Markdown."""
     plugins = {f"plugins.{name}": cls for name, cls in builtin_configs().items()}
     plugins = {name: cls for name, cls in plugins.items() if fields_of(cls)}
-    tables = {**SECTIONS, "data.curriculum[]": Phase, "plugins": PluginsConfig, **plugins}
+    items = {"data.curriculum[]": Phase, "training.warmup_stages[]": WarmupStage}
+    tables = {**SECTIONS, **items, "plugins": PluginsConfig, **plugins}
     return "\n".join(line for name, cls in tables.items() for line in _section(name, cls))
 
 

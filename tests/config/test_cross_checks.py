@@ -32,6 +32,14 @@ import pytest
          "config.toml:3 (data.curriculum[0].mix): the mix needs at least one bucket with a positive weight"),
         ("data.curriculum = [{duration_tokens = 1024, mix = {a = 1}}, {duration_tokens = 1, mix = {a = 1}}]",
          "config.toml:1 (data.curriculum[0].duration_tokens), data.max_length: phase 1 lasts 1,024 tokens, half a row"),
+        ("training.warmup_stages = [{steps = 1, length = 512}, {steps = 1, length = 3}]",
+         "config.toml:1 (training.warmup_stages[1].length), data.max_length: length 3 of stage 2 does not divide "
+         "max_length 2048; 2 does: a sample is cut into rows of equal length"),
+        ("data.max_length = 7\ntraining.warmup_stages = [{steps = 1, length = 3}]",
+         "config.toml:2 (training.warmup_stages[0].length), config.toml:1 (data.max_length): length 3 of stage 1 does "
+         "not divide max_length 7; 7 does"),
+        ("data.max_length = 100\ntraining.warmup_stages = [{steps = 1, length = 128}]",
+         "config.toml:2 (training.warmup_stages[0].length), config.toml:1 (data.max_length): length 128 of stage 1"),
         ("plugins.require = ['a', 'b']\nplugins.disable = ['b']",
          'config.toml:1 (plugins.require), config.toml:2 (plugins.disable): plugin "b" is both required and disabled'),
     ],
@@ -39,6 +47,16 @@ import pytest
 def test_a_conflict_names_every_place(bench, text, line):
     (found,) = bench.mistakes(text)
     assert found.startswith(line)
+
+
+def test_all_mistakes_of_a_plan_come_at_once(bench):
+    found = bench.mistakes(
+        "[[training.warmup_stages]]\nsteps = 0\n[[training.warmup_stages]]\nlength = 16\n"
+        "[[training.warmup_stages]]\nsteps = 1\ngradient_accumulation_steps = 0\nlenght = 3"
+    )
+    keys = ["[0].steps", "[1].steps", "[2].gradient_accumulation_steps", "[2].lenght"]
+    assert len(found) == len(keys)
+    assert all(f"training.warmup_stages{key}" in line for key, line in zip(keys, found, strict=True)), found
 
 
 def test_a_conflict_between_sources(bench):

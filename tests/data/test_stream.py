@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -162,9 +163,9 @@ def test_a_stream_of_nothing_is_named(opened: Opened, config: MakeConfig) -> Non
 def test_a_document_that_ends_as_a_block_does_loses_nothing(opened: Opened) -> None:
     dataset, _ = opened()
     assert dataset.stream is not None
-    rows = next(dataset.stream.blocks(0, 50))
+    rows = next(dataset.stream.blocks(0, repeat(50)))
     for consumed in range(45):
-        again = next(dataset.stream.blocks(consumed, 5))
+        again = next(dataset.stream.blocks(consumed, repeat(5)))
         assert np.array_equal(again, rows[consumed : consumed + 5])
 
 

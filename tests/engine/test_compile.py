@@ -13,6 +13,8 @@ import torch
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.engine.compile import plan
 from gpt_simple.errors import ConfigError
+from gpt_simple.hooks import Plugin, hookimpl
+from tests.tiny import TinyRun
 
 
 def note(processes: int, **changes: Any) -> str:
@@ -93,3 +95,57 @@ def test_a_variable_that_switches_the_compiler_off(
     assert f"${variable} switches torch.compile off: unset it" in made.warning
     with pytest.raises(ConfigError, match=variable):
         plan(config, torch.device("cpu"), 1, explicit=True)
+
+
+class CountsGraphs(Plugin[Any]):
+    """The graphs that Dynamo has compiled after each step."""
+
+    ranks = "all"
+    on_error = "abort"
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.after: list[int] = []
+
+    @hookimpl
+    def on_run_start(self, run: Any, event: Any) -> None:
+        from torch._dynamo.utils import counters
+
+        counters.clear()
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        from torch._dynamo.utils import counters
+
+        self.after.append(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("scope", ["model", "blocks"])
+def test_each_length_of_rows_is_compiled_once(tiny: TinyRun, scope: str) -> None:
+    """Also where there are more lengths than Dynamo compiles by default, and where they alternate."""
+    lengths = [32, 2, 3, 4, 6, 8, 12, 16, 24, 48, 2, 96, 4]
+    assert len(set(lengths)) > torch._dynamo.config.recompile_limit
+    counts, eager = CountsGraphs(), CountsGraphs()
+    options: dict[str, Any] = {
+        "data__max_length": 96,
+        "model__n_layer": 1,
+        "training__warmup_stages": [
+            {"steps": 1, "length": length, "gradient_accumulation_steps": 1 + number % 2}
+            for number, length in enumerate(lengths)
+        ],
+        "training__max_steps": len(lengths) + 2,
+    }
+    compiled = tiny(
+        "compiled",
+        plugins=[counts],
+        training__compile=True,
+        training__compile_scope=scope,
+        training__compile_backend="eager",
+        **options,
+    )
+    seen = [len(set(lengths[: step + 1])) for step in range(options["training__max_steps"])]
+    assert counts.after == [count * counts.after[0] for count in seen]
+    assert counts.after[0] >= 1
+    assert compiled.final_loss == pytest.approx(tiny("eager", plugins=[eager], **options).final_loss, rel=1e-5)
+    assert set(eager.after) == {0}
+    assert torch._dynamo.config.recompile_limit < len(set(lengths))

@@ -49,6 +49,7 @@ ORDER = " (the order of samples is another from here on: some come twice, others
         (now(1, training__max_steps=6), "changed: training.max_steps 4 -> 6; processes 2 -> 1"),
         (now(training__seed=2), f"changed: training.seed 1 -> 2{ORDER}"),
         (now(data__seed=1), "changed: data.seed None -> 1"),
+        (now(training__warmup_stages=[{"steps": 2}]), "changed: training.warmup_stages None -> [{'steps': 2}]"),
         (
             now(data__curriculum=[{"duration_tokens": 8, "mix": {"a": 1.0}}]),
             f"changed: data.curriculum [] -> [{{'duration_tokens': 8, 'mix': {{'a': 1.0}}}}]{ORDER}",

@@ -102,6 +102,16 @@ def test_the_reserve_follows_the_measured_saves_and_steps() -> None:
     assert budget.reserve == pytest.approx(60.2), "a slow step is forgotten"
 
 
+def test_the_reserve_grows_with_the_next_step() -> None:
+    budget = TimeBudget(Deadline(ends=NOW, source="a test", least_reserve=1), first_save_bytes=0)
+    budget.record_step(10, 1.0)
+    assert budget.reserve == pytest.approx(20)
+    budget.record_step(10, 4.0)
+    assert budget.reserve == pytest.approx(80), "the next step has four times the tokens"
+    budget.record_step(40, 0.5)
+    assert budget.reserve == pytest.approx(40)
+
+
 def test_a_clock_that_jumps_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = time.monotonic()
     deadline = Deadline.of_launch(

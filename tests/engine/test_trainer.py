@@ -35,6 +35,21 @@ class StopAfter(Everywhere):
             run.control.stop("enough")
 
 
+STAGES: dict[str, Any] = {
+    "training__warmup_stages": [
+        {"steps": 2, "gradient_accumulation_steps": 1, "length": 8},
+        {"steps": 2, "length": 16},
+        {"steps": 2, "gradient_accumulation_steps": 3},
+    ],
+    "training__max_steps": 8,
+    "training__logging_steps": 1,
+}
+"""The tiny run with 2 x 1, 2 x 2, 2 x 3 and then 2 x 2 samples of 32 tokens in a step."""
+
+TOKENS = [64, 64, 128, 128, 192, 192, 128, 128]
+"""Of each step."""
+
+
 class DrawsRandomNumbers(Everywhere):
     @hookimpl
     def on_batch(self, run: Any, event: Any) -> None:
@@ -58,6 +73,117 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(tiny: TinyRun) -> Non
     assert rest.final_loss == whole.final_loss
     assert rest.final_val_loss == whole.final_val_loss
     assert rest.total_tokens == whole.total_tokens == 6 * 2 * 2 * 32
+
+
+class Batches(Everywhere):
+    """The first sample, shape and number of targets of each micro-batch, by step."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.seen: dict[int, list[tuple[int, list[int], int]]] = {}
+
+    @hookimpl
+    def on_batch(self, run: Any, event: Any) -> None:
+        batch = event.batch
+        self.seen.setdefault(event.step, []).append((batch.first_sample, list(batch.input_ids.shape), batch.targets))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_stopped_in_each_stage_equals_a_whole_one(tiny: TinyRun, masked: bool) -> None:
+    options = {**STAGES, "model__dropout": 0.1, "data__document_mask": masked, "data__num_workers": 2}
+    whole = Batches()
+    expected, parts = tiny("whole", plugins=[whole], **options), {}
+    for stop in (1, 2, 3, 5, 7, 8):
+        batches = Batches()
+        result = tiny("parts", plugins=[StopAfter(stop), batches] if stop < 8 else [batches], **options)
+        assert result.steps == stop
+        assert not parts.keys() & batches.seen.keys()
+        parts |= batches.seen
+    assert parts == whole.seen
+    assert state_bytes(result) == state_bytes(expected)
+    assert result.total_tokens == expected.total_tokens == sum(TOKENS)
+    assert [len(batches) for batches in whole.seen.values()] == [1, 1, 2, 2, 3, 3, 2, 2]
+    assert [batches[0][1] for batches in whole.seen.values()] == [*[[8, 8]] * 2, *[[4, 16]] * 2, *[[2, 32]] * 4]
+    samples = [first for batches in whole.seen.values() for first, _, _ in batches]
+    assert samples == list(range(0, 2 * len(samples), 2))
+    rows = read_metrics(expected.output_dir / "metrics.jsonl", "train")
+    assert [row["tokens"] for row in rows] == [sum(TOKENS[: step + 1]) for step in range(8)]
+
+
+def test_a_run_with_stages_equals_a_bare_loop(tiny: TinyRun) -> None:
+    """Each step is the mean over all targets of its micro-batches, of the samples cut into rows."""
+    options = {**STAGES, "optimizer__schedule": "constant", "optimizer__warmup_steps": 0}
+    kept: dict[int, list[Any]] = {}
+    built: list[torch.nn.Module] = []
+
+    class Keeps(Everywhere):
+        @hookimpl
+        def on_model_built(self, run: Any, event: Any) -> None:
+            built.append(copy.deepcopy(event.model))
+
+        @hookimpl
+        def on_batch(self, run: Any, event: Any) -> None:
+            kept.setdefault(event.step, []).append(event.batch)
+
+    trained = weights(tiny(plugins=[Keeps(None)], **options))
+    model = built[0].train()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    for batches in kept.values():
+        targets = sum(batch.targets for batch in batches)
+        for batch in batches:
+            (model(batch.input_ids, batch.labels) / targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.data, rtol=1e-4, atol=1e-6)
+
+
+def test_the_time_left_counts_the_tokens_of_the_stages(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tokens of the steps so far."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr("gpt_simple.run_dir.status.StatusFile.update", lambda self, **changes: seen.append(changes))
+    tiny(**STAGES)
+    left = {row["step"]: row["eta_seconds"] * row["tokens_per_second"] for row in seen if row.get("tokens_per_second")}
+    assert left == {step: pytest.approx(sum(TOKENS[step:])) for step in range(2, 9)}
+
+
+def test_the_facts_name_the_stages_of_the_run(tiny: TinyRun) -> None:
+    facts: list[Any] = []
+
+    class Asks(Everywhere):
+        @hookimpl
+        def on_run_start(self, run: Any, event: Any) -> None:
+            facts.append(run.facts())
+
+    tiny("one", plugins=[Asks(None)], training__max_steps=1)
+    tiny("stages", plugins=[Asks(None)], **{**STAGES, "training__max_steps": 4})
+    one = {"first_step": 1, "accumulation": 2, "rows": 2, "length": 32, "samples": 4, "tokens": 128}
+    first = {"first_step": 1, "accumulation": 1, "rows": 8, "length": 8, "samples": 2, "tokens": 64}
+    second = {"first_step": 3, "accumulation": 2, "rows": 4, "length": 16, "samples": 4, "tokens": 128}
+    assert [found["stages"] for found in facts] == [[one], [first, second]]
+    assert [found["tokens_per_step"] for found in facts] == [128, 128]
+
+
+def test_data_that_end_in_a_stage_end_the_run(tiny: TinyRun) -> None:
+    options = {**STAGES, "data__on_exhaustion": "halt", "training__max_steps": 10**4}
+    whole = tiny("whole", **options)
+    assert whole.status == "completed"
+    tiny("parts", plugins=[StopAfter(3)], **options)
+    assert state_bytes(tiny("parts", **options)) == state_bytes(whole)
+
+
+def test_a_changed_plan_goes_on_at_the_same_sample(tiny: TinyRun) -> None:
+    before, after = Batches(), Batches()
+    tiny(plugins=[StopAfter(3), before], **STAGES)
+    changed = [{"steps": 5, "gradient_accumulation_steps": 4, "length": 4}]
+    lines = tiny(plugins=[after], **{**STAGES, "training__warmup_stages": changed}).output_dir / "run.json"
+    assert after.seen[4][0] == (before.seen[3][-1][0] + 2, [16, 4], 64)
+    assert [len(batches) for batches in after.seen.values()] == [4, 4, 2, 2, 2]
+    assert "changed: training.warmup_stages [{" in lines.read_text()
 
 
 def test_evaluation_and_random_numbers_do_not_change_training(tiny: TinyRun) -> None:

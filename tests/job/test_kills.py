@@ -56,6 +56,16 @@ def test_a_run_killed_twenty_times_equals_an_uninterrupted_one(apart: Callable[.
     assert state_bytes(tiny("parts", **options)) == state_bytes(whole)
 
 
+def test_a_run_killed_in_each_stage_equals_a_whole_one(apart: Callable[..., Ended], tiny: TinyRun) -> None:
+    stages = [{"steps": 2, "gradient_accumulation_steps": 1, "length": 8}, {"steps": 2, "length": 16}, {"steps": 2}]
+    stages[2]["gradient_accumulation_steps"] = 3
+    options = BUSY | {"training__warmup_stages": stages, "training__max_steps": 8, "training__save_steps": 1}
+    whole = tiny("whole", **options)
+    for step in (2, 3, 6, 8):
+        assert apart("parts", plugins=[At("on_gradients", step, kill_self)], **options).code == -9
+    assert state_bytes(tiny("parts", **options)) == state_bytes(whole)
+
+
 BUCKETS: dict[str, Any] = {
     "source": "shards",
     "curriculum": [

@@ -83,8 +83,8 @@ class Samples(Everywhere):
 
     @hookimpl
     def on_batch(self, run: Any, event: Any) -> None:
-        first = event.batch.first_sample
-        self.seen += range(first, first + len(event.batch.input_ids))
+        first, batch = event.batch.first_sample, event.batch.input_ids
+        self.seen += range(first, first + batch.numel() // run.config.data.max_length)
 
 
 def test_another_number_of_processes_sees_every_sample_once(ranks: Ranks, tmp_path: Path) -> None:
@@ -100,6 +100,44 @@ def test_another_number_of_processes_sees_every_sample_once(ranks: Ranks, tmp_pa
             seen += samples
     # 2 rows and 2 micro-batches for each process and step.
     assert sorted(seen) == list(range((4 * 2 + 1 + 3 + 2) * 4))
+
+
+STAGES: dict[str, Any] = {
+    "training__warmup_stages": [
+        {"steps": 2, "gradient_accumulation_steps": 1, "length": 8},
+        {"steps": 3, "length": 16},
+        {"steps": 2, "gradient_accumulation_steps": 3},
+    ],
+    "data__document_mask": True,
+}
+
+
+def test_stages_and_other_processes_see_every_sample_once(ranks: Ranks, tmp_path: Path) -> None:
+    """Stopped inside each stage."""
+    seen: list[int] = []
+    for count, steps in ((2, 1), (1, 3), (2, 6), (1, 8), (2, 9)):
+
+        def work(rank: int, steps: int = steps) -> list[int]:
+            samples = Samples()
+            tiny(tmp_path / "run", plugins=[samples], training__max_steps=steps, **STAGES)
+            return samples.seen
+
+        for samples in ranks(count, work):
+            seen += samples
+    # 2 samples in a micro-batch of each process: 1, 2, 3 and then 2 micro-batches.
+    assert sorted(seen) == list(range(2 * (2 * 1 + 1 * 1 + 1 * 2 + 2 * 2 + 2 * 2 + 2 * 3 + 1 * 3 + 1 * 2 + 2 * 2)))
+
+
+def test_a_run_stopped_in_each_stage_equals_a_whole_one(ranks: Ranks, tmp_path: Path) -> None:
+    """Bit for bit, on two processes."""
+    options = {"model__dropout": 0.1, "training__max_steps": 9, "training__logging_steps": 1, **STAGES}
+    ranks(2, lambda rank: tiny(tmp_path / "whole", **options).status)
+    for stop in (1, 4, 6, 8):
+        ended = ranks(2, lambda rank, stop=stop: tiny(tmp_path / "parts", plugins=[StopAfter(stop)], **options).steps)
+        assert ended == [stop] * 2
+    assert ranks(2, lambda rank: tiny(tmp_path / "parts", **options).status) == ["completed"] * 2
+    assert files(tmp_path / "parts", 9) == files(tmp_path / "whole", 9)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 class CountsCollectives(Everywhere):

@@ -20,6 +20,7 @@ from rich.console import Console as Terminal
 from gpt_simple.hooks import LogRecord, MetricsReady, RunStart
 from gpt_simple.plugins.console import Console, ConsoleConfig
 from gpt_simple.plugins.console_live import LiveView, sparkline
+from gpt_simple.plugins.console_text import compiling_steps
 from tests.conftest import Shell
 
 ESCAPE = "\x1b"
@@ -225,6 +226,30 @@ def test_the_time_left_follows_the_usual_speed() -> None:
         metrics = {"train/loss": 1.0, "perf/step_ms": milliseconds}
         console.on_metrics(run, MetricsReady(step=10, tokens=640, metrics=metrics))
     assert console._left(run) == 100.0
+
+
+def test_the_time_left_counts_the_tokens_of_the_stages() -> None:
+    console = Console(ConsoleConfig(progress="lines"))
+    console._stages = [
+        {"first_step": 1, "tokens": 10},
+        {"first_step": 5, "tokens": 40},
+        {"first_step": 9, "tokens": 20},
+    ]
+    run: Any = SimpleNamespace(step=4, config=SimpleNamespace(training=SimpleNamespace(max_steps=10)))
+    console.on_metrics(run, MetricsReady(step=4, tokens=40, metrics={"train/loss": 1.0, "perf/step_ms": 1000.0}))
+    assert console._left(run) == pytest.approx(4 * 4 + 2 * 2)
+    run.step = 9
+    assert console._left(run) == pytest.approx(2)
+
+
+def test_the_steps_that_compile_are_named() -> None:
+    lengths = {1: 8, 3: 8, 5: 16, 9: 8, 11: 32}
+    facts = {"compile": "model", "stages": [{"first_step": step, "length": length} for step, length in lengths.items()]}
+    assert compiling_steps(facts, 0) == [1, 5, 11]
+    assert compiling_steps(facts, 5) == [6, 9, 11], "a resumed process compiles anew"
+    assert compiling_steps(facts, 8) == [9, 11]
+    assert compiling_steps(facts, 99) == [100]
+    assert compiling_steps(facts | {"compile": "off"}, 0) == []
 
 
 def test_the_best_loss_outlives_a_stop_after_its_evaluation(shell: Shell, here: Path) -> None:

@@ -122,3 +122,20 @@ def test_mfu_is_the_share_of_the_peak_that_the_tokens_took(tiny: TinyRun, monkey
 
     for row in rows(tiny(plugins=[Asks]).output_dir):
         assert row["perf/mfu"] == pytest.approx(row["perf/tokens_per_second"] * flops[0] / 1e12)
+
+
+def test_mfu_has_the_flops_of_the_length_of_rows(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of each length is left out: it compiles."""
+    monkeypatch.setattr("gpt_simple.job.build.peak_flops", lambda *_: 1e12)
+    flops: dict[int, float] = {}
+
+    class Asks(Plugin[Any]):
+        @hookimpl
+        def on_run_start(self, run: Any, event: Any) -> None:
+            flops.update({length: run.model.flops_per_token(length) for length in (8, 32)})
+
+    stages = [{"steps": 3, "length": 8}]
+    first, second, third = rows(tiny(plugins=[Asks], training__warmup_stages=stages).output_dir)
+    assert flops[8] < flops[32]
+    for row, length in ((first, 8), (second, 8), (third, 32)):
+        assert row["perf/mfu"] == pytest.approx(row["perf/tokens_per_second"] * flops[length] / 1e12)

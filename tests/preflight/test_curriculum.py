@@ -95,10 +95,17 @@ def read(two_buckets: Path, capfd: pytest.CaptureFixture[str]) -> Read:
     return run
 
 
+WARMUP = "[{steps = 3, gradient_accumulation_steps = 2}, {steps = 2}, {steps = 2, gradient_accumulation_steps = 3}]"
+
+
+@pytest.mark.parametrize("warmup", ["[]", WARMUP])
 @pytest.mark.parametrize("on_exhaustion", ["repeat", "halt", "renormalise"])
-def test_findings_on_buckets_and_phases_match_what_a_run_reads(check: Check, read: Read, on_exhaustion: str) -> None:
+def test_findings_on_buckets_and_phases_match_what_a_run_reads(
+    check: Check, read: Read, on_exhaustion: str, warmup: str
+) -> None:
     phases = "[{duration_tokens=640, mix={books=1,web=4}}, {duration_tokens=640, mix={books=1,web=1}}]"
     arguments = [f"--data.on_exhaustion={on_exhaustion}", "--training.max_steps=30", f"--data.curriculum={phases}"]
+    arguments.append(f"--training.warmup_stages={warmup}")
     found = check(*arguments)
     seen, steps = read(*arguments)
     assert found["phase"]["fields"]["tokens"] == {name: 32 * seen[20:].count(name) for name in ("books", "web")}
@@ -107,7 +114,9 @@ def test_findings_on_buckets_and_phases_match_what_a_run_reads(check: Check, rea
         assert f"after step {steps} of 30" in found.get("data-end-early", {"message": "after step 30 of 30"})["message"]
     if seen.count("books") >= 8:
         last = [number for number, name in enumerate(seen) if name == "books"][7]
-        assert found["bucket-ends"]["fields"]["step"] == last // 2 + 1
+        sizes = [2] * 30 if warmup == "[]" else [4] * 3 + [2] * 2 + [6] * 2 + [2] * 23
+        ends = [sum(sizes[: step + 1]) for step in range(30)]
+        assert found["bucket-ends"]["fields"]["step"] == 1 + next(step for step, end in enumerate(ends) if last < end)
 
 
 def test_a_resume_with_another_batch_counts_from_its_position(check: Check, read: Read) -> None:

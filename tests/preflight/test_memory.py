@@ -12,7 +12,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
+from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig, WarmupStage
 from gpt_simple.engine.precision import resolve
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import GPUS, find_gpu
@@ -76,6 +76,11 @@ CASES: dict[str, dict[str, str]] = {
     },
     "dropout, checkpointing": {"model.dropout": "0.1", "training.gradient_checkpointing": "true"},
     "large vocabulary, no clipping": {"model.vocab_size": "8192", "optimizer.max_grad_norm": "null"},
+    "stages, measured in the first": {
+        "training.warmup_stages": "[{steps = 2, gradient_accumulation_steps = 3, length = 64}]",
+        "data.document_mask": "true",
+    },
+    "stages, measured in two": {"training.warmup_stages": "[{steps = 1, length = 64}, {steps = 1, length = 128}]"},
     "one row, qk_norm, three micro-batches": {
         "model.qk_norm": "true",
         "training.per_device_batch_size": "1",
@@ -203,6 +208,20 @@ def test_the_categories_add_up_and_parameters_are_exact() -> None:
     count = parameter_count(resolve(small().model, vocab_size=384, max_length=64))
     assert prediction.by_category["gradients"] == 4 * count
     assert prediction.by_category["optimizer"] == pytest.approx(8 * count, rel=0.01)
+
+
+def test_the_largest_of_all_stages_is_predicted() -> None:
+    def peak(*stages: WarmupStage, steps: tuple[int, int] | None = None, **training: Any) -> int:
+        config = evolve(small(warmup_stages=stages, **training), data=DataConfig(max_length=64, document_mask=True))
+        return predict_memory(config, vocab_size=257, steps=steps).peak
+
+    assert peak(WarmupStage(10, 1, 8)) == peak(), "a shorter and smaller beginning needs no more"
+    assert peak(WarmupStage(10, None, 8), steps=(1, 2)) < peak()
+    assert peak(WarmupStage(10, None, 8), max_steps=10) == peak(WarmupStage(10, None, 8), steps=(1, 2))
+    one = {"gradient_accumulation_steps": 1}
+    assert peak(**one) < peak(WarmupStage(10, 2), **one) == peak(gradient_accumulation_steps=2)
+    both = peak(WarmupStage(10, 2, 8), **one)
+    assert both == max(peak(**one), peak(WarmupStage(10, 2, 8), steps=(1, 2), **one))
 
 
 def test_positions_and_documents_of_a_batch_count_as_data() -> None:

@@ -73,6 +73,7 @@ def test_it_imports_no_torch(here: Path) -> None:
         (["--optimizer.warmup_steps", "3"], "warmup-long", "optimizer.warmup_steps"),
         (["--optimizer.decay_steps=9", "--optimizer.warmup_steps=3"], "decay-beyond-run", "optimizer.decay_steps"),
         (["--optimizer.decay_steps=9", "--optimizer.warmup_steps=1"], "decay-beyond-run", "optimizer.decay_steps"),
+        (["--training.warmup_stages=[{steps=4}]"], "warmup-stages-beyond-run", "training.warmup_stages"),
         (["--training.eval_steps", "5"], "interval-beyond-run", "training.eval_steps"),
         (["--training.keep_milestone_every", "3"], "milestones-missed", "training.keep_milestone_every"),
         (["--optimizer.learning_rate", "1.5"], "learning-rate-high", "optimizer.learning_rate"),
@@ -179,6 +180,19 @@ def test_the_number_of_processes_multiplies_the_tokens(check: Check, monkeypatch
     assert check("--world-size", "8")["config"]["fields"]["tokens_per_step"] == 8 * 64
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert check()["config"]["fields"]["tokens_per_step"] == 2 * 64
+
+
+def test_the_stages_of_a_warm_up_are_named(check: Check) -> None:
+    stages = "[{steps = 1, gradient_accumulation_steps = 3, length = 8}, {steps = 2, length = 16}, {steps = 9}]"
+    found = check(f"--training.warmup_stages={stages}")
+    assert found["config"]["message"] == (
+        "4 steps, 1 to 1 of 192 tokens (24 rows of 8), 2 to 3 of 64 tokens (4 rows of 16), 4 to 4 of 64 tokens"
+        " (2 rows of 32): 384 tokens"
+    )
+    assert [stage["tokens"] for stage in found["config"]["fields"]["stages"]] == [192, 64, 64]
+    warning = found["warmup-stages-beyond-run"]["message"]
+    assert warning == "the warm-up stages last 12 steps, and max_steps is 4: the run ends in stage 3 of 3"
+    assert "warmup-stages-beyond-run" not in check("--training.warmup_stages=[{steps = 3}]")
 
 
 def test_without_its_checks_the_command_does_not_claim_success(check: Check) -> None:

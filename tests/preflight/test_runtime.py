@@ -29,6 +29,16 @@ def test_without_a_probe_a_gpu_gives_a_named_estimate(check: Check) -> None:
     assert half == pytest.approx(2 * found["runtime"]["fields"]["step_seconds"])
 
 
+def test_the_steps_of_a_warm_up_take_time_by_their_tokens(check: Check) -> None:
+    stages = "--training.warmup_stages=[{steps = 500000000, gradient_accumulation_steps = 1}]"
+    more = ["--device=a100", "--training.gradient_accumulation_steps=4", "--training.max_steps=1000000000"]
+    more += ["--training.eval_steps=0", "--training.save_steps=0"]
+    plain, warm = (check(*more, *extra)["runtime"]["fields"] for extra in ([], [stages]))
+    assert warm["step_seconds"] == plain["step_seconds"]
+    assert plain["total_seconds"] == pytest.approx(1e9 * plain["step_seconds"], rel=1e-4)
+    assert warm["total_seconds"] == pytest.approx(0.625e9 * plain["step_seconds"], rel=1e-4)
+
+
 def test_checkpointing_costs_another_forward_pass(check: Check) -> None:
     def seconds(every: str) -> float:
         arguments = ["--device=h100", "--model.n_layer=3", f"--training.gradient_checkpointing={every}"]

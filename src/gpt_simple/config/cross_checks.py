@@ -24,6 +24,7 @@ def conflicts(model: Any, data: Any, training: Any, plugins: Any) -> Iterator[Co
         yield from _packing(data)
         yield from _curriculum(data)
     if isinstance(training, TrainingConfig):
+        yield from _warmup_stages(training, getattr(data, "max_length", None))
         budget, reserve = training.max_runtime_seconds, training.walltime_reserve_seconds
         if budget is not None and reserve >= budget:
             message = f"walltime_reserve_seconds {reserve:g} leaves nothing of max_runtime_seconds {budget:g}"
@@ -81,6 +82,15 @@ def _curriculum(data: DataConfig) -> Iterator[Conflict]:
             )
             hint = "make it longer or leave it out"
             yield _conflict(message, f"{path}.duration_tokens", "data.max_length", hint=hint)
+
+
+def _warmup_stages(training: TrainingConfig, max_length: int | None) -> Iterator[Conflict]:
+    for index, stage in enumerate(training.warmup_stages):
+        if (length := stage.length) is not None and max_length is not None and max_length % length:
+            message = f"length {length} of stage {index + 1} does not divide max_length {max_length}"
+            below = (size for size in range(min(length, max_length), 1, -1) if max_length % size == 0)
+            hint = f"{next(below, max_length)} does: a sample is cut into rows of equal length"
+            yield _conflict(message, f"training.warmup_stages[{index}].length", "data.max_length", hint=hint)
 
 
 def _conflict(message: str, *paths: str, hint: str = "") -> Conflict:

@@ -153,11 +153,30 @@ class OptimizerConfig:
 
 
 @frozen
+class WarmupStage:
+    """One stage of the warm-up of batch size and sequence length."""
+
+    steps: Annotated[int, Ge(1), Doc("optimizer steps that the stage lasts")]
+    gradient_accumulation_steps: Annotated[
+        int | None, Ge(1), Doc("micro-batches in an optimizer step; unset: training.gradient_accumulation_steps")
+    ] = None
+    length: Annotated[
+        int | None,
+        Ge(2),
+        Doc("samples are cut into rows of so many tokens, a divisor of data.max_length; unset: data.max_length"),
+    ] = None
+
+
+@frozen
 class TrainingConfig:
     """``[training]``: the run."""
 
     per_device_batch_size: Annotated[int, Ge(1), Doc("rows in a micro-batch of one process")] = 4
     gradient_accumulation_steps: Annotated[int, Ge(1), Doc("micro-batches in an optimizer step")] = 4
+    warmup_stages: Annotated[
+        tuple[WarmupStage, ...],
+        Doc("first stages of {steps, gradient_accumulation_steps, length}: batch-size and sequence-length warm-up"),
+    ] = ()
     max_steps: Annotated[int, Ge(1), Doc("optimizer steps of the run")] = 1000
     mixed_precision: Annotated[
         Precision | None, Doc("null or auto: bf16 on Ampere and newer, fp16 on older CUDA, none on CPU")

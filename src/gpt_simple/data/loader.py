@@ -1,8 +1,9 @@
-"""Batches on the device, from a dataset and one integer: the samples consumed.
+"""Batches on the device, from a dataset and the plan of its steps.
 
-Row ``b`` of ``B`` in micro-batch ``a`` of rank ``r`` of ``W`` is sample ``consumed + (a * W + r) * B + b`` of the
-order, so a run goes on with any number of processes where it stopped. Every rank computes the number of targets of a
-step without communication. Threads read several steps at once and ahead: the training thread only takes views.
+Sample ``b`` of ``B`` in micro-batch ``a`` of rank ``r`` of ``W`` is sample ``first + (a * W + r) * B + b`` of the
+order, where ``first`` is that of the step, so a run goes on with any number of processes where it stopped. A sample is
+one row, or several in a stage of shorter rows. Every rank computes the number of targets of a step without
+communication. Threads read several steps at once and ahead: the training thread only takes views.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gpt_simple.data.dataset import IGNORED, Dataset, Split
 from gpt_simple.data.host_memory import host_tensor
 from gpt_simple.data.locate import order_seed
 from gpt_simple.data.order import I64, key, permute
+from gpt_simple.data.plan import BatchPlan
 from gpt_simple.hooks.batch import Batch
 
 CHUNK_TOKENS = 1 << 17
@@ -45,6 +47,11 @@ T = TypeVar("T")
 
 Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Inputs, labels, positions and documents of some rows, [n, T] each; the last two only with a document mask."""
+
+
+def steps_per_chunk(own_tokens: int) -> int:
+    """Steps in a chunk, where a step has ``own_tokens`` tokens of this process."""
+    return min(max(CHUNK_TOKENS // own_tokens, 1), CHUNK_STEPS)
 
 
 class DataExhausted(Exception):
@@ -67,16 +74,16 @@ class _Chunk:
     """Some steps of this process, and the targets of each micro-batch [steps, A] and of each step [steps]."""
 
     rows: Rows
-    first_sample: int
+    first_step: int
     targets: list[list[int]]
     step_targets: list[int]
 
 
 class Loader:
-    """Steps from sample ``consumed`` on, and the batches of an evaluation, for one process of ``world_size``.
+    """The steps of ``plan``, and the batches of an evaluation, for one process of ``world_size``.
 
-    ``wait_seconds`` sums the time that the training thread waited for data. The position in the data belongs
-    to the caller: a loader only goes forward.
+    The plan begins after step ``step`` and sample ``consumed``. ``wait_seconds`` sums the time that the training thread
+    waited for data. The position in the data belongs to the caller: a loader only goes forward.
     """
 
     def __init__(
@@ -87,32 +94,30 @@ class Loader:
         world_size: int = 1,
         rank: int = 0,
         device: torch.device | str = "cpu",
+        step: int = 0,
         consumed: int = 0,
     ) -> None:
         self.wait_seconds = 0.0
+        self.plan = BatchPlan.of(config, world_size=world_size, step=step, samples=consumed)
         self._dataset, self._config = dataset, config
         self._world_size, self._rank, self._device = world_size, rank, torch.device(device)
         self._batch = config.training.per_device_batch_size
-        self._accumulation = config.training.gradient_accumulation_steps
-        self._samples = self._accumulation * world_size * self._batch
-        own_tokens = self._accumulation * self._batch * config.data.max_length
-        self._chunk_steps = min(max(CHUNK_TOKENS // own_tokens, 1), CHUNK_STEPS)
         self._order = None if dataset.stream else dataset.order(config.data, order_seed(config))
         self._located = lru_cache(maxsize=8)(self._locate)
         # The blocks of a stream come one after another.
         workers = min(config.data.num_workers, 1) if dataset.stream else config.data.num_workers
         self._pool = ThreadPoolExecutor(workers, "data") if workers else None
         self._ahead = workers + 1
-        self._steps = self._make_steps(consumed)
+        self._steps = self._make_steps()
 
     def samples_total(self) -> int | None:
         """Number of samples in the order; None: endless, or unknown."""
         return None if self._order is None else self._order.total
 
-    def steps_after(self, consumed: int) -> int | None:
-        """Whole steps after so many samples; None: endless, or unknown."""
+    def last_step(self) -> int | None:
+        """The last step for which there are data; None: endless, or unknown."""
         total = self.samples_total()
-        return None if total is None else max(0, total - consumed) // self._samples
+        return None if total is None else self.plan.last_step(total)
 
     def next_step(self) -> StepData:
         """The next step. Raises DataExhausted after the last one, and whatever went wrong in a thread."""
@@ -175,69 +180,74 @@ class Loader:
             self._pool.shutdown(cancel_futures=True)
         self._steps = iter(())  # it refers to this loader, and its rows would stay on the device
 
-    def _make_steps(self, consumed: int) -> Iterator[StepData]:
-        tokens = self._samples * self._config.data.max_length
+    def _make_steps(self) -> Iterator[StepData]:
         stride = self._world_size * self._batch
-        for chunk in self._prefetched(self._chunks(consumed)):
+        for chunk in self._prefetched(self._chunks()):
             if chunk is None:
                 return
-            first, batches = chunk.first_sample, self._batches(chunk.rows)
-            for targets, step_targets in zip(chunk.targets, chunk.step_targets, strict=True):
+            (first, stage), batches = self.plan.at(chunk.first_step), self._batches(chunk.rows)
+            for targets, total in zip(chunk.targets, chunk.step_targets, strict=True):
                 begin = first + self._rank * self._batch
-                step = tuple(
+                own = tuple(
                     Batch(*tensors, begin + a * stride, count)
                     for a, (count, tensors) in enumerate(zip(targets, batches, strict=False))
                 )
-                yield StepData(step, first, self._samples, tokens, step_targets)
-                first += self._samples
+                yield StepData(own, first, stage.samples, stage.tokens, total)
+                first += stage.samples
 
     def _batches(self, rows: Rows) -> Iterator[Rows]:
         """Views of one batch each, on the device; the copy does not wait."""
-        count = len(rows[0]) // self._batch
+        count, length = rows[0].numel() // (self._batch * self._config.data.max_length), rows[0].shape[1]
         views = (
             itertools.repeat(None, count)
             if tensor is None
-            else tensor.to(self._device, non_blocking=True).view(count, self._batch, -1).unbind()
+            else tensor.to(self._device, non_blocking=True).view(count, -1, length).unbind()
             for tensor in rows
         )
         return zip(*views, strict=True)
 
-    def _chunks(self, first: int) -> Iterator[Callable[[], _Chunk | None]]:
-        """Reads chunk after chunk from sample ``first`` on; at the end of a stream the chunk is None."""
-        stream = self._dataset.stream
-        blocks = None if stream is None else stream.blocks(first, self._chunk_steps * self._samples)
-        while True:
-            left = self.steps_after(first)
-            steps = self._chunk_steps if left is None else min(self._chunk_steps, left)
-            if not steps:
-                return
+    def _chunks(self) -> Iterator[Callable[[], _Chunk | None]]:
+        """Reads chunk after chunk of the plan; at the end of a stream the chunk is None."""
+        stream, blocks = self._dataset.stream, None
+        if stream is not None:
+            sizes = (steps * self.plan.stage(first).samples for first, steps in self._chunk_steps())
+            blocks = stream.blocks(self.plan.samples, sizes)
+        for first, steps in self._chunk_steps():
             yield partial(self._chunk, first, steps) if blocks is None else partial(self._stream_chunk, blocks, first)
-            first += steps * self._samples
 
-    def _chunk(self, first: int, steps: int) -> _Chunk:
-        split = self._dataset.train
-        rows = self._rows_of(first, steps * self._samples)
-        shape = (steps, self._accumulation, self._world_size, self._batch)
+    def _chunk_steps(self) -> Iterator[tuple[int, int]]:
+        """The first step of each chunk and its number of steps, which are of one stage."""
+        last, step = self.last_step(), self.plan.step + 1
+        while last is None or step <= last:
+            end = step + steps_per_chunk(self.plan.stage(step).tokens // self._world_size)
+            ends = (end, self.plan.stage_end(step), None if last is None else last + 1)
+            end = min(each for each in ends if each is not None)
+            yield step, end - step
+            step = end
+
+    def _chunk(self, first_step: int, steps: int) -> _Chunk:
+        split, (first, stage) = self._dataset.train, self.plan.at(first_step)
+        rows = self._rows_of(first, steps * stage.samples)
+        shape = (steps, stage.accumulation, self._world_size, self._batch)
         targets = split.targets_of(rows).reshape(shape).sum(3)
-        mine = self._read(split, rows.reshape(shape)[:, :, self._rank].reshape(-1))
-        return _Chunk(mine, first, targets[:, :, self._rank].tolist(), targets.sum((1, 2)).tolist())
+        mine = self._read(split, rows.reshape(shape)[:, :, self._rank].reshape(-1), stage.length)
+        return _Chunk(mine, first_step, targets[:, :, self._rank].tolist(), targets.sum((1, 2)).tolist())
 
-    def _stream_chunk(self, blocks: Iterator[I64], first: int) -> _Chunk | None:
-        block = next(blocks, None)
-        steps = 0 if block is None else len(block) // self._samples
+    def _stream_chunk(self, blocks: Iterator[I64], first_step: int) -> _Chunk | None:
+        block, stage = next(blocks, None), self.plan.stage(first_step)
+        steps = 0 if block is None else len(block) // stage.samples
         if block is None or not steps:
             return None
-        shape = (steps, self._accumulation, self._world_size, self._batch, block.shape[1])
-        mine = block[: steps * self._samples].reshape(shape)[:, :, self._rank].reshape(-1, block.shape[1])
+        shape = (steps, stage.accumulation, self._world_size, self._batch, block.shape[1])
+        mine = block[: steps * stage.samples].reshape(shape)[:, :, self._rank].reshape(-1, block.shape[1])
         inputs, labels, starts = self._empty(len(mine))
         inputs.numpy()[:], labels.numpy()[:] = mine[:, :-1], mine[:, 1:]
         if starts is not None:
             np.equal(mine[:, :-1], self._dataset.tokenizer.eod_id, out=starts)
-            starts[:, 0] = True
         per_batch = self._batch * (block.shape[1] - 1)
-        targets = [[per_batch] * self._accumulation] * steps
-        per_step = per_batch * self._accumulation * self._world_size
-        return _Chunk(self._with_documents(inputs, labels, starts), first, targets, [per_step] * steps)
+        targets = [[per_batch] * stage.accumulation] * steps
+        rows = self._cut(inputs, labels, starts, stage.length)
+        return _Chunk(rows, first_step, targets, [stage.tokens] * steps)
 
     def _rows_of(self, first: int, count: int) -> I64:
         """The rows of samples, which are located many at once: one by one they cost several times as much."""
@@ -250,12 +260,12 @@ class Loader:
         end, total = (block + 1) * LOCATED, self._order.total
         return self._order.locate(np.arange(block * LOCATED, end if total is None else min(end, total)))
 
-    def _read(self, split: Split, rows: I64) -> Rows:
-        """Rows as tensors of their own; those that are ``PADDING`` have no target."""
+    def _read(self, split: Split, rows: I64, length: int | None = None) -> Rows:
+        """Rows as tensors of their own, cut to ``length``; those that are ``PADDING`` have no target."""
         inputs, labels, starts = self._empty(len(rows))
         split.read(np.maximum(rows, 0), inputs.numpy(), labels.numpy(), starts)
         labels.numpy()[rows == PADDING] = IGNORED
-        return self._with_documents(inputs, labels, starts)
+        return self._cut(inputs, labels, starts, length or split.max_length)
 
     def _empty(self, count: int) -> tuple[Tensor, Tensor, NDArray[np.bool_] | None]:
         """New inputs and labels of ``count`` rows, and, with a document mask, where documents start."""
@@ -265,19 +275,24 @@ class Loader:
     def _tensor(self, count: int) -> Tensor:
         return host_tensor((count, self._config.data.max_length), torch.int64, pinned=self._device.type == "cuda")
 
-    def _with_documents(self, inputs: Tensor, labels: Tensor, starts: NDArray[np.bool_] | None) -> Rows:
-        """The rows with positions that restart, and numbers that rise by one, where a document starts."""
+    def _cut(self, inputs: Tensor, labels: Tensor, starts: NDArray[np.bool_] | None, length: int) -> Rows:
+        """Rows cut to ``length``, with positions that restart, and numbers that rise by one, where a document starts.
+
+        A document that goes on in the next row starts again there: no row attends to another.
+        """
         if starts is None:
-            return inputs, labels, None, None
-        count, length = starts.shape
-        positions, documents = self._tensor(count), self._tensor(count)
+            return inputs.view(-1, length), labels.view(-1, length), None, None
+        positions, documents = self._tensor(len(starts)), self._tensor(len(starts))
+        starts = starts.reshape(-1, length)
+        starts[:, 0] = True
+        count = len(starts)
         begin = np.flatnonzero(starts)
         sizes = np.diff(begin, append=starts.size)
         first = np.searchsorted(begin, np.arange(count) * length)
         number = np.arange(len(begin)) - np.repeat(first, np.diff(first, append=len(begin)))
         documents.numpy().reshape(-1)[:] = np.repeat(number, sizes)
         positions.numpy().reshape(-1)[:] = np.arange(starts.size) - np.repeat(begin, sizes)
-        return inputs, labels, positions, documents
+        return inputs.view(-1, length), labels.view(-1, length), positions.view(-1, length), documents.view(-1, length)
 
     def _prefetched(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
         """The results of jobs in their order, some of them ahead in the threads."""

@@ -55,13 +55,13 @@ class StreamRows:
     data: DataConfig
     tokenizer: Tokenizer
 
-    def blocks(self, consumed: int, count: int) -> Iterator[I64]:
-        """Rows from number ``consumed`` on, at most ``count`` at once: shape [n, max_length + 1].
+    def blocks(self, consumed: int, counts: Iterator[int]) -> Iterator[I64]:
+        """Rows from number ``consumed`` on, as many at once as ``counts`` yields: shape [n, max_length + 1].
 
         A row begins with the token before its first target. Without end where ``data.on_exhaustion`` is ``repeat``;
-        else the last row that is not full is left out.
+        else the last block may have fewer rows, and a row that is not full is left out.
         """
-        length = self.data.max_length
+        length, count = self.data.max_length, next(counts)
         skip, held = consumed * length, np.array([self.tokenizer.eod_id])
         for tokens in self._tokens():
             if skip >= len(tokens):
@@ -72,7 +72,7 @@ class StreamRows:
             skip = 0
             while len(held) > count * length:
                 yield _rows(held, count, length)
-                held = held[count * length :]
+                held, count = held[count * length :], next(counts)
         if rest := (len(held) - 1) // length:
             yield _rows(held, rest, length)
 

@@ -8,7 +8,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from attrs import evolve, frozen
@@ -31,6 +31,8 @@ class CompilePlan:
     scope: str
     backend: str
     ddp_optimizer: DdpOptimizer | None = None
+    lengths: int = 1
+    """Lengths of rows that are compiled for: by the model, or by flex attention in a model that runs eager."""
     warning: str = ""
     """Why nothing is compiled although the configuration has it."""
     note: str = ""
@@ -43,7 +45,8 @@ def plan(config: TrainingConfig, device: torch.device, world_size: int, *, expli
     ``explicit``: the user set ``compile = true``. Then a missing compiler is a ConfigError; the default ``true`` runs
     eager with a warning. A backend that torch does not have is a ConfigError.
     """
-    eager = CompilePlan(False, config.compile_scope, config.compile_backend)
+    lengths = len({stage.length for stage in config.warmup_stages} | {None})
+    eager = CompilePlan(False, config.compile_scope, config.compile_backend, lengths=lengths)
     if not config.compile:
         return eager
     _refuse_unknown(config.compile_backend)
@@ -118,12 +121,14 @@ def _ddp_optimizer(config: TrainingConfig, world_size: int) -> DdpOptimizer | No
 @contextmanager
 def compile_flags(plan: CompilePlan) -> Iterator[None]:
     """Dynamo's flags for the whole run: compilation is lazy and reads them per frame, so they stay until the end."""
-    if not plan.enabled:
+    if not plan.enabled and plan.lengths == 1:
         yield
         return
     import torch._dynamo
 
-    flags = {} if plan.ddp_optimizer is None else {"optimize_ddp": plan.ddp_optimizer}
+    flags: dict[str, Any] = {} if plan.ddp_optimizer is None else {"optimize_ddp": plan.ddp_optimizer}
+    # Dynamo's limit is for one shape. Beyond it a model runs eager, or fails in a full graph.
+    flags["recompile_limit"] = torch._dynamo.config.recompile_limit + plan.lengths - 1
     try:
         with torch._dynamo.config.patch(flags):
             yield

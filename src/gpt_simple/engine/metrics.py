@@ -74,7 +74,7 @@ class MetricBuffer:
 
 @define
 class StepTimer:
-    """Time of an interval, with training apart from evaluation, checkpoints and the first step."""
+    """Time of an interval, with training apart from evaluation, checkpoints and steps that compile."""
 
     _started: float = field(factory=time.perf_counter)
     waited_before: float = 0.0
@@ -85,13 +85,15 @@ class StepTimer:
     target_tokens: int = 0
     timed_steps: int = 0
     timed_tokens: int = 0
+    timed_flops: float = 0.0
 
-    def step(self, tokens: int, target_tokens: int) -> None:
-        """Count one optimizer step."""
+    def step(self, tokens: int, target_tokens: int, flops: float) -> None:
+        """Count one optimizer step. ``flops`` are those of the model, 0 where they are unknown."""
         self.steps += 1
         self.timed_steps += 1
         self.tokens += tokens
         self.timed_tokens += tokens
+        self.timed_flops += flops
         self.target_tokens += target_tokens
 
     @contextmanager
@@ -103,10 +105,11 @@ class StepTimer:
         finally:
             self._excluded += time.perf_counter() - began
 
-    def exclude_step(self, seconds: float, tokens: int) -> None:
-        """Exclude a step that was counted: the first one of a process compiles and warms caches up."""
+    def exclude_step(self, seconds: float, tokens: int, flops: float) -> None:
+        """Exclude a step that was counted: the first one with rows of its length compiles and warms caches up."""
         self.timed_steps -= 1
         self.timed_tokens -= tokens
+        self.timed_flops -= flops
         self._excluded += seconds
 
     def split(self, step: int, waited: float) -> tuple[CollectMetrics, StepTimer]:
@@ -126,6 +129,7 @@ class StepTimer:
             train_seconds=max(0.0, wall - self._excluded),
             wall_seconds=wall,
             data_seconds=waited - self.waited_before,
+            timed_flops=self.timed_flops,
         )
         return ended, StepTimer(started=now, waited_before=waited)
 

@@ -106,9 +106,12 @@ class TimeBudget:
         """Learn from a checkpoint: seconds from the end of its step until it was durable."""
         self._longest_save = max(seconds, self._longest_save or 0.0)
 
-    def record_step(self, seconds: float) -> None:
-        """Learn from a step. A slow one counts less with each that follows."""
-        self._step = max(seconds, _FADING * self._step)
+    def record_step(self, seconds: float, growth: float = 1.0) -> None:
+        """Learn from a step. A slow one counts less with each that follows.
+
+        ``growth``: the tokens of the next step, divided by those of this one.
+        """
+        self._step = max(seconds, _FADING * self._step) * growth
 
     def reason_to_stop(self) -> str:
         """Why no further step may begin; empty while there is time."""

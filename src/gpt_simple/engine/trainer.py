@@ -76,8 +76,8 @@ class Trainer:
     _rates: list[float] = field(factory=list, init=False)
     _buffer: MetricBuffer = field(factory=MetricBuffer, init=False)
     _timer: StepTimer = field(factory=StepTimer, init=False)
-    _first_step: bool = field(default=True, init=False)
-    """Whether the next step is the first one with this optimizer."""
+    _lengths: set[int] = field(factory=set, init=False)
+    """Lengths of the rows of all steps with this optimizer so far: each is compiled once."""
     _evaluated: int = field(default=-1, init=False)
     """The step of the last evaluation."""
     _data_ended: bool = field(default=False, init=False)
@@ -85,6 +85,9 @@ class Trainer:
     def __attrs_post_init__(self) -> None:
         self._max_steps = self.run.config.training.max_steps
         self._saves_after_eval = self.run.config.training.save_after_eval
+        self._plan = self.run.loader.plan
+        flops: Callable[[int], float] | None = getattr(self.run.guarded, "flops_per_token", None)
+        self._flops = {stage.length: flops(stage.length) for stage in self._plan.stages} if flops is not None else {}
         self._reducer = MetricReducer(self.run.dist)
         self._loss_monitor = LossMonitor(self.run.config.training.max_skipped_steps)
 
@@ -141,15 +144,21 @@ class Trainer:
             self.train_step.warm_up_ddp(self._zero_batch())
 
     def _zero_batch(self) -> Batch:
-        training, data = self.run.config.training, self.run.config.data
-        zeros = torch.zeros(training.per_device_batch_size, data.max_length, dtype=torch.int64, device=self.run.device)
-        extra = zeros if data.document_mask else None
+        """A batch of the shape of the next step's."""
+        stage = self._plan.stage(self.run.step + 1)
+        zeros = torch.zeros(stage.rows, stage.length, dtype=torch.int64, device=self.run.device)
+        extra = zeros if self.run.config.data.document_mask else None
         return Batch(zeros, zeros, extra, extra, first_sample=0, targets=zeros.numel())
 
     def _step(self, is_last: bool) -> None:
         """One optimizer step over all its micro-batches, with the hooks around it."""
         run, calls, state = self.run, self.calls, self.run.state
         step = state.step + 1
+        length, is_first = self._plan.stage(step).length, not self._lengths
+        # A step with rows of a new length compiles and warms caches up: it is no part of throughput.
+        if is_new := length not in self._lengths:
+            self._lengths.add(length)
+            self._synchronize()
         started = time.perf_counter()
         data = run.loader.next_step()
         if calls.on_step_start is not None:
@@ -161,22 +170,23 @@ class Trainer:
                 data.targets,
                 on_batch=self._on_batch if calls.on_batch is not None else None,
                 on_gradients=self._on_gradients if calls.on_gradients is not None else None,
-                before_update=self.signals.defer if self._first_step else None,
+                before_update=self.signals.defer if is_first else None,
             )
         except RuntimeError:
             self._refuse_untrained(failed=True)  # a change of what is trained may fail in torch first
             raise
         state.advance(data.tokens, data.targets)
         self._buffer.add(step, data, result.loss, result.norm, result.skipped)
-        self._timer.step(data.tokens, data.targets)
-        if self._first_step:
+        flops = self._flops.get(length, 0.0) * data.tokens
+        self._timer.step(data.tokens, data.targets, flops)
+        if is_first:
             self.after_first_update()
-            # The step compiles and warms caches up: it is no part of throughput.
-            self._first_step = False
+        if is_new:
             self._synchronize()
-            self._timer.exclude_step(time.perf_counter() - started, data.tokens)
-        elif self.time_budget is not None:
-            self.time_budget.record_step(time.perf_counter() - started)
+            self._timer.exclude_step(time.perf_counter() - started, data.tokens, flops)
+        if self.time_budget is not None:
+            growth = self._plan.stage(step + 1).tokens / data.tokens
+            self.time_budget.record_step(0.0 if is_new else time.perf_counter() - started, growth)
         if calls.on_step_end is not None:
             calls.on_step_end(run, StepEnd(step, state.tokens, state.target_tokens, is_last))
 
@@ -271,7 +281,7 @@ class Trainer:
             with self._timer.paused():
                 self.rebuild(decision.rebuild)
                 self._warm_up()
-            self._first_step = True  # it compiles again, and the new state has to be one that can be saved
+            self._lengths.clear()  # it compiles again, and the new state has to be one that can be saved
         return decision
 
     def _log(self, *, notify: bool) -> None:
@@ -359,7 +369,7 @@ class Trainer:
     def _update_status(self) -> None:
         # Of the latest intervals only: the list grows with the run.
         rate = statistics.median(self._rates[-15:]) if self._rates else None
-        left = (self._max_steps - self.run.step) * self.run.known["tokens_per_step"]
+        left = self._plan.tokens_between(self.run.step, self._max_steps)
         self.checkpointer.run_dir.status.update(
             state="running",
             step=self.run.step,

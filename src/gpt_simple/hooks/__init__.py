@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from gpt_simple.hooks.plugin import NoConfig, Plugin
     from gpt_simple.hooks.preflight import (
+        BatchStage,
         CheckedOutput,
         ConfigChanges,
         Environment,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HOOKS",
     "BatchReady",
+    "BatchStage",
     "CheckedOutput",
     "CheckpointInfo",
     "CheckpointLoaded",

@@ -21,7 +21,8 @@ class Batch:
     ``labels`` are the next tokens, -100 where there is no target; ``targets`` is the number of the others.
     ``position_ids`` and ``document_ids`` are set with ``data.document_mask``: positions restart in every document, and
     attention stays within one document id. ``first_sample`` is the index of the first row in the order of samples, in
-    an evaluation among the rows evaluated.
+    an evaluation among the rows evaluated. Where ``training.warmup_stages`` shorten rows, each ``data.max_length / T``
+    rows are one sample.
     """
 
     input_ids: Tensor

@@ -96,9 +96,10 @@ class StepEnd:
 class CollectMetrics:
     """A logging boundary. Totals are over all processes and since the previous boundary.
 
-    ``train_seconds`` is ``wall_seconds`` without evaluation, checkpoints and the first step of the process
-    (compilation); ``timed_steps`` and ``timed_tokens`` are the steps and tokens in that time. ``data_seconds`` is the
-    time spent waiting for data.
+    ``train_seconds`` is ``wall_seconds`` without evaluation, checkpoints and the first step of the process with rows of
+    a length (compilation); ``timed_steps`` and ``timed_tokens`` are the steps and tokens in that time, ``timed_flops``
+    the model's floating-point operations, 0 if it does not count them. ``data_seconds`` is the time spent waiting for
+    data.
     """
 
     step: int
@@ -110,6 +111,7 @@ class CollectMetrics:
     train_seconds: float
     wall_seconds: float
     data_seconds: float
+    timed_flops: float = 0.0
 
 
 @frozen

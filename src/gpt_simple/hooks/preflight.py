@@ -38,6 +38,22 @@ class PreflightOptions:
 
 
 @frozen
+class BatchStage:
+    """The batches of the optimizer steps from ``first_step`` on: one stage of ``training.warmup_stages``, or the rest.
+
+    On each process a step has ``accumulation`` micro-batches of shape [rows, length]. Over all processes it reads
+    ``samples`` rows of ``data.max_length``, which are ``tokens`` positions.
+    """
+
+    first_step: int
+    accumulation: int
+    rows: int
+    length: int
+    samples: int
+    tokens: int
+
+
+@frozen
 class InspectedData:
     """The data, as far as they are known.
 
@@ -248,7 +264,17 @@ class Preflight(Protocol):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimizer step, over all micro-batches and processes."""
+        """Samples of an optimizer step after the warm-up stages, over all micro-batches and processes."""
+
+    @property
+    def stages(self) -> Sequence[BatchStage]:
+        """The stages of ``training.warmup_stages`` that the run reaches, and the rest of its steps."""
+
+    def samples_after(self, step: int) -> int:
+        """Samples that are read up to the end of ``step``, not before ``steps_done``."""
+
+    def last_step(self, samples: int) -> int:
+        """The last step that reads none but the first ``samples``, not before ``steps_done``."""
 
     @property
     def steps_done(self) -> int:
@@ -293,9 +319,17 @@ class Preflight(Protocol):
         """Raise ConfigError for a time budget that the run would refuse, if the model's size is known."""
 
     def predict_memory(
-        self, *, vocab_size: int, precision: str, compiled: bool, world_size: int, cuda: bool
+        self,
+        *,
+        vocab_size: int,
+        precision: str,
+        compiled: bool,
+        world_size: int,
+        cuda: bool,
+        steps: tuple[int, int] | None = None,
     ) -> MemoryPrediction:
         """Predict the memory for a tokenizer of ``vocab_size`` and precision ``bf16``, ``fp16`` or ``no``.
 
-        ``cuda``: as on a GPU. Memory of plugins is not included. Imports torch and takes seconds.
+        ``cuda``: as on a GPU. ``steps``: the first and the last step, None for all of the run. Memory of plugins is not
+        included. Imports torch and takes seconds.
         """

@@ -171,7 +171,11 @@ class Run(Protocol):
         """
 
     def facts(self) -> dict[str, Any]:
-        """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ..."""
+        """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ...
+
+        ``tokens_per_step`` counts those after the warm-up stages. ``stages`` has the fields of a ``BatchStage`` for
+        each stage that the run reaches.
+        """
 
     def record(self, key: str, value: Any) -> None:
         """Keep a fact of a plugin in run.json, such as the id of a tracker's run: durable when this returns.

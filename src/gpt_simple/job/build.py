@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from attrs import asdict
 
 from gpt_simple._names import __version__
 from gpt_simple.checkpoint.state import (
@@ -20,6 +21,7 @@ from gpt_simple.checkpoint.state import (
 from gpt_simple.checkpoint.store import weights_stem
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.loader import Loader
+from gpt_simple.data.plan import BatchPlan
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
 from gpt_simple.engine.components import attributed_calls, guarded
@@ -86,10 +88,11 @@ def build_trainer(
             world_size=dist.size,
             rank=dist.rank,
             device=dist.device,
+            step=job.state.step,
             consumed=plan.samples,
         )
         with closing(loader):
-            _warn_of_early_end(job, loader, plan.samples)
+            _warn_of_early_end(job, loader)
             yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader, current)
 
 
@@ -180,7 +183,7 @@ def _trainer(
     current: CurrentOptimizer,
 ) -> Trainer:
     plugins, model = job.plugins, train_step.model
-    known = _run_info(job, data, model)
+    known = _run_info(job, data, model, loader.plan)
     conditions = [] if time_budget is None else [time_budget.reason_to_stop]
     control = job.control(*conditions, throttled(run_dir.take_stop_request))
     run = plugins.extended_view(
@@ -199,13 +202,13 @@ def _trainer(
 
     def rebuild(reason: str) -> None:
         rebuild_optimizer(job, current, train_step, reason)
-        known.update(_run_info(job, data, model))
+        known.update(_run_info(job, data, model, loader.plan))
 
     checkpointer = Checkpointer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, current, run_dir.record),
+        snapshot=partial(_snapshot, job, plan, model, current, run_dir.record, loader.plan),
         time_budget=time_budget,
     )
     return Trainer(
@@ -221,18 +224,23 @@ def _trainer(
     )
 
 
-def _warn_of_early_end(job: Job, loader: Loader, consumed: int) -> None:
-    left, steps = loader.steps_after(consumed), job.config.training.max_steps
-    if left is not None and job.state.step + left < steps:
+def _warn_of_early_end(job: Job, loader: Loader) -> None:
+    last, steps = loader.last_step(), job.config.training.max_steps
+    if last is not None and last < steps:
         job.plugins.log.warning(
-            f"the data end after step {job.state.step + left:,} of {steps:,}, and the run with them"
+            f"the data end after step {last:,} of {steps:,}, and the run with them"
             f' (data.on_exhaustion = "{job.config.data.on_exhaustion}")',
             name="data_end_early",
         )
 
 
 def _snapshot(
-    job: Job, plan: ResumePlan, model: torch.nn.Module, current: CurrentOptimizer, record: RunRecord
+    job: Job,
+    plan: ResumePlan,
+    model: torch.nn.Module,
+    current: CurrentOptimizer,
+    record: RunRecord,
+    batch_plan: BatchPlan,
 ) -> Snapshot:
     """The content of a checkpoint: tensors and JSON documents by file stem."""
     moments, optimizer_document = optimizer_state(job, current)
@@ -243,7 +251,7 @@ def _snapshot(
         "version": __version__,
         **job.state.state_dict(),
         "finished": job.spec.without_secrets(job.state.finished),
-        "samples": job.state.tokens // job.config.data.max_length,
+        "samples": batch_plan.samples_after(job.state.step),
         "model": layouts(weights),
         "optimizer": optimizer_document,
         "scaler": job.runtime.precision.scaler.state_dict(),
@@ -259,13 +267,12 @@ def _snapshot(
     return tensors, documents | ({RECORD: finite(record.document())} if job.has_store else {})
 
 
-def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]:
+def _run_info(job: Job, data: Dataset, model: torch.nn.Module, batch_plan: BatchPlan) -> dict[str, Any]:
     """The result of ``run.facts()``. Comes after ``on_model_built``, which may have added parameters."""
     config, device, model = job.config, job.dist.device, guarded(job.spec.registry, job.config, model)
     flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
     document_kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
-    precision, compile_plan, training = job.runtime.precision, job.runtime.compile_plan, config.training
-    rows = training.per_device_batch_size * training.gradient_accumulation_steps * job.dist.size
+    precision, compile_plan = job.runtime.precision, job.runtime.compile_plan
     with precision.autocast():
         kernel = document_kernel(device) if document_kernel and config.data.document_mask else None
     return {
@@ -276,7 +283,8 @@ def _run_info(job: Job, data: Dataset, model: torch.nn.Module) -> dict[str, Any]
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_token": flops(config.data.max_length) if flops is not None else None,
         "peak_flops": peak_flops(_device_name(device), precision.name),
-        "tokens_per_step": rows * config.data.max_length,
+        "tokens_per_step": batch_plan.stages[-1].tokens,
+        "stages": [asdict(stage) for stage in batch_plan.between(1, config.training.max_steps)],
         "document_kernel": kernel,
         "floor": data.floor,
         "data": data.describe(),

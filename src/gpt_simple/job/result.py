@@ -27,7 +27,7 @@ class TrainResult:
     """Optimizer steps since step 0, those of earlier launches included."""
 
     total_tokens: int
-    """Positions consumed: steps x per_device_batch_size x accumulation x world size x max_length."""
+    """Positions consumed: the samples of all steps and processes x max_length."""
 
     total_target_tokens: int
     """The positions of these that were in the loss."""

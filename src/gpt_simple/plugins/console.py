@@ -21,11 +21,13 @@ from gpt_simple.hooks import Plugin, hookimpl
 from gpt_simple.plugins.console_text import (
     banner,
     checkpoint_line,
+    compiling_steps,
     evaluation_line,
     log_lines,
     metrics_line,
     printable,
     summary_lines,
+    tokens_between,
 )
 from gpt_simple.plugins.metrics import without_nan
 
@@ -62,13 +64,18 @@ class Console(Plugin[ConsoleConfig]):
             is_terminal = getattr(sys.stdout, "isatty", bool)() and os.environ.get("TERM") != "dumb"
             self._mode = "live" if is_terminal else "lines"
         self._view: LiveView | None = None
-        self._step_ms: deque[float] = deque(maxlen=_INTERVALS)
+        self._stages: Sequence[Mapping[str, Any]] = [{"first_step": 1, "tokens": 1}]
+        self._token_ms: deque[float] = deque(maxlen=_INTERVALS)
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
+        self._stages = event.facts["stages"]
         self._write("start", banner(run, event), {"step": event.step, "max_steps": event.max_steps, **event.facts})
-        if event.facts["compile"] != "off" and event.step < event.max_steps:
+        compiling = compiling_steps(event.facts, event.step)
+        if compiling and event.step < event.max_steps:
             line = f"step {event.step + 1} compiles the model: this takes a while, once"
+            if others := ", ".join(f"{step:,}" for step in compiling[1:]):
+                line += f" for each length of rows (again at step {others})"
             self._write("compile", [line], {"step": event.step + 1})
         if self._mode == "live":
             from gpt_simple.plugins.console_live import LiveView
@@ -79,7 +86,7 @@ class Console(Plugin[ConsoleConfig]):
     @hookimpl
     def on_metrics(self, run: Run, event: ev.MetricsReady) -> None:
         if (milliseconds := event.metrics.get("perf/step_ms")) is not None:
-            self._step_ms.append(milliseconds)
+            self._token_ms.append(milliseconds / tokens_between(self._stages, event.step - 1, event.step))
         if self._view is not None:
             self._view.metrics(event.metrics)
             return
@@ -126,13 +133,15 @@ class Console(Plugin[ConsoleConfig]):
     def _left(self, run: Run) -> float | None:
         """Seconds of training to the last step, from the median of the latest intervals; None if the speed is unknown.
 
-        ``perf/step_ms`` includes neither evaluations nor checkpoints nor the compiling step.
+        ``perf/step_ms`` includes neither evaluations nor checkpoints nor a compiling step. A step takes as long as it
+        has tokens.
         """
-        if not self._step_ms:
+        if not self._token_ms:
             return None
         from statistics import median  # 10 ms that commands without a run need not pay
 
-        return median(self._step_ms) / 1e3 * (run.config.training.max_steps - run.step)
+        left = tokens_between(self._stages, run.step, run.config.training.max_steps)
+        return median(self._token_ms) / 1e3 * left
 
     def _write(self, kind: str, lines: Sequence[str], fields: Mapping[str, Any], *, urgent: bool = False) -> None:
         """Write ``lines``, or in JSON mode ``fields`` as one object of ``kind``."""

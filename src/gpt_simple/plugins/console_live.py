@@ -21,7 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gpt_simple.plugins.console_text import duration, filled
+from gpt_simple.plugins.console_text import compiling_steps, duration, filled
 
 if TYPE_CHECKING:
     from gpt_simple.hooks import events as ev
@@ -78,8 +78,7 @@ class LiveView:
         """The step whose checkpoint is being written."""
 
         self.warnings = 0
-        self._first_step = event.step
-        self._compiles = event.facts["compile"] != "off"
+        self._compiling = compiling_steps(event.facts, event.step)
         self._step = step
         self._max_steps = event.max_steps
         self._left = left
@@ -126,7 +125,7 @@ class LiveView:
     def _progress(self, width: int) -> Table | Text:
         step = self._step()
         done = f"step {step:,}/{self._max_steps:,}"
-        if self._compiles and step == self._first_step:
+        if step + 1 in self._compiling:
             what = "compiling"
         elif self.saving == step:
             what = "saving a checkpoint"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -59,16 +59,13 @@ def log_lines(event: ev.LogRecord) -> str:
 
 def banner(run: Run, event: ev.RunStart) -> list[str]:
     """What runs, on which device, with which sizes, and from where it starts."""
-    info, training = event.facts, run.config.training
-    rows = training.per_device_batch_size * training.gradient_accumulation_steps * run.world_size
+    info = event.facts
     lines = [
         f"device     {info['device']} x {run.world_size}, precision {info['precision']} ({info['precision_why']}),"
         f" compile {info['compile']}",
         f"model      {run.config.model.name}: {info['parameters']:,} parameters",
         f"data       {_data(info['data'])}",
-        f"step       {training.per_device_batch_size} rows x {training.gradient_accumulation_steps} micro-batches x"
-        f" {run.world_size} processes x {info['tokens_per_step'] // rows} tokens"
-        f" = {info['tokens_per_step']:,} tokens; {event.max_steps:,} steps",
+        *_steps(info["stages"], run.world_size, event.max_steps),
         f"plugins    {', '.join(info['plugins'])}",
         f"output     {run.output_dir}",
     ]
@@ -80,6 +77,39 @@ def banner(run: Run, event: ev.RunStart) -> list[str]:
         )
     lines.append(f"start      {event.promise}")
     return lines
+
+
+def _steps(stages: Sequence[Mapping[str, Any]], world_size: int, max_steps: int) -> Iterator[str]:
+    """The shape of a step, on a line for each stage."""
+    for number, stage in enumerate(stages):
+        yield (
+            f"{'' if number else 'step':<10} {stage['rows']} rows x {stage['accumulation']} micro-batches x"
+            f" {world_size} processes x {stage['length']} tokens = {stage['tokens']:,} tokens"
+            + (f" from step {stage['first_step']:,} on" if len(stages) > 1 else "")
+            + (f"; {max_steps:,} steps" if number == len(stages) - 1 else "")
+        )
+
+
+def compiling_steps(facts: Mapping[str, Any], step: int) -> list[int]:
+    """The steps after ``step`` that compile the model: the first with rows of each length."""
+    stages = facts.get("stages", ())
+    if facts["compile"] == "off":
+        return []
+    first: dict[int, int] = {}
+    for stage, following in zip(stages, [*stages[1:], None], strict=False):
+        if following is None or following["first_step"] > step + 1:
+            first.setdefault(stage["length"], max(stage["first_step"], step + 1))
+    return list(first.values()) or [step + 1]
+
+
+def tokens_between(stages: Sequence[Mapping[str, Any]], step: int, last_step: int) -> int:
+    """Tokens of the steps after ``step`` up to ``last_step``; ``stages`` are those of ``run.facts()``."""
+    total, end = 0, last_step + 1
+    for stage in reversed(stages):
+        begin = max(stage["first_step"], step + 1)
+        total += max(0, end - begin) * stage["tokens"]
+        end = min(end, begin)
+    return total
 
 
 def _data(data: Mapping[str, Any]) -> str:

@@ -56,6 +56,7 @@ class Memory(Plugin[NoConfig]):
             compiled=event.facts["compile"] != "off",
             world_size=run.world_size,
             cuda=run.device.type == "cuda",
+            steps=(event.step + 1, max(event.step + 1, min(event.step + _MEASURED_STEPS, event.max_steps))),
         )
         self._last_step = event.step + _MEASURED_STEPS
         self._predicted = self._prediction.training_peak

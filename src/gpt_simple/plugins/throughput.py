@@ -40,9 +40,9 @@ class Throughput(Plugin[NoConfig]):
             self._rates.append(rate)
             metrics["perf/tokens_per_second"] = Metric(rate, reduce="last")
             metrics["perf/step_ms"] = Metric(1e3 * event.train_seconds / event.timed_steps, reduce="max")
-            info = run.facts()
-            if info["peak_flops"] and info["flops_per_token"]:
-                mfu = rate * info["flops_per_token"] / (info["peak_flops"] * run.world_size)
+            peak = run.facts()["peak_flops"]
+            if peak and event.timed_flops:
+                mfu = event.timed_flops / event.train_seconds / (peak * run.world_size)
                 self._mfu.append(mfu)
                 metrics["perf/mfu"] = Metric(mfu, reduce="last")
         return metrics

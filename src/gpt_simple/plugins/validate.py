@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from attrs import asdict
+
 from gpt_simple import CheckpointError, Finding, GptSimpleError, ModelConfig, OptimizerConfig
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
 from gpt_simple.plugins.validate_data import data_findings
@@ -69,6 +71,15 @@ def _steps(preflight: Preflight) -> Iterator[Finding]:
         if every and every > training.max_steps and not preflight.is_default(f"training.{name}"):
             message = f"{name} {every} is more than max_steps {training.max_steps}: {what}"
             yield Finding("warning", "interval-beyond-run", message, f"training.{name}")
+    warmup = sum(stage.steps for stage in training.warmup_stages)
+    if training.warmup_stages and warmup >= training.max_steps:
+        reached = len(preflight.stages)
+        message = (
+            f"the warm-up stages last {warmup:,} steps, and max_steps is {training.max_steps:,}: the run ends in stage"
+            f" {reached} of {len(training.warmup_stages)}"
+        )
+        hint = "shorten them or raise max_steps"
+        yield Finding("warning", "warmup-stages-beyond-run", message, "training.warmup_stages", hint)
     if training.max_runtime_seconds is not None and training.resume == "scratch":
         message = 'the run stops after max_runtime_seconds, and resume "scratch" will not let it go on'
         yield Finding("warning", "stops-for-good", message, "training.resume", 'use "auto"')
@@ -140,13 +151,14 @@ def _components(preflight: Preflight) -> Iterator[Finding]:
 
 
 def _summary(preflight: Preflight) -> Iterator[Finding]:
-    config, rows = preflight.config, preflight.rows_per_step
-    tokens = rows * config.data.max_length
-    message = (
-        f"{config.training.max_steps:,} steps of {tokens:,} tokens ({rows} rows of {config.data.max_length}):"
-        f" {preflight.samples * config.data.max_length:,} tokens"
-    )
-    fields = {"steps": config.training.max_steps, "tokens_per_step": tokens}
+    steps, stages = preflight.config.training.max_steps, preflight.stages
+    sizes = [f"{stage.tokens:,} tokens ({stage.tokens // stage.length} rows of {stage.length})" for stage in stages]
+    ends = [*(stage.first_step - 1 for stage in stages[1:]), steps]
+    spans = [f"{stage.first_step:,} to {end:,} of {size}" for stage, end, size in zip(stages, ends, sizes, strict=True)]
+    made = f"{steps:,} steps of {sizes[0]}" if len(stages) == 1 else f"{steps:,} steps, {', '.join(spans)}"
+    message = f"{made}: {preflight.samples * preflight.config.data.max_length:,} tokens"
+    tokens = preflight.rows_per_step * preflight.config.data.max_length
+    fields = {"steps": steps, "tokens_per_step": tokens, "stages": [asdict(stage) for stage in stages]}
     yield Finding("info", "config", message, fields=fields)
 
 

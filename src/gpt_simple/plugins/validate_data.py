@@ -50,19 +50,18 @@ def data_findings(preflight: Preflight) -> Iterator[Finding]:
 
 def _epochs(preflight: Preflight) -> Iterator[Finding]:
     config, data = preflight.config, preflight.data
-    steps, rows, length = config.training.max_steps, preflight.rows_per_step, config.data.max_length
+    steps, length = config.training.max_steps, config.data.max_length
     if data.train_tokens is None:
         return
     about = "about " if data.estimated or data.unpacked else ""
     needed, total = preflight.samples, data.total
     if total is not None and total < needed:
-        made, before = preflight.steps_done, preflight.samples_done
-        left = max(0, total - before) // rows
+        last = preflight.last_step(total)
         exhausted = f"on_exhaustion {config.data.on_exhaustion!r}"
-        message = f"the data end after {about}step {made + left:,} of {steps:,} ({exhausted})"
+        message = f"the data end after {about}step {last:,} of {steps:,} ({exhausted})"
         hint = 'lower training.max_steps, or set "repeat"'
         yield Finding("warning", "data-end-early", message, "data.on_exhaustion", hint, _DATA)
-        needed = before + left * rows
+        needed = preflight.samples_after(last)
     epochs = needed / (sum(data.buckets.values()) or data.train_tokens / length or 1)
     message = f"the run reads the data {about}{epochs:.2f} times"
     yield Finding("info", "epochs", message, fields={"epochs": epochs})
@@ -101,7 +100,8 @@ def _ends(preflight: Preflight, rows_taken: RowsTaken, needed: int) -> Iterator[
     for name, rows in preflight.data.buckets.items():
         if rows and taken[name] >= rows:
             samples = bisect_left(range(needed), True, key=lambda samples: rows_taken(samples)[name] >= rows)
-            step = preflight.steps_done + -(-max(0, samples - preflight.samples_done) // preflight.rows_per_step)
+            before = samples <= preflight.samples_done
+            step = preflight.steps_done if before else preflight.last_step(samples - 1) + 1
             message = f"bucket {name!r} ({about}{rows:,} rows) has been read whole after {about}step {step:,}"
             yield Finding("info", "bucket-ends", message, fields={"bucket": name, "step": step})
 
@@ -139,7 +139,10 @@ def _validation(preflight: Preflight) -> Iterator[Finding]:
     rows = data.val_rows
     if training.max_eval_batches is not None:
         rows = min(rows, training.max_eval_batches * training.per_device_batch_size)
-    evaluating, stepping = rows / 3, min(training.eval_steps, training.max_steps) * preflight.rows_per_step
+    # The mean over the stages.
+    steps, samples = training.max_steps - preflight.steps_done, preflight.samples - preflight.samples_done
+    per_step = samples / steps if steps > 0 else preflight.rows_per_step
+    evaluating, stepping = rows / 3, min(training.eval_steps, training.max_steps) * per_step
     share = evaluating / (evaluating + stepping)
     if share > _EVALUATION_SHARE:
         message = f"evaluating {rows:,} rows every {training.eval_steps} steps takes about {share:.0%} of the time"

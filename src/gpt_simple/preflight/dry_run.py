@@ -7,11 +7,13 @@ the data and other processes are left out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from attrs import frozen
 
 from gpt_simple.config.schema import Config
+from gpt_simple.data.plan import BatchPlan
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import CompilePlan, compile_model
 from gpt_simple.engine.components import attributed_calls, guarded
@@ -21,6 +23,7 @@ from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.step import OnBatch, OnGradients, StepResult, TrainStep
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import Registry
+from gpt_simple.hooks.preflight import BatchStage
 from gpt_simple.model.gpt import GPT
 from gpt_simple.model.loss import summed_cross_entropy
 from gpt_simple.model.shape import padded
@@ -34,6 +37,7 @@ class DryRun:
 
     train_step: TrainStep
     batch: Batch
+    evaluation_batch: Batch
     micro_batches: int
 
     @classmethod
@@ -44,12 +48,14 @@ class DryRun:
         precision: Precision,
         *,
         vocab_size: int,
+        stage: BatchStage | None = None,
         compile_plan: CompilePlan = EAGER,
         loss_function: Callable[..., torch.Tensor] = summed_cross_entropy,
         fake_tensors: bool = False,
     ) -> DryRun:
         """Build everything on the precision's device. ``vocab_size`` is the tokenizer's.
 
+        The batches are those of ``stage``, by default of the steps after the warm-up stages.
         A model of the family ``gpt`` computes its loss with ``loss_function``. ``fake_tensors``: the caller is in a
         mode in which tensors have no memory and no values.
         """
@@ -82,8 +88,12 @@ class DryRun:
             **attributed_calls(registry, config),
         )
         guarded(registry, config, model).train()
-        batch = synthetic_batch(config, min(vocab_size, rows), device)
-        return cls(train_step, batch, config.training.gradient_accumulation_steps)
+        last = BatchPlan.of(config).stages[-1]
+        stage = stage or last
+        make = partial(synthetic_batch, min(vocab_size, rows), device, masked=config.data.document_mask)
+        whole = make(last.rows, last.length)
+        batch = whole if stage.length == last.length else make(stage.rows, stage.length)
+        return cls(train_step, batch, whole, stage.accumulation)
 
     def step(
         self,
@@ -101,7 +111,7 @@ class DryRun:
         """The forward pass of an evaluation's batch."""
         step = self.train_step
         with evaluation_weights(step.optimizer), evaluation_mode(step.model, step.precision, step.seed):
-            return step.summed_loss(step.wrapped, self.batch)
+            return step.summed_loss(step.wrapped, self.evaluation_batch)
 
     def optimizer_state(self) -> list[torch.Tensor]:
         """The tensors of the optimizer's state, once there was a step."""
@@ -117,11 +127,9 @@ class DryRun:
         return size + sum(parameter.nbytes for parameter in evaluated)
 
 
-def synthetic_batch(config: Config, vocab_size: int, device: torch.device) -> Batch:
-    """A micro-batch of random tokens, with the shapes of the run's own."""
-    rows, length = config.training.per_device_batch_size, config.data.max_length
+def synthetic_batch(vocab_size: int, device: torch.device, rows: int, length: int, *, masked: bool) -> Batch:
+    """A micro-batch of random tokens."""
     ids, labels = (torch.randint(vocab_size, (rows, length), device=device) for _ in range(2))
-    masked = config.data.document_mask
     positions = torch.arange(length, device=device).repeat(rows, 1) if masked else None
     documents = torch.zeros_like(ids) if masked else None
     return Batch(ids, labels, positions, documents, 0, rows * length)

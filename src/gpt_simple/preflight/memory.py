@@ -6,6 +6,7 @@ With several processes the buckets of DistributedDataParallel hold the gradients
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,15 @@ from attrs import evolve
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt_simple.config.schema import Config
-from gpt_simple.data.loader import CHUNK_STEPS, CHUNK_TOKENS
+from gpt_simple.data.loader import steps_per_chunk
+from gpt_simple.data.plan import BatchPlan
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import preserved_process_state
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import GpuSpec, find_gpu
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import Registry, builtin_registry
-from gpt_simple.hooks.preflight import MemoryForecast, MemoryPrediction, PreflightOptions
+from gpt_simple.hooks.preflight import BatchStage, MemoryForecast, MemoryPrediction, PreflightOptions
 from gpt_simple.model.loss import ROWS_PER_CHUNK, summed_cross_entropy
 from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory_tracker import CATEGORIES, MemoryTracker
@@ -41,12 +43,52 @@ def predict_memory(
     world_size: int = 1,
     cuda: bool = False,
     registry: Registry | None = None,
+    steps: tuple[int, int] | None = None,
 ) -> MemoryPrediction:
     """Predict for ``vocab_size`` tokens of the tokenizer and precision ``bf16``, ``fp16`` or ``no``.
 
-    ``cuda``: as on a GPU, with its allocator's blocks and its rows in a chunk of the loss. Takes seconds, and no memory
-    for tensors. What plugins allocate is left out.
+    ``cuda``: as on a GPU, with its allocator's blocks and its rows in a chunk of the loss. ``steps``: the first and the
+    last step, None for all. Of several stages the largest counts. Takes seconds, and no memory for tensors. What
+    plugins allocate is left out.
     """
+    stages = BatchPlan.of(config).between(*(steps or (1, config.training.max_steps)))
+    predict = partial(
+        _predict,
+        config,
+        stages,
+        vocab_size=vocab_size,
+        precision=precision,
+        compiled=compiled,
+        world_size=world_size,
+        cuda=cuda,
+        registry=registry or builtin_registry(),
+    )
+    return max(map(predict, _largest(stages)), key=lambda prediction: prediction.peak)
+
+
+def _largest(stages: Sequence[BatchStage]) -> list[BatchStage]:
+    """The stages one of which has the peak: none has longer rows and as many micro-batches, of which two count."""
+    sizes = {(stage.length, min(2, stage.accumulation)): stage for stage in stages}
+    return [
+        stage
+        for (length, count), stage in sizes.items()
+        if not any((length, count) != other and length <= other[0] and count <= other[1] for other in sizes)
+    ]
+
+
+def _predict(
+    config: Config,
+    stages: Sequence[BatchStage],
+    stage: BatchStage,
+    *,
+    vocab_size: int,
+    precision: str,
+    compiled: bool,
+    world_size: int,
+    cuda: bool,
+    registry: Registry,
+) -> MemoryPrediction:
+    """The prediction for the batches of ``stage``, with the largest chunk of all ``stages``."""
     # Fake tensors of a device that this torch was not built for cannot be differentiated: the CPU stands in for it.
     device = torch.device("cpu")
     dtype = _DTYPES[precision]
@@ -58,13 +100,14 @@ def predict_memory(
     with preserved_process_state(), FakeTensorMode(), tracker:
         dry_run = DryRun.prepare(
             config,
-            registry or builtin_registry(),
+            registry,
             setting,
             vocab_size=vocab_size,
+            stage=stage,
             loss_function=loss_function,
             fake_tensors=True,
         )
-        _make_steps(dry_run, tracker, config, world_size, cuda)
+        _make_steps(dry_run, tracker, config, stages, world_size, cuda)
     copy = dry_run.state_bytes() if config.training.background_save and config.training.save_steps else 0
     here = 0 if cuda else copy
     by_category = {**{name: tracker.peak_by.get(name, 0) for name in CATEGORIES}, "copies": here}
@@ -73,7 +116,14 @@ def predict_memory(
     return MemoryPrediction(tracker.peak + here, by_category, phase, place, by_phase, compiled, copy)
 
 
-def _make_steps(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_size: int, cuda: bool) -> None:
+def _make_steps(
+    dry_run: DryRun,
+    tracker: MemoryTracker,
+    config: Config,
+    stages: Sequence[BatchStage],
+    world_size: int,
+    cuda: bool,
+) -> None:
     """A step that creates the optimizer's state, one that has it from its start, and an evaluation.
 
     The second micro-batch of a step meets the gradients of the first; more of them need no more. Hooks of torch and of
@@ -86,7 +136,7 @@ def _make_steps(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_s
     rows = (batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
     tracker.name((tensor for tensor in rows if tensor is not None), "data")
     tracker.enter("data")
-    held = _chunks(config, cuda)
+    held = _chunks(config, stages, cuda)
     buckets = {name: torch.zeros_like(parameter) for name, parameter in trained.items()} if world_size > 1 else {}
     tracker.name(buckets.values(), "gradients")
     micro_batches, is_last = 0, False
@@ -111,7 +161,7 @@ def _make_steps(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_s
     for name, parameter in trained.items():
         parameter.register_post_accumulate_grad_hook(partial(on_gradient, name))  # type: ignore[no-untyped-call]
     results: list[torch.Tensor] = []  # the trainer keeps them until it logs
-    for micro_batches in (1, min(2, config.training.gradient_accumulation_steps)):
+    for micro_batches in (1, min(2, dry_run.micro_batches)):
         results += dry_run.step(micro_batches, on_batch=on_batch, on_gradients=lambda: tracker.enter("clipping"))
         tracker.name(dry_run.optimizer_state(), "optimizer")
     if config.training.eval_steps:
@@ -120,18 +170,16 @@ def _make_steps(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_s
     del held, results
 
 
-def _chunks(config: Config, cuda: bool) -> list[torch.Tensor]:
+def _chunks(config: Config, stages: Sequence[BatchStage], cuda: bool) -> list[torch.Tensor]:
     """The rows that the loader keeps on the device: on a GPU two chunks while it changes from one to the next.
 
     On a CPU the training thread has a chunk of its own without ``data.num_workers``; what other threads read does not
     count.
     """
-    training, length = config.training, config.data.max_length
-    step_rows = training.gradient_accumulation_steps * training.per_device_batch_size
-    steps = min(max(CHUNK_TOKENS // (step_rows * length), 1), CHUNK_STEPS)
+    tokens = max(steps_per_chunk(stage.tokens) * stage.tokens for stage in stages)
     tensors = 4 if config.data.document_mask else 2
     chunks = 2 if cuda else 0 if config.data.num_workers else 1
-    return [torch.empty(steps * step_rows, length, dtype=torch.int64) for _ in range(chunks * tensors)]
+    return [torch.empty(tokens, dtype=torch.int64) for _ in range(chunks * tensors)]
 
 
 def forecast_memory(

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import frozen
 
 from gpt_simple.config.schema import Config, ModelConfig
+from gpt_simple.data.plan import BatchPlan
 from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, system_errors
 from gpt_simple.hooks.components import BUILTIN, Component, Registry
 from gpt_simple.hooks.preflight import (
+    BatchStage,
     CheckedOutput,
     Environment,
     InspectedData,
@@ -63,9 +65,23 @@ class RunPreflight:
 
     @property
     def rows_per_step(self) -> int:
-        training = self.config.training
-        per_process = training.per_device_batch_size * training.gradient_accumulation_steps
-        return per_process * self.options.world_size
+        return self._plan.stages[-1].samples
+
+    @property
+    def stages(self) -> list[BatchStage]:
+        return self._plan.between(1, self.config.training.max_steps)
+
+    def samples_after(self, step: int) -> int:
+        return self._plan.samples_after(step)
+
+    def last_step(self, samples: int) -> int:
+        return self._plan.last_step(samples)
+
+    @property
+    def _plan(self) -> BatchPlan:
+        """The plan of the launch; from the first step on if the resume would be refused."""
+        world_size = self.options.world_size
+        return BatchPlan.of(self.config, world_size=world_size, step=self._steps_over, samples=self.samples_done)
 
     @property
     def steps_done(self) -> int:
@@ -81,7 +97,7 @@ class RunPreflight:
 
     @property
     def samples(self) -> int:
-        return self.samples_done + (self.config.training.max_steps - self._steps_over) * self.rows_per_step
+        return self.samples_after(self.config.training.max_steps)
 
     @property
     def _steps_over(self) -> int:
@@ -147,7 +163,7 @@ class RunPreflight:
             self.options,
             data=self.data,
             shape=self.shape,
-            steps_done=self._steps_over,
+            plan=self._plan,
             checkpoint_bytes=self.output.checkpoint_bytes,
             compile_is_explicit=not self.is_default("training.compile"),
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from gpt_simple.config.schema import Config
+from gpt_simple.data.plan import BatchPlan
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import find_gpu
 from gpt_simple.hooks.components import Registry
@@ -48,7 +49,7 @@ def estimate_runtime(
     *,
     data: InspectedData,
     shape: Shape | None,
-    steps_done: int,
+    plan: BatchPlan,
     checkpoint_bytes: int | None,
     compile_is_explicit: bool,
 ) -> ThroughputEstimate | None:
@@ -60,7 +61,7 @@ def estimate_runtime(
         timing = _estimated(config, options.device, options.mfu, shape)
     if timing is None:
         return None
-    return _extrapolated(timing, config, options.world_size, data, steps_done, checkpoint_bytes or 0)
+    return _extrapolated(timing, config, options.world_size, data, plan, checkpoint_bytes or 0)
 
 
 def _measured(
@@ -163,14 +164,14 @@ def _estimated(config: Config, device: str, mfu: float, shape: Shape) -> _Timing
 
 
 def _extrapolated(
-    timing: _Timing, config: Config, world_size: int, data: InspectedData, steps_done: int, checkpoint_bytes: int
+    timing: _Timing, config: Config, world_size: int, data: InspectedData, plan: BatchPlan, checkpoint_bytes: int
 ) -> ThroughputEstimate:
-    """The seconds of the steps that are left."""
+    """The seconds of the steps that are left, each by its tokens. The timing is of a step after the warm-up stages."""
     training = config.training
-    done = min(steps_done, training.max_steps)
+    done = min(plan.step, training.max_steps)
     left, first = training.max_steps - done, timing.first_step if done < training.max_steps else 0.0
-    rows_per_batch = training.per_device_batch_size * world_size
-    tokens_per_step = rows_per_batch * training.gradient_accumulation_steps * config.data.max_length
+    rows_per_batch, tokens_per_step = training.per_device_batch_size * world_size, plan.stages[-1].tokens
+    tokens_left = plan.tokens_between(done + (1 if first else 0), training.max_steps)
 
     def events_left(every: int) -> int:
         return -(-training.max_steps // every) - done // every if left else 0
@@ -188,7 +189,7 @@ def _extrapolated(
         step_seconds=timing.step,
         first_step_seconds=first,
         steps_left=left,
-        training_seconds=timing.step * (left - (1 if first else 0)),
+        training_seconds=timing.step * tokens_left / tokens_per_step,
         evaluation_seconds=evaluating if data.val_tokens is not None else None,
         saving_seconds=saves * checkpoint_bytes / _WRITING,
     )
