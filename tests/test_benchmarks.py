@@ -38,3 +38,14 @@ def test_the_report_of_a_long_run() -> None:
     assert report["logged_steps"] == 100_000
     assert isinstance(report["report_mb"], float)
     assert 0 < report["report_mb"] < 2
+
+
+def test_kills_lose_nothing() -> None:
+    (count,) = measured("kills.py", "--kills", "5", "--only", "1 process").values()
+    assert isinstance(count, dict)
+    assert (count["kills"], count["lost"], count["different"], count["refused"]) == (3, 0, 0, 0)
+
+
+def test_damage_is_refused_or_harmless() -> None:
+    report = measured("damage.py", "--only", "status.json", "--every", "8")
+    assert (report["combinations"], report["failures"]) == (7, 0)
