@@ -190,6 +190,8 @@ class WeightWatch(Watch):
     def close(self) -> None:
         """Let go of the run."""
         self._run, self._parameters, self._kept = None, (), None
+        self._elements, self._places, self.caller = [], [], None
+        self.holders.clear()
 
     def taken(self) -> None:
         """The plugin that is called now, if any, gets the model."""
