@@ -37,7 +37,10 @@ def catalogue() -> dict[str, object]:
             for name, info in HOOKS.items()
         },
         "events": {
-            name: {field.name: str(field.type) for field in attrs.fields(value)}
+            name: {
+                field.alias: str(field.type) if field.alias == field.name else _signature(getattr(value, field.alias))
+                for field in attrs.fields(value)
+            }
             for name, value in sorted({**vars(events), **vars(results)}.items())
             if isinstance(value, type) and attrs.has(value) and value.__module__ in (events.__name__, results.__name__)
         },

@@ -13,6 +13,7 @@ import torch
 from attrs import define
 
 from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.engine.gradients import UneditedNorm, total_norm
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import BatchSeeder
@@ -20,14 +21,10 @@ from gpt_simple.engine.schedules import Schedule
 from gpt_simple.hooks.batch import Batch
 
 OnBatch = Callable[[int, Batch], None]
-OnGradients = Callable[[], torch.Tensor | None]
+OnGradients = Callable[[torch.Tensor, float, UneditedNorm], torch.Tensor | None]
 
 _CLIP_EPSILON = 1e-6
 """As in ``torch.nn.utils.clip_grad_norm_``: the norm afterwards is the limit or slightly less."""
-
-
-SKIP_REQUESTED = 4096.0
-"""What a request of ``skip_step`` adds to ``StepResult.skipped``. All processes together add less for a gradient."""
 
 
 def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -52,8 +49,13 @@ class StepResult(NamedTuple):
     """The summed loss of this process, in nats."""
     norm: torch.Tensor
     """The norm of the gradients before clipping."""
+    learning_rate: float
     skipped: torch.Tensor
-    """0.0 if the weights were updated. Less than SKIP_REQUESTED: the gradients were not finite, and no plugin asked."""
+    """0-d: 0.0 if the weights were updated."""
+    not_finite: torch.Tensor
+    """0-d: above 0 if a gradient was not finite."""
+    requests: torch.Tensor | None
+    """Which skips were requested: the vectors of ``on_gradients``, summed over processes."""
 
 
 @define(slots=False, eq=False, kw_only=True)
@@ -95,23 +97,27 @@ class TrainStep:
     ) -> StepResult:
         """Run step ``number``, from 1, over ``batches``; ``targets`` counts their target tokens on all processes.
 
-        ``on_batch(index, batch)`` runs before each forward pass. ``on_gradients()`` runs on reduced, unscaled
-        gradients, which it may edit; it returns a flag that skips the step, or None. All processes pass it or none.
-        ``before_update()`` runs once nothing but the update is left.
+        ``on_batch(index, batch)`` runs before each forward pass. ``on_gradients(loss, rate, norm)`` runs on reduced,
+        unscaled gradients, which it may edit; it returns None or a float vector, in which a number above 0 skips the
+        step. All processes pass it or none, and their vectors have one length. ``before_update()`` runs once nothing
+        but the update is left.
         """
+        rate = self.schedule(number)
         loss = self._accumulate(batches, targets, on_batch)
         self.precision.scaler.unscale_(self.optimizer)
-        flag = on_gradients() if on_gradients is not None else None
-        norm, skipped = self._clip()
-        found_inf = skipped
+        requests = None
         if on_gradients is not None:
-            # On all processes: one without a flag takes part in the sum, for which the others wait.
-            skipped = self.dist.sum(skipped if flag is None else torch.add(skipped, flag, alpha=SKIP_REQUESTED))
-            found_inf = (skipped > 0).float()
+            requests = on_gradients(loss, rate, UneditedNorm(self._parameters))
+        norm, not_finite = self._clip()
+        skipped = not_finite
+        if requests is not None:
+            reasons = self.dist.sum(torch.cat([not_finite.reshape(1), requests]))
+            not_finite, requests = reasons[0], reasons[1:]
+            skipped = (reasons.sum() > 0).float()
         if before_update is not None:
             before_update()
-        self._update(number, found_inf)
-        return StepResult(loss, norm, skipped)
+        self._update(rate, skipped)
+        return StepResult(loss, norm, rate, skipped, not_finite, requests)
 
     def _accumulate(self, batches: Sequence[Batch], targets: int, on_batch: OnBatch | None) -> torch.Tensor:
         """Forward and backward of all micro-batches; the summed loss."""
@@ -132,7 +138,7 @@ class TrainStep:
 
     def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients' norm before clipping, and 1.0 if it is not finite; both stay on the device."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm = total_norm(self._parameters)
         if self.max_grad_norm is not None:
             if self._skips_on_device:
                 # The fused optimizer divides by this while it reads the gradients anyway: no extra pass.
@@ -143,9 +149,8 @@ class TrainStep:
         # A finite number less itself is 0, anything else is NaN: two kernels, where isfinite takes four.
         return norm, torch.nan_to_num_((norm - norm).float(), nan=1.0)
 
-    def _update(self, number: int, skipped: torch.Tensor) -> None:
+    def _update(self, rate: float, skipped: torch.Tensor) -> None:
         """Step the optimizer at the schedule's rate, unless ``skipped``."""
-        rate = self.schedule(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self._skips_on_device:

@@ -43,7 +43,13 @@ class PluginCalls:
             self.log,
             self.comm,
         )
-        self.calls = spec.host.calls(dist.is_main, self._plugin_failed, world_size=dist.size, guard=TORCH_STATE)
+        self.calls = spec.host.calls(
+            dist.is_main,
+            self._plugin_failed,
+            world_size=dist.size,
+            guard=TORCH_STATE,
+            around={"on_gradients": self.requests.allow_skips},
+        )
 
     def extended_view(self, kind: type[View], **fields: Any) -> View:
         """A later view: what the newest one has, and ``fields``."""

@@ -17,6 +17,7 @@ from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import CHUNK_STEPS, CHUNK_TOKENS
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import preserved_process_state
+from gpt_simple.engine.step import StepResult
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import GpuSpec, find_gpu
 from gpt_simple.hooks.batch import Batch
@@ -96,6 +97,9 @@ def _make_steps(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_s
         is_last = index == micro_batches - 1
         tracker.enter("forward")
 
+    def on_gradients(*_: object) -> None:
+        tracker.enter("clipping")
+
     def on_gradient(name: str, parameter: torch.Tensor) -> None:
         tracker.move_to(name)
         if parameter.grad is not None:
@@ -110,9 +114,9 @@ def _make_steps(dry_run: DryRun, tracker: MemoryTracker, config: Config, world_s
             module.register_forward_pre_hook(lambda *_, name=name: tracker.move_to(name))
     for name, parameter in trained.items():
         parameter.register_post_accumulate_grad_hook(partial(on_gradient, name))  # type: ignore[no-untyped-call]
-    results: list[torch.Tensor] = []  # the trainer keeps them until it logs
+    results: list[StepResult] = []  # the trainer keeps them until it logs
     for micro_batches in (1, min(2, config.training.gradient_accumulation_steps)):
-        results += dry_run.step(micro_batches, on_batch=on_batch, on_gradients=lambda: tracker.enter("clipping"))
+        results.append(dry_run.step(micro_batches, on_batch=on_batch, on_gradients=on_gradients))
         tracker.name(dry_run.optimizer_state(), "optimizer")
     if config.training.eval_steps:
         tracker.enter("evaluation")
