@@ -44,6 +44,7 @@ def recipes() -> list[type[Plugin[Any]]]:
 RECIPES = {cls.__name__: cls for cls in recipes() if issubclass(cls, Plugin)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "FreezeEmbedding": {"observes": False},
+    "Sam": {"observes": False, "overrides": {"training.step": "sam"}},
     "Zigzag": {"observes": False, "overrides": {"optimizer.schedule": "zigzag"}},
 }
 

@@ -14,7 +14,7 @@ import pytest
 
 import gpt_simple
 from gpt_simple import Plugin, hookimpl, hooks, testing
-from gpt_simple.hooks import HOOKS, Registry, events, preflight, results, run
+from gpt_simple.hooks import HOOKS, Registry, events, preflight, results, run, step
 from gpt_simple.hooks.specs import HookSpecs
 from gpt_simple.plugin_host.dispatch import DISPATCHED, Calls
 from gpt_simple.plugin_host.lint import hooks_of, lint
@@ -58,6 +58,11 @@ def catalogue() -> dict[str, object]:
             if isinstance(cls, type) and cls.__module__ in (run.__name__, Registry.__module__)
             for member, value in vars(cls).items()
             if not member.startswith("_")
+        },
+        "step": {
+            name: _signature(value.__call__) if inspect.isclass(value) else _signature(value)
+            for name, value in sorted(vars(step).items())
+            if getattr(value, "__module__", "") == step.__name__
         },
         "names": {module.__name__: sorted(module.__all__) for module in (gpt_simple, hooks, testing)},
     }

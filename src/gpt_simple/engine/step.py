@@ -10,15 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from attrs import define
+from attrs import define, field
 
+from gpt_simple.config.schema import Config
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.gradients import UneditedNorm, total_norm
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import BatchSeeder
 from gpt_simple.engine.schedules import Schedule
+from gpt_simple.errors import PluginError
 from gpt_simple.hooks.batch import Batch
+from gpt_simple.hooks.step import Step, accumulate
 
 OnBatch = Callable[[int, Batch], None]
 OnGradients = Callable[[torch.Tensor, float, UneditedNorm], torch.Tensor | None]
@@ -32,9 +35,17 @@ def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     documents = () if batch.document_ids is None else (batch.position_ids, batch.document_ids)
     loss = model(batch.input_ids, batch.labels, *documents)
     if not isinstance(loss, torch.Tensor) or loss.ndim:
-        given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise TypeError(f"the model returned {given}; expected the summed loss, a 0-d tensor")
+        raise TypeError(f"the model returned {_described(loss)}; expected the summed loss, a 0-d tensor")
     return loss
+
+
+def _described(value: object) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def standard(model: torch.nn.Module, config: Config) -> Step:
+    """The step component ``standard``: one pass over the micro-batches."""
+    return accumulate
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -58,6 +69,52 @@ class StepResult(NamedTuple):
     """Which skips were requested: the vectors of ``on_gradients``, summed over processes."""
 
 
+@define(eq=False)
+class Passes:
+    """The passes of one step's component; implements ``gpt_simple.hooks.step.Backward``.
+
+    ``on_batch`` is called in the first pass over a micro-batch.
+    """
+
+    _step: TrainStep
+    _share: float
+    _batches: Sequence[Batch]
+    _on_batch: OnBatch | None
+    reduced: bool = field(default=False, init=False)
+    """Whether the last call has reduced the gradients over processes."""
+    failure: BaseException | None = field(default=None, init=False)
+    """What a call has raised."""
+    _announced: set[int] = field(factory=set, init=False)
+    _scaled: bool = field(default=True, init=False)
+
+    def __call__(self, batch: Batch, *, is_last: bool) -> torch.Tensor:
+        try:
+            if self._on_batch is not None:
+                self._announce(batch, self._on_batch)
+            self.scale_gradients(True)
+            nats = self._step.forward_backward(batch, self._share, is_last=is_last)
+        except BaseException as error:
+            self.failure = error
+            raise
+        self.reduced = is_last
+        if is_last:
+            self.scale_gradients(False)
+        return nats
+
+    def _announce(self, batch: Batch, on_batch: OnBatch) -> None:
+        for index, each in enumerate(self._batches):
+            if each is batch and index not in self._announced:
+                self._announced.add(index)
+                on_batch(index, batch)
+                return
+
+    def scale_gradients(self, scaled: bool) -> None:
+        """Bring all gradients to the loss scale of fp16, or back, where a component may read them in between."""
+        if self._step.hides_scale and scaled is not self._scaled:
+            self._step.scale_gradients(scaled)
+            self._scaled = scaled
+
+
 @define(slots=False, eq=False, kw_only=True)
 class TrainStep:
     """One optimizer step over its micro-batches: ``step(number, batches, targets)``.
@@ -65,7 +122,8 @@ class TrainStep:
     ``wrapped`` is ``model`` or the module that reduces its gradients over the processes of ``dist``. A step whose
     gradient is not finite is skipped: by the optimizer on the device if it can, else by the host, which reads one value
     a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host. ``summed_loss`` and
-    ``step_optimizer`` are the functions of these names, which may attribute a failure to a component.
+    ``step_optimizer`` are the functions of these names, which may attribute a failure to a component. ``compute`` is
+    the step component, and may attribute its failure, too.
     """
 
     model: torch.nn.Module
@@ -79,11 +137,31 @@ class TrainStep:
     fake_tensors: bool = False
     summed_loss: Callable[[torch.nn.Module, Batch], torch.Tensor] = summed_loss
     step_optimizer: Callable[[torch.optim.Optimizer], None] = step_optimizer
+    compute: Step = accumulate
+    compute_label: str = "step 'standard'"
 
     def __attrs_post_init__(self) -> None:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._reseed = BatchSeeder(self.seed, self.dist.device)
         self._skips_on_device = skips_on_device(self.optimizer)
+        # Another component may read gradients between its passes, and those must not be scaled for fp16.
+        self.hides_scale = self.precision.scaler.is_enabled() and self.compute is not accumulate
+
+    def forward_backward(self, batch: Batch, share: float, *, is_last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch, whose summed loss counts ``share`` times; the summed loss."""
+        self._reseed(batch.first_sample)
+        with self.dist.accumulating(self.wrapped, is_last):
+            with self.precision.autocast():
+                nats = self.summed_loss(self.wrapped, batch)
+            self.precision.scaler.scale(nats * share).backward()  # type: ignore[no-untyped-call]
+        return nats.detach()
+
+    def scale_gradients(self, up: bool) -> None:
+        """Multiply all gradients by the loss scale of fp16, a power of two, or divide by it. No read of the device."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if gradients:
+            scale = self.precision.scaler.scale(torch.ones((), device=gradients[0].device))
+            torch._foreach_mul_(gradients, scale if up else scale.reciprocal())
 
     def __call__(
         self,
@@ -120,21 +198,29 @@ class TrainStep:
         return StepResult(loss, norm, rate, skipped, not_finite, requests)
 
     def _accumulate(self, batches: Sequence[Batch], targets: int, on_batch: OnBatch | None) -> torch.Tensor:
-        """Forward and backward of all micro-batches; the summed loss."""
+        """The step's gradients, made by its component; the summed loss."""
         # The summed loss over the step's target tokens of all processes; DDP will divide by the world size.
-        scale = self.dist.size / max(1, targets)
-        last, loss = len(batches) - 1, None
-        for index, batch in enumerate(batches):
-            if on_batch is not None:
-                on_batch(index, batch)
-            self._reseed(batch.first_sample)
-            with self.dist.accumulating(self.wrapped, index == last):
-                with self.precision.autocast():
-                    nats = self.summed_loss(self.wrapped, batch)
-                self.precision.scaler.scale(nats * scale).backward()  # type: ignore[no-untyped-call]
-            loss = nats.detach() if loss is None else loss + nats.detach()
-        assert loss is not None
-        return loss
+        passes = Passes(self, self.dist.size / max(1, targets), batches, on_batch)
+        failure: BaseException | None = None
+        try:
+            loss = self.compute(batches, passes)
+        except BaseException as error:
+            # A failure of the engine's own part is not the component's.
+            failure = passes.failure or error
+        if failure is not None:
+            raise failure
+        if not isinstance(loss, torch.Tensor) or loss.ndim:
+            raise PluginError(
+                f"{self.compute_label} returned {_described(loss)}",
+                hint="expected the summed loss of its micro-batches, a 0-d tensor",
+            )
+        if not passes.reduced:
+            raise PluginError(
+                f"{self.compute_label} left gradients that are not reduced over processes",
+                hint="the last call of each pass over the micro-batches is backward(batch, is_last=True)",
+            )
+        passes.scale_gradients(True)
+        return loss.detach()
 
     def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients' norm before clipping, and 1.0 if it is not finite; both stay on the device."""

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt_simple.hooks.batch import Batch
     from gpt_simple.hooks.components import Component, Registry
     from gpt_simple.hooks.events import (
         BatchReady,
@@ -46,9 +47,12 @@ if TYPE_CHECKING:
     from gpt_simple.hooks.results import Finding, Metric
     from gpt_simple.hooks.run import CheckpointInfo, Run
     from gpt_simple.hooks.specs import HOOKS, HookInfo, hookimpl
+    from gpt_simple.hooks.step import Backward, Step, accumulate
 
 __all__ = [
     "HOOKS",
+    "Backward",
+    "Batch",
     "BatchReady",
     "CheckedOutput",
     "CheckpointInfo",
@@ -82,13 +86,15 @@ __all__ = [
     "RunEnd",
     "RunError",
     "RunStart",
+    "Step",
     "StepEnd",
     "StepStart",
     "ThroughputEstimate",
+    "accumulate",
     "hookimpl",
 ]
 
-_MODULES = ("specs", "plugin", "run", "results", "events", "components", "preflight")
+_MODULES = ("specs", "plugin", "run", "results", "events", "components", "preflight", "step", "batch")
 """Where the names are, the modules that most commands need first: a name imports those before its own."""
 
 

@@ -1,4 +1,4 @@
-"""Replaceable parts, by name: model, optimizer, schedule, tokenizer, data source.
+"""Replaceable parts, by name: model, optimizer, schedule, tokenizer, data source, step.
 
 The configuration chooses a component (``model.name = "gpt"``); installing one changes nothing. Built-in components are
 given as ``module:attribute`` and imported when they are used, so this module needs no torch.
@@ -21,7 +21,7 @@ from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import PASSING, ConfigError, GptSimpleError, PluginError, describe
 
-Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source"]
+Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source", "step"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,6 +33,7 @@ CONFIG_KEY: dict[Kind, str] = {
     "schedule": "optimizer.schedule",
     "tokenizer": "data.tokenizer",
     "source": "data.source",
+    "step": "training.step",
 }
 
 BUILTIN = "gpt-simple"
@@ -62,6 +63,7 @@ _NEEDED: dict[Kind, tuple[str, ...]] = {
         *("encode", "encode_batch", "decode", "token_bytes", "save"),
     ),
     "source": ("fingerprint",),
+    "step": ("__call__",),
 }
 
 
@@ -87,8 +89,9 @@ class Component:
             return
         if self.kind not in SECTION_FIELDS:
             section = self.key.partition(".")[0]
-            owner = "optimizer" if self.kind == "schedule" else "source"
-            raise PluginError(f"{self.label} takes no config=: only the {owner} brings the class of [{section}]")
+            owners = [kind for kind in SECTION_FIELDS if CONFIG_KEY[kind].startswith(f"{section}.")]
+            why = f"only the {owners[0]} brings the class of [{section}]" if owners else "use the plugin's own table"
+            raise PluginError(f"{self.label} takes no config=: {why}")
         if not (isinstance(self.config, type) and attrs.has(self.config)):
             raise PluginError(f"{self.label}: config= must be a frozen attrs class, not {self.config!r}")
         self.require(SECTION_FIELDS[self.kind], "the engine")
@@ -281,4 +284,5 @@ def builtin_registry() -> Registry:
         registry.add("tokenizer", name, f"gpt_simple.data.tokenizer:{name}")
     for name in ("files", "stories", "python_stdlib", "shards"):
         registry.add("source", name, f"gpt_simple.data.sources.{name}:build", config=DataConfig)
+    registry.add("step", "standard", "gpt_simple.engine.step:standard")
     return registry

@@ -63,6 +63,7 @@ def build_trainer(
         get = job.spec.registry.get
         schedule = get("schedule", config.optimizer.schedule).build(config.optimizer, config.training.max_steps)
         schedule(job.state.step + 1)  # a rate that cannot be used is found before an earlier run is discarded
+        step = get("step", config.training.step)
         train_step = TrainStep(
             model=model,
             wrapped=dist.wrap(model),
@@ -74,6 +75,8 @@ def build_trainer(
             max_grad_norm=config.optimizer.max_grad_norm,
             summed_loss=get("model", config.model.name).attributed(summed_loss, "failed in forward"),
             step_optimizer=get("optimizer", config.optimizer.name).attributed(step_optimizer, "failed in step"),
+            compute=step.attributed(step.build(model, config), "failed"),
+            compute_label=step.label,
         )
         compile_model(model, job.runtime.compile_plan)
         loader = Loader(

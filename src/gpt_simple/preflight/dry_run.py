@@ -45,8 +45,9 @@ class DryRun:
         compile_plan: CompilePlan = EAGER,
         loss_function: Callable[..., torch.Tensor] = summed_cross_entropy,
         fake_tensors: bool = False,
+        dist: ProcessGroup | None = None,
     ) -> DryRun:
-        """Build everything on the precision's device. ``vocab_size`` is the tokenizer's.
+        """Build everything on the precision's device. ``vocab_size`` is the tokenizer's; ``dist`` has one process.
 
         A model of the family ``gpt`` computes its loss with ``loss_function``. ``fake_tensors``: the caller is in a
         mode in which tensors have no memory and no values.
@@ -66,16 +67,19 @@ class DryRun:
         optimizer = registry.get("optimizer", config.optimizer.name).build(model, config.optimizer, device)
         compile_model(model, compile_plan)
         rate = optimizer.param_groups[0].get("lr", 0.0)
+        step = registry.get("step", config.training.step)
         train_step = TrainStep(
             model=model,
             wrapped=model,
             optimizer=optimizer,
             schedule=lambda step: rate,
             precision=precision,
-            dist=ProcessGroup(0, 1, device),
+            dist=dist or ProcessGroup(0, 1, device),
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
             fake_tensors=fake_tensors,
+            compute=step.attributed(step.build(model, config), "failed"),
+            compute_label=step.label,
         )
         model.train()
         batch = synthetic_batch(config, min(vocab_size, rows), device)
@@ -89,7 +93,7 @@ class DryRun:
         on_gradients: OnGradients | None = None,
     ) -> StepResult:
         """One optimizer step over as many micro-batches as the run has, or ``micro_batches``."""
-        batches = (self.batch,) * (micro_batches or self.micro_batches)
+        batches = [self.batch] * (micro_batches or self.micro_batches)
         targets = self.batch.targets * len(batches)
         return self.train_step(1, batches, targets, on_batch=on_batch, on_gradients=on_gradients)
 
