@@ -13,7 +13,7 @@ import pytest
 
 from gpt_simple import Plugin
 from gpt_simple.hooks import HOOKS
-from gpt_simple.testing import check_contract
+from gpt_simple.testing import check_contract, train
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -49,9 +49,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The checkpoint of a model with the shape of the tiny one."""
+    trained = train(output_dir=tmp_path_factory.mktemp("teacher"), max_steps=2, overrides={"training.seed": 7})
+    return str(trained.result.checkpoint_path)
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_recipes_keep_the_contract(name: str) -> None:
-    check_contract(RECIPES[name], **OPTIONS.get(name, {}))
+def test_the_recipes_keep_the_contract(name: str, teacher: str) -> None:
+    options = OPTIONS.get(name, {})
+    if name == "Distill":
+        options = {"observes": False, "overrides": {"training.loss": "distill", "plugins.distill.teacher": teacher}}
+    check_contract(RECIPES[name], **options)
 
 
 @pytest.mark.slow

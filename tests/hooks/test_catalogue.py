@@ -14,7 +14,7 @@ import pytest
 
 import gpt_simple
 from gpt_simple import Plugin, hookimpl, hooks, testing
-from gpt_simple.hooks import HOOKS, Registry, events, preflight, results, run, step
+from gpt_simple.hooks import HOOKS, Registry, events, losses, preflight, results, run, step
 from gpt_simple.hooks.specs import HookSpecs
 from gpt_simple.plugin_host.dispatch import DISPATCHED, Calls
 from gpt_simple.plugin_host.lint import hooks_of, lint
@@ -64,6 +64,7 @@ def catalogue() -> dict[str, object]:
             for name, value in sorted(vars(step).items())
             if getattr(value, "__module__", "") == step.__name__
         },
+        "losses": {name: str(kind) for name, kind in losses.Losses.__annotations__.items()},
         "names": {module.__name__: sorted(module.__all__) for module in (gpt_simple, hooks, testing)},
     }
 

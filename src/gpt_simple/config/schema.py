@@ -160,6 +160,7 @@ class TrainingConfig:
     gradient_accumulation_steps: Annotated[int, Ge(1), Doc("micro-batches in an optimizer step")] = 4
     max_steps: Annotated[int, Ge(1), Doc("optimizer steps of the run")] = 1000
     step: Annotated[str, Doc("step component, which makes the gradients of an optimizer step")] = "standard"
+    loss: Annotated[str, Doc("loss component; standard: the model's own summed cross-entropy")] = "standard"
     mixed_precision: Annotated[
         Precision | None, Doc("null or auto: bf16 on Ampere and newer, fp16 on older CUDA, none on CPU")
     ] = None

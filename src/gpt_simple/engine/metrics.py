@@ -27,14 +27,15 @@ class MetricBuffer:
     Per step this only keeps references; ``read`` reads the device once.
     """
 
-    _steps: list[tuple[int, int, int, int, int]] = field(factory=list, init=False)
-    """Number, first sample, samples and targets of each step, and the length of its vector of requests."""
+    _steps: list[tuple[int, int, int, int, int, tuple[str, ...]]] = field(factory=list, init=False)
+    """Number, first sample, samples and targets of each step, the length of its vector of requests, and the names of
+    the further terms of its loss."""
     _values: list[torch.Tensor] = field(factory=list, init=False)
     """Loss and flag of a gradient that is not finite in turn, of the steps that are not folded yet."""
     _folded: list[torch.Tensor] = field(factory=list, init=False)
     """The same of earlier steps, many in one tensor: a run that never logs must not collect millions."""
-    _requests: list[torch.Tensor] = field(factory=list, init=False)
-    """The vectors of requests to skip a step, of the steps that have one."""
+    _vectors: list[torch.Tensor] = field(factory=list, init=False)
+    """The requests to skip a step and the further terms of its loss, of the steps that have them."""
     _norm: torch.Tensor | None = field(default=None, init=False)
 
     def add(self, step: int, data: StepData, result: StepResult) -> None:
@@ -42,28 +43,32 @@ class MetricBuffer:
         width = 0
         if result.requests is not None:
             width = len(result.requests)
-            self._requests.append(result.requests)
-        self._steps.append((step, data.first_sample, data.samples, data.targets, width))
+            self._vectors.append(result.requests)
+        if result.terms:
+            self._vectors.append(torch.stack([term.float() for term in result.terms.values()]))
+        self._steps.append((step, data.first_sample, data.samples, data.targets, width, tuple(result.terms)))
         self._values += result.loss, result.not_finite
         self._norm = result.norm
         if len(self._values) == 2 * _FOLD_AT:
             self._folded.append(torch.stack(self._values))
             self._values = []
-            self._requests = [torch.cat(self._requests)] if self._requests else []
+            self._vectors = [torch.cat(self._vectors)] if self._vectors else []
 
     def read(self, learning_rate: float, world_size: int) -> tuple[dict[str, Metric], list[StepRecord]]:
         """The engine's own metrics since the last call, and each step. Call it after at least one step.
 
-        ``train/loss`` is the mean over all target tokens of all processes and of all steps that were not skipped.
+        ``train/loss`` is the mean over all target tokens of all processes and of all steps that were not skipped, and
+        so is ``train/NAME`` for each further term of the loss.
         """
         assert self._norm is not None
         newest = torch.stack([*self._values, self._norm.float()])
-        parts = [*self._folded, newest, *self._requests]
+        parts = [*self._folded, newest, *self._vectors]
         numbers = iter((torch.cat(parts) if len(parts) > 1 else newest).tolist())
         pairs = list(islice(numbers, 2 * len(self._steps)))
         norm = next(numbers)
         records, nats, targets = [], 0.0, 0
-        for (step, first, samples, count, width), loss, spoiled in zip(
+        terms: dict[str, float] = {}
+        for (step, first, samples, count, width, names), loss, spoiled in zip(
             self._steps, pairs[::2], pairs[1::2], strict=True
         ):
             # Every process has about its share of the nats; the count is that of all processes.
@@ -71,11 +76,15 @@ class MetricBuffer:
             requested = tuple(number > 0 for number in islice(numbers, width))
             skipped = bool(spoiled) or any(requested)
             records.append(StepRecord(step, first, samples, mean, skipped, bool(spoiled), requested))
+            values = list(islice(numbers, len(names)))
             if not skipped:
                 nats, targets = nats + loss, targets + count
-        self._steps, self._values, self._folded, self._requests, self._norm = [], [], [], [], None
+                for name, value in zip(names, values, strict=True):
+                    terms[name] = terms.get(name, 0.0) + value
+        self._steps, self._values, self._folded, self._vectors, self._norm = [], [], [], [], None
         metrics = {
             "train/loss": Metric(nats / targets if targets else math.nan, reduce="sum"),
+            **{f"train/{name}": Metric(value / max(1, targets), reduce="sum") for name, value in terms.items()},
             "train/lr": Metric(learning_rate, reduce="last"),
             "train/grad_norm": Metric(norm, reduce="last"),
             "train/skipped_steps": Metric(sum(record.skipped for record in records), reduce="max"),

@@ -6,7 +6,7 @@ host, except for an optimizer that cannot skip a step by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,12 +15,14 @@ from attrs import define, field
 from gpt_simple.config.schema import Config
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.gradients import UneditedNorm, total_norm
+from gpt_simple.engine.losses import LossesOf, described, losses_of, total_of
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import BatchSeeder
 from gpt_simple.engine.schedules import Schedule
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.batch import Batch
+from gpt_simple.hooks.losses import Losses
 from gpt_simple.hooks.step import Step, accumulate
 
 OnBatch = Callable[[int, Batch], None]
@@ -28,19 +30,6 @@ OnGradients = Callable[[torch.Tensor, float, UneditedNorm], torch.Tensor | None]
 
 _CLIP_EPSILON = 1e-6
 """As in ``torch.nn.utils.clip_grad_norm_``: the norm afterwards is the limit or slightly less."""
-
-
-def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The model's cross-entropy in nats, summed over the batch's target tokens."""
-    documents = () if batch.document_ids is None else (batch.position_ids, batch.document_ids)
-    loss = model(batch.input_ids, batch.labels, *documents)
-    if not isinstance(loss, torch.Tensor) or loss.ndim:
-        raise TypeError(f"the model returned {_described(loss)}; expected the summed loss, a 0-d tensor")
-    return loss
-
-
-def _described(value: object) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def standard(model: torch.nn.Module, config: Config) -> Step:
@@ -57,7 +46,9 @@ class StepResult(NamedTuple):
     """What a step leaves on the device."""
 
     loss: torch.Tensor
-    """The summed loss of this process, in nats."""
+    """The summed cross-entropy of this process, in nats."""
+    terms: Mapping[str, torch.Tensor]
+    """The summed further terms of the loss by name."""
     norm: torch.Tensor
     """The norm of the gradients before clipping."""
     learning_rate: float
@@ -84,29 +75,39 @@ class Passes:
     """Whether the last call has reduced the gradients over processes."""
     failure: BaseException | None = field(default=None, init=False)
     """What a call has raised."""
-    _announced: set[int] = field(factory=set, init=False)
+    terms: dict[str, torch.Tensor] = field(factory=dict, init=False)
+    """The further terms of the loss, summed over the first passes."""
+    _passed: set[int] = field(factory=set, init=False)
     _scaled: bool = field(default=True, init=False)
 
     def __call__(self, batch: Batch, *, is_last: bool) -> torch.Tensor:
         try:
-            if self._on_batch is not None:
-                self._announce(batch, self._on_batch)
+            index = None if self._on_batch is None else self._first_pass(batch)
+            if index is not None and self._on_batch is not None:
+                self._on_batch(index, batch)
             self.scale_gradients(True)
-            nats = self._step.forward_backward(batch, self._share, is_last=is_last)
+            losses = self._step.forward_backward(batch, self._share, is_last=is_last)
         except BaseException as error:
             self.failure = error
             raise
         self.reduced = is_last
         if is_last:
             self.scale_gradients(False)
-        return nats
+        if isinstance(losses, torch.Tensor):
+            return losses.detach()
+        if index is not None or (self._on_batch is None and self._first_pass(batch) is not None):
+            for name, term in losses.terms.items():
+                earlier = self.terms.get(name)
+                self.terms[name] = term.detach() if earlier is None else earlier + term.detach()
+        return losses.cross_entropy.detach()
 
-    def _announce(self, batch: Batch, on_batch: OnBatch) -> None:
+    def _first_pass(self, batch: Batch) -> int | None:
+        """The place of a micro-batch in the step in the first pass over it, afterwards None."""
         for index, each in enumerate(self._batches):
-            if each is batch and index not in self._announced:
-                self._announced.add(index)
-                on_batch(index, batch)
-                return
+            if each is batch and index not in self._passed:
+                self._passed.add(index)
+                return index
+        return None
 
     def scale_gradients(self, scaled: bool) -> None:
         """Bring all gradients to the loss scale of fp16, or back, where a component may read them in between."""
@@ -121,7 +122,7 @@ class TrainStep:
 
     ``wrapped`` is ``model`` or the module that reduces its gradients over the processes of ``dist``. A step whose
     gradient is not finite is skipped: by the optimizer on the device if it can, else by the host, which reads one value
-    a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host. ``summed_loss`` and
+    a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host. ``losses_of`` and
     ``step_optimizer`` are the functions of these names, which may attribute a failure to a component. ``compute`` is
     the step component, and may attribute its failure, too.
     """
@@ -135,7 +136,7 @@ class TrainStep:
     seed: int
     max_grad_norm: float | None
     fake_tensors: bool = False
-    summed_loss: Callable[[torch.nn.Module, Batch], torch.Tensor] = summed_loss
+    losses_of: LossesOf = losses_of
     step_optimizer: Callable[[torch.optim.Optimizer], None] = step_optimizer
     compute: Step = accumulate
     compute_label: str = "step 'standard'"
@@ -147,14 +148,14 @@ class TrainStep:
         # Another component may read gradients between its passes, and those must not be scaled for fp16.
         self.hides_scale = self.precision.scaler.is_enabled() and self.compute is not accumulate
 
-    def forward_backward(self, batch: Batch, share: float, *, is_last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch, whose summed loss counts ``share`` times; the summed loss."""
+    def forward_backward(self, batch: Batch, share: float, *, is_last: bool) -> torch.Tensor | Losses:
+        """Forward and backward of one micro-batch, whose loss counts ``share`` times; what the model returned."""
         self._reseed(batch.first_sample)
         with self.dist.accumulating(self.wrapped, is_last):
             with self.precision.autocast():
-                nats = self.summed_loss(self.wrapped, batch)
-            self.precision.scaler.scale(nats * share).backward()  # type: ignore[no-untyped-call]
-        return nats.detach()
+                losses = self.losses_of(self.wrapped, batch)
+            self.precision.scaler.scale(total_of(losses) * share).backward()  # type: ignore[no-untyped-call]
+        return losses
 
     def scale_gradients(self, up: bool) -> None:
         """Multiply all gradients by the loss scale of fp16, a power of two, or divide by it. No read of the device."""
@@ -181,7 +182,7 @@ class TrainStep:
         but the update is left.
         """
         rate = self.schedule(number)
-        loss = self._accumulate(batches, targets, on_batch)
+        loss, terms = self._accumulate(batches, targets, on_batch)
         self.precision.scaler.unscale_(self.optimizer)
         requests = None
         if on_gradients is not None:
@@ -195,10 +196,12 @@ class TrainStep:
         if before_update is not None:
             before_update()
         self._update(rate, skipped)
-        return StepResult(loss, norm, rate, skipped, not_finite, requests)
+        return StepResult(loss, terms, norm, rate, skipped, not_finite, requests)
 
-    def _accumulate(self, batches: Sequence[Batch], targets: int, on_batch: OnBatch | None) -> torch.Tensor:
-        """The step's gradients, made by its component; the summed loss."""
+    def _accumulate(
+        self, batches: Sequence[Batch], targets: int, on_batch: OnBatch | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The step's gradients, made by its component; the summed cross-entropy and the further terms of the loss."""
         # The summed loss over the step's target tokens of all processes; DDP will divide by the world size.
         passes = Passes(self, self.dist.size / max(1, targets), batches, on_batch)
         failure: BaseException | None = None
@@ -211,7 +214,7 @@ class TrainStep:
             raise failure
         if not isinstance(loss, torch.Tensor) or loss.ndim:
             raise PluginError(
-                f"{self.compute_label} returned {_described(loss)}",
+                f"{self.compute_label} returned {described(loss)}",
                 hint="expected the summed loss of its micro-batches, a 0-d tensor",
             )
         if not passes.reduced:
@@ -220,7 +223,7 @@ class TrainStep:
                 hint="the last call of each pass over the micro-batches is backward(batch, is_last=True)",
             )
         passes.scale_gradients(True)
-        return loss.detach()
+        return loss.detach(), passes.terms
 
     def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients' norm before clipping, and 1.0 if it is not finite; both stay on the device."""
@@ -270,6 +273,6 @@ class TrainStep:
         in its last digits from one that was not interrupted.
         """
         with self.precision.autocast():
-            nats = self.summed_loss(self.wrapped, batch)
-        nats.backward()  # type: ignore[no-untyped-call]
+            losses = self.losses_of(self.wrapped, batch)
+        total_of(losses).backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad(set_to_none=True)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         StepEnd,
         StepStart,
     )
+    from gpt_simple.hooks.losses import Loss, Losses
     from gpt_simple.hooks.plugin import NoConfig, Plugin
     from gpt_simple.hooks.preflight import (
         CheckedOutput,
@@ -71,6 +72,8 @@ __all__ = [
     "HookInfo",
     "InspectedData",
     "LogRecord",
+    "Loss",
+    "Losses",
     "MemoryForecast",
     "MemoryPrediction",
     "Metric",
@@ -94,7 +97,7 @@ __all__ = [
     "hookimpl",
 ]
 
-_MODULES = ("specs", "plugin", "run", "results", "events", "components", "preflight", "step", "batch")
+_MODULES = ("specs", "plugin", "run", "results", "events", "components", "preflight", "step", "batch", "losses")
 """Where the names are, the modules that most commands need first: a name imports those before its own."""
 
 

@@ -1,4 +1,4 @@
-"""Replaceable parts, by name: model, optimizer, schedule, tokenizer, data source, step.
+"""Replaceable parts, by name: model, optimizer, schedule, tokenizer, data source, step, loss.
 
 The configuration chooses a component (``model.name = "gpt"``); installing one changes nothing. Built-in components are
 given as ``module:attribute`` and imported when they are used, so this module needs no torch.
@@ -21,7 +21,7 @@ from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import PASSING, ConfigError, GptSimpleError, PluginError, describe
 
-Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source", "step"]
+Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source", "step", "loss"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +34,7 @@ CONFIG_KEY: dict[Kind, str] = {
     "tokenizer": "data.tokenizer",
     "source": "data.source",
     "step": "training.step",
+    "loss": "training.loss",
 }
 
 BUILTIN = "gpt-simple"
@@ -64,6 +65,7 @@ _NEEDED: dict[Kind, tuple[str, ...]] = {
     ),
     "source": ("fingerprint",),
     "step": ("__call__",),
+    "loss": ("__call__", "needs"),
 }
 
 
@@ -285,4 +287,5 @@ def builtin_registry() -> Registry:
     for name in ("files", "stories", "python_stdlib", "shards"):
         registry.add("source", name, f"gpt_simple.data.sources.{name}:build", config=DataConfig)
     registry.add("step", "standard", "gpt_simple.engine.step:standard")
+    registry.add("loss", "standard", "gpt_simple.engine.losses:standard")
     return registry

@@ -88,7 +88,7 @@ class HookSpecs:
     @classmethod
     @_hook(ranks="all")
     def register_components(cls, registry: Registry) -> None:
-        """Add named parts (a model, optimizer, schedule, tokenizer, source or step) that a configuration can choose.
+        """Add named parts, such as a model, an optimizer or a loss, that a configuration can choose.
 
         Called right after the plugin is imported and before its configuration exists, so it is a class method. Give the
         part as ``module:attribute``: it is imported when it is used, and the hook itself imports nothing slow::

@@ -22,10 +22,11 @@ from gpt_simple.data.loader import Loader
 from gpt_simple.engine.checkpointer import Checkpointer, Snapshot
 from gpt_simple.engine.compile import compile_model
 from gpt_simple.engine.control import throttled
+from gpt_simple.engine.losses import TrainedLoss, summed_loss
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.resume import ResumePlan
 from gpt_simple.engine.rng import derive_seed, isolated_rng
-from gpt_simple.engine.step import TrainStep, step_optimizer, summed_loss
+from gpt_simple.engine.step import TrainStep, step_optimizer
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.trainer import Trainer
 from gpt_simple.engine.views import RunView
@@ -63,17 +64,17 @@ def build_trainer(
         get = job.spec.registry.get
         schedule = get("schedule", config.optimizer.schedule).build(config.optimizer, config.training.max_steps)
         schedule(job.state.step + 1)  # a rate that cannot be used is found before an earlier run is discarded
-        step = get("step", config.training.step)
+        step, loss = get("step", config.training.step), TrainedLoss.build(job.spec.registry, config, model)
         train_step = TrainStep(
             model=model,
-            wrapped=dist.wrap(model),
+            wrapped=dist.wrap(loss.module),
             optimizer=optimizer,
             schedule=schedule,
             precision=job.runtime.precision,
             dist=dist,
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
-            summed_loss=get("model", config.model.name).attributed(summed_loss, "failed in forward"),
+            losses_of=loss.of,
             step_optimizer=get("optimizer", config.optimizer.name).attributed(step_optimizer, "failed in step"),
             compute=step.attributed(step.build(model, config), "failed"),
             compute_label=step.label,
@@ -89,7 +90,8 @@ def build_trainer(
         )
         with closing(loader):
             _warn_of_early_end(job, loader, plan.samples)
-            yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader, optimizer_state)
+            evaluated = train_step.wrapped if loss.is_own else model
+            yield _trainer(job, data, plan, time_budget, run_dir, train_step, evaluated, loader, optimizer_state)
 
 
 def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
@@ -165,6 +167,7 @@ def _trainer(
     time_budget: TimeBudget | None,
     run_dir: ClaimedRunDir,
     train_step: TrainStep,
+    evaluated: torch.nn.Module,
     loader: Loader,
     optimizer_state: OptimizerState,
 ) -> Trainer:
@@ -174,8 +177,8 @@ def _trainer(
     run = plugins.extended_view(
         RunView,
         run_id=run_dir.run_id,
-        wrapped=train_step.wrapped,
-        summed_loss=train_step.summed_loss,
+        wrapped=evaluated,
+        summed_loss=job.spec.registry.get("model", job.config.model.name).attributed(summed_loss, "failed in forward"),
         loader=loader,
         known=_run_info(job, data, model),
         sync=control,

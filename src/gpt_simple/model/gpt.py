@@ -75,14 +75,16 @@ class GPT(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        hidden: bool = False,
     ) -> Tensor:
-        """The summed loss if labels are given, else the logits.
+        """The summed loss if labels are given, else the logits, or with ``hidden`` what they are made of.
 
         All arguments are int64 ``[B, T]``. ``labels[b, t]`` is the token that follows ``input_ids[b, t]``
         (nothing is shifted here), or -100 for a position that is not in the loss. ``position_ids`` default to
         0..T-1. With ``document_ids``, attention stays between positions of one id.
 
-        Returns a 0-d float32 tensor, the cross-entropy in nats summed over the labels; or logits ``[B, T, V]``.
+        Returns a 0-d float32 tensor, the cross-entropy in nats summed over the labels; or logits ``[B, T, V]``; or
+        the states after the last norm ``[B, T, C]``, whose product with ``head_weight`` gives logits.
         """
         mask = None
         if document_ids is not None:
@@ -101,10 +103,12 @@ class GPT(nn.Module):
                 )
             else:
                 x = block(x, rotation, mask)
-        x = self.norm(x)
+        states: Tensor = self.norm(x)
+        if hidden:
+            return states
         if labels is None:
-            return F.linear(x, self.head_weight)
-        return self.loss_function(x, self.head_weight, labels)
+            return F.linear(states, self.head_weight)
+        return self.loss_function(states, self.head_weight, labels)
 
     def decode(self, input_ids: Tensor, cache: list[LayerCache]) -> Tensor:
         """Logits ``[B, V]`` of the token that follows ``input_ids`` ``[B, T]``, given what the cache has seen.

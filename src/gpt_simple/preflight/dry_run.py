@@ -15,8 +15,9 @@ from gpt_simple.config.schema import Config
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import CompilePlan, compile_model
 from gpt_simple.engine.evaluation import evaluation_mode
+from gpt_simple.engine.losses import TrainedLoss, summed_loss
 from gpt_simple.engine.precision import Precision
-from gpt_simple.engine.step import OnBatch, OnGradients, StepResult, TrainStep, summed_loss
+from gpt_simple.engine.step import OnBatch, OnGradients, StepResult, TrainStep
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import Registry
 from gpt_simple.model.gpt import GPT
@@ -67,10 +68,11 @@ class DryRun:
         optimizer = registry.get("optimizer", config.optimizer.name).build(model, config.optimizer, device)
         compile_model(model, compile_plan)
         rate = optimizer.param_groups[0].get("lr", 0.0)
-        step = registry.get("step", config.training.step)
+        step, loss = registry.get("step", config.training.step), TrainedLoss.build(registry, config, model)
         train_step = TrainStep(
             model=model,
-            wrapped=model,
+            wrapped=loss.module,
+            losses_of=loss.of,
             optimizer=optimizer,
             schedule=lambda step: rate,
             precision=precision,
@@ -101,7 +103,7 @@ class DryRun:
         """The forward pass of an evaluation's batch."""
         step = self.train_step
         with evaluation_mode(step.model, step.precision, step.seed):
-            return summed_loss(step.wrapped, self.batch)
+            return summed_loss(step.model, self.batch)
 
     def optimizer_state(self) -> list[torch.Tensor]:
         """The tensors of the optimizer's state, once there was a step."""

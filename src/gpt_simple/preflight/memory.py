@@ -58,7 +58,7 @@ def predict_memory(
     loss_function = partial(
         summed_cross_entropy, fused=compiled, rows_per_chunk=ROWS_PER_CHUNK["cuda" if cuda else "cpu"]
     )
-    with preserved_process_state(), FakeTensorMode(), tracker:
+    with preserved_process_state(), _FakeTensors(), tracker:
         dry_run = DryRun.prepare(
             config,
             registry or builtin_registry(),
@@ -75,6 +75,13 @@ def predict_memory(
     by_phase = {phase: size for phase, size in tracker.peaks.items() if phase != "data"}
     place, phase = tracker.peak_place, tracker.peak_phase
     return MemoryPrediction(tracker.peak + here, by_category, phase, place, by_phase, compiled, copy)
+
+
+class _FakeTensors(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """A copy of a fake tensor belongs to the same mode: a loss may copy the model."""
+
+    def __deepcopy__(self, memo: object) -> _FakeTensors:
+        return self
 
 
 @frozen(eq=False)
