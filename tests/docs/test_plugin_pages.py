@@ -45,6 +45,10 @@ RECIPES = {cls.__name__: cls for cls in recipes() if issubclass(cls, Plugin)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "FreezeEmbedding": {"observes": False},
     "Sam": {"observes": False, "overrides": {"training.step": "sam"}},
+    "Arithmetic": {
+        "observes": False,
+        "overrides": {"data.source": "sums", "data.packing": "best_fit", "data.val_fraction": 0.3},
+    },
     "Zigzag": {"observes": False, "overrides": {"optimizer.schedule": "zigzag"}},
 }
 

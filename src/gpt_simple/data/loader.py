@@ -42,8 +42,11 @@ PADDING = -1
 
 T = TypeVar("T")
 
-Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""Inputs, labels, positions and documents of some rows, [n, T] each; the last two only with a document mask."""
+Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Inputs, labels, positions, documents and weights of some rows, [n, T] each.
+
+Positions and documents only with a document mask, weights only in training and if the source gives them.
+"""
 
 
 class DataExhausted(Exception):
@@ -140,8 +143,8 @@ class Loader:
         first = self._rank * size
         for rows in self._prefetched(jobs):
             targets = (rows[1] != IGNORED).view(-1, size * split.max_length).sum(1).tolist()
-            for tensors, count in zip(self._batches(rows), targets, strict=True):
-                yield Batch(*tensors, first, count)
+            for (inputs, labels, positions, documents, _), count in zip(self._batches(rows), targets, strict=True):
+                yield Batch(inputs, labels, positions, documents, first, count)
                 first += self._world_size * size
 
     def close(self) -> None:
@@ -159,8 +162,10 @@ class Loader:
             for targets, step_targets in zip(chunk.targets, chunk.step_targets, strict=True):
                 begin = first + self._rank * self._batch
                 step = tuple(
-                    Batch(*tensors, begin + a * stride, count)
-                    for a, (count, tensors) in enumerate(zip(targets, batches, strict=False))
+                    Batch(inputs, labels, positions, documents, begin + a * stride, count, weights)
+                    for a, (count, (inputs, labels, positions, documents, weights)) in enumerate(
+                        zip(targets, batches, strict=False)
+                    )
                 )
                 yield StepData(step, first, self._samples, tokens, step_targets)
                 first += self._samples
@@ -194,7 +199,7 @@ class Loader:
         shape = (steps, self._accumulation, self._world_size, self._batch)
         targets = split.targets_of(rows).reshape(shape).sum(3)
         mine = self._read(split, rows.reshape(shape)[:, :, self._rank].reshape(-1))
-        return _Chunk(mine, first, targets[:, :, self._rank].tolist(), targets.sum((1, 2)).tolist())
+        return _Chunk(self._weighed(mine), first, targets[:, :, self._rank].tolist(), targets.sum((1, 2)).tolist())
 
     def _stream_chunk(self, blocks: Iterator[I64], first: int) -> _Chunk | None:
         block = next(blocks, None)
@@ -211,7 +216,8 @@ class Loader:
         per_batch = self._batch * (block.shape[1] - 1)
         targets = [[per_batch] * self._accumulation] * steps
         per_step = per_batch * self._accumulation * self._world_size
-        return _Chunk(self._with_documents(inputs, labels, starts), first, targets, [per_step] * steps)
+        rows = self._weighed(self._with_documents(inputs, labels, starts))
+        return _Chunk(rows, first, targets, [per_step] * steps)
 
     def _rows_of(self, first: int, count: int) -> I64:
         """The rows of samples, which are located many at once: one by one they cost several times as much."""
@@ -243,7 +249,7 @@ class Loader:
     def _with_documents(self, inputs: Tensor, labels: Tensor, starts: NDArray[np.bool_] | None) -> Rows:
         """The rows with positions that restart, and numbers that rise by one, where a document starts."""
         if starts is None:
-            return inputs, labels, None, None
+            return inputs, labels, None, None, None
         count, length = starts.shape
         positions, documents = self._tensor(count), self._tensor(count)
         begin = np.flatnonzero(starts)
@@ -252,7 +258,16 @@ class Loader:
         number = np.arange(len(begin)) - np.repeat(first, np.diff(first, append=len(begin)))
         documents.numpy().reshape(-1)[:] = np.repeat(number, sizes)
         positions.numpy().reshape(-1)[:] = np.arange(starts.size) - np.repeat(begin, sizes)
-        return inputs, labels, positions, documents
+        return inputs, labels, positions, documents, None
+
+    def _weighed(self, rows: Rows) -> Rows:
+        """The rows with the weights that the source gives their targets."""
+        if (weights := self._dataset.weights) is None:
+            return rows
+        inputs, labels, positions, documents, _ = rows
+        factors = torch.empty(labels.shape, dtype=torch.float32, pin_memory=self._device.type == "cuda")
+        factors.numpy()[:] = weights(inputs.numpy(), labels.numpy(), self._dataset.tokenizer)
+        return inputs, labels, positions, documents, factors
 
     def _prefetched(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
         """The results of jobs in their order, some of them ahead in the threads."""

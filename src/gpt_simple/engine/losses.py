@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from gpt_simple.config.schema import Config
 from gpt_simple.errors import ConfigError, PluginError
@@ -24,7 +24,8 @@ _TAKEN = ("loss", "lr", "grad_norm", "skipped_steps", "not_finite_on")
 def losses_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor | Losses:
     """The model's cross-entropy in nats, summed over the batch's target tokens, with further terms if it has any."""
     documents = () if batch.document_ids is None else (batch.position_ids, batch.document_ids)
-    return checked_losses(model(batch.input_ids, batch.labels, *documents), "the model")
+    weights = {} if batch.weights is None else {"weights": batch.weights}
+    return checked_losses(model(batch.input_ids, batch.labels, *documents, **weights), "the model")
 
 
 def checked_losses(losses: torch.Tensor | Losses, giver: str) -> torch.Tensor | Losses:
@@ -42,8 +43,8 @@ def checked_losses(losses: torch.Tensor | Losses, giver: str) -> torch.Tensor | 
 
 
 def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The model's cross-entropy in nats, summed over the batch's target tokens."""
-    losses = losses_of(model, batch)
+    """The model's cross-entropy in nats, summed over the batch's target tokens without their weights."""
+    losses = losses_of(model, batch if batch.weights is None else evolve(batch, weights=None))
     return losses if isinstance(losses, torch.Tensor) else losses.cross_entropy
 
 

@@ -196,10 +196,23 @@ class Component:
 
             return documents
 
-        if not (methods := [name for name in ("documents", "stream") if hasattr(part, name)]):
-            return part  # the directory of a dataset
-        fingerprint = self.attributed(part.fingerprint, "failed in fingerprint")
-        return _Source(part, {"fingerprint": fingerprint, **{name: attributed(name) for name in methods}})
+        def weights(input_ids: Any, labels: Any, tokenizer: Any) -> Any:
+            import numpy as np  # only a run needs it
+
+            factors = np.asarray(part.weights(input_ids, labels, tokenizer))
+            if factors.shape != labels.shape or factors.dtype.kind not in "fiub" or not np.isfinite(factors).all():
+                given = f"{factors.dtype} of shape {list(factors.shape)}"
+                raise TypeError(f"it returned {given}; expected finite numbers of shape {list(labels.shape)}")
+            return factors
+
+        methods: dict[str, Callable[..., Any]] = {}
+        if hasattr(part, "weights"):
+            methods["weights"] = self.attributed(weights, "failed in weights")
+        names = [name for name in ("documents", "stream") if hasattr(part, name)]
+        if names:  # else it is the directory of a dataset
+            methods["fingerprint"] = self.attributed(part.fingerprint, "failed in fingerprint")
+            methods |= {name: attributed(name) for name in names}
+        return _Source(part, methods) if methods else part
 
     def _failure(self, what: str, error: BaseException) -> PluginError:
         *_, last = traceback.extract_tb(error.__traceback__)
@@ -211,7 +224,7 @@ class Component:
 class _Source:
     """A source with some methods replaced. It has all other attributes of the source, and its class."""
 
-    def __init__(self, part: Any, methods: dict[str, Callable[[], Any]]) -> None:
+    def __init__(self, part: Any, methods: dict[str, Callable[..., Any]]) -> None:
         self.__dict__.update(methods, _part=part)
 
     @property  # type: ignore[misc]
