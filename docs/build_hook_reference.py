@@ -64,7 +64,7 @@ def _section(info: HookInfo) -> Iterator[str]:
         about = (inspect.getdoc(info.event) or "").replace("``", "`")
         yield f"`{info.event.__name__}`: {about}"
         yield ""
-        yield from (f"- `{field.name}`: `{field.type}`" for field in attrs.fields(info.event))
+        yield from (f"- `{name}`: `{kind}`{about}" for name, kind, about in _members(info.event))
         yield ""
     if prose:
         yield f"{prose}:"
@@ -72,6 +72,17 @@ def _section(info: HookInfo) -> Iterator[str]:
     yield "```python"
     yield textwrap.dedent(example).strip("\n")
     yield "```"
+
+
+def _members(event: type) -> Iterator[tuple[str, str, str]]:
+    """Name and type of each field, and of each property what it is."""
+    for field in attrs.fields(event):
+        computed = getattr(event, field.alias, None)
+        if isinstance(computed, property):
+            about = " ".join((inspect.getdoc(computed) or "").replace("``", "`").split())
+            yield field.alias, inspect.signature(computed.fget).return_annotation, f". {about}"
+        else:
+            yield field.name, field.type, ""
 
 
 if __name__ == "__main__":

@@ -51,13 +51,28 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Thaw": {"observes": False},
     "Grow": {"observes": False},
     "SlowGains": {"observes": False},
+    "Sam": {"observes": False, "overrides": {"training.step": "sam"}},
+    "Arithmetic": {
+        "observes": False,
+        "overrides": {"data.source": "sums", "data.packing": "best_fit", "data.val_fraction": 0.3},
+    },
     "Zigzag": {"observes": False, "overrides": {"optimizer.schedule": "zigzag"}},
 }
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The checkpoint of a model with the shape of the tiny one."""
+    trained = train(output_dir=tmp_path_factory.mktemp("teacher"), max_steps=2, overrides={"training.seed": 7})
+    return str(trained.result.checkpoint_path)
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_recipes_keep_the_contract(name: str) -> None:
-    check_contract(RECIPES[name], **OPTIONS.get(name, {}))
+def test_the_recipes_keep_the_contract(name: str, teacher: str) -> None:
+    options = OPTIONS.get(name, {})
+    if name == "Distill":
+        options = {"observes": False, "overrides": {"training.loss": "distill", "plugins.distill.teacher": teacher}}
+    check_contract(RECIPES[name], **options)
 
 
 class Bucket:

@@ -59,18 +59,23 @@ def test_a_throttled_condition_is_evaluated_once_a_second(monkeypatch: pytest.Mo
 def test_a_skip_flag_of_another_type_is_refused(flag: Any) -> None:
     requests = Requests()
     with pytest.raises(PluginError, match=r"skip_step was given a .*; expected a 0-d bool tensor"):
-        requests.skip_step(flag)
-    assert requests.take_skip() is None
+        requests.allow_skips("a", requests.skip_step)(flag)
+    assert requests.take_skips() == {}
 
 
-def test_skip_flags_are_combined_and_taken_once() -> None:
+def test_skip_flags_are_combined_by_plugin_and_taken_once() -> None:
     requests = Requests()
-    requests.skip_step(torch.tensor(False))
-    requests.skip_step(torch.tensor(True))
-    flag = requests.take_skip()
-    assert flag is not None
-    assert bool(flag)
-    assert requests.take_skip() is None
+    for plugin, flag in (("a", False), ("b", False), ("a", True), ("b", False)):
+        requests.allow_skips(plugin, requests.skip_step)(torch.tensor(flag))
+    assert {plugin: bool(flag) for plugin, flag in requests.take_skips().items()} == {"a": True, "b": False}
+    assert requests.take_skips() == {}
+
+
+def test_a_skip_is_requested_by_a_plugin_only() -> None:
+    requests = Requests()
+    requests.allow_skips("a", lambda: None)()
+    with pytest.raises(PluginError, match=r"skip_step was used outside of on_gradients"):
+        requests.skip_step(torch.tensor(True))
 
 
 @pytest.mark.parametrize("request_", ["save", "evaluate", "stop", "halt", "finish", "rebuild_optimizer"])

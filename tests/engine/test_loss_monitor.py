@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_simple import Plugin, TrainResult, hookimpl
+from gpt_simple import Plugin, PluginError, TrainResult, hookimpl
 from gpt_simple.engine.loss_monitor import LossMonitor, StepRecord, all_finite
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.tiny import TinyRun, weights
@@ -81,7 +81,7 @@ def test_requests_to_skip_are_reported_as_such_and_never_halt(tiny: TinyRun) -> 
     limit = {"training__max_skipped_steps": 3, "training__max_steps": 12, "training__logging_steps": 4}
     result = tiny(plugins=[Asks(range(2, 12), bad=range(6, 8))], **limit)
     assert (result.status, result.steps) == ("completed", 12)
-    asked, bad = "because a plugin asked for it (run.control.skip_step)", "had a non-finite gradient and were skipped"
+    asked, bad = "because the plugin asks asked for it", "had a non-finite gradient and were skipped"
     assert [(row["step"], row["message"]) for row in events(result, "skipped_steps")] == [
         (4, f"3 of the last 4 steps were skipped {asked}"),
         (8, f"2 of the last 4 steps {bad}"),
@@ -90,6 +90,41 @@ def test_requests_to_skip_are_reported_as_such_and_never_halt(tiny: TinyRun) -> 
     ]
     rows = [row for row in read_metrics(result.output_dir / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["train/skipped_steps"] for row in rows] == [3.0, 4.0, 3.0]
+
+
+class AsksToo(Asks):
+    """Another plugin that asks."""
+
+
+def test_skips_are_attributed_to_the_plugins_that_asked(tiny: TinyRun) -> None:
+    flags: dict[int, list[str]] = {}
+
+    class Watches(Plugin[Any]):
+        @hookimpl
+        def on_step_end(self, run: Any, event: Any) -> None:
+            flags[event.step] = [name for name, flag in event.skipped_by.items() if flag]
+            assert bool(event.skipped) == (event.step in range(2, 8))
+
+    options = {"training__max_steps": 9, "training__logging_steps": 9}
+    plugins = [Asks(range(2, 7), bad=range(7, 8)), AsksToo(range(4, 6)), Spoils(99, 99, ""), Watches]
+    result = tiny(plugins=plugins, **options)
+    both, one = ["asks", "askstoo"], ["asks"]
+    assert flags == {1: [], 2: one, 3: one, 4: both, 5: both, 6: one, 7: [], 8: [], 9: []}
+    assert [row["message"] for row in events(result, "skipped_steps")] == [
+        "1 of the last 9 steps had a non-finite gradient and were skipped",
+        "3 of the last 9 steps were skipped because the plugin asks asked for it",
+        "2 of the last 9 steps were skipped because the plugins asks and askstoo asked for it",
+    ]
+
+
+@pytest.mark.parametrize("hook", ["on_step_start", "on_batch", "on_step_end", "collect_metrics"])
+def test_a_step_is_skipped_from_on_gradients_only(tiny: TinyRun, hook: str) -> None:
+    def ask(self: Any, run: Any, event: Any) -> None:
+        run.control.skip_step(torch.tensor(True))
+
+    early = type("Early", (Plugin,), {hook: hookimpl(ask), "on_error": "abort"})
+    with pytest.raises(PluginError, match=rf"plugin early .* failed in {hook} .*used outside of on_gradients"):
+        tiny(plugins=[early, Asks(range(2, 3))])
 
 
 @pytest.mark.parametrize("asked", [range(0), range(1, 13)])

@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt_simple import Plugin, PluginError, hookimpl
+from gpt_simple.engine import gradients
+from gpt_simple.hooks import GradientsReady, StepEnd
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.checkpoint.optimizers import SAVED, UNSAVABLE
 from tests.tiny import TinyRun, state_bytes, weights
@@ -618,3 +620,85 @@ def test_a_freeze_is_allowed_before_training_and_later(tiny: TinyRun) -> None:
         model.blocks[0].requires_grad_(False)
 
     assert tiny(plugins=[Changes("on_step_end", freeze)]).status == "completed"
+
+
+_HIDDEN = "grad_norm"
+
+
+class Halves(Everywhere):
+    """Edits every gradient, before the plugins whose names come later."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.norms: list[torch.Tensor] = []
+
+    @hookimpl
+    def on_gradients(self, run: Any, event: Any) -> None:
+        self.norms.append(torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]))
+        for parameter in run.model.parameters():
+            parameter.grad.mul_(0.5)
+
+
+class Reads(Everywhere):
+    """Keeps the facts of the steps."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.gradients: list[tuple[torch.Tensor, float, torch.Tensor]] = []
+        self.ends: list[tuple[torch.Tensor, float, torch.Tensor, torch.Tensor, Any]] = []
+
+    @hookimpl
+    def on_gradients(self, run: Any, event: Any) -> None:
+        self.gradients.append((event.loss, event.learning_rate, event.grad_norm))
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        self.ends.append((event.loss, event.learning_rate, event.grad_norm, event.skipped, event.skipped_by))
+
+
+@pytest.mark.parametrize("order", ["edited before", "edited after", "not edited"])
+def test_the_facts_of_a_step(tiny: TinyRun, order: str) -> None:
+    place = {"before": ("reads",)} if order == "edited before" else {"after": ("reads",)}
+    edits, reads = type("Halves", (Halves,), place)(), Reads()
+    result = tiny(plugins=[reads] if order == "not edited" else [edits, reads], training__logging_steps=1)
+    rows = [row for row in read_metrics(result.output_dir / "metrics.jsonl") if row["kind"] == "train"]
+    assert len(rows) == len(reads.gradients) == len(reads.ends) == 6
+    factor = 1.0 if order == "not edited" else 0.5
+    for row, before, after in zip(rows, reads.gradients, reads.ends, strict=True):
+        assert before[:2] == after[:2] == (pytest.approx(row["train/loss"]), row["train/lr"])
+        assert float(after[2]) == pytest.approx(row["train/grad_norm"])
+        assert float(before[2]) == pytest.approx(row["train/grad_norm"] / factor)
+        assert after[3].dtype is torch.bool
+        assert not after[3]
+        assert [name for name, flag in after[4].items() if flag] == []
+    if order != "not edited":
+        assert [float(norm) for _, _, norm in reads.gradients] == [float(norm) for norm in edits.norms]
+
+
+def test_a_norm_that_cannot_be_foreseen_is_a_failure(tiny: TinyRun) -> None:
+    class Hides(Everywhere):
+        after = ("halves",)
+
+        @hookimpl
+        def on_gradients(self, run: Any, event: Any) -> None:
+            getattr(event, _HIDDEN)
+
+    with pytest.raises(PluginError, match=r"plugin hides .* failed in on_gradients at step 1: event.grad_norm is"):
+        tiny(plugins=[Halves(), Hides(None)])
+
+
+@pytest.mark.parametrize("readers", [0, 1, 2])
+def test_the_norm_is_made_once_if_anybody_asks(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, readers: int) -> None:
+    made: list[int] = []
+    real = gradients.total_norm
+    monkeypatch.setattr(gradients, "total_norm", lambda held: made.append(1) or real(held))
+    classes = [Reads, type("AlsoReads", (Reads,), {})][:readers]
+    tiny(plugins=[Halves(), *(cls() for cls in classes)])
+    assert len(made) == (6 if readers else 0)
+
+
+def test_an_event_of_an_earlier_version_can_be_made() -> None:
+    assert dict(StepEnd(3, 30, 29, True).skipped_by) == {}
+    assert GradientsReady(3) == GradientsReady(3, loss=torch.ones(()))
+    event = GradientsReady(3, loss=torch.ones(()), learning_rate=0.1, grad_norm=lambda: torch.zeros(()))
+    assert (float(event.loss), event.learning_rate, float(event.grad_norm)) == (1.0, 0.1, 0.0)

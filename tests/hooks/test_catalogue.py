@@ -14,7 +14,7 @@ import pytest
 
 import gpt_simple
 from gpt_simple import Plugin, hookimpl, hooks, testing
-from gpt_simple.hooks import HOOKS, Registry, events, preflight, results, run, store
+from gpt_simple.hooks import HOOKS, Registry, events, losses, preflight, results, run, step, store
 from gpt_simple.hooks.specs import HookSpecs
 from gpt_simple.plugin_host.dispatch import DISPATCHED, Calls
 from gpt_simple.plugin_host.lint import hooks_of, lint
@@ -37,7 +37,10 @@ def catalogue() -> dict[str, object]:
             for name, info in HOOKS.items()
         },
         "events": {
-            name: {field.name: str(field.type) for field in attrs.fields(value)}
+            name: {
+                field.alias: str(field.type) if field.alias == field.name else _signature(getattr(value, field.alias))
+                for field in attrs.fields(value)
+            }
             for name, value in sorted({**vars(events), **vars(results)}.items())
             if isinstance(value, type) and attrs.has(value) and value.__module__ in (events.__name__, results.__name__)
         },
@@ -56,6 +59,12 @@ def catalogue() -> dict[str, object]:
             for member, value in vars(cls).items()
             if not member.startswith("_")
         },
+        "step": {
+            name: _signature(value.__call__) if inspect.isclass(value) else _signature(value)
+            for name, value in sorted(vars(step).items())
+            if getattr(value, "__module__", "") == step.__name__
+        },
+        "losses": {name: str(kind) for name, kind in losses.Losses.__annotations__.items()},
         "names": {module.__name__: sorted(module.__all__) for module in (gpt_simple, hooks, testing)},
     }
 

@@ -198,6 +198,11 @@ class OneGradient(Everywhere):
     def __init__(self, rank: int, by_flag: bool) -> None:
         super().__init__()
         self.rank, self.by_flag = rank, by_flag
+        self.ends: list[tuple[bool, list[str]]] = []
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        self.ends.append((bool(event.skipped), [name for name, flag in event.skipped_by.items() if flag]))
 
     @hookimpl
     def on_batch(self, run: Any, event: Any) -> None:
@@ -218,10 +223,20 @@ class OneGradient(Everywhere):
 
 @pytest.mark.parametrize("by_flag", [False, True])
 def test_a_step_that_one_process_skips_is_skipped_by_all(ranks: Ranks, tmp_path: Path, by_flag: bool) -> None:
-    answers = ranks(2, lambda rank: tiny(tmp_path / "run", plugins=[OneGradient(1, by_flag)]).final_loss)
-    assert answers[0] == answers[1]
+    def work(rank: int) -> Any:
+        plugin = OneGradient(1, by_flag)
+        return tiny(tmp_path / "run", plugins=[plugin]).final_loss, plugin.ends
+
+    answers = ranks(2, work)
+    assert answers[0][0] == answers[1][0]
+    for _, ends in answers:
+        assert ends == [[step == 2, ["onegradient"] if by_flag and step == 2 else []] for step in range(1, 7)]
     text = (tmp_path / "run/metrics.jsonl").read_text()
-    why = "were skipped because a plugin asked for it" if by_flag else "had a non-finite gradient and were skipped"
+    why = (
+        "were skipped because the plugin onegradient asked for it"
+        if by_flag
+        else "had a non-finite gradient and were skipped"
+    )
     assert f"1 of the last 2 steps {why}" in text
     assert text.count("1 of the last 2 steps") == 1
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_simple.model.loss import summed_cross_entropy
+from gpt_simple.model.loss import IGNORED, summed_cross_entropy, weighted_cross_entropy
 
 
 def problem(tokens: int = 37, vocab: int = 50, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,3 +88,30 @@ def test_a_second_backward_is_refused_and_not_wrong() -> None:
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_of_labels(fused: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 7, 8), torch.randn(11, 8)
+    labels = torch.randint(11, (3, 7))
+    labels[0, :3] = IGNORED
+    factors = torch.rand(3, 7) * 3
+    factors[1] = 0
+    results = []
+    for own in (True, False):
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            if own:
+                weighted, total = weighted_cross_entropy(*inputs, labels, factors, fused=fused, rows_per_chunk=4)
+                assert not total.requires_grad
+            else:
+                logits = F.linear(*inputs).float().flatten(0, 1)
+                nats = F.cross_entropy(logits, labels.flatten(), reduction="none", ignore_index=IGNORED)
+                weighted, total = (nats * factors.flatten()).sum(), nats.sum()
+        (weighted * 0.3).backward()
+        results.append([weighted, total, *(tensor.grad for tensor in inputs)])
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.03, "atol": 0.05}
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, **tolerance)

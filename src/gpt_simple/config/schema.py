@@ -178,6 +178,8 @@ class TrainingConfig:
         Doc("first stages of {steps, gradient_accumulation_steps, length}: batch-size and sequence-length warm-up"),
     ] = ()
     max_steps: Annotated[int, Ge(1), Doc("optimizer steps of the run")] = 1000
+    step: Annotated[str, Doc("step component, which makes the gradients of an optimizer step")] = "standard"
+    loss: Annotated[str, Doc("loss component; standard: the model's own summed cross-entropy")] = "standard"
     mixed_precision: Annotated[
         Precision | None, Doc("null or auto: bf16 on Ampere and newer, fp16 on older CUDA, none on CPU")
     ] = None

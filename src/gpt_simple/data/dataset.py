@@ -22,6 +22,7 @@ from gpt_simple.data.mixture import Mixture, mixture
 from gpt_simple.data.order import I64
 from gpt_simple.data.packing import BestFitRows, ConcatRows, Rows, best_fit
 from gpt_simple.data.shards import Shard, open_shard
+from gpt_simple.data.sources import Weights
 from gpt_simple.data.stream import StreamRows
 from gpt_simple.hooks.batch import Tokenizer
 
@@ -96,7 +97,8 @@ class Split:
 class Dataset:
     """Prepared data. ``fingerprint`` (sha256) changes whenever a token, the tokenizer or the format does.
 
-    With a ``stream``, training reads that; ``train`` is then only its beginning, which was read before.
+    With a ``stream``, training reads that; ``train`` is then only its beginning, which was read before. ``weights`` is
+    the function of the source that gives targets of training their weights, None if it has none.
     """
 
     directory: Path
@@ -105,6 +107,7 @@ class Dataset:
     train: Split
     val: Split
     stream: StreamRows | None = None
+    weights: Weights | None = None
 
     @property
     def fingerprint(self) -> str:

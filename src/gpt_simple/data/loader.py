@@ -45,8 +45,11 @@ PADDING = -1
 
 T = TypeVar("T")
 
-Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""Inputs, labels, positions and documents of some rows, [n, T] each; the last two only with a document mask."""
+Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Inputs, labels, positions, documents and weights of some rows, [n, T] each.
+
+Positions and documents only with a document mask, weights only in training and if the source gives them.
+"""
 
 
 def steps_per_chunk(own_tokens: int) -> int:
@@ -171,8 +174,8 @@ class Loader:
         numbers = iter(first)
         for chunk in self._prefetched(jobs):
             targets = (chunk[1] != IGNORED).view(-1, self._batch * split.max_length).sum(1).tolist()
-            for tensors, count in zip(self._batches(chunk), targets, strict=True):
-                yield Batch(*tensors, next(numbers), count)
+            for (inputs, labels, positions, documents, _), count in zip(self._batches(chunk), targets, strict=True):
+                yield Batch(inputs, labels, positions, documents, next(numbers), count)
 
     def close(self) -> None:
         """Stop the threads. Waits for the reads that have begun, not for those that are queued."""
@@ -189,8 +192,10 @@ class Loader:
             for targets, total in zip(chunk.targets, chunk.step_targets, strict=True):
                 begin = first + self._rank * self._batch
                 own = tuple(
-                    Batch(*tensors, begin + a * stride, count)
-                    for a, (count, tensors) in enumerate(zip(targets, batches, strict=False))
+                    Batch(inputs, labels, positions, documents, begin + a * stride, count, weights)
+                    for a, (count, (inputs, labels, positions, documents, weights)) in enumerate(
+                        zip(targets, batches, strict=False)
+                    )
                 )
                 yield StepData(own, first, stage.samples, stage.tokens, total)
                 first += stage.samples
@@ -230,7 +235,7 @@ class Loader:
         rows = self._rows_of(first, steps * stage.samples)
         shape = (steps, stage.accumulation, self._world_size, self._batch)
         targets = split.targets_of(rows).reshape(shape).sum(3)
-        mine = self._read(split, rows.reshape(shape)[:, :, self._rank].reshape(-1), stage.length)
+        mine = self._read(split, rows.reshape(shape)[:, :, self._rank].reshape(-1), stage.length, weighed=True)
         return _Chunk(mine, first_step, targets[:, :, self._rank].tolist(), targets.sum((1, 2)).tolist())
 
     def _stream_chunk(self, blocks: Iterator[I64], first_step: int) -> _Chunk | None:
@@ -246,7 +251,7 @@ class Loader:
             np.equal(mine[:, :-1], self._dataset.tokenizer.eod_id, out=starts)
         per_batch = self._batch * (block.shape[1] - 1)
         targets = [[per_batch] * stage.accumulation] * steps
-        rows = self._cut(inputs, labels, starts, stage.length)
+        rows = self._cut(inputs, labels, starts, self._weights_of(inputs, labels), stage.length)
         return _Chunk(rows, first_step, targets, [stage.tokens] * steps)
 
     def _rows_of(self, first: int, count: int) -> I64:
@@ -260,12 +265,16 @@ class Loader:
         end, total = (block + 1) * LOCATED, self._order.total
         return self._order.locate(np.arange(block * LOCATED, end if total is None else min(end, total)))
 
-    def _read(self, split: Split, rows: I64, length: int | None = None) -> Rows:
-        """Rows as tensors of their own, cut to ``length``; those that are ``PADDING`` have no target."""
+    def _read(self, split: Split, rows: I64, length: int | None = None, *, weighed: bool = False) -> Rows:
+        """Rows as tensors of their own, cut to ``length``; those that are ``PADDING`` have no target.
+
+        ``weighed``: with the weights of the source, as in training.
+        """
         inputs, labels, starts = self._empty(len(rows))
         split.read(np.maximum(rows, 0), inputs.numpy(), labels.numpy(), starts)
         labels.numpy()[rows == PADDING] = IGNORED
-        return self._cut(inputs, labels, starts, length or split.max_length)
+        weights = self._weights_of(inputs, labels) if weighed else None
+        return self._cut(inputs, labels, starts, weights, length or split.max_length)
 
     def _empty(self, count: int) -> tuple[Tensor, Tensor, NDArray[np.bool_] | None]:
         """New inputs and labels of ``count`` rows, and, with a document mask, where documents start."""
@@ -275,13 +284,16 @@ class Loader:
     def _tensor(self, count: int) -> Tensor:
         return host_tensor((count, self._config.data.max_length), torch.int64, pinned=self._device.type == "cuda")
 
-    def _cut(self, inputs: Tensor, labels: Tensor, starts: NDArray[np.bool_] | None, length: int) -> Rows:
+    def _cut(
+        self, inputs: Tensor, labels: Tensor, starts: NDArray[np.bool_] | None, weights: Tensor | None, length: int
+    ) -> Rows:
         """Rows cut to ``length``, with positions that restart, and numbers that rise by one, where a document starts.
 
         A document that goes on in the next row starts again there: no row attends to another.
         """
+        weights = None if weights is None else weights.view(-1, length)
         if starts is None:
-            return inputs.view(-1, length), labels.view(-1, length), None, None
+            return inputs.view(-1, length), labels.view(-1, length), None, None, weights
         positions, documents = self._tensor(len(starts)), self._tensor(len(starts))
         starts = starts.reshape(-1, length)
         starts[:, 0] = True
@@ -292,7 +304,16 @@ class Loader:
         number = np.arange(len(begin)) - np.repeat(first, np.diff(first, append=len(begin)))
         documents.numpy().reshape(-1)[:] = np.repeat(number, sizes)
         positions.numpy().reshape(-1)[:] = np.arange(starts.size) - np.repeat(begin, sizes)
-        return inputs.view(-1, length), labels.view(-1, length), positions.view(-1, length), documents.view(-1, length)
+        inputs, labels, positions, documents = (x.view(-1, length) for x in (inputs, labels, positions, documents))
+        return inputs, labels, positions, documents, weights
+
+    def _weights_of(self, inputs: Tensor, labels: Tensor) -> Tensor | None:
+        """The factors that the source gives the targets of whole rows."""
+        if (weights := self._dataset.weights) is None:
+            return None
+        factors = host_tensor(labels.shape, torch.float32, pinned=self._device.type == "cuda")
+        factors.numpy()[:] = weights(inputs.numpy(), labels.numpy(), self._dataset.tokenizer)
+        return factors
 
     def _prefetched(self, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
         """The results of jobs in their order, some of them ahead in the threads."""

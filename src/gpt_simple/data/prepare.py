@@ -52,6 +52,7 @@ def prepare(config: Config, registry: Registry, *, log: Log | None = None, requi
     else:
         documents = Head(source) if isinstance(source, Stream) else source
         dataset = _prepared(documents, data, registry, log, require_val, opened)
+    dataset = evolve(dataset, weights=getattr(source, "weights", None))
     train, val = dataset.train, dataset.val
     count = train.documents + val.documents
     if not isinstance(source, Shards) and data.val_fraction:

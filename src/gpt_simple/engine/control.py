@@ -7,7 +7,9 @@ collective, and only the agreed values are acted on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from attrs import define, evolve, field, frozen
@@ -67,7 +69,10 @@ class Requests:
     """The first reason for each kind of request since the last decision."""
     failed_plugins: dict[str, str] = field(factory=dict, init=False)
     """Plugins that failed on this rank since the last decision, each with a message that is still to be logged."""
-    _skip: torch.Tensor | None = field(default=None, init=False)
+    _asking: str = field(default="", init=False)
+    """The plugin whose ``on_gradients`` runs."""
+    _skips: dict[str, torch.Tensor] = field(factory=dict, init=False)
+    """The flags of ``skip_step`` for this step, by plugin."""
 
     def save(self, reason: str) -> None:
         self._request("save", reason)
@@ -96,12 +101,30 @@ class Requests:
         if not isinstance(flag, torch.Tensor) or flag.shape or flag.dtype is not torch.bool or flag.is_meta:
             given = f"{list(flag.shape)} {flag.dtype}" if isinstance(flag, torch.Tensor) else type(flag).__name__
             raise PluginError(f"run.control.skip_step was given a {given}; expected a 0-d bool tensor on the device")
-        self._skip = flag if self._skip is None else self._skip | flag
+        if not self._asking:
+            raise PluginError(
+                "run.control.skip_step was used outside of on_gradients", hint="keep the flag until on_gradients"
+            )
+        earlier = self._skips.get(self._asking)
+        self._skips[self._asking] = flag if earlier is None else earlier | flag
 
-    def take_skip(self) -> torch.Tensor | None:
-        """The flag of ``skip_step`` for this step, or None. The next step starts without one."""
-        skip, self._skip = self._skip, None
-        return skip
+    def allow_skips(self, plugin: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+        """A plugin's ``on_gradients``, in which ``skip_step`` may be used and is attributed to the plugin."""
+
+        @wraps(implementation)
+        def call(*arguments: Any) -> Any:
+            self._asking = plugin
+            try:
+                return implementation(*arguments)
+            finally:
+                self._asking = ""
+
+        return call
+
+    def take_skips(self) -> Mapping[str, torch.Tensor]:
+        """The flags of ``skip_step`` for this step, by plugin. The next step starts without any."""
+        skips, self._skips = self._skips, {}
+        return skips
 
     def disable(self, plugin: str, message: str = "") -> None:
         """Ask all ranks to switch off a plugin that failed on this one, and the main rank to log ``message``."""

@@ -20,6 +20,8 @@ _WARM_UP = 20
 _MEMORY = 0.98
 """What a step leaves of the usual loss and its spread: they follow about the last 50 steps."""
 
+NOT_FINITE = "had a non-finite gradient and were skipped"
+
 _SPREADS = 6.0
 _SHARE = 0.1
 """A spike is this many spreads and this share of itself above the usual loss."""
@@ -29,7 +31,8 @@ _SHARE = 0.1
 class StepRecord:
     """A step, read at the next logging point. ``loss`` in nats per target, of this process's targets.
 
-    A step is ``skipped`` because its gradients were ``not_finite``, or else because a plugin asked for it.
+    A step is ``skipped`` because its gradients were ``not_finite``, or because of the plugins that ``requested`` it:
+    a flag for each of those that may.
     """
 
     step: int
@@ -38,6 +41,7 @@ class StepRecord:
     loss: float
     skipped: bool
     not_finite: bool
+    requested: tuple[bool, ...] = ()
 
 
 @frozen
@@ -97,6 +101,20 @@ class LossMonitor:
         self._usual += weight * moved
         self._spread = math.sqrt((1 - weight) * (self._spread**2 + weight * moved**2))
         return spike
+
+
+def causes_of_skips(records: Iterable[StepRecord], plugins: Sequence[str]) -> dict[str, int]:
+    """The number of skipped steps for each cause. ``plugins`` are those of ``StepRecord.requested``."""
+    counts = {NOT_FINITE: 0}
+    for record in records:
+        if record.skipped:
+            cause = NOT_FINITE
+            if not record.not_finite:
+                names = [name for name, asked in zip(plugins, record.requested, strict=True) if asked]
+                several = "s" if len(names) > 1 else ""
+                cause = f"were skipped because the plugin{several} {' and '.join(names)} asked for it"
+            counts[cause] = counts.get(cause, 0) + 1
+    return {cause: count for cause, count in counts.items() if count}
 
 
 def not_finite_on(records: Iterable[StepRecord], rank: int) -> Metric:

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from attrs import define, field
 
 from gpt_simple.data.loader import StepData
 from gpt_simple.engine.loss_monitor import StepRecord
-from gpt_simple.engine.step import SKIP_REQUESTED
+from gpt_simple.engine.step import StepResult
 from gpt_simple.hooks.events import CollectMetrics
 from gpt_simple.hooks.results import COLUMNS, Metric
 
@@ -26,42 +27,64 @@ class MetricBuffer:
     Per step this only keeps references; ``read`` reads the device once.
     """
 
-    _steps: list[tuple[int, int, int, int]] = field(factory=list, init=False)
-    """Number, first sample, samples and targets of each step."""
+    _steps: list[tuple[int, int, int, int, int, tuple[str, ...]]] = field(factory=list, init=False)
+    """Number, first sample, samples and targets of each step, the length of its vector of requests, and the names of
+    the further terms of its loss."""
     _values: list[torch.Tensor] = field(factory=list, init=False)
-    """Loss and skip flag in turn, of the steps that are not folded yet."""
+    """Loss and flag of a gradient that is not finite in turn, of the steps that are not folded yet."""
     _folded: list[torch.Tensor] = field(factory=list, init=False)
     """The same of earlier steps, many in one tensor: a run that never logs must not collect millions."""
+    _vectors: list[torch.Tensor] = field(factory=list, init=False)
+    """The requests to skip a step and the further terms of its loss, of the steps that have them."""
     _norm: torch.Tensor | None = field(default=None, init=False)
 
-    def add(self, step: int, data: StepData, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
-        """One optimizer step: this process's summed loss in nats, the gradient's norm, ``StepResult.skipped``."""
-        self._steps.append((step, data.first_sample, data.samples, data.targets))
-        self._values += loss, skipped
-        self._norm = norm
+    def add(self, step: int, data: StepData, result: StepResult) -> None:
+        """Keep what one optimizer step has left on the device."""
+        width = 0
+        if result.requests is not None:
+            width = len(result.requests)
+            self._vectors.append(result.requests)
+        if result.terms:
+            self._vectors.append(torch.stack([term.float() for term in result.terms.values()]))
+        self._steps.append((step, data.first_sample, data.samples, data.targets, width, tuple(result.terms)))
+        self._values += result.loss, result.not_finite
+        self._norm = result.norm
         if len(self._values) == 2 * _FOLD_AT:
             self._folded.append(torch.stack(self._values))
             self._values = []
+            self._vectors = [torch.cat(self._vectors)] if self._vectors else []
 
     def read(self, learning_rate: float, world_size: int) -> tuple[dict[str, Metric], list[StepRecord]]:
         """The engine's own metrics since the last call, and each step. Call it after at least one step.
 
-        ``train/loss`` is the mean over all target tokens of all processes and of all steps that were not skipped.
+        ``train/loss`` is the mean over all target tokens of all processes and of all steps that were not skipped, and
+        so is ``train/NAME`` for each further term of the loss.
         """
         assert self._norm is not None
         newest = torch.stack([*self._values, self._norm.float()])
-        *values, norm = (torch.cat([*self._folded, newest]) if self._folded else newest).tolist()
+        parts = [*self._folded, newest, *self._vectors]
+        numbers = iter((torch.cat(parts) if len(parts) > 1 else newest).tolist())
+        pairs = list(islice(numbers, 2 * len(self._steps)))
+        norm = next(numbers)
         records, nats, targets = [], 0.0, 0
-        for (step, first, samples, count), loss, skipped in zip(self._steps, values[::2], values[1::2], strict=True):
+        terms: dict[str, float] = {}
+        for (step, first, samples, count, width, names), loss, spoiled in zip(
+            self._steps, pairs[::2], pairs[1::2], strict=True
+        ):
             # Every process has about its share of the nats; the count is that of all processes.
             mean = loss * world_size / max(1, count)
-            not_finite = bool(skipped % SKIP_REQUESTED)
-            records.append(StepRecord(step, first, samples, mean, bool(skipped), not_finite))
+            requested = tuple(number > 0 for number in islice(numbers, width))
+            skipped = bool(spoiled) or any(requested)
+            records.append(StepRecord(step, first, samples, mean, skipped, bool(spoiled), requested))
+            values = list(islice(numbers, len(names)))
             if not skipped:
                 nats, targets = nats + loss, targets + count
-        self._steps, self._values, self._folded, self._norm = [], [], [], None
+                for name, value in zip(names, values, strict=True):
+                    terms[name] = terms.get(name, 0.0) + value
+        self._steps, self._values, self._folded, self._vectors, self._norm = [], [], [], [], None
         metrics = {
             "train/loss": Metric(nats / targets if targets else math.nan, reduce="sum"),
+            **{f"train/{name}": Metric(value / max(1, targets), reduce="sum") for name, value in terms.items()},
             "train/lr": Metric(learning_rate, reduce="last"),
             "train/grad_norm": Metric(norm, reduce="last"),
             "train/skipped_steps": Metric(sum(record.skipped for record in records), reduce="max"),

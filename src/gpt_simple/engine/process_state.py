@@ -159,10 +159,10 @@ def _on_off(on: bool) -> str:
 
 def _with_own_batch(event: BatchReady) -> BatchReady:
     batch = event.batch
-    inputs, labels, positions, documents = (None if x is None else x.clone() for x in _tensors(batch))
+    inputs, labels, positions, documents, weights = (None if x is None else x.clone() for x in _tensors(batch))
     assert inputs is not None
     assert labels is not None
-    copy = Batch(inputs, labels, positions, documents, batch.first_sample, batch.targets)
+    copy = Batch(inputs, labels, positions, documents, batch.first_sample, batch.targets, weights)
     return BatchReady(event.step, event.micro_batch, copy)
 
 
@@ -172,7 +172,7 @@ def _edited_batch(event: BatchReady) -> str:
 
 
 def _tensors(batch: Batch) -> tuple[torch.Tensor | None, ...]:
-    return batch.input_ids, batch.labels, batch.position_ids, batch.document_ids
+    return batch.input_ids, batch.labels, batch.position_ids, batch.document_ids, batch.weights
 
 
 TORCH_STATE = Guard(_state, _restore, copies={"on_batch": Copies(_with_own_batch, _edited_batch)})

@@ -6,38 +6,35 @@ host, except for an optimizer that cannot skip a step by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from attrs import define
+from attrs import Factory, define, field
 
+from gpt_simple.config.schema import Config
 from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.engine.gradients import UneditedNorm, total_norm
+from gpt_simple.engine.losses import LossesOf, described, losses_of, summed_loss, total_of
 from gpt_simple.engine.optimizers import skips_on_device
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import BatchSeeder
 from gpt_simple.engine.schedules import Schedule
+from gpt_simple.errors import PluginError
 from gpt_simple.hooks.batch import Batch
+from gpt_simple.hooks.losses import Losses
+from gpt_simple.hooks.step import Step, accumulate
 
 OnBatch = Callable[[int, Batch], None]
-OnGradients = Callable[[], torch.Tensor | None]
+OnGradients = Callable[[torch.Tensor, float, UneditedNorm], torch.Tensor | None]
 
 _CLIP_EPSILON = 1e-6
 """As in ``torch.nn.utils.clip_grad_norm_``: the norm afterwards is the limit or slightly less."""
 
 
-SKIP_REQUESTED = 4096.0
-"""What a request of ``skip_step`` adds to ``StepResult.skipped``. All processes together add less for a gradient."""
-
-
-def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The model's cross-entropy in nats, summed over the batch's target tokens."""
-    documents = () if batch.document_ids is None else (batch.position_ids, batch.document_ids)
-    loss = model(batch.input_ids, batch.labels, *documents)
-    if not isinstance(loss, torch.Tensor) or loss.ndim:
-        given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise TypeError(f"the model returned {given}; expected the summed loss, a 0-d tensor")
-    return loss
+def standard(model: torch.nn.Module, config: Config) -> Step:
+    """The step component ``standard``: one pass over the micro-batches."""
+    return accumulate
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -49,11 +46,74 @@ class StepResult(NamedTuple):
     """What a step leaves on the device."""
 
     loss: torch.Tensor
-    """The summed loss of this process, in nats."""
+    """The summed cross-entropy of this process, in nats."""
+    terms: Mapping[str, torch.Tensor]
+    """The summed further terms of the loss by name."""
     norm: torch.Tensor
     """The norm of the gradients before clipping."""
+    learning_rate: float
     skipped: torch.Tensor
-    """0.0 if the weights were updated. Less than SKIP_REQUESTED: the gradients were not finite, and no plugin asked."""
+    """0-d: 0.0 if the weights were updated."""
+    not_finite: torch.Tensor
+    """0-d: above 0 if a gradient was not finite."""
+    requests: torch.Tensor | None
+    """Which skips were requested: the vectors of ``on_gradients``, summed over processes."""
+
+
+@define(eq=False)
+class Passes:
+    """The passes of one step's component; implements ``gpt_simple.hooks.step.Backward``.
+
+    ``on_batch`` is called in the first pass over a micro-batch.
+    """
+
+    _step: TrainStep
+    _share: float
+    _batches: Sequence[Batch]
+    _on_batch: OnBatch | None
+    reduced: bool = field(default=False, init=False)
+    """Whether the last call has reduced the gradients over processes."""
+    failure: BaseException | None = field(default=None, init=False)
+    """What a call has raised."""
+    terms: dict[str, torch.Tensor] = field(factory=dict, init=False)
+    """The further terms of the loss, summed over the first passes."""
+    _passed: set[int] = field(factory=set, init=False)
+    _scaled: bool = field(default=True, init=False)
+
+    def __call__(self, batch: Batch, *, is_last: bool) -> torch.Tensor:
+        try:
+            index = None if self._on_batch is None else self._first_pass(batch)
+            if index is not None and self._on_batch is not None:
+                self._on_batch(index, batch)
+            self.scale_gradients(True)
+            losses = self._step.forward_backward(batch, self._share, is_last=is_last)
+        except BaseException as error:
+            self.failure = error
+            raise
+        self.reduced = is_last
+        if is_last:
+            self.scale_gradients(False)
+        if isinstance(losses, torch.Tensor):
+            return losses.detach()
+        if index is not None or (self._on_batch is None and self._first_pass(batch) is not None):
+            for name, term in losses.terms.items():
+                earlier = self.terms.get(name)
+                self.terms[name] = term.detach() if earlier is None else earlier + term.detach()
+        return losses.cross_entropy.detach()
+
+    def _first_pass(self, batch: Batch) -> int | None:
+        """The place of a micro-batch in the step in the first pass over it, afterwards None."""
+        for index, each in enumerate(self._batches):
+            if each is batch and index not in self._passed:
+                self._passed.add(index)
+                return index
+        return None
+
+    def scale_gradients(self, scaled: bool) -> None:
+        """Bring all gradients to the loss scale of fp16, or back, where a component may read them in between."""
+        if self._step.hides_scale and scaled is not self._scaled:
+            self._step.scale_gradients(scaled)
+            self._scaled = scaled
 
 
 @define(slots=False, eq=False, kw_only=True)
@@ -62,8 +122,10 @@ class TrainStep:
 
     ``wrapped`` is ``model`` or the module that reduces its gradients over the processes of ``dist``. A step whose
     gradient is not finite is skipped: by the optimizer on the device if it can, else by the host, which reads one value
-    a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host. ``summed_loss``,
-    ``backward`` and ``step_optimizer`` are the functions of these names, which may attribute a failure to a component.
+    a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host. ``module`` is what is
+    wrapped: the model, or the model with a component's loss. ``losses_of``, ``summed_loss``, ``backward`` and
+    ``step_optimizer`` are the functions of these names, and ``compute`` is the step component; they may attribute a
+    failure to a component.
     """
 
     model: torch.nn.Module
@@ -75,23 +137,45 @@ class TrainStep:
     seed: int
     max_grad_norm: float | None
     fake_tensors: bool = False
+    module: torch.nn.Module = field(default=Factory(lambda self: self.model, takes_self=True))
+    losses_of: LossesOf = losses_of
     summed_loss: Callable[[torch.nn.Module, Batch], torch.Tensor] = summed_loss
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
     step_optimizer: Callable[[torch.optim.Optimizer], None] = step_optimizer
+    compute: Step = accumulate
+    compute_label: str = "step 'standard'"
 
     def __attrs_post_init__(self) -> None:
         self._reseed = BatchSeeder(self.seed, self.dist.device)
-        self.renew(self.optimizer, self.wrapped)
+        self.renew(self.optimizer, self.wrapped, self.compute)
 
-    def renew(self, optimizer: torch.optim.Optimizer, wrapped: torch.nn.Module) -> None:
-        """Train the parameters that the model has and trains now, with their optimizer and the module around them."""
-        self.optimizer, self.wrapped = optimizer, wrapped
+    def renew(self, optimizer: torch.optim.Optimizer, wrapped: torch.nn.Module, compute: Step) -> None:
+        """Train the parameters that the model has and trains now, with what was made for them."""
+        self.optimizer, self.wrapped, self.compute = optimizer, wrapped, compute
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._skips_on_device = skips_on_device(optimizer)
+        # Another component may read gradients between its passes, and those must not be scaled for fp16.
+        self.hides_scale = self.precision.scaler.is_enabled() and compute is not accumulate
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The summed cross-entropy of a batch, by the module that is trained."""
-        return self.summed_loss(self.wrapped, batch)
+        """The summed cross-entropy of a batch by the model itself, whatever loss it is trained on."""
+        return self.summed_loss(self.wrapped if self.module is self.model else self.model, batch)
+
+    def forward_backward(self, batch: Batch, share: float, *, is_last: bool) -> torch.Tensor | Losses:
+        """Forward and backward of one micro-batch, whose loss counts ``share`` times; what the model returned."""
+        self._reseed(batch.first_sample)
+        with self.dist.accumulating(self.wrapped, is_last):
+            with self.precision.autocast():
+                losses = self.losses_of(self.wrapped, batch)
+            self.backward(self.precision.scaler.scale(total_of(losses) * share))
+        return losses
+
+    def scale_gradients(self, up: bool) -> None:
+        """Multiply all gradients by the loss scale of fp16, a power of two, or divide by it. No read of the device."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if gradients:
+            scale = self.precision.scaler.scale(torch.ones((), device=gradients[0].device))
+            torch._foreach_mul_(gradients, scale if up else scale.reciprocal())
 
     def __call__(
         self,
@@ -105,44 +189,58 @@ class TrainStep:
     ) -> StepResult:
         """Run step ``number``, from 1, over ``batches``; ``targets`` counts their target tokens on all processes.
 
-        ``on_batch(index, batch)`` runs before each forward pass. ``on_gradients()`` runs on reduced, unscaled
-        gradients, which it may edit; it returns a flag that skips the step, or None. All processes pass it or none.
-        ``before_update()`` runs once nothing but the update is left.
+        ``on_batch(index, batch)`` runs before each forward pass. ``on_gradients(loss, rate, norm)`` runs on reduced,
+        unscaled gradients, which it may edit; it returns None or a float vector, in which a number above 0 skips the
+        step. All processes pass it or none, and their vectors have one length. ``before_update()`` runs once nothing
+        but the update is left.
         """
-        loss = self._accumulate(batches, targets, on_batch)
+        rate = self.schedule(number)
+        loss, terms = self._accumulate(batches, targets, on_batch)
         self.precision.scaler.unscale_(self.optimizer)
-        flag = on_gradients() if on_gradients is not None else None
-        norm, skipped = self._clip()
-        found_inf = skipped
+        requests = None
         if on_gradients is not None:
-            # On all processes: one without a flag takes part in the sum, for which the others wait.
-            skipped = self.dist.sum(skipped if flag is None else torch.add(skipped, flag, alpha=SKIP_REQUESTED))
-            found_inf = (skipped > 0).float()
+            requests = on_gradients(loss, rate, UneditedNorm(self._parameters))
+        norm, not_finite = self._clip()
+        skipped = not_finite
+        if requests is not None:
+            reasons = self.dist.sum(torch.cat([not_finite.reshape(1), requests]))
+            not_finite, requests = reasons[0], reasons[1:]
+            skipped = (reasons.sum() > 0).float()
         if before_update is not None:
             before_update()
-        self._update(number, found_inf)
-        return StepResult(loss, norm, skipped)
+        self._update(rate, skipped)
+        return StepResult(loss, terms, norm, rate, skipped, not_finite, requests)
 
-    def _accumulate(self, batches: Sequence[Batch], targets: int, on_batch: OnBatch | None) -> torch.Tensor:
-        """Forward and backward of all micro-batches; the summed loss."""
+    def _accumulate(
+        self, batches: Sequence[Batch], targets: int, on_batch: OnBatch | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The step's gradients, made by its component; the summed cross-entropy and the further terms of the loss."""
         # The summed loss over the step's target tokens of all processes; DDP will divide by the world size.
-        scale = self.dist.size / max(1, targets)
-        last, loss = len(batches) - 1, None
-        for index, batch in enumerate(batches):
-            if on_batch is not None:
-                on_batch(index, batch)
-            self._reseed(batch.first_sample)
-            with self.dist.accumulating(self.wrapped, index == last):
-                with self.precision.autocast():
-                    nats = self.summed_loss(self.wrapped, batch)
-                self.backward(self.precision.scaler.scale(nats * scale))
-            loss = nats.detach() if loss is None else loss + nats.detach()
-        assert loss is not None
-        return loss
+        passes = Passes(self, self.dist.size / max(1, targets), batches, on_batch)
+        failure: BaseException | None = None
+        try:
+            loss = self.compute(batches, passes)
+        except BaseException as error:
+            # A failure of the engine's own part is not the component's.
+            failure = passes.failure or error
+        if failure is not None:
+            raise failure
+        if not isinstance(loss, torch.Tensor) or loss.ndim:
+            raise PluginError(
+                f"{self.compute_label} returned {described(loss)}",
+                hint="expected the summed loss of its micro-batches, a 0-d tensor",
+            )
+        if not passes.reduced:
+            raise PluginError(
+                f"{self.compute_label} left gradients that are not reduced over processes",
+                hint="the last call of each pass over the micro-batches is backward(batch, is_last=True)",
+            )
+        passes.scale_gradients(True)
+        return loss.detach(), passes.terms
 
     def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients' norm before clipping, and 1.0 if it is not finite; both stay on the device."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm = total_norm(self._parameters)
         if self.max_grad_norm is not None:
             if self._skips_on_device:
                 # The fused optimizer divides by this while it reads the gradients anyway: no extra pass.
@@ -153,9 +251,8 @@ class TrainStep:
         # A finite number less itself is 0, anything else is NaN: two kernels, where isfinite takes four.
         return norm, torch.nan_to_num_((norm - norm).float(), nan=1.0)
 
-    def _update(self, number: int, skipped: torch.Tensor) -> None:
+    def _update(self, rate: float, skipped: torch.Tensor) -> None:
         """Step the optimizer at the schedule's rate times each group's ``lr_scale``, unless ``skipped``."""
-        rate = self.schedule(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         if self._skips_on_device:
@@ -194,6 +291,6 @@ class TrainStep:
         in its last digits from one that was not interrupted.
         """
         with self.precision.autocast():
-            nats = self.summed_loss(self.wrapped, batch)
-        self.backward(nats)
+            losses = self.losses_of(self.wrapped, batch)
+        self.backward(total_of(losses))
         self.optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from attrs import define, evolve, field, frozen
@@ -14,7 +15,8 @@ from gpt_simple.data.loader import DataExhausted
 from gpt_simple.distributed.metric_reduction import MetricReducer
 from gpt_simple.engine.checkpointer import Checkpointer
 from gpt_simple.engine.control import Control, Decision
-from gpt_simple.engine.loss_monitor import LossMonitor, not_finite_on
+from gpt_simple.engine.gradients import UneditedNorm
+from gpt_simple.engine.loss_monitor import NOT_FINITE, LossMonitor, causes_of_skips, not_finite_on
 from gpt_simple.engine.metrics import MetricBuffer, StepTimer, namespaced, resolve_name_collisions
 from gpt_simple.engine.step import TrainStep
 from gpt_simple.engine.stop_signals import StopNow, StopSignals
@@ -89,6 +91,11 @@ class Trainer:
         flops: Callable[[int], float] | None = getattr(self.run.guarded, "flops_per_token", None)
         self._flops = {stage.length: flops(stage.length) for stage in self._plan.stages} if flops is not None else {}
         self._reducer = MetricReducer(self.run.dist)
+        listeners = self.calls.plugins("on_gradients")
+        self._may_skip = tuple(plugin.name for plugin in listeners)
+        # A plugin that reads the norm after another one would find edited gradients.
+        self._norm_first = any(plugin.names("grad_norm") for plugin in listeners[1:])
+        self._no_skip = torch.zeros((), device=self.run.device)
         self._loss_monitor = LossMonitor(self.run.config.training.max_skipped_steps)
 
     def fit(self) -> FitResult:
@@ -169,14 +176,14 @@ class Trainer:
                 data.batches,
                 data.targets,
                 on_batch=self._on_batch if calls.on_batch is not None else None,
-                on_gradients=self._on_gradients if calls.on_gradients is not None else None,
+                on_gradients=partial(self._on_gradients, data.targets) if calls.on_gradients is not None else None,
                 before_update=self.signals.defer if is_first else None,
             )
         except RuntimeError:
             self._refuse_untrained(failed=True)  # a change of what is trained may fail in torch first
             raise
         state.advance(data.tokens, data.targets)
-        self._buffer.add(step, data, result.loss, result.norm, result.skipped)
+        self._buffer.add(step, data, result)
         flops = self._flops.get(length, 0.0) * data.tokens
         self._timer.step(data.tokens, data.targets, flops)
         if is_first:
@@ -188,17 +195,43 @@ class Trainer:
             growth = self._plan.stage(step + 1).tokens / data.tokens
             self.time_budget.record_step(0.0 if is_new else time.perf_counter() - started, growth)
         if calls.on_step_end is not None:
-            calls.on_step_end(run, StepEnd(step, state.tokens, state.target_tokens, is_last))
+            calls.on_step_end(
+                run,
+                StepEnd(
+                    step,
+                    state.tokens,
+                    state.target_tokens,
+                    is_last,
+                    partial(self._mean_loss, result.loss, data.targets),
+                    result.learning_rate,
+                    result.norm,
+                    partial(torch.gt, result.skipped, 0),
+                    partial(self._skipped_by, result.requests),
+                ),
+            )
 
     def _on_batch(self, index: int, batch: Batch) -> None:
         if (call := self.calls.on_batch) is not None:
             call(self.run, BatchReady(self.run.step + 1, index, batch))
 
-    def _on_gradients(self) -> torch.Tensor | None:
+    def _on_gradients(self, targets: int, loss: torch.Tensor, rate: float, norm: UneditedNorm) -> torch.Tensor:
+        """The plugins' requests to skip the step: for each of ``_may_skip`` 1.0 or 0.0."""
+        if self._norm_first:
+            norm()
         if (call := self.calls.on_gradients) is not None:
+            mean = partial(self._mean_loss, loss, targets)
             with self.run.comm.during("on_gradients"):
-                call(self.run, GradientsReady(self.run.step + 1))
-        return self.run.control.take_skip()
+                call(self.run, GradientsReady(self.run.step + 1, mean, rate, norm))
+        flags = self.run.control.take_skips()
+        none = self._no_skip
+        return torch.stack([none + flags[name] if name in flags else none for name in self._may_skip])
+
+    def _mean_loss(self, nats: torch.Tensor, targets: int) -> torch.Tensor:
+        """Nats per target token, of this process's share of the step's targets."""
+        return nats * (self.run.world_size / max(1, targets))
+
+    def _skipped_by(self, requests: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        return {} if requests is None else dict(zip(self._may_skip, requests > 0, strict=True))
 
     def _synchronize(self) -> None:
         """Wait for the device, so that the time of queued steps does not count for what follows them."""
@@ -300,14 +333,9 @@ class Trainer:
         skipped = floats.pop("train/skipped_steps")
         if skipped:
             floats["train/skipped_steps"] = skipped
-            not_finite = sum(record.not_finite for record in records)
-            for count, why in (
-                (not_finite, f"had a non-finite gradient and were skipped{where}"),
-                (int(skipped) - not_finite, "were skipped because a plugin asked for it (run.control.skip_step)"),
-            ):
-                if count:
-                    message = f"{count} of the last {split.steps} steps {why}"
-                    run.log.warning(message, name="skipped_steps", count=count)
+            for cause, count in causes_of_skips(records, self._may_skip).items():
+                message = f"{count} of the last {split.steps} steps {cause}{where if cause == NOT_FINITE else ''}"
+                run.log.warning(message, name="skipped_steps", count=count)
         if spike := self._loss_monitor.spike(records):
             at, loss = spike.record.step, spike.record.loss
             run.log.warning(str(spike), name="loss_spike", at=at, loss=loss, usual=spike.usual)

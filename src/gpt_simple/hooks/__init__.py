@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpt_simple.hooks.batch import Batch
     from gpt_simple.hooks.components import Component, Registry
     from gpt_simple.hooks.events import (
         BatchReady,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         StepEnd,
         StepStart,
     )
+    from gpt_simple.hooks.losses import Loss, Losses
     from gpt_simple.hooks.plugin import NoConfig, Plugin
     from gpt_simple.hooks.preflight import (
         BatchStage,
@@ -48,10 +50,13 @@ if TYPE_CHECKING:
     from gpt_simple.hooks.results import Finding, Metric
     from gpt_simple.hooks.run import CheckpointInfo, Run
     from gpt_simple.hooks.specs import HOOKS, HookInfo, hookimpl
+    from gpt_simple.hooks.step import Backward, Step, accumulate
     from gpt_simple.hooks.store import CheckpointStore
 
 __all__ = [
     "HOOKS",
+    "Backward",
+    "Batch",
     "BatchReady",
     "BatchStage",
     "CheckedOutput",
@@ -72,6 +77,8 @@ __all__ = [
     "HookInfo",
     "InspectedData",
     "LogRecord",
+    "Loss",
+    "Losses",
     "MemoryForecast",
     "MemoryPrediction",
     "Metric",
@@ -88,13 +95,18 @@ __all__ = [
     "RunEnd",
     "RunError",
     "RunStart",
+    "Step",
     "StepEnd",
     "StepStart",
     "ThroughputEstimate",
+    "accumulate",
     "hookimpl",
 ]
 
-_MODULES = ("specs", "plugin", "run", "results", "events", "components", "preflight", "store")
+_MODULES = (
+    *("specs", "plugin", "run", "results", "events", "components", "preflight"),
+    *("step", "batch", "losses", "store"),
+)
 """Where the names are, the modules that most commands need first: a name imports those before its own."""
 
 

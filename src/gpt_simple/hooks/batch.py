@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 @frozen(eq=False)
 class Batch:
-    """A micro-batch of one process, on the device. All tensors are int64 [B, T].
+    """A micro-batch of one process, on the device. All tensors are int64 [B, T], but for ``weights``.
 
     ``labels`` are the next tokens, -100 where there is no target; ``targets`` is the number of the others.
     ``position_ids`` and ``document_ids`` are set with ``data.document_mask``: positions restart in every document, and
     attention stays within one document id. ``first_sample`` is the index of the first row in the order of samples, in
     an evaluation among the rows evaluated. Where ``training.warmup_stages`` shorten rows, each ``data.max_length / T``
-    rows are one sample.
+    rows are one sample. ``weights`` (float32 [B, T]) are the factors of the targets in the loss; None in an evaluation
+    and where the source gives none. The sum is divided by the number of targets, not by that of their weights.
     """
 
     input_ids: Tensor
@@ -31,6 +32,7 @@ class Batch:
     document_ids: Tensor | None
     first_sample: int
     targets: int
+    weights: Tensor | None = None
 
 
 @runtime_checkable

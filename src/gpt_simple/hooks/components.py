@@ -1,4 +1,4 @@
-"""Replaceable parts, by name: model, optimizer, schedule, tokenizer, data source, checkpoint store.
+"""Replaceable parts, by name: model, optimizer, schedule, tokenizer, data source, checkpoint store, step, loss.
 
 The configuration chooses a component (``model.name = "gpt"``); installing one changes nothing. Built-in components are
 given as ``module:attribute`` and imported when they are used, so this module needs no torch.
@@ -22,7 +22,7 @@ from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import PASSING, ConfigError, GptSimpleError, PluginError, describe
 
-Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source", "store"]
+Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source", "store", "step", "loss"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +36,8 @@ CONFIG_KEY: dict[Kind, str] = {
     "tokenizer": "data.tokenizer",
     "source": "data.source",
     "store": "training.checkpoint_store",
+    "step": "training.step",
+    "loss": "training.loss",
 }
 
 BUILTIN = "gpt-simple"
@@ -69,6 +71,8 @@ _NEEDED: dict[Kind, tuple[str, ...]] = {
     ),
     "source": ("fingerprint",),
     "store": ("find", "fetch", "published"),
+    "step": ("__call__",),
+    "loss": ("__call__", "needs"),
 }
 
 
@@ -94,8 +98,12 @@ class Component:
             return
         if self.kind not in SECTION_FIELDS:
             section = self.key.partition(".")[0]
-            owner = {"schedule": "optimizer", "tokenizer": "source"}.get(self.kind)
-            why = f"only the {owner} brings the class of [{section}]" if owner else "its options are the plugin's own"
+            owners = [kind for kind in SECTION_FIELDS if CONFIG_KEY[kind].startswith(f"{section}.")]
+            why = (
+                f"only the {owners[0]} brings the class of [{section}]"
+                if owners
+                else "its options are the plugin's own"
+            )
             raise PluginError(f"{self.label} takes no config=: {why}")
         if not (isinstance(self.config, type) and attrs.has(self.config)):
             raise PluginError(f"{self.label}: config= must be a frozen attrs class, not {self.config!r}")
@@ -213,9 +221,22 @@ class Component:
 
             return documents
 
-        if not (methods := [name for name in ("documents", "stream") if hasattr(self.guarded(part), name)]):
-            return part  # the directory of a dataset
-        return _Guarded(part, self, {name: attributed(name) for name in methods})
+        def weights(input_ids: Any, labels: Any, tokenizer: Any) -> Any:
+            import numpy as np  # only a run needs it
+
+            factors = np.asarray(part.weights(input_ids, labels, tokenizer))
+            if factors.shape != labels.shape or factors.dtype.kind not in "fiub" or not np.isfinite(factors).all():
+                given = f"{factors.dtype} of shape {list(factors.shape)}"
+                raise TypeError(f"it returned {given}; expected finite numbers of shape {list(labels.shape)}")
+            return factors
+
+        own = self.guarded(part)
+        methods: dict[str, Callable[..., Any]] = {
+            name: attributed(name) for name in ("documents", "stream") if hasattr(own, name)
+        }
+        if hasattr(own, "weights"):
+            methods["weights"] = self.attributed(weights, "failed in weights")
+        return _Guarded(part, self, methods) if methods else part  # else it is the directory of a dataset
 
     def _failure(self, what: str, error: BaseException) -> PluginError:
         *_, last = traceback.extract_tb(error.__traceback__)
@@ -230,7 +251,7 @@ class _Guarded:
     ``methods`` are replaced by others.
     """
 
-    def __init__(self, part: Any, component: Component, methods: dict[str, Callable[[], Any]]) -> None:
+    def __init__(self, part: Any, component: Component, methods: dict[str, Callable[..., Any]]) -> None:
         self.__dict__.update(methods, _part=part, _component=component)
 
     @property  # type: ignore[misc]
@@ -310,4 +331,6 @@ def builtin_registry() -> Registry:
     for name in ("files", "stories", "python_stdlib", "shards"):
         registry.add("source", name, f"gpt_simple.data.sources.{name}:build", config=DataConfig)
     registry.add("store", LOCAL, "gpt_simple.hooks.store:local")
+    registry.add("step", "standard", "gpt_simple.engine.step:standard")
+    registry.add("loss", "standard", "gpt_simple.engine.losses:standard")
     return registry

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 RunStatus = Literal["completed", "stopped", "halted"]
 
+Unread = Any
+"""A value of an event, or the function that computes it: a tensor that nobody reads costs the device nothing."""
+
+
+def _computed(value: Any) -> torch.Tensor:
+    return value() if callable(value) else value  # type: ignore[no-any-return]
+
 
 @frozen
 class ModelBuilt:
@@ -77,19 +84,68 @@ class BatchReady:
 
 @frozen
 class GradientsReady:
-    """Optimizer step ``step`` is about to use the gradients, which are ``p.grad`` of the model's parameters."""
+    """Optimizer step ``step`` is about to use the gradients, which are ``p.grad`` of the model's parameters.
+
+    ``learning_rate`` is the schedule's rate of this step. ``loss`` and ``grad_norm`` are 0-d tensors on the device,
+    computed when they are read.
+    """
 
     step: int
+    _loss: Unread = field(default=None, alias="loss", repr=False, eq=False)
+    learning_rate: float = 0.0
+    _grad_norm: Unread = field(default=None, alias="grad_norm", repr=False, eq=False)
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Nats of this process's rows, divided by its share of the step's target tokens (all, over ``world_size``).
+
+        The mean over the processes is the loss of the step: ``run.comm.sum(event.loss) / run.world_size``.
+        """
+        return _computed(self._loss)
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """The L2 norm of all gradients before any plugin's edit, the same on every process. Read it before you edit."""
+        return _computed(self._grad_norm)
 
 
 @frozen
 class StepEnd:
-    """Totals after the step. ``is_last``: it is step ``training.max_steps``."""
+    """Totals after the step. ``is_last``: it is step ``training.max_steps``.
+
+    ``learning_rate`` is the schedule's rate of this step. The other facts of the step are 0-d tensors on the device.
+    """
 
     step: int
     tokens: int
     target_tokens: int
     is_last: bool
+    _loss: Unread = field(default=None, alias="loss", repr=False, eq=False)
+    learning_rate: float = 0.0
+    _grad_norm: Unread = field(default=None, alias="grad_norm", repr=False, eq=False)
+    _skipped: Unread = field(default=None, alias="skipped", repr=False, eq=False)
+    _skipped_by: Any = field(default=frozen_dict({}), alias="skipped_by", repr=False, eq=False)
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """As ``GradientsReady.loss``."""
+        return _computed(self._loss)
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """The L2 norm of all gradients after every plugin's edit and before clipping, the same on every process."""
+        return _computed(self._grad_norm)
+
+    @property
+    def skipped(self) -> torch.Tensor:
+        """Whether the weights were left unchanged (bool): a gradient was not finite, or a plugin asked for it."""
+        return _computed(self._skipped)
+
+    @property
+    def skipped_by(self) -> Mapping[str, torch.Tensor]:
+        """For each plugin with ``on_gradients`` whether it asked to skip the step, on any process (bool)."""
+        flags = self._skipped_by
+        return frozen_dict(flags() if callable(flags) else flags)
 
 
 @frozen

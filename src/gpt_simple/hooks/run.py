@@ -64,7 +64,10 @@ class Control(Protocol):
         """
 
     def skip_step(self, flag: torch.Tensor) -> None:
-        """Skip this step if ``flag`` (0-d bool on the device) is true. Only from ``on_gradients``."""
+        """Skip this step if ``flag`` (0-d bool on the device) is true, on any process.
+
+        Raises PluginError outside of ``on_gradients``. The log names the plugin.
+        """
 
 
 class Log(Protocol):

@@ -88,7 +88,7 @@ class HookSpecs:
     @classmethod
     @_hook(ranks="all")
     def register_components(cls, registry: Registry) -> None:
-        """Add named parts (model, optimizer, schedule, tokenizer, source, store) that a configuration can choose.
+        """Add named parts, such as a model, an optimizer or a loss, that a configuration can choose.
 
         Called right after the plugin is imported and before its configuration exists, so it is a class method. Give the
         part as ``module:attribute``: it is imported when it is used, and the hook itself imports nothing slow::
@@ -209,22 +209,25 @@ class HookSpecs:
     def on_gradients(self, run: Run, event: events.GradientsReady) -> None:
         """Gradients are reduced over processes and unscaled; clipping and the optimizer come next.
 
-        ``p.grad`` may be changed, in the same way on every process. A flag on the device can skip the step::
+        ``p.grad`` may be changed, in the same way on every process. ``event.grad_norm`` is the norm before the edits of
+        all plugins. It is computed in the first read, or before the first plugin if the code of a later one has this
+        name. A read after an edit that comes before all that is a failure. A flag on the device can skip the step; the
+        log names the plugins that asked for it::
 
             @hookimpl
             def on_gradients(self, run, event):
-                total = sum(p.grad.square().sum() for p in run.model.parameters() if p.grad is not None)
-                run.control.skip_step(total > self.config.limit)
+                run.control.skip_step(event.grad_norm > self.config.limit)
         """
 
     @_hook(hot=True)
     def on_step_end(self, run: Run, event: events.StepEnd) -> None:
         """The step is finished and its position in the data is committed. Requests made here are decided on next.
 
-        Example::
+        Add up the tensors of the event on the device and read them in ``on_metrics`` or ``collect_metrics``::
 
             @hookimpl
             def on_step_end(self, run, event):
+                self.skipped += event.skipped
                 if event.tokens >= self.config.token_budget:
                     run.control.finish("the token budget is spent")
         """

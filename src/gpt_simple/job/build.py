@@ -70,16 +70,17 @@ def build_trainer(
         get = job.spec.registry.get
         schedule = get("schedule", config.optimizer.schedule).build(config.optimizer, config.training.max_steps)
         schedule(job.state.step + 1)  # a rate that cannot be used is found before an earlier run is discarded
+        calls = attributed_calls(job.spec.registry, config, model)
         train_step = TrainStep(
             model=model,
-            wrapped=dist.wrap(model),
+            wrapped=dist.wrap(calls["module"]),
             optimizer=current.optimizer,
             schedule=schedule,
             precision=job.runtime.precision,
             dist=dist,
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
-            **attributed_calls(job.spec.registry, config),
+            **calls,
         )
         compile_model(model, job.runtime.compile_plan)
         loader = Loader(

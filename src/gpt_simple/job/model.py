@@ -12,6 +12,7 @@ from gpt_simple._documents import check, read
 from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store, weights_stem
+from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.engine.compatibility import keep_values
 from gpt_simple.engine.components import guarded
@@ -63,6 +64,19 @@ def refuse_shared_documents(spec: RunSpec, model: torch.nn.Module) -> None:
             key="data.document_mask",
             hint="set it to false",
         ) from None
+
+
+def refuse_weights(spec: RunSpec, data: Dataset, model: torch.nn.Module) -> None:
+    """Raise ConfigError if the source gives weights, which ``model`` does not take for its own loss."""
+    if data.weights is None or spec.config.training.loss != "standard":
+        return
+    if "weights" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"the source gives weights of targets, and the forward of the model {spec.config.model.name!r} has no"
+            ' parameter "weights"',
+            key="data.source",
+            hint="choose another source, model or training.loss",
+        )
 
 
 def checkpoint_activations(spec: RunSpec, model: torch.nn.Module) -> None:

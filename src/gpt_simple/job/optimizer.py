@@ -10,6 +10,7 @@ import torch
 from gpt_simple.checkpoint.state import carry_over, flatten_optimizer
 from gpt_simple.distributed.process_group import digest
 from gpt_simple.engine.compile import recompile_model
+from gpt_simple.engine.components import build_step
 from gpt_simple.engine.optimizer_modes import enter_train_mode
 from gpt_simple.engine.optimizers import CurrentOptimizer, skips_on_device
 from gpt_simple.engine.resume import ResumePlan
@@ -64,11 +65,12 @@ def rebuild_optimizer(job: Job, current: CurrentOptimizer, train_step: TrainStep
     checkpoint_activations(job.spec, model)
     _refuse_different(job, model)
     current.replace(_new_optimizer(job, model))
-    train_step.renew(current.optimizer, model)
+    compute = build_step(job.spec.registry, job.config, model)
+    train_step.renew(current.optimizer, train_step.module, compute)
     dist.release_wrapped()  # nothing refers to the wrapper any more
     _announce(job, current, job.state.step)
     new = _attributed(job, lambda: carry_over(old, names, as_built, current.optimizer, model))
-    train_step.renew(current.optimizer, dist.wrap(model))
+    train_step.renew(current.optimizer, dist.wrap(train_step.module), compute)
     recompile_model(model, job.runtime.compile_plan)
     trained = sum(parameter.requires_grad for parameter in model.parameters())
     job.plugins.log.info(

@@ -48,8 +48,13 @@ class PluginCalls:
             watch,
         )
         self.view = self._launch_view
-        guard = attrs.evolve(TORCH_STATE, watch=watch)
-        self.calls = spec.host.calls(dist.is_main, self._plugin_failed, world_size=dist.size, guard=guard)
+        self.calls = spec.host.calls(
+            dist.is_main,
+            self._plugin_failed,
+            world_size=dist.size,
+            guard=attrs.evolve(TORCH_STATE, watch=watch),
+            around={"on_gradients": self.requests.allow_skips},
+        )
 
     def extended_view(self, kind: type[View], **fields: Any) -> View:
         """A later view: what the newest one has, and ``fields``."""

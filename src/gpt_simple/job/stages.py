@@ -35,7 +35,7 @@ from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimple
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.job.job import Job
-from gpt_simple.job.model import checkpoint_activations, new_model, refuse_shared_documents
+from gpt_simple.job.model import checkpoint_activations, new_model, refuse_shared_documents, refuse_weights
 from gpt_simple.launch.member import processes
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.run_dir.lock import RunLock
@@ -157,6 +157,7 @@ def _preflight(job: Job, data: Dataset, plan: ResumePlan) -> TimeBudget | None:
     with torch.device("meta"):
         model = new_model(job.spec, data.tokenizer)
     refuse_shared_documents(job.spec, model)
+    refuse_weights(job.spec, data, model)
     checkpoint_activations(job.spec, model)
     refuse_uncompilable(model, job.runtime.compile_plan)
     time_budget = None

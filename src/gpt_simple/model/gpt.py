@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt_simple.config.schema import ModelConfig
+from gpt_simple.hooks.losses import Losses
 from gpt_simple.model import flops
 from gpt_simple.model.attention import Attention, LayerCache
 from gpt_simple.model.documents import Kernel, document_kernel, document_mask
-from gpt_simple.model.loss import summed_cross_entropy
+from gpt_simple.model.loss import summed_cross_entropy, weighted_cross_entropy
 from gpt_simple.model.rope import Rotation, rotary_tables
 from gpt_simple.model.shape import Shape, resolve
 
@@ -75,14 +76,19 @@ class GPT(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-    ) -> Tensor:
-        """The summed loss if labels are given, else the logits.
+        hidden: bool = False,
+        weights: Tensor | None = None,
+    ) -> Tensor | Losses:
+        """The summed loss if labels are given, else the logits, or with ``hidden`` what they are made of.
 
         All arguments are int64 ``[B, T]``. ``labels[b, t]`` is the token that follows ``input_ids[b, t]``
         (nothing is shifted here), or -100 for a position that is not in the loss. ``position_ids`` default to
-        0..T-1. With ``document_ids``, attention stays between positions of one id.
+        0..T-1. With ``document_ids``, attention stays between positions of one id. ``weights`` (float32 ``[B, T]``)
+        are factors of the labels in the loss.
 
-        Returns a 0-d float32 tensor, the cross-entropy in nats summed over the labels; or logits ``[B, T, V]``.
+        Returns a 0-d float32 tensor, the cross-entropy in nats summed over the labels; with ``weights`` Losses, whose
+        term ``weighted_loss`` alone is trained on; or logits ``[B, T, V]``; or the states after the last norm
+        ``[B, T, C]``, whose product with ``head_weight`` gives logits.
         """
         mask = None
         if document_ids is not None:
@@ -101,10 +107,15 @@ class GPT(nn.Module):
                 )
             else:
                 x = block(x, rotation, mask)
-        x = self.norm(x)
+        states: Tensor = self.norm(x)
+        if hidden:
+            return states
         if labels is None:
-            return F.linear(x, self.head_weight)
-        return self.loss_function(x, self.head_weight, labels)
+            return F.linear(states, self.head_weight)
+        if weights is not None:
+            weighted, nats = weighted_cross_entropy(states, self.head_weight, labels, weights)
+            return Losses(nats, {"weighted_loss": weighted}, weight=0.0)
+        return self.loss_function(states, self.head_weight, labels)
 
     def decode(self, input_ids: Tensor, cache: list[LayerCache]) -> Tensor:
         """Logits ``[B, V]`` of the token that follows ``input_ids`` ``[B, T]``, given what the cache has seen.

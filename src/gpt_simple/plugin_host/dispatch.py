@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Implementation = Callable[..., Any]
 Impl = tuple[Implementation, LoadedPlugin]
+Around = Callable[[str, Implementation], Implementation]
+"""Makes an implementation from a plugin's name and its own implementation."""
 OnFailure = Callable[[LoadedPlugin, str, PluginError], None]
 T = TypeVar("T")
 
@@ -206,6 +208,10 @@ class Calls:
         if hook == "on_model_built":
             self.guard.watch.holders.update(plugin for _, plugin in impls)
         self._publish(hook)
+
+    def plugins(self, hook: str) -> tuple[LoadedPlugin, ...]:
+        """The plugins whose implementation of this hook is called on this process, in call order."""
+        return tuple(plugin for _, plugin in self._callers[hook].impls) if hook in self._callers else ()
 
     def disable(self, name: str) -> None:
         """Switch a plugin off in every hook but ``on_close``, once all processes have agreed to that."""

@@ -27,6 +27,7 @@ from gpt_simple.plugin_host.activation import Decision, PluginsTable, Switches, 
 from gpt_simple.plugin_host.discovery import installed, usable
 from gpt_simple.plugin_host.dispatch import (
     DISPATCHED,
+    Around,
     Calls,
     Guard,
     Impl,
@@ -217,12 +218,25 @@ class PluginHost:
             findings += [f if f.place else evolve(f, place=f"plugins.{plugin.name}") for f in found]
         return findings
 
-    def calls(self, is_main: bool, on_failure: OnFailure, *, world_size: int = 1, guard: Guard | None = None) -> Calls:
-        """Compile the hooks for this process. ``on_failure`` is called for each plugin that is switched off."""
-        self.guard = guard or self.guard
+    def calls(
+        self,
+        is_main: bool,
+        on_failure: OnFailure,
+        *,
+        world_size: int = 1,
+        guard: Guard | None = None,
+        around: Mapping[str, Around] | None = None,
+    ) -> Calls:
+        """Compile the hooks for this process. ``on_failure`` is called for each plugin that is switched off.
+
+        ``around`` has a function for some hooks, which is put around each implementation of that hook.
+        """
+        self.guard, around = guard or self.guard, around or {}
         calls = Calls(on_failure, alone=world_size == 1, strict=self.strict, guard=self.guard)
         for hook in DISPATCHED:
             impls = self._impls(hook)
+            if (outer := around.get(hook)) is not None:
+                impls = [(outer(plugin.name, implementation), plugin) for implementation, plugin in impls]
             calls.listen(hook, [impl for impl in impls if is_main or _runs_everywhere(hook, impl[1])])
         self._calls, self._is_main = calls, is_main
         return calls

@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
@@ -60,6 +61,11 @@ class LoadedPlugin:
     def label(self) -> str:
         """``csvlog (gpt-simple-csvlog 0.1.0, .../csvlog.py)``: the attribution in every message."""
         return _label(self.name, self.distribution, self.version, self.file)
+
+    def names(self, attribute: str) -> bool:
+        """Whether the code of the plugin's class has this name, as an attribute or a text."""
+        functions = (inspect.unwrap(member) for cls in self.cls.__mro__ for member in vars(cls).values())
+        return any(_has_name(getattr(member, "__code__", None), attribute) for member in functions)
 
     def register_components(self, registry: Registry) -> None:
         """Call the plugin's hook of this name. Its failure is a PluginError that names it."""
@@ -242,6 +248,13 @@ def taking_all(
         return implementation
     places = [arguments.index(name) for name in taken]
     return lambda *given: implementation(*[given[place] for place in places])
+
+
+def _has_name(code: object, name: str) -> bool:
+    """Whether a function's code, or that of a function inside it, has the name; False for what is no code."""
+    if not isinstance(code, CodeType):
+        return False
+    return name in code.co_names or name in code.co_consts or any(_has_name(inner, name) for inner in code.co_consts)
 
 
 def _cause(error: BaseException) -> str:

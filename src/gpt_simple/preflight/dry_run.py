@@ -52,8 +52,9 @@ class DryRun:
         compile_plan: CompilePlan = EAGER,
         loss_function: Callable[..., torch.Tensor] = summed_cross_entropy,
         fake_tensors: bool = False,
+        dist: ProcessGroup | None = None,
     ) -> DryRun:
-        """Build everything on the precision's device. ``vocab_size`` is the tokenizer's.
+        """Build everything on the precision's device. ``vocab_size`` is the tokenizer's; ``dist`` has one process.
 
         The batches are those of ``stage``, by default of the steps after the warm-up stages.
         A model of the family ``gpt`` computes its loss with ``loss_function``. ``fake_tensors``: the caller is in a
@@ -75,17 +76,18 @@ class DryRun:
         enter_train_mode(optimizer)
         compile_model(model, compile_plan)
         rate = optimizer.param_groups[0].get("lr", 0.0)
+        calls = attributed_calls(registry, config, model)
         train_step = TrainStep(
             model=model,
-            wrapped=model,
+            wrapped=calls["module"],
             optimizer=optimizer,
             schedule=lambda step: rate,
             precision=precision,
-            dist=ProcessGroup(0, 1, device),
+            dist=dist or ProcessGroup(0, 1, device),
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
             fake_tensors=fake_tensors,
-            **attributed_calls(registry, config),
+            **calls,
         )
         guarded(registry, config, model).train()
         last = BatchPlan.of(config).stages[-1]
@@ -103,7 +105,7 @@ class DryRun:
         on_gradients: OnGradients | None = None,
     ) -> StepResult:
         """One optimizer step over as many micro-batches as the run has, or ``micro_batches``."""
-        batches = (self.batch,) * (micro_batches or self.micro_batches)
+        batches = [self.batch] * (micro_batches or self.micro_batches)
         targets = self.batch.targets * len(batches)
         return self.train_step(1, batches, targets, on_batch=on_batch, on_gradients=on_gradients)
 
@@ -111,7 +113,7 @@ class DryRun:
         """The forward pass of an evaluation's batch."""
         step = self.train_step
         with evaluation_weights(step.optimizer), evaluation_mode(step.model, step.precision, step.seed):
-            return step.summed_loss(step.wrapped, self.evaluation_batch)
+            return step.loss(self.evaluation_batch)
 
     def optimizer_state(self) -> list[torch.Tensor]:
         """The tensors of the optimizer's state, once there was a step."""

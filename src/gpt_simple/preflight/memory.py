@@ -6,22 +6,24 @@ With several processes the buckets of DistributedDataParallel hold the gradients
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
-from attrs import evolve
+from attrs import evolve, field, frozen
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import steps_per_chunk
 from gpt_simple.data.plan import BatchPlan
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import preserved_process_state
+from gpt_simple.engine.step import StepResult
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import GpuSpec, find_gpu
-from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import Registry, builtin_registry
 from gpt_simple.hooks.preflight import BatchStage, MemoryForecast, MemoryPrediction, PreflightOptions
 from gpt_simple.model.loss import ROWS_PER_CHUNK, summed_cross_entropy
@@ -97,7 +99,7 @@ def _predict(
     loss_function = partial(
         summed_cross_entropy, fused=compiled, rows_per_chunk=ROWS_PER_CHUNK["cuda" if cuda else "cpu"]
     )
-    with preserved_process_state(), FakeTensorMode(), tracker:
+    with preserved_process_state(), _FakeTensors(), tracker:
         dry_run = DryRun.prepare(
             config,
             registry,
@@ -106,8 +108,9 @@ def _predict(
             stage=stage,
             loss_function=loss_function,
             fake_tensors=True,
+            dist=(watched := _Watched(0, 1, device)),
         )
-        _make_steps(dry_run, tracker, config, stages, world_size, cuda)
+        _make_steps(dry_run, watched, tracker, config, stages, world_size, cuda)
     copy = dry_run.state_bytes() if config.training.background_save and config.training.save_steps else 0
     here = 0 if cuda else copy
     by_category = {**{name: tracker.peak_by.get(name, 0) for name in CATEGORIES}, "copies": here}
@@ -116,8 +119,28 @@ def _predict(
     return MemoryPrediction(tracker.peak + here, by_category, phase, place, by_phase, compiled, copy)
 
 
+class _FakeTensors(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """A copy of a fake tensor belongs to the same mode: a loss may copy the model."""
+
+    def __deepcopy__(self, memo: object) -> _FakeTensors:
+        return self
+
+
+@frozen(eq=False)
+class _Watched(ProcessGroup):
+    """One process. ``listeners`` are called before each forward pass, with whether its gradients are reduced."""
+
+    listeners: list[Callable[[bool], None]] = field(factory=list, kw_only=True)
+
+    def accumulating(self, wrapped: torch.nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+        for listener in self.listeners:
+            listener(is_last)
+        return super().accumulating(wrapped, is_last)
+
+
 def _make_steps(
     dry_run: DryRun,
+    dist: _Watched,
     tracker: MemoryTracker,
     config: Config,
     stages: Sequence[BatchStage],
@@ -139,20 +162,24 @@ def _make_steps(
     held = _chunks(config, stages, cuda)
     buckets = {name: torch.zeros_like(parameter) for name, parameter in trained.items()} if world_size > 1 else {}
     tracker.name(buckets.values(), "gradients")
-    micro_batches, is_last = 0, False
+    reduced = False
 
-    def on_batch(index: int, batch: Batch) -> None:
-        nonlocal is_last
-        is_last = index == micro_batches - 1
+    def on_forward(is_last: bool) -> None:
+        nonlocal reduced
+        reduced = is_last
         tracker.enter("forward")
+
+    def on_gradients(*_: object) -> None:
+        tracker.enter("clipping")
 
     def on_gradient(name: str, parameter: torch.Tensor) -> None:
         tracker.move_to(name)
         if parameter.grad is not None:
             tracker.name([parameter.grad], "gradients")
-        if is_last and buckets:
+        if reduced and buckets:
             parameter.grad = buckets[name]
 
+    dist.listeners.append(on_forward)
     model.register_forward_hook(lambda module, *_: tracker.enter("backward") if module.training else None)
     optimizer.register_step_pre_hook(lambda *_: tracker.enter("optimizer"))
     for name, module in model.named_modules():
@@ -160,9 +187,9 @@ def _make_steps(
             module.register_forward_pre_hook(lambda *_, name=name: tracker.move_to(name))
     for name, parameter in trained.items():
         parameter.register_post_accumulate_grad_hook(partial(on_gradient, name))  # type: ignore[no-untyped-call]
-    results: list[torch.Tensor] = []  # the trainer keeps them until it logs
+    results: list[StepResult] = []  # the trainer keeps them until it logs
     for micro_batches in (1, min(2, dry_run.micro_batches)):
-        results += dry_run.step(micro_batches, on_batch=on_batch, on_gradients=lambda: tracker.enter("clipping"))
+        results.append(dry_run.step(micro_batches, on_gradients=on_gradients))
         tracker.name(dry_run.optimizer_state(), "optimizer")
     if config.training.eval_steps:
         tracker.enter("evaluation")

@@ -7,10 +7,23 @@ until the fingerprint changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from attrs import frozen
+
+from gpt_simple.hooks.batch import Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Weights = Callable[["NDArray[Any]", "NDArray[Any]", Tokenizer], "NDArray[Any]"]
+"""The optional method ``weights(input_ids, labels, tokenizer)`` of a source or a stream.
+
+It gives the factor of each target in the training loss, finite numbers of shape [n, T], for n whole rows: ``input_ids``
+and ``labels`` are int64 [n, T], and -100 is no target. It must be a pure function of each row, which threads may call,
+and ``fingerprint`` changes whenever it does. An evaluation has no weights.
+"""
 
 
 @frozen
