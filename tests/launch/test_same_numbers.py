@@ -227,3 +227,35 @@ def test_compile_ddp_and_checkpointing_work_together(ranks: Ranks, tmp_path: Pat
     eager = ranks(2, lambda rank: tiny(tmp_path / "eager", model__n_layer=1, training__max_steps=2).final_loss)
     assert losses == pytest.approx(eager, rel=1e-5)
     assert kept == ((scope, splitter) in (("blocks", "auto"), ("model", "split")),) * 2
+
+
+class StepLosses(Everywhere):
+    """The loss of each step over all processes, and the two norms of its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts: list[tuple[float, float, float]] = []
+
+    @hookimpl
+    def on_gradients(self, run: Any, event: Any) -> None:
+        self.before = run.comm.sum(event.loss) / run.world_size, event.grad_norm
+        for parameter in run.model.parameters():
+            parameter.grad.mul_(2)
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        self.facts.append((*map(float, self.before), float(event.grad_norm)))
+
+
+def test_the_facts_of_a_step_are_those_of_all_processes(ranks: Ranks, tmp_path: Path) -> None:
+    def work(rank: int) -> Any:
+        plugin = StepLosses()
+        tiny(tmp_path / "run", plugins=[plugin], training__logging_steps=1)
+        return plugin.facts
+
+    first, second = ranks(2, work)
+    assert first == second
+    rows = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if row["kind"] == "train"]
+    assert [loss for loss, _, _ in first] == pytest.approx([row["train/loss"] for row in rows], rel=1e-5)
+    assert [after for _, _, after in first] == pytest.approx([row["train/grad_norm"] for row in rows])
+    assert [before for _, before, _ in first] == pytest.approx([row["train/grad_norm"] / 2 for row in rows])

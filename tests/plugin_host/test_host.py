@@ -15,6 +15,7 @@ from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
 from gpt_simple.hooks import Component, Registry
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugin_host.host import PluginHost
+from gpt_simple.plugin_host.loading import load_plugin
 from tests.packages import PLUGIN, FakePackage
 
 Activate = Callable[..., PluginHost]
@@ -304,3 +305,18 @@ def test_describe_leaves_out_the_silent_and_the_broken(activate: Activate) -> No
     host.instantiate(Config())
     host.calls(True, lambda *failure: None)
     assert host.describe() == {"speaks": {"fact": 1}}
+
+
+def test_names_in_the_code_of_a_plugin_are_found() -> None:
+    class Helper(Plugin):
+        def read(self, event: Any) -> Any:
+            return [getattr(event, name) for name in ("loss", "grad_norm")]
+
+    class Reads(Helper):
+        @staticmethod
+        def inner(event: Any) -> Any:
+            return (lambda: event.learning_rate)()
+
+    plugin = load_plugin("reads", Reads, None)
+    names = ("grad_norm", "learning_rate", "loss", "skipped")
+    assert [plugin.names(name) for name in names] == [True, True, True, False]

@@ -36,7 +36,7 @@ class UneditedNorm:
                 if parameter.grad is not gradient or (gradient is not None and gradient._version != version):
                     raise PluginError(
                         "event.grad_norm is the norm before any edit, and was read after gradients were edited or used",
-                        hint="read it first, in on_gradients",
+                        hint="read it first, in on_gradients, and in a method of the plugin's class",
                     )
             self._norm = total_norm(self._parameters)
             self._seen = []

@@ -250,11 +250,13 @@ def taking_all(
     return lambda *given: implementation(*[given[place] for place in places])
 
 
-def _has_name(code: object, name: str) -> bool:
-    """Whether a function's code, or that of a function inside it, has the name; False for what is no code."""
-    if not isinstance(code, CodeType):
-        return False
-    return name in code.co_names or name in code.co_consts or any(_has_name(inner, name) for inner in code.co_consts)
+def _has_name(value: object, name: str) -> bool:
+    """Whether a function's code, its constants or the functions inside it have the name."""
+    if isinstance(value, CodeType):
+        return name in value.co_names or _has_name(value.co_consts, name)
+    if isinstance(value, tuple | frozenset):
+        return any(_has_name(each, name) for each in value)
+    return isinstance(value, str) and value == name
 
 
 def _cause(error: BaseException) -> str:
