@@ -41,16 +41,19 @@ def test_the_order_at_a_boundary_is_the_one_chosen(saves_after: bool) -> None:
     ("eval_steps", "save_steps", "hooks", "hooks_after"),
     [
         (3, 3, CHECKPOINT + EVALUATION, EVALUATION + CHECKPOINT),
-        (3, 11, CHECKPOINT + EVALUATION, CHECKPOINT + EVALUATION + CHECKPOINT),
+        (3, 11, CHECKPOINT + CHECKPOINT + EVALUATION, CHECKPOINT + EVALUATION + CHECKPOINT),
         (11, 3, EVALUATION + CHECKPOINT, EVALUATION + CHECKPOINT),
-        (11, 11, CHECKPOINT + EVALUATION, EVALUATION + CHECKPOINT),
+        (11, 11, CHECKPOINT + EVALUATION + CHECKPOINT, EVALUATION + CHECKPOINT + CHECKPOINT),
     ],
 )
 @pytest.mark.parametrize("saves_after", [False, True])
 def test_the_end_of_the_data_is_a_last_step_in_each_order(
     saves_after: bool, eval_steps: int, save_steps: int, hooks: list[str], hooks_after: list[str]
 ) -> None:
-    """The data end after step 11, which is known only when step 12 asks for them: both may have been done before."""
+    """The data end after step 11, which is known only when step 12 asks for them: both may have been done before.
+
+    A checkpoint that was written before is written again, with the reason of the end.
+    """
     trained = train(
         max_steps=1000,
         overrides={
