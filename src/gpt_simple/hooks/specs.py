@@ -62,6 +62,11 @@ class HookInfo:
         found: type = getattr(events, self.event_name)
         return found
 
+    @property
+    def together(self) -> bool:
+        """Whether every process runs it at once, so that ``run.comm`` may be used in it. The checks run alone."""
+        return self.ranks == "all" and self.event_name is not None
+
 
 HOOKS: dict[str, HookInfo] = {}
 """The catalogue, in the order in which a run first calls each hook."""
