@@ -129,8 +129,9 @@ A mistake of a part ends the run with exit code 5 and the name and file of its p
 - a rate that is not a finite number, a loss that returns no `Losses`, a step that returns no 0-d tensor or leaves
   gradients that are not reduced
 
-A part refuses a value of the configuration with `gpt_simple.ConfigError`, and bad data with `DataError`. These keep
-their exit codes. `plugins check` and [`check_contract`](testing.md#the-contract) train and resume every part of a
+A part refuses a value of the configuration with `ConfigError("expected an even number", key="model.n_embd", hint="write
+64")`. The user sees the file and the line of that key. A source refuses bad data with `DataError`. Both keep their exit
+codes. `plugins check` and [`check_contract`](testing.md#the-contract) train and resume every part of a
 plugin but a store.
 
 The examples below train a tiny model with a part alone:
@@ -218,7 +219,7 @@ def _hook_section(info: HookInfo) -> Iterator[str]:
     yield f"{summary}\n"
     yield f"Called on {RANKS[info.ranks]}{order}.\n"
     if info.event is not None:
-        yield f"`{info.event.__name__}`: {_document(info.event)[0]}\n"
+        yield f"{_prose(f'`{info.event.__name__}`: {_document(info.event)[0]}')}\n"
         yield from (_item(f"`{name}`: `{kind}`{about}") for name, kind, about in _fields(info.event))
         yield ""
     if prose:
@@ -247,7 +248,7 @@ def _run_section(owner: str, cls: type) -> Iterator[str]:
         yield f"| [`{name}`](#{name.replace('.', '')}) | {_since(key)} | {processes} |"
     for name, member in members.items():
         yield f"\n### {name}\n"
-        yield f"`{name}{member.signature}`\n"
+        yield _wrapped(f"`{name}{member.signature}`") + "\n"
         yield _prose(member.about) + (f":\n\n```\n{member.example}\n```" if member.example else "")
     if cls is Checkpoints:
         yield f"\n`CheckpointInfo`: {_document(CheckpointInfo)[0]}\n"
