@@ -131,6 +131,20 @@ def test_the_recipes_keep_the_contract(name: str, teacher: str) -> None:
     check_contract(RECIPES[name], **options)
 
 
+def test_the_recipe_that_finds_a_rate_ends_where_the_loss_rises() -> None:
+    options = {"schedule": "finder", "learning_rate": 1e3, "min_lr_ratio": 1e-7}
+    overrides = {f"optimizer.{key}": value for key, value in options.items()}
+    trained = train(RECIPES["Finder"], max_steps=80, overrides=overrides | {"training.eval_steps": None})
+    metrics = [event.metrics for event in trained.recorder.events("on_metrics")]
+    rates = [row["train/lr"] for row in metrics]
+    assert rates == sorted(rates)
+    assert trained.result.status == "completed"
+    assert trained.result.steps < 80
+    best = min(metrics, key=lambda row: row["train/loss"])
+    assert trained.recorder.events("on_run_end")[0].reason == f"the loss was lowest at the rate {best['train/lr']:.2g}"
+    assert rates[0] < best["train/lr"] < rates[-1]
+
+
 class Bucket:
     """A client of S3 without a network. ``broken``: how many more uploads work, None for all."""
 
