@@ -43,7 +43,7 @@ def _run_block(page: Path, language: str, text: str, namespace: dict[str, object
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{page.name}:\n{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     elif language == "python":
-        exec(compile(text, str(page), "exec"), namespace)
+        exec(compile(text, str(page), "exec", dont_inherit=True), namespace)
     elif language in ("toml", "yaml"):
         path = Path(f"block.{language}")
         path.write_text(text, encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -13,9 +15,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from gpt_simple import CheckpointError, ConfigError, Plugin
-from gpt_simple.hooks import HOOKS
+from gpt_simple.hooks import HOOKS, Component, run
+from gpt_simple.hooks.components import BUILTIN, KINDS, NEEDED
 from gpt_simple.testing import check_contract, train
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -26,14 +30,66 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return BLOCK.findall((DOCS / "plugins" / page).read_text(encoding="utf-8"))
 
 
-def test_the_reference_of_hooks_is_the_catalogue() -> None:
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
     sys.path.insert(0, str(DOCS))
     try:
-        from build_hook_reference import PAGE, page  # type: ignore[import-not-found]
+        return importlib.import_module("build_hook_reference")
     finally:
         sys.path.remove(str(DOCS))
-    assert PAGE.read_text(encoding="utf-8") == page(), "outdated; run: python docs/build_hook_reference.py"
-    assert all(f"## {hook}\n" in page() for hook in HOOKS)
+
+
+@pytest.mark.parametrize("name", ["hooks.md", "run.md", "components.md"])
+def test_a_page_of_the_reference_is_the_contract(name: str, reference: ModuleType) -> None:
+    assert [path.name for path in reference.PAGES] == ["hooks.md", "run.md", "components.md"]
+    path = DOCS / "plugins" / name
+    text = path.read_text(encoding="utf-8")
+    assert text == reference.PAGES[path](), "outdated; run: python docs/build_hook_reference.py"
+
+
+def test_the_reference_has_every_hook_member_and_kind(reference: ModuleType) -> None:
+    hooks, run_page, components = ((DOCS / "plugins" / path.name).read_text() for path in reference.PAGES)
+    assert all(f"## {hook}\n" in hooks for hook in HOOKS)
+    assert all(f"\n### run.{name}\n" in run_page for name in vars(run.Run) if not name.startswith("_"))
+    assert all(f"\n## {kind}\n" in components for kind in KINDS)
+    protocols = (run.Run, run.Control, run.Log, run.Comm, run.Checkpoints)
+    lacking = [member.name for cls in protocols for member in reference._members(cls) if not member.about]
+    assert lacking == []
+
+
+def test_a_component_is_called_and_used_as_its_page_says(
+    reference: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The examples train, each with the part that it shows."""
+    called: dict[str, str] = {}
+    build = Component.build
+
+    def checked(self: Component, *arguments: Any, **named: Any) -> Any:
+        factory, protocols, _ = reference.PARTS[self.kind]
+        signature = inspect.signature(factory.__call__)
+        assert list(signature.bind(None, *arguments, **named).arguments) == list(signature.parameters)
+        part = build(self, *arguments, **named)
+        if self.owner != BUILTIN:
+            assert any(all(hasattr(part, m.name) for m in reference._members(cls)) for cls in protocols), part
+            called[self.name] = self.kind
+        return part
+
+    monkeypatch.setattr(Component, "build", checked)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "components"}
+    for language, text in blocks("components.md"):
+        if language == "python":
+            exec(compile(text, "components.md", "exec", dont_inherit=True), namespace)
+    assert {*called.values()} == {*KINDS}
+    assert {"counting", "endless"} <= called.keys()
+
+
+def test_what_a_part_needs_is_in_its_protocol(reference: ModuleType) -> None:
+    own: dict[str, type] = {"model": torch.nn.Module, "optimizer": torch.optim.Optimizer}
+    for kind, needed in NEEDED.items():
+        _, protocols, _ = reference.PARTS[kind]
+        members = {member.name for cls in protocols for member in reference._members(cls)}
+        assert {*needed} <= members | {*dir(own.get(kind, object))}
 
 
 def recipes() -> list[type[Plugin[Any]]]:
@@ -73,6 +129,20 @@ def test_the_recipes_keep_the_contract(name: str, teacher: str) -> None:
     if name == "Distill":
         options = {"observes": False, "overrides": {"training.loss": "distill", "plugins.distill.teacher": teacher}}
     check_contract(RECIPES[name], **options)
+
+
+def test_the_recipe_that_finds_a_rate_ends_where_the_loss_rises() -> None:
+    options = {"schedule": "finder", "learning_rate": 1e3, "min_lr_ratio": 1e-7}
+    overrides = {f"optimizer.{key}": value for key, value in options.items()}
+    trained = train(RECIPES["Finder"], max_steps=80, overrides=overrides | {"training.eval_steps": None})
+    metrics = [event.metrics for event in trained.recorder.events("on_metrics")]
+    rates = [row["train/lr"] for row in metrics]
+    assert rates == sorted(rates)
+    assert trained.result.status == "completed"
+    assert trained.result.steps < 80
+    best = min(metrics, key=lambda row: row["train/loss"])
+    assert trained.recorder.events("on_run_end")[0].reason == f"the loss was lowest at the rate {best['train/lr']:.2g}"
+    assert rates[0] < best["train/lr"] < rates[-1]
 
 
 class Bucket:

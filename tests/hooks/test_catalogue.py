@@ -14,7 +14,7 @@ import pytest
 
 import gpt_simple
 from gpt_simple import Plugin, hookimpl, hooks, testing
-from gpt_simple.hooks import HOOKS, Registry, events, losses, preflight, results, run, step, store
+from gpt_simple.hooks import HOOKS, Registry, batch, events, losses, parts, preflight, results, run, step, store
 from gpt_simple.hooks.specs import HookSpecs
 from gpt_simple.plugin_host.dispatch import DISPATCHED, Calls
 from gpt_simple.plugin_host.lint import hooks_of, lint
@@ -64,9 +64,19 @@ def catalogue() -> dict[str, object]:
             for name, value in sorted(vars(step).items())
             if getattr(value, "__module__", "") == step.__name__
         },
+        "parts": {
+            name: {**inspect.get_annotations(value), **_methods(value)}
+            for name, value in sorted({**vars(parts), **vars(batch)}.items())
+            if inspect.isclass(value) and value.__module__ in (parts.__name__, batch.__name__)
+        },
         "losses": {name: str(kind) for name, kind in losses.Losses.__annotations__.items()},
         "names": {module.__name__: sorted(module.__all__) for module in (gpt_simple, hooks, testing)},
     }
+
+
+def _methods(cls: type) -> dict[str, str]:
+    public = {name: item for name, item in vars(cls).items() if name == "__call__" or not name.startswith("_")}
+    return {name: _signature(item) for name, item in public.items() if callable(item) or isinstance(item, property)}
 
 
 def _signature(member: object) -> str:

@@ -39,7 +39,7 @@ from gpt_simple.errors import Interruption, PluginError, describe
 from gpt_simple.hooks.batch import Batch, Tokenizer
 from gpt_simple.hooks.events import LogRecord
 from gpt_simple.hooks.plugin import LIVE
-from gpt_simple.hooks.run import CheckpointInfo
+from gpt_simple.hooks.run import SINCE, CheckpointInfo
 from gpt_simple.model.generate import generate
 
 
@@ -191,21 +191,13 @@ class LaunchView:
         raise _missing("val_batches")
 
     def __getattr__(self, name: str) -> Any:
-        if name in _LATER:
+        if name in SINCE:
             raise _missing(name)
         raise AttributeError(f"run has no attribute {name!r}")
 
 
-_LATER = {
-    **dict.fromkeys(("model", "tokenizer", "checkpoints", "evaluating", "generate"), "on_model_built"),
-    "optimizer": "on_optimizer_built",
-    **dict.fromkeys(("run_id", "loss", "val_batches", "batches", "record", "recorded", "weights"), "on_run_start"),
-}
-"""Members of ``hooks.run.Run`` that only later views have, and the hook that sees them first."""
-
-
 def _missing(name: str) -> PluginError:
-    return PluginError(f"run.{name} does not exist yet: it is there from {_LATER[name]} on")
+    return PluginError(f"run.{name} does not exist yet: it is there from {SINCE[name]} on")
 
 
 @frozen(eq=False)
@@ -231,6 +223,8 @@ class ModelView(LaunchView):
         return evaluation_mode(self.guarded, self.precision, derive_seed(self.config.training.seed, self.step))
 
     def generate(self, prompt: str = "", **options: Any) -> str:
+        if any(parameter.is_meta for parameter in self.raw.parameters()):
+            raise _missing("generate")
         # The length grows token by token: torch would compile for each.
         with self.evaluating(), torch.compiler.set_stance("force_eager"):
             return generate(self.guarded, self.tokenizer, prompt, forward=self.forward, **options)

@@ -40,7 +40,8 @@ class Tokenizer(Protocol):
     """The interface that training needs of a tokenizer."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """A readable name, for people."""
 
     @property
     def vocab_size(self) -> int:
@@ -54,18 +55,17 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """sha256 (hex) of everything that determines ids."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without the end of a document."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """The number of bytes of text of each id, shape [vocab_size]; 0 for special tokens.
-
-        A tokenizer that changes text, or whose tokens are not pieces of its bytes, has the attribute
-        ``token_bytes_are_exact = False``. Then bits per byte are computed from the bytes of the text alone.
-        """
+        """The number of bytes of text of each id, shape [vocab_size]; 0 for special tokens."""
 
     def save(self, directory: Path) -> None:
-        """Write it so that ``load_tokenizer(directory)`` returns an equal one."""
+        """Write it so that ``load_tokenizer(directory)`` returns an equal one. The directory may be missing."""

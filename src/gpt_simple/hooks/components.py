@@ -61,7 +61,7 @@ SCHEDULE_FIELDS = ("learning_rate", "warmup_steps", "decay_steps", "min_lr_ratio
 
 _BASE: dict[Kind, type] = {"model": ModelConfig, "optimizer": OptimizerConfig, "source": DataConfig}
 
-_NEEDED: dict[Kind, tuple[str, ...]] = {
+NEEDED: dict[Kind, tuple[str, ...]] = {
     "model": ("forward", "parameters", "state_dict"),
     "optimizer": ("param_groups", "step", "zero_grad"),
     "schedule": ("__call__",),
@@ -74,6 +74,7 @@ _NEEDED: dict[Kind, tuple[str, ...]] = {
     "step": ("__call__",),
     "loss": ("__call__", "needs"),
 }
+"""The members without which a part is refused. ``parts.py`` and the protocols describe them."""
 
 
 class UnknownComponent(ConfigError):
@@ -149,7 +150,7 @@ class Component:
         if self.owner == BUILTIN:
             return part
         guarded = self.guarded(part)
-        if missing := [name for name in _NEEDED[self.kind] if not hasattr(guarded, name)]:
+        if missing := [name for name in NEEDED[self.kind] if not hasattr(guarded, name)]:
             raise PluginError(f"{self.label} is made as a {type(part).__name__}, which has no {', '.join(missing)}")
         if self.kind == "source":
             return self._attributed_source(part)

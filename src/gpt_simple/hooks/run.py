@@ -1,6 +1,8 @@
 """``run``: the view of a training run that plugins get.
 
 Plugins are typed against this protocol; the engine implements it. Anything that is not here is private to the engine.
+``SINCE``, ``CHECKED``, ``TOGETHER`` and ``ONLY_IN`` have where each member may be used: the engine and the
+documentation read them.
 """
 
 from __future__ import annotations
@@ -77,15 +79,18 @@ class Log(Protocol):
     hold. An object of another type is written as its text.
     """
 
-    def info(self, message: str, *, name: str = "info", **fields: Any) -> None: ...
+    def info(self, message: str, *, name: str = "info", **fields: Any) -> None:
+        """A line of the run's course. ``name`` is a word for machines."""
 
-    def warning(self, message: str, *, name: str = "warning", **fields: Any) -> None: ...
+    def warning(self, message: str, *, name: str = "warning", **fields: Any) -> None:
+        """A line about what somebody should look at. ``name`` is a word for machines."""
 
-    def error(self, message: str, *, name: str = "error", **fields: Any) -> None: ...
+    def error(self, message: str, *, name: str = "error", **fields: Any) -> None:
+        """A line about what has failed. ``name`` is a word for machines."""
 
 
 class Comm(Protocol):
-    """Collectives for hooks that run on every process. In other hooks they raise instead of hanging."""
+    """Collectives for hooks that every process runs at once. In other hooks they raise instead of hanging."""
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes."""
@@ -106,7 +111,7 @@ class Checkpoints(Protocol):
         """Remove all but the newest ``keep_last``, multiples of ``keep_every`` and the steps in ``protect``.
 
         The two newest valid ones and the one just written always stay. A checkpoint store follows if it can remove.
-        Returns what was removed.
+        Returns what was removed. Call it on the main process alone.
         """
 
 
@@ -114,62 +119,76 @@ class Run(Protocol):
     """The run. Reading an attribute never waits for the device."""
 
     @property
-    def config(self) -> Config: ...
+    def config(self) -> Config:
+        """The whole configuration, read-only. ``run.config.plugins.tables`` has the options of each plugin."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """The number of this process, from 0."""
 
     @property
-    def world_size(self) -> int: ...
+    def world_size(self) -> int:
+        """The number of processes."""
 
     @property
-    def is_main(self) -> bool: ...
+    def is_main(self) -> bool:
+        """Whether this is the main process, the one of rank 0."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of this process."""
 
     @property
     def model(self) -> torch.nn.Module:
-        """The raw module; its parameters have the names that they have in a checkpoint."""
+        """The raw module; its parameters have the names that they have in a checkpoint.
+
+        On the meta device in ``check_runtime``.
+        """
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The raw optimizer, to be read. From ``on_optimizer_built`` on."""
+        """The raw optimizer, to be read. Another one after ``rebuild_optimizer``: keep no reference to it."""
 
     @property
-    def tokenizer(self) -> Tokenizer: ...
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
 
     @property
     def step(self) -> int:
-        """The last optimizer step that is finished (0 before the first)."""
+        """The last optimizer step that is finished (0 before the first). Restored from ``on_checkpoint_loaded`` on."""
 
     @property
     def tokens(self) -> int:
-        """Positions consumed since step 0, over all processes."""
+        """Positions consumed since step 0, over all processes. Restored from ``on_checkpoint_loaded`` on."""
 
     @property
     def run_id(self) -> str:
         """8 lower-case letters and digits, made with the run directory and kept through every resume."""
 
     @property
-    def output_dir(self) -> Path: ...
+    def output_dir(self) -> Path:
+        """``training.output_dir``, the run directory. It exists from ``on_model_built`` on."""
 
     @property
-    def log(self) -> Log: ...
+    def log(self) -> Log:
+        """The run's log."""
 
     @property
-    def control(self) -> Control: ...
+    def control(self) -> Control:
+        """Requests to the engine: save, evaluate, stop and others."""
 
     @property
-    def comm(self) -> Comm: ...
+    def comm(self) -> Comm:
+        """Collectives of all processes."""
 
     @property
-    def checkpoints(self) -> Checkpoints: ...
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints in the run directory."""
 
     def plugin(self, name: str, default: Any = MISSING) -> Any:
         """The active plugin of a name: its instance on this process, for a plugin that ``requires`` or ``uses`` it.
 
-        In every hook. Returns ``default`` where the plugin is not active, has failed and was switched off, or is not
+        Returns ``default`` where the plugin is not active, has failed and was switched off, or is not
         called, as a plugin of the main process on the others. Without a ``default`` that raises PluginError.
         """
 
@@ -177,13 +196,13 @@ class Run(Protocol):
         """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ...
 
         ``tokens_per_step`` counts those after the warm-up stages. ``stages`` has the fields of a ``BatchStage`` for
-        each stage that the run reaches.
+        each stage that the run reaches. Empty before ``on_run_start``.
         """
 
     def record(self, key: str, value: Any) -> None:
         """Keep a fact of a plugin in run.json, such as the id of a tracker's run: durable when this returns.
 
-        From ``on_run_start`` on. ``key`` begins with the plugin's name (``"csvlog.path"``); ``value`` is what JSON can
+        ``key`` begins with the plugin's name (``"csvlog.path"``); ``value`` is what JSON can
         hold, without NaN, else PluginError. Secrets of the configuration in it are hidden. The main process writes; a
         plugin on all processes calls it on all of them. A fact is no part of a checkpoint: it survives a crash before
         the first one, and may be of a later step than the one a launch resumes from. ``--force`` and a branch in
@@ -198,11 +217,11 @@ class Run(Protocol):
 
         ``max_batches`` limits the rows of all processes to that number times ``per_device_batch_size``: the same rows
         with any number of processes. ``run.facts()["data"]["val"]["buckets"]`` maps each bucket to its rows. Raises
-        PluginError for any other name. Only in hooks that run on every process.
+        PluginError for any other name.
         """
 
     def batches(self, sample_ids: Iterable[int]) -> Iterator[Batch]:
-        """The rows of these samples of the training order, on the device: for probes. In any hook from on_run_start on.
+        """The rows of these samples of the training order, on the device: for probes.
 
         A process gets all of them, in the order of ``sample_ids``, in batches of ``per_device_batch_size`` rows; the
         last batch is filled with rows without a target. So the batches are the same on every process, with any number
@@ -249,3 +268,23 @@ class Run(Protocol):
         evaluation. Afterwards weights and state are to the bit what they were. Meanwhile the device holds a copy of the
         optimizer's parameters.
         """
+
+
+SINCE: dict[str, str] = {
+    **dict.fromkeys(("model", "tokenizer", "checkpoints", "evaluating", "generate"), "on_model_built"),
+    "optimizer": "on_optimizer_built",
+    **dict.fromkeys(("run_id", "loss", "val_batches", "batches", "record", "recorded", "weights"), "on_run_start"),
+}
+"""The members of ``Run`` that are not there from the beginning, and the hook that has them first.
+
+Used earlier they raise PluginError.
+"""
+
+CHECKED = ("model", "tokenizer", "checkpoints", "evaluating")
+"""The members of ``SINCE`` that ``check_runtime``, which comes before, has too."""
+
+TOGETHER = ("val_batches", "comm.sum", "comm.barrier")
+"""What needs all processes at once. Outside of a hook that is ``together`` it raises PluginError."""
+
+ONLY_IN = {"control.skip_step": "on_gradients"}
+"""What raises PluginError outside of one hook."""

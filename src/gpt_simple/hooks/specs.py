@@ -62,6 +62,11 @@ class HookInfo:
         found: type = getattr(events, self.event_name)
         return found
 
+    @property
+    def together(self) -> bool:
+        """Whether every process runs it at once, so that ``run.comm`` may be used in it. The checks run alone."""
+        return self.ranks == "all" and self.event_name is not None
+
 
 HOOKS: dict[str, HookInfo] = {}
 """The catalogue, in the order in which a run first calls each hook."""
@@ -299,8 +304,9 @@ class HookSpecs:
     def on_eval_end(self, run: Run, event: events.EvalEnd) -> None:
         """The metrics of an evaluation are ready as plain floats.
 
-        A request made here holds for the end of the next step. With ``training.save_after_eval`` it holds for this one,
-        whose checkpoint comes after this hook and has the state that the plugin decides on here::
+        A request to finish takes effect right after this hook. Any other request holds for the end of the next step.
+        With ``training.save_after_eval`` it holds for this one. Then the checkpoint of the step comes after this hook
+        and has the state that the plugin decides on here::
 
             @hookimpl
             def on_eval_end(self, run, event):

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class CheckpointStore(Protocol):
     """A place that outlives this machine. It holds whole checkpoint directories, under names such as ``step-00001000``.
 
-    Only the main process has one. A store may also have ``removed(name)``. Without it everything stays in the store.
-    A method reports a failure by raising any exception. It should have time limits of its own: the engine waits for it.
+    Only the main process has one. A method reports a failure by raising any exception. It should have time limits of
+    its own: the engine waits for it.
     """
 
     def find(self) -> Iterable[str]:

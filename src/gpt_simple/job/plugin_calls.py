@@ -20,6 +20,7 @@ from gpt_simple.engine.views import EngineComm, EngineLog, LaunchView
 from gpt_simple.engine.weights import WeightWatch
 from gpt_simple.errors import PluginError
 from gpt_simple.hooks.events import Close, LogRecord, RunError
+from gpt_simple.hooks.run import ONLY_IN
 from gpt_simple.plugin_host.loading import LoadedPlugin
 from gpt_simple.spec import RunSpec
 
@@ -53,7 +54,7 @@ class PluginCalls:
             self._plugin_failed,
             world_size=dist.size,
             guard=attrs.evolve(TORCH_STATE, watch=watch),
-            around={"on_gradients": self.requests.allow_skips},
+            around={ONLY_IN["control.skip_step"]: self.requests.allow_skips},
         )
 
     def extended_view(self, kind: type[View], **fields: Any) -> View:

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Weights = Callable[["NDArray[Any]", "NDArray[Any]", Tokenizer], "NDArray[Any]"]
-"""The optional method ``weights(input_ids, labels, tokenizer)`` of a source or a stream.
-
-It gives the factor of each target in the training loss, finite numbers of shape [n, T], for n whole rows: ``input_ids``
-and ``labels`` are int64 [n, T], and -100 is no target. It must be a pure function of each row, which threads may call,
-and ``fingerprint`` changes whenever it does. An evaluation has no weights.
-"""
+"""The method of ``WeighsTargets``."""
 
 
 @frozen
@@ -51,10 +46,24 @@ class Source(Protocol):
 
 @runtime_checkable
 class Stream(Protocol):
-    """Documents that cannot be prepared before a run: too many, or still being written. See data/stream.py."""
+    """Documents that cannot be prepared before a run: too many, or still being written.
+
+    Every process reads the whole stream. A resume reads it again up to where the run stopped. Nothing is shuffled.
+    """
 
     def fingerprint(self) -> str:
         """Changes whenever the documents do; the prepared beginning is kept under it."""
 
     def stream(self) -> Iterator[Document]:
         """All documents from the first on, in the same order each time; resuming depends on it."""
+
+
+class WeighsTargets(Protocol):
+    """A source or a stream whose targets have factors in the training loss."""
+
+    def weights(self, input_ids: NDArray[Any], labels: NDArray[Any], tokenizer: Tokenizer) -> NDArray[Any]:
+        """The factor of each target, finite numbers of shape [n, T], for n whole rows.
+
+        ``input_ids`` and ``labels`` are int64 [n, T], and -100 is no target. It must be a pure function of each row,
+        which threads may call, and ``fingerprint`` changes whenever it does. An evaluation has no weights.
+        """
