@@ -1,0 +1,75 @@
+"""The device of each process, and what it is asked for: torch's CUDA calls are faked, so no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt_simple.distributed.process_group import ProcessGroup
+from tests.launch.conftest import Ranks
+
+LIMIT = 7.0
+
+
+class Gpus:
+    """GPUs that torch sees and that compute nothing; the process group is torch's fake one."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.main: dict[str, Any] = {}
+        self.groups: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        """Patch torch for the rest of this process."""
+        fakes = {
+            "cuda.is_available": lambda: True,
+            "cuda.device_count": lambda: self.count,
+            "cuda.set_device": lambda device: None,
+            "cuda.current_device": lambda: 0,
+            "distributed.is_nccl_available": lambda: True,
+            "distributed.init_process_group": self.init,
+            "distributed.new_group": self.new_group,
+        }
+        for name, fake in fakes.items():
+            patch(f"torch.{name}", fake).start()
+
+    def init(self, backend: str, **options: Any) -> None:
+        self.main = {"backend": backend, **options}
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        real_init("fake", store=FakeStore(), rank=rank, world_size=size)
+
+    def new_group(self, **options: Any) -> Any:
+        self.groups.append(options)
+        return dist.group.WORLD
+
+
+real_init = dist.init_process_group
+
+
+def join(rank: int, size: int, gpus: Gpus) -> ProcessGroup:
+    """Process ``rank`` of ``size`` on one machine of ``gpus``."""
+    os.environ |= {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    gpus.start()
+    return ProcessGroup.join(LIMIT)
+
+
+@pytest.mark.parametrize(("rank", "gpus", "device"), [(3, 1, "cuda:0"), (3, 4, "cuda:3"), (0, 1, "cuda:0")])
+def test_ddp_gets_the_device_of_the_process(ranks: Ranks, rank: int, gpus: int, device: str) -> None:
+    """A process that sees one GPU has number 0 of it, whatever the number of the process is."""
+
+    def work(_: int) -> list[Any]:
+        group = join(rank, 4, Gpus(gpus))
+        with patch.object(DistributedDataParallel, "__init__", return_value=None) as init:
+            group.wrap(torch.nn.Linear(1, 1))
+        return [str(group.device), init.call_args.kwargs["device_ids"]]
+
+    assert ranks(1, work) == [[device, [torch.device(device).index]]]
