@@ -73,3 +73,14 @@ def test_ddp_gets_the_device_of_the_process(ranks: Ranks, rank: int, gpus: int, 
         return [str(group.device), init.call_args.kwargs["device_ids"]]
 
     assert ranks(1, work) == [[device, [torch.device(device).index]]]
+
+
+def test_a_gradient_waits_longer_than_the_vote(ranks: Ranks) -> None:
+    """Else NCCL's watchdog ends the innocent processes before they can name the one that hangs."""
+
+    def work(_: int) -> list[float]:
+        gpus = Gpus(4)
+        join(0, 4, gpus)
+        return [seconds.total_seconds() for seconds in (gpus.main["timeout"], gpus.groups[0]["timeout"])]
+
+    assert ranks(1, work) == [[LIMIT + 120, LIMIT]]

@@ -34,6 +34,10 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=7)
 """How long others wait while the main process prepares data or writes a checkpoint; if it dies they fail at once."""
 
+_WATCHDOG_SECONDS = 120.0
+"""How much longer NCCL waits than the vote of the hosts. Its watchdog ends a process without a word, so it comes last.
+"""
+
 _NAME_SECONDS = 5.0
 """How long the name of the machine at which the processes meet may be unknown."""
 
@@ -296,10 +300,13 @@ def _set_up(timeout: float, starting: StartUp | None) -> Any:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     _require_place(size)
 
+    has_gpu = torch.cuda.is_available()
+    seconds = timeout + _WATCHDOG_SECONDS if has_gpu else timeout
+
     def meet() -> tuple[Any, int]:
         if size > 1:
             _find_address(min(timeout, _NAME_SECONDS))
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout))
+        state = PartialState(cpu=not has_gpu, timeout=timedelta(seconds=seconds))
         return state, torch.get_num_threads()
 
     try:
@@ -311,8 +318,8 @@ def _set_up(timeout: float, starting: StartUp | None) -> Any:
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise GptSimpleError(
-            f"process {os.environ.get('RANK')} could not meet the other {size - 1} at {place} within {timeout:g} s"
-            f" (training.peer_timeout_seconds): {error}"
+            f"process {os.environ.get('RANK')} could not meet the other {size - 1} at {place} within {seconds:g} s"
+            f" (training.peer_timeout_seconds is {timeout:g}): {error}"
         ) from error
     if state.num_processes != size:
         raise GptSimpleError(

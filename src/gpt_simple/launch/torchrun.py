@@ -229,7 +229,8 @@ def _outcome(records: Sequence[Record], failures: Mapping[int, Any], signals: _S
     if signals.forced:
         return ExitCode.FORCED
     ended = [record for record in records if record.code is not None]
-    errors = sorted((record for record in ended if record.problems), key=lambda record: (record.silent, record.time))
+    # One that waited names the process that is missing; one whose connection it closed then has lost somebody.
+    errors = sorted((r for r in ended if r.problems), key=lambda r: (r.silent, not r.timed_out, r.time))
     if errors and not errors[0].silent:
         raise _error(errors[0], len(records))
     if signals.received and len(ended) < max(1, len(records)):
@@ -255,8 +256,9 @@ def _death(ranks: Sequence[int], failures: Mapping[int, Any], errors: Sequence[R
     first = min(ranks, key=lambda rank: float(failures[rank].timestamp))
     status = int(failures[first].exitcode)
     waited = [record for record in errors if record.timed_out]
-    if waited and status in (-signal.SIGTERM, -signal.SIGKILL):
-        return waited[0].problems  # it hung: the agent ended it when the others had given up
+    if waited and status in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGABRT):
+        # One hung. The agent ended this one when the others had given up, or NCCL's watchdog ended it while it waited.
+        return waited[0].problems
     if status == -signal.SIGKILL:
         how = "was killed (SIGKILL: the system does that when memory runs out)"
     elif status < 0:
