@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Backend, BackendConfig
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt_simple.distributed.process_group import ProcessGroup
@@ -48,7 +50,7 @@ class Gpus:
 
     def new_group(self, **options: Any) -> Any:
         self.groups.append(options)
-        return dist.group.WORLD
+        return options["backend"]
 
 
 real_init = dist.init_process_group
@@ -84,3 +86,39 @@ def test_a_gradient_waits_longer_than_the_vote(ranks: Ranks) -> None:
         return [seconds.total_seconds() for seconds in (gpus.main["timeout"], gpus.groups[0]["timeout"])]
 
     assert ranks(1, work) == [[LIMIT + 120, LIMIT]]
+
+
+def as_nccl(tensors: Any, *values: Any, group: Any = None, **options: Any) -> None:
+    """A collective of torch's, which finds the backend by the device of the tensor."""
+    types = {"cpu"} if group == "gloo" else set(BackendConfig(Backend("nccl")).get_device_backend_map())
+    if isinstance(tensors, torch.Tensor) and tensors.device.type not in types:
+        raise RuntimeError(f"No backend type associated with device type {tensors.device.type}")
+    if not isinstance(tensors, torch.Tensor):
+        assert group == "gloo", "NCCL would copy pickled objects to the device and back"
+
+
+@pytest.mark.parametrize(
+    "collective",
+    [
+        lambda group: group.sum(torch.ones(1)),
+        lambda group: group.sum(torch.ones(1, device="meta")),
+        lambda group: group.all_reduce_max([1]),
+        lambda group: group.gather(1),
+        lambda group: group.gather(1, patient=False),
+        lambda group: group.barrier(),
+        lambda group: group.all_or_none(lambda: 1),
+    ],
+    ids=["sum", "sum on the device", "max", "gather", "vote", "barrier", "all or none"],
+)
+def test_host_values_cross_the_network_beside_nccl(ranks: Ranks, collective: Callable[[Any], Any]) -> None:
+    def work(_: int) -> str:
+        group = join(0, 2, Gpus(2))
+        for name in ("all_reduce", "all_gather_object"):
+            patch(f"torch.distributed.{name}", as_nccl).start()
+        patch("torch.distributed.barrier", lambda group: as_nccl([], group=group)).start()
+        # A tensor that is on no host stands for one of a GPU.
+        patch.object(BackendConfig, "get_device_backend_map", lambda self: {"cuda": "nccl", "meta": "nccl"}).start()
+        collective(group)
+        return "ended"
+
+    assert ranks(1, work) == ["ended"]

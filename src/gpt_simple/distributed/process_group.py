@@ -170,10 +170,12 @@ class ProcessGroup:
         return values
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes."""
+        """The sum over all processes, on the device of ``value``."""
         if self.size > 1:
             value = value.clone()
-            dist.all_reduce(value)
+            # NCCL takes no host tensors, and a copy to the GPU and back would wait for it.
+            is_on_host = value.device.type == "cpu" and self.device.type != "cpu"
+            dist.all_reduce(value, group=self._host_group if is_on_host else None)
         return value
 
     def barrier(self) -> None:
