@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from attrs import evolve
 from torch.distributed.distributed_c10d import Backend, BackendConfig
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt_simple import ConfigError, hardware
 from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.job.stages import _note_unused_gpus
+from gpt_simple.launch.torchrun import Launch
+from tests.conftest import Shell
 from tests.launch.conftest import Ranks
 
 LIMIT = 7.0
@@ -122,3 +129,97 @@ def test_host_values_cross_the_network_beside_nccl(ranks: Ranks, collective: Cal
         return "ended"
 
     assert ranks(1, work) == ["ended"]
+
+
+# What each of two processes has: the number of its GPU, the id of that, and the GPUs that it is shown.
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ((0, "a", None), (0, "a", None), True),
+        ((0, "a", "0"), (0, "a", "0"), True),
+        ((0, "a", None), (1, "b", None), False),
+        ((0, "a", "0"), (0, "b", "1"), False),
+        ((0, "a", "0"), (0, "b", "0"), False),
+    ],
+)
+def test_processes_that_share_a_gpu_are_refused(ranks: Ranks, first: Any, second: Any, shared: bool) -> None:
+    """NCCL refuses them deep inside the first collective."""
+
+    def work(rank: int) -> str:
+        number, uuid, visible = (first, second)[rank]
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        group = evolve(ProcessGroup.join(20.0), device=torch.device("cuda", number))
+        patch("torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=uuid)).start()
+        patch("torch.cuda.device_count", lambda: 1).start()
+        group.assert_own_gpus()
+        return "ended"
+
+    answers = ranks(2, work)
+    if not shared:
+        assert answers == ["ended", "ended"]
+        return
+    assert [answer["silent"] for answer in answers] == [False, True]
+    assert [answer["code"] for answer in answers] == [2, 2]
+    assert answers[0]["text"].startswith("processes 0, 1 share GPU 0 of ")
+    assert "where torch sees 1; start one process for each GPU, at most 1" in answers[0]["text"]
+
+
+def test_a_launcher_refuses_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    launch = Launch.asked("2", None, None, None)
+    assert launch is not None
+    with pytest.raises(ConfigError, match=r"--nproc_per_node 2: torch sees one GPU here") as caught:
+        launch.run(["false"])
+    assert caught.value.exit_code == 2
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver and a GPU that torch does not use."""
+    folder = tmp_path / "driver"
+    (folder / "gpus/0").mkdir(parents=True)
+    (folder / "gpus/0/information").write_text("Model: \t NVIDIA H100\n")
+    (folder / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar 5\n")
+    monkeypatch.setattr(hardware, "_DRIVER", folder)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "message"),
+    [
+        (None, "built without CUDA and cannot use this machine's NVIDIA H100 (driver 550.54.15)"),
+        ("13.0", "built for CUDA 13.0, cannot use this machine's NVIDIA H100 (driver 550.54.15)"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_named(
+    installed: None, shell: Shell, monkeypatch: pytest.MonkeyPatch, cuda: str | None, message: str
+) -> None:
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    ended = shell("run", "config.toml")
+    assert ended.code == 0
+    assert f"the run takes the CPU: torch {torch.__version__}" in " ".join((ended.out + ended.err).split())
+    assert message in " ".join((ended.out + ended.err).split())
+    ended = shell("run", "config.toml", "--nproc_per_node", "auto", "--force")
+    said = " ".join(ended.err.split())
+    assert ended.code == 2
+    assert message in said
+    assert "--nproc_per_node 1 trains on the CPU" in said
+
+
+def test_a_gpu_that_is_hidden_is_not_missed(installed: None, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ended = shell("run", "config.toml")
+    assert (ended.code, "H100" in ended.out + ended.err) == (0, False)
+
+
+def test_one_process_on_several_gpus_gets_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    log = SimpleNamespace(info=lambda text, **fields: notes.append(text))
+    for size, count in ((1, 4), (4, 4), (1, 1)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        group = ProcessGroup(0, size, torch.device("cuda", 0))
+        _note_unused_gpus(SimpleNamespace(dist=group, plugins=SimpleNamespace(log=log)))  # type: ignore[arg-type]
+    assert notes == ["the run takes one of 4 GPUs: --nproc_per_node auto takes all of them"]

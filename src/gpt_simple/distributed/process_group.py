@@ -234,6 +234,27 @@ class ProcessGroup:
         more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         raise ConfigError(f"the processes of this run differ; {remedy}:{shown}{more}")
 
+    def assert_own_gpus(self) -> None:
+        """Raise ConfigError, once, if processes share a GPU, which NCCL refuses much later."""
+        if self.size == 1 or self.device.type != "cuda":
+            return
+        uuid = str(getattr(torch.cuda.get_device_properties(self.device), "uuid", ""))
+        # Machines may have the same name, and a task of srun may see its own GPU alone, as number 0.
+        place = socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"), self.device.index, uuid
+        ranks: dict[Any, list[int]] = {}
+        for rank, other in enumerate(self.gather((*place, torch.cuda.device_count()), patient=False)):
+            ranks.setdefault(other, []).append(rank)
+        shared = [(found, sharing) for found, sharing in ranks.items() if len(sharing) > 1]
+        if not shared:
+            return
+        if not self.is_main:
+            raise RankFailed("process 0 reports who shares a GPU", exit_code=ConfigError.exit_code)
+        (machine, _, number, _, count), sharing = shared[0]
+        raise ConfigError(
+            f"processes {', '.join(map(str, sharing))} share GPU {number} of {machine}, where torch sees {count}",
+            hint=f"start one process for each GPU, at most {count} on that machine",
+        )
+
     @contextmanager
     def explained_failures(self, step: Callable[[], int]) -> Iterator[None]:
         """Record an error of this process for the others, or explain it by theirs. ``step()`` is the last finished."""
