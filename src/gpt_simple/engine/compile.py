@@ -21,6 +21,10 @@ from gpt_simple.hardware import find_compiler
 _DISABLING = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
 """Variables with which torch compiles nothing, without a word."""
 
+_OWN_GENERATORS = "graphsafe_rng_functionalization"
+"""On CUDA torch gives what is recomputed generators of its own, seeded once by chance: attention's dropout would follow
+neither training.seed nor the sample. Without them it saves and restores the device's, which the engine seeds."""
+
 DdpOptimizer = bool | Literal["python_reducer"]
 
 
@@ -127,6 +131,7 @@ def compile_flags(plan: CompilePlan) -> Iterator[None]:
         yield
         return
     import torch._dynamo
+    import torch._functorch.config
     import torch._inductor.config
 
     flags: dict[str, Any] = {} if plan.ddp_optimizer is None else {"optimize_ddp": plan.ddp_optimizer}
@@ -135,6 +140,8 @@ def compile_flags(plan: CompilePlan) -> Iterator[None]:
     try:
         with ExitStack() as patches:
             patches.enter_context(torch._dynamo.config.patch(flags))
+            if hasattr(torch._functorch.config, _OWN_GENERATORS):
+                patches.enter_context(torch._functorch.config.patch({_OWN_GENERATORS: False}))
             if deterministic and hasattr(torch._inductor.config, "deterministic"):
                 # Else it chooses among kernels by their time, in every launch anew.
                 patches.enter_context(torch._inductor.config.patch(deterministic=True))
