@@ -85,6 +85,10 @@ def test_a_gpu_repeats_its_bits_only_if_it_is_asked_to(
         return {**now(training__deterministic=bool(value)), "numerics": numerics}
 
     assert resume_guarantee(launch(before), launch(after), 100) == expected
+    longer = launch(after)
+    longer["config"]["training.max_steps"] = 6
+    turned = f"; deterministic {bool(before)} -> {after}" if after is not None and bool(before) != after else ""
+    assert resume_guarantee(launch(before), longer, 100) == f"changed: training.max_steps 4 -> 6{turned}"
 
 
 FINISHED = "the run was completed at step 2 of 4 (enough): raise training.max_steps, or change the options"

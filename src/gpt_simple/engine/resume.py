@@ -304,7 +304,12 @@ def resume_guarantee(saved: Mapping[str, Any], now: Mapping[str, Any], samples: 
         )
     if (reconfigured := changes(saved, now, samples)) is not None:
         return f"changed: {reconfigured}"
-    if numerics := _other_digits(saved["numerics"], now["numerics"]):
+    numerics = _other_digits(saved["numerics"], now["numerics"])
+    if not now["numerics"].get(_DETERMINISTIC, True):
+        # True of two equal launches, too.
+        device = now["numerics"]["device"]
+        numerics[_DETERMINISTIC] = f"kernels of {device} add in any order without training.deterministic"
+    if numerics:
         return f"order-exact: same samples, other last digits ({'; '.join(numerics.values())})"
     return "bit-exact"
 
@@ -321,11 +326,8 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> C
 
 
 def _other_digits(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What makes the last digits of ``now`` others, also of an equal launch: two numerics."""
-    found = _differences({_DETERMINISTIC: False, **saved}, {_DETERMINISTIC: False, **now})
-    if not now.get(_DETERMINISTIC, True):
-        found[_DETERMINISTIC] = f"kernels of {now['device']} add in any order without training.deterministic"
-    return found
+    """The differences of two numerics. Earlier runs do not record what is false."""
+    return _differences({_DETERMINISTIC: False, **saved}, {_DETERMINISTIC: False, **now})
 
 
 def _order_kept(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:
