@@ -1,4 +1,4 @@
-"""This system and its cores; known GPUs with their memory, their peak FLOP/s, and their names in drivers."""
+"""This system, its cores and GPUs; known GPUs with their memory, their peak FLOP/s, and their names in drivers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from attrs import field, frozen
 
@@ -17,6 +18,13 @@ from gpt_simple.errors import ConfigError
 _GIB = 2**30
 _RESERVE = 1.5 * _GIB
 """Bytes not available to tensors: the CUDA context, cuBLAS workspaces, NCCL, and fragmentation."""
+
+_DRIVER = Path("/proc/driver/nvidia")
+
+_DEVICES = (Path("/dev/nvidia0"), Path("/dev/dxg"), Path("/dev/nvmap"))
+"""A GPU whose driver is not in /proc has one of them: in some containers, in WSL 2, and on a Jetson."""
+
+_UNLISTED = "NVIDIA GPU that /proc does not list"
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -46,6 +54,73 @@ def find_compiler(*, gpu: bool) -> tuple[str, str]:
     if chosen := os.environ.get("CC" if gpu else "CXX"):
         names = (chosen,)
     return next((path for name in names if (path := shutil.which(name))), ""), " or ".join(names)
+
+
+def gpu_driver() -> str:
+    """The version of the NVIDIA driver, empty if there is none or it is unknown."""
+    found = re.search(r"Kernel Module\D*(\d[\d.]+)", read_or_empty(_DRIVER / "version"))
+    return found[1] if found else ""
+
+
+def visible_gpus() -> list[str]:
+    """The models of the GPUs that a process sees.
+
+    $CUDA_VISIBLE_DEVICES has numbers or names; as in the driver, the first that no GPU has ends the list.
+    """
+    texts = [read_or_empty(path) for path in sorted(_DRIVER.glob("gpus/*/information"))]
+    listed = [(_fact(text, "Model"), _fact(text, "GPU UUID")) for text in texts]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not listed:
+        hidden = visible is not None and visible.strip() in ("", "-1")
+        return [_UNLISTED] if any(path.exists() for path in _DEVICES) and not hidden else []
+    if visible is None:
+        return [model for model, _ in listed]
+    models = []
+    for name in map(str.strip, visible.split(",")):
+        if name.isdigit():
+            found = [model for model, _ in listed][int(name) :][:1]
+        else:
+            is_slice = name.startswith("MIG-")
+            found = ["MIG slice"] if is_slice else [m for m, uuid in listed if name and uuid.startswith(name)]
+        if not found:
+            break
+        models += found
+    return models
+
+
+def _fact(text: str, name: str) -> str:
+    found = re.search(rf"{name}:\s*(.+)", text)
+    return found[1].strip() if found else ""
+
+
+def why_no_gpu(torch_version: str, cuda: str | None) -> tuple[str, str]:
+    """Why torch, which sees no GPU, cannot use one of this machine, and what to do; both empty if it has none.
+
+    ``cuda``: the version of CUDA that torch is built for, None for a build without it.
+    """
+    gpus = visible_gpus()
+    # WSL 2 has its device for the GPUs of any maker.
+    if not gpus or (gpus == [_UNLISTED] and not _DEVICES[0].exists()):
+        return "", ""
+    here = f"this machine's {gpus[0]} (driver {gpu_driver() or 'unknown'})"
+    if cuda is None:
+        return (
+            f"torch {torch_version} is built without CUDA and cannot use {here}",
+            "install a build with it: https://pytorch.org/get-started/locally",
+        )
+    return (
+        f"torch {torch_version}, built for CUDA {cuda}, cannot use {here}",
+        "update the driver (CUDA 13 needs 580, CUDA 12 needs 525), or install a build for an older CUDA:"
+        " https://pytorch.org/get-started/previous-versions",
+    )
+
+
+def read_or_empty(path: Path) -> str:
+    """The text of a file, empty if it cannot be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 @frozen

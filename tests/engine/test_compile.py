@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from gpt_simple.config.schema import TrainingConfig
-from gpt_simple.engine.compile import plan
+from gpt_simple.engine import compile as compile_module
+from gpt_simple.engine.compile import compile_flags, plan
+from gpt_simple.engine.determinism import deterministic_kernels
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks import Plugin, hookimpl
 from tests.tiny import TinyRun
@@ -149,3 +151,25 @@ def test_each_length_of_rows_is_compiled_once(tiny: TinyRun, scope: str) -> None
     assert compiled.final_loss == pytest.approx(tiny("eager", plugins=[eager], **options).final_loss, rel=1e-5)
     assert set(eager.after) == {0}
     assert torch._dynamo.config.recompile_limit < len(set(lengths))
+
+
+def test_recomputed_dropout_follows_the_device_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generators that torch would take on CUDA are seeded by chance, where no seed of a run reaches them."""
+    compiled = plan(TrainingConfig(compile=True, compile_backend="eager"), torch.device("cpu"), 1, explicit=True)
+    config: Any = torch._functorch.config
+    before = config.graphsafe_rng_functionalization
+    with compile_flags(compiled):
+        assert not config.graphsafe_rng_functionalization
+    assert config.graphsafe_rng_functionalization == before
+    # A torch that has no such generators has no such setting.
+    monkeypatch.setattr(compile_module, "_OWN_GENERATORS", "none_of_these")
+    with compile_flags(compiled):
+        assert config.graphsafe_rng_functionalization == before
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_are_not_chosen_by_time_if_they_must_repeat(deterministic: bool) -> None:
+    compiled = plan(TrainingConfig(compile=True, compile_backend="eager"), torch.device("cpu"), 1, explicit=True)
+    with deterministic_kernels(deterministic), compile_flags(compiled):
+        assert torch._inductor.config.deterministic is deterministic
+    assert torch._inductor.config.deterministic is False

@@ -130,3 +130,34 @@ def test_fp16_trains_and_resumes_on_a_gpu(tiny: TinyRun) -> None:
     assert scaler_of(rest)["scale"] < 2.0**16
     assert rest.final_loss == pytest.approx(whole.final_loss, rel=1e-2)
     assert rest.final_loss == pytest.approx(tiny("fp32", training__mixed_precision="no").final_loss, rel=0.1)
+
+
+CU126, CU130 = "sm_50 sm_70 sm_80 sm_86 sm_90 compute_90", "sm_75 sm_80 sm_86 sm_90 sm_90a sm_100 sm_120"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "hint"),
+    [
+        ((7, 0), CU130, "cu126"),
+        ((6, 1), "sm_70 sm_80", "cu126"),
+        ((11, 0), CU130, "another CUDA"),
+        ((7, 0), CU126, None),
+        ((8, 9), CU130, None),
+        ((12, 1), CU130, None),
+        ((12, 0), CU126, None),  # by PTX
+        ((9, 0), "sm_80 sm_90a", None),
+        ((8, 0), "", None),
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for_is_refused(
+    capability: tuple[int, int], built: str, hint: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", built.split)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla X")
+    if hint is None:
+        assert resolve("no", CUDA).name == "no"
+        return
+    needed = "".join(map(str, capability))
+    with pytest.raises(ConfigError, match=f"has no code for Tesla X, which needs sm_{needed}: .*{hint}"):
+        resolve("no", CUDA)

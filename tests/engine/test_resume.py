@@ -13,7 +13,7 @@ from gpt_simple import CheckpointError, Config
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.config.schema import Phase, PluginsConfig
 from gpt_simple.data.mixture import mixture
-from gpt_simple.engine.resume import FoundCheckpoint, resume_guarantee, run_fingerprint, why_finished
+from gpt_simple.engine.resume import FoundCheckpoint, resume_guarantee, run_fingerprint, why_finished, with_determinism
 
 SAVED: dict[str, Any] = {
     "config": {
@@ -58,6 +58,37 @@ ORDER = " (the order of samples is another from here on: some come twice, others
 )
 def test_every_difference_is_in_the_guarantee(later: dict[str, Any], expected: str) -> None:
     assert resume_guarantee(SAVED, later, 100) == expected
+
+
+ANY = "kernels of NVIDIA H100 add in any order without training.deterministic"
+
+
+@pytest.mark.parametrize(
+    ("device", "before", "after", "expected"),
+    [
+        ("cpu", None, None, "bit-exact"),
+        ("cpu", None, True, "order-exact: same samples, other last digits (deterministic False -> True)"),
+        ("cpu", True, True, "bit-exact"),
+        ("NVIDIA H100", False, False, f"order-exact: same samples, other last digits ({ANY})"),
+        ("NVIDIA H100", None, False, f"order-exact: same samples, other last digits ({ANY})"),
+        ("NVIDIA H100", True, False, f"order-exact: same samples, other last digits ({ANY})"),
+        ("NVIDIA H100", None, True, "order-exact: same samples, other last digits (deterministic False -> True)"),
+        ("NVIDIA H100", True, True, "bit-exact"),
+    ],
+)
+def test_a_gpu_repeats_its_bits_only_if_it_is_asked_to(
+    device: str, before: bool | None, after: bool | None, expected: str
+) -> None:
+    def launch(value: bool | None) -> dict[str, Any]:
+        numerics = {"processes": 2, "device": device}
+        numerics |= {} if value is None else with_determinism(numerics, value)
+        return {**now(training__deterministic=bool(value)), "numerics": numerics}
+
+    assert resume_guarantee(launch(before), launch(after), 100) == expected
+    longer = launch(after)
+    longer["config"]["training.max_steps"] = 6
+    turned = f"; deterministic {bool(before)} -> {after}" if after is not None and bool(before) != after else ""
+    assert resume_guarantee(launch(before), longer, 100) == f"changed: training.max_steps 4 -> 6{turned}"
 
 
 FINISHED = "the run was completed at step 2 of 4 (enough): raise training.max_steps, or change the options"

@@ -193,17 +193,23 @@ def test_a_variable_that_is_no_number_is_named() -> None:
         is_member({"WORLD_SIZE": "many"})
 
 
-def test_a_process_that_hung_is_named_by_those_that_waited() -> None:
-    secondary = Record(
-        0,
-        1,
-        1,
-        [Problem(None, "", "process 1 did not come to the end of step 3: waited 600 s")],
-        silent=True,
-        timed_out=True,
-    )
+WAITED = [Problem(None, "", "process 1 did not come to the end of step 3: waited 600 s")]
+
+
+@pytest.mark.parametrize("status", [-signal.SIGTERM, -signal.SIGKILL, -signal.SIGABRT])
+def test_a_process_that_hung_is_named_by_those_that_waited(status: int) -> None:
+    """The agent ends the one that hung; NCCL's watchdog may have ended another one that waited, earlier."""
+    secondary = Record(0, 1, 1, WAITED, silent=True, timed_out=True)
+    ended = {0: failure(1), 1: failure(-15, 2), 2: failure(status, 1)}
     with pytest.raises(GptSimpleError, match=r"^process 1 did not come"):
-        outcome(secondary, Record(1, 2), failures={0: failure(1), 1: failure(-15)})
+        outcome(secondary, Record(1, 2), Record(2, 3), failures=ended)
+
+
+def test_who_names_the_missing_process_is_heard_first() -> None:
+    lost = Record(2, 3, 1, [Problem(None, "", "a process died in step 3")], time=1.0)
+    waited = Record(0, 1, 1, WAITED, timed_out=True, time=2.0)
+    with pytest.raises(GptSimpleError, match=r"^process 1 did not come"):
+        outcome(waited, lost, failures={0: failure(1), 1: failure(-15), 2: failure(1)})
 
 
 def test_on_another_machine_a_secondary_failure_is_reported() -> None:

@@ -76,7 +76,7 @@ def test_the_gpus_that_a_process_sees(
         folder = tmp_path / "gpus" / f"0000:0{number}"
         folder.mkdir(parents=True)
         (folder / "information").write_text(f"Model: \t {model}\nIRQ: 1\nGPU UUID: \t {uuid}\n")
-    monkeypatch.setattr("gpt_simple.preflight.environment._DRIVER", tmp_path)
+    monkeypatch.setattr("gpt_simple.hardware._DRIVER", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -84,8 +84,8 @@ def test_the_gpus_that_a_process_sees(
 
 
 def test_a_gpu_whose_driver_is_not_in_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt_simple.preflight.environment._DRIVER", tmp_path)
-    monkeypatch.setattr("gpt_simple.preflight.environment._DEVICES", (tmp_path / "dxg",))
+    monkeypatch.setattr("gpt_simple.hardware._DRIVER", tmp_path)
+    monkeypatch.setattr("gpt_simple.hardware._DEVICES", (tmp_path / "dxg",))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert check_environment([]).gpus == []
     (tmp_path / "dxg").touch()

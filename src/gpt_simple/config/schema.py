@@ -192,6 +192,9 @@ class TrainingConfig:
         bool | int, Ge(0), Doc("recompute activations in backward: true, false, or every k-th block")
     ] = True
     seed: Annotated[int, Ge(0), Doc("seed of weights, dropout and, unless data.seed is set, of the order")] = 42
+    deterministic: Annotated[
+        bool, Doc("kernels that repeat their bits on a GPU, so that a resume is bit-exact there; they are slower")
+    ] = False
     logging_steps: Annotated[int | None, Ge(0), Doc("steps between logged metrics; null or 0: off")] = 10
     eval_steps: Annotated[int | None, Ge(0), Doc("steps between evaluations; null or 0: off")] = 500
     max_eval_batches: Annotated[

@@ -1,7 +1,7 @@
 """The processes of a run: devices, wrapping, and every collective there is.
 
-Accelerate sets up processes and devices and wraps the model. It is built without mixed precision and without
-accumulation, which the engine does itself, and gets neither loader nor schedule.
+Accelerate sets up processes and devices, and nothing else: it gets neither model nor loader nor schedule. The model is
+wrapped here, for the device that this process has, which need not have the number of the process.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from attrs import field, frozen
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.nn.parallel import DistributedDataParallel
 
 from gpt_simple.distributed.failures import FailureDetection
 from gpt_simple.distributed.start_up import StartUp, start_up
@@ -32,6 +33,10 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
 """How long others wait while the main process prepares data or writes a checkpoint; if it dies they fail at once."""
+
+_WATCHDOG_SECONDS = 120.0
+"""How much longer NCCL waits than the vote of the hosts. Its watchdog ends a process without a word, so it comes last.
+"""
 
 _NAME_SECONDS = 5.0
 """How long the name of the machine at which the processes meet may be unknown."""
@@ -65,7 +70,6 @@ class ProcessGroup:
     rank: int
     size: int
     device: torch.device
-    _accelerator: Any = None
     _host_group: Any = None
     _patient_group: Any = None
     _failures: FailureDetection | None = None
@@ -88,14 +92,14 @@ class ProcessGroup:
                     " $CUDA_VISIBLE_DEVICES for devices)"
                 )
         threads = torch.get_num_threads()  # before Accelerate changes their number
-        accelerator = _new_accelerator(timeout, starting)
-        rank, size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        state = _set_up(timeout, starting)
+        rank, size, device = state.process_index, state.num_processes, state.device
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         elif device.type == "cpu":
             device = torch.device("cpu")  # with several processes it is cpu:0, to which torch copies what is on cpu
         if size == 1:
-            return cls(rank, size, device, accelerator, threads=threads)
+            return cls(rank, size, device, threads=threads)
         host_group, patient_group = (
             _wait(starting, partial(dist.new_group, backend="gloo", timeout=limit))
             for limit in (timedelta(seconds=timeout), _PATIENCE)
@@ -104,7 +108,6 @@ class ProcessGroup:
             rank,
             size,
             device,
-            accelerator,
             host_group=host_group,
             patient_group=patient_group,
             failures=FailureDetection(rank, size, timeout, PrefixStore("gpt_simple", _get_default_store())),
@@ -122,25 +125,29 @@ class ProcessGroup:
             self._starting.end()
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The module whose backward reduces gradients; the raw one if there is one process."""
-        if self.size == 1:
+        """The module whose backward reduces gradients; the raw one if there is one process, or nothing to train."""
+        if self.size == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
             return model
         with warnings.catch_warnings():
-            # Accelerate cannot pass the option that replaces broadcast_buffers yet.
+            # Its successor still sends the buffers once, and torch before 2.13 has none.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            return self._accelerator.prepare_model(model)  # type: ignore[no-any-return]
+            return DistributedDataParallel(
+                model,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
 
     def release_wrapped(self) -> None:
-        """Forget what ``wrap`` has returned: with the last reference go its buckets and its hooks on gradients."""
+        """Free what ``wrap`` has returned and nothing refers to: its buckets and its hooks on gradients."""
         if self.size > 1:
-            self._accelerator.free_memory()
-            gc.collect()
+            gc.collect()  # it refers to itself
 
     def accumulating(self, wrapped: torch.nn.Module, is_last: bool) -> AbstractContextManager[Any]:
         """The context of a micro-batch: gradients are reduced on the last one only."""
-        if self.size == 1 or is_last:
+        if is_last or not isinstance(wrapped, DistributedDataParallel):
             return nullcontext()
-        return self._accelerator.no_sync(wrapped)  # type: ignore[no-any-return]
+        return wrapped.no_sync()
 
     def all_reduce_max(self, flags: Sequence[int]) -> list[int]:
         """Element-wise maximum over all processes: one collective of a host tensor, so reading it is no device sync."""
@@ -163,10 +170,12 @@ class ProcessGroup:
         return values
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes."""
+        """The sum over all processes, on the device of ``value``."""
         if self.size > 1:
             value = value.clone()
-            dist.all_reduce(value)
+            # NCCL takes no host tensors, and a copy to the GPU and back would wait for it.
+            is_on_host = value.device.type == "cpu" and self.device.type != "cpu"
+            dist.all_reduce(value, group=self._host_group if is_on_host else None)
         return value
 
     def barrier(self) -> None:
@@ -224,6 +233,27 @@ class ProcessGroup:
         shown = "".join(f"\n  {line}" for line in lines[:_SHOWN])
         more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         raise ConfigError(f"the processes of this run differ; {remedy}:{shown}{more}")
+
+    def assert_own_gpus(self) -> None:
+        """Raise ConfigError, once, if processes share a GPU, which NCCL refuses much later."""
+        if self.size == 1 or self.device.type != "cuda":
+            return
+        uuid = str(getattr(torch.cuda.get_device_properties(self.device), "uuid", ""))
+        # Machines may have the same name, and a task of srun may see its own GPU alone, as number 0.
+        place = socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"), self.device.index, uuid
+        ranks: dict[Any, list[int]] = {}
+        for rank, other in enumerate(self.gather((*place, torch.cuda.device_count()), patient=False)):
+            ranks.setdefault(other, []).append(rank)
+        shared = [(found, sharing) for found, sharing in ranks.items() if len(sharing) > 1]
+        if not shared:
+            return
+        if not self.is_main:
+            raise RankFailed("process 0 reports who shares a GPU", exit_code=ConfigError.exit_code)
+        (machine, _, number, _, count), sharing = shared[0]
+        raise ConfigError(
+            f"processes {', '.join(map(str, sharing))} share GPU {number} of {machine}, where torch sees {count}",
+            hint=f"start one process for each GPU, at most {count} on that machine",
+        )
 
     @contextmanager
     def explained_failures(self, step: Callable[[], int]) -> Iterator[None]:
@@ -286,51 +316,45 @@ def _without(names: Sequence[str]) -> Iterator[None]:
         os.environ.update(removed)
 
 
-def _new_accelerator(timeout: float, starting: StartUp | None) -> Any:
-    """Accelerate's own object for this process. Raises GptSimpleError if the processes do not meet."""
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+def _set_up(timeout: float, starting: StartUp | None) -> Any:
+    """Accelerate's state of this process. Raises GptSimpleError if the processes do not meet."""
+    from accelerate import PartialState
 
     size = int(os.environ.get("WORLD_SIZE", "1"))
     _require_place(size)
 
+    has_gpu = torch.cuda.is_available()
+    seconds = timeout + _WATCHDOG_SECONDS if has_gpu else timeout
+
     def meet() -> tuple[Any, int]:
         if size > 1:
             _find_address(min(timeout, _NAME_SECONDS))
-        accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision="no",
-            gradient_accumulation_steps=1,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
-            ],
-        )
-        return accelerator, torch.get_num_threads()
+        state = PartialState(cpu=not has_gpu, timeout=timedelta(seconds=seconds))
+        return state, torch.get_num_threads()
 
     try:
         # One process needs no rendezvous: without these variables Accelerate does not wait at an address.
         with _without(_PLACE if size == 1 else ()), warnings.catch_warnings():
             # It divides a CPU's cores among the processes; the run's first lines say how many each has.
             warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
-            accelerator, threads = _wait(starting, meet)
+            state, threads = _wait(starting, meet)
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise GptSimpleError(
-            f"process {os.environ.get('RANK')} could not meet the other {size - 1} at {place} within {timeout:g} s"
-            f" (training.peer_timeout_seconds): {error}"
+            f"process {os.environ.get('RANK')} could not meet the other {size - 1} at {place} within {seconds:g} s"
+            f" (training.peer_timeout_seconds is {timeout:g}): {error}"
         ) from error
-    if accelerator.num_processes != size:
+    if state.num_processes != size:
         raise GptSimpleError(
-            f"$WORLD_SIZE is {size} but Accelerate set up {accelerator.num_processes} process(es);"
+            f"$WORLD_SIZE is {size} but Accelerate set up {state.num_processes} process(es);"
             " start with torchrun, or unset $WORLD_SIZE"
         )
     # Accelerate sets both for the thread that it runs in.
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    if size > 1 and accelerator.device.type == "cuda":
-        torch.cuda.set_device(accelerator.device)
-    return accelerator
+    if size > 1 and state.device.type == "cuda":
+        torch.cuda.set_device(state.device)
+    return state
 
 
 @frozen

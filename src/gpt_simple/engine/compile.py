@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,16 @@ import torch
 from attrs import evolve, frozen
 
 from gpt_simple.config.schema import TrainingConfig
+from gpt_simple.engine.determinism import repeats_bits
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import find_compiler
 
 _DISABLING = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
 """Variables with which torch compiles nothing, without a word."""
+
+_OWN_GENERATORS = "graphsafe_rng_functionalization"
+"""On CUDA torch gives what is recomputed generators of its own, seeded once by chance: attention's dropout would follow
+neither training.seed nor the sample. Without them it saves and restores the device's, which the engine seeds."""
 
 DdpOptimizer = bool | Literal["python_reducer"]
 
@@ -121,16 +126,25 @@ def _ddp_optimizer(config: TrainingConfig, world_size: int) -> DdpOptimizer | No
 @contextmanager
 def compile_flags(plan: CompilePlan) -> Iterator[None]:
     """Dynamo's flags for the whole run: compilation is lazy and reads them per frame, so they stay until the end."""
-    if not plan.enabled and plan.lengths == 1:
+    deterministic = repeats_bits()
+    if not plan.enabled and plan.lengths == 1 and not deterministic:
         yield
         return
     import torch._dynamo
+    import torch._functorch.config
+    import torch._inductor.config
 
     flags: dict[str, Any] = {} if plan.ddp_optimizer is None else {"optimize_ddp": plan.ddp_optimizer}
     # Dynamo's limit is for one shape. Beyond it a model runs eager, or fails in a full graph.
     flags["recompile_limit"] = torch._dynamo.config.recompile_limit + plan.lengths - 1
     try:
-        with torch._dynamo.config.patch(flags):
+        with ExitStack() as patches:
+            patches.enter_context(torch._dynamo.config.patch(flags))
+            if hasattr(torch._functorch.config, _OWN_GENERATORS):
+                patches.enter_context(torch._functorch.config.patch({_OWN_GENERATORS: False}))
+            if deterministic and hasattr(torch._inductor.config, "deterministic"):
+                # Else it chooses among kernels by their time, in every launch anew.
+                patches.enter_context(torch._inductor.config.patch(deterministic=True))
             yield
     finally:
         # The cache is per code object and small: a second run in this process would otherwise fall back to eager.

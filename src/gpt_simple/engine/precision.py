@@ -6,6 +6,7 @@ variables override their configuration.
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -34,8 +35,10 @@ class Precision:
 def resolve(setting: str | None, device: torch.device) -> Precision:
     """The precision for ``setting`` (``None`` or ``auto``: by the device) on ``device``.
 
-    Raises ConfigError for fp16 where there is no fp16 arithmetic to train with, and for bf16 on GPUs before Ampere.
+    Raises ConfigError for fp16 where there is no fp16 arithmetic to train with, for bf16 on GPUs before Ampere, and for
+    a GPU that the installed torch has no code for.
     """
+    _refuse_foreign(device)
     if setting is None or setting == "auto":
         name, why = _detect(device)
     else:
@@ -54,6 +57,36 @@ def resolve(setting: str | None, device: torch.device) -> Precision:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[name]
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
     return Precision(name, why, device, dtype, scaler)
+
+
+def _refuse_foreign(device: torch.device) -> None:
+    """Raise ConfigError if torch is built for other GPUs than ``device``: its first kernel would fail."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    built = torch.cuda.get_arch_list()
+    capability = torch.cuda.get_device_capability(device)
+    if not built or any(_runs_on(capability, name) for name in built):
+        return
+    older = all(capability < found for name in built if (found := _capability(name)) is not None)
+    cuda = "an older CUDA, such as cu126" if older else "another CUDA"
+    raise ConfigError(
+        f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(device)}, which needs"
+        f" sm_{capability[0]}{capability[1]}: it is built for {', '.join(built)}",
+        hint=f"install a build of torch for {cuda}: https://pytorch.org/get-started/locally",
+    )
+
+
+def _capability(name: str) -> tuple[int, int] | None:
+    """The compute capability of machine code such as ``sm_90``; None if it is for one card alone, as ``sm_90a``."""
+    found = re.fullmatch(r"(?:sm|compute)_(\d+)(\d)", name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _runs_on(capability: tuple[int, int], name: str) -> bool:
+    """Whether code called ``name`` runs on a GPU: machine code within a major version, PTX on all later ones."""
+    if (built := _capability(name)) is None:
+        return name == f"sm_{capability[0]}{capability[1]}a"
+    return built <= capability and (name.startswith("compute_") or built[0] == capability[0])
 
 
 def _detect(device: torch.device) -> tuple[str, str]:

@@ -44,8 +44,10 @@ _NEUTRAL = (
     "training.peer_timeout_seconds",
     "training.wandb_project",
     "training.wandb_run_name",
+    "training.deterministic",  # the numerics have it
     "plugins.",  # those of other packages are compared separately
 )
+_DETERMINISTIC = "deterministic"  # in the numerics
 # Fields that define a row of the data: with another value the position in the data has another meaning.
 _ROWS = ("data.max_length", "data.packing", "data.overlap_size", "data.document_mask")
 _ORDER = " (the order of samples is another from here on: some come twice, others not at all)"
@@ -271,6 +273,13 @@ def run_fingerprint(
     return {"config": fields, "data": dict(data), "numerics": dict(numerics), "plugins": others}
 
 
+def with_determinism(numerics: Mapping[str, Any], is_deterministic: bool) -> dict[str, Any]:
+    """``numerics`` with whether kernels repeat their bits; a CPU that does what it always does has no entry."""
+    others = {key: value for key, value in numerics.items() if key != _DETERMINISTIC}
+    is_usual = others.get("device", "cpu") == "cpu" and not is_deterministic
+    return others if is_usual else {**others, _DETERMINISTIC: is_deterministic}
+
+
 def resume_guarantee(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:
     """What resuming as ``now`` from ``saved`` after ``samples`` samples guarantees, in a phrase (two fingerprints).
 
@@ -295,7 +304,12 @@ def resume_guarantee(saved: Mapping[str, Any], now: Mapping[str, Any], samples: 
         )
     if (reconfigured := changes(saved, now, samples)) is not None:
         return f"changed: {reconfigured}"
-    if numerics := _differences(saved["numerics"], now["numerics"]):
+    numerics = _other_digits(saved["numerics"], now["numerics"])
+    if not now["numerics"].get(_DETERMINISTIC, True):
+        # True of two equal launches, too.
+        device = now["numerics"]["device"]
+        numerics[_DETERMINISTIC] = f"kernels of {device} add in any order without training.deterministic"
+    if numerics:
         return f"order-exact: same samples, other last digits ({'; '.join(numerics.values())})"
     return "bit-exact"
 
@@ -307,8 +321,13 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> C
     free |= _differences(saved.get("plugins", {}), now["plugins"])
     if not free:
         return None
-    numerics = _differences(saved["numerics"], now["numerics"])
+    numerics = _other_digits(saved["numerics"], now["numerics"])
     return ConfigChanges({**free, **numerics}, _order_kept(saved["config"], now["config"], samples))
+
+
+def _other_digits(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """The differences of two numerics. Earlier runs do not record what is false."""
+    return _differences({_DETERMINISTIC: False, **saved}, {_DETERMINISTIC: False, **now})
 
 
 def _order_kept(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:

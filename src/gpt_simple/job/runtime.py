@@ -14,8 +14,10 @@ from attrs import frozen
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import CompilePlan
 from gpt_simple.engine.compile import plan as plan_compile
+from gpt_simple.engine.determinism import repeats_bits
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.precision import resolve as resolve_precision
+from gpt_simple.engine.resume import with_determinism
 from gpt_simple.engine.time_budget import Deadline
 from gpt_simple.spec import RunSpec
 
@@ -51,4 +53,5 @@ def _resolve(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
+    numerics = with_determinism(numerics, repeats_bits())
     return Runtime(precision, compile_plan, deadline, numerics)

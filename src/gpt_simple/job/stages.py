@@ -32,6 +32,7 @@ from gpt_simple.engine.stop_signals import StopSignals
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.views import EngineCheckpoints, ModelView
 from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, PluginError, system_errors
+from gpt_simple.hardware import why_no_gpu
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.job.job import Job
@@ -53,8 +54,10 @@ def init_distributed(spec: RunSpec, signals: StopSignals) -> Iterator[ProcessGro
         dist = ProcessGroup.join(timeout, starting)
         try:
             dist.assert_same_on_all_ranks(
-                lambda: _launch_info(spec), "start the same command with the same packages everywhere"
+                lambda: {**_launch_info(spec), "type of device": dist.device.type},
+                "start the same command with the same packages everywhere",
             )
+            dist.assert_own_gpus()
             yield dist
         finally:
             dist.leave()
@@ -72,9 +75,21 @@ def check_config(job: Job) -> None:
     spec, log, compile_plan = job.spec, job.plugins.log, job.runtime.compile_plan
     for note in (*spec.notes, *spec.host.notes, *filter(None, [compile_plan.warning])):
         log.warning(note)
+    _note_unused_gpus(job)
     if compile_plan.note:
         log.info(compile_plan.note, name="ddp_optimizer")
     job.dist.on_main(lambda: report(spec.check_config(_preflight_of(job)), log.warning))
+
+
+def _note_unused_gpus(job: Job) -> None:
+    """Log which GPUs of this machine the run leaves out: all, because torch cannot use them, or all but one."""
+    device, log = job.dist.device, job.plugins.log
+    if device.type == "cpu" and not torch.cuda.is_available():
+        why, remedy = why_no_gpu(torch.__version__, torch.version.cuda)
+        if why:
+            log.warning(f"the run takes the CPU: {why}; {remedy}", name="gpu_unusable")
+    elif device.type == "cuda" and job.dist.size == 1 and (count := torch.cuda.device_count()) > 1:
+        log.info(f"the run takes one of {count} GPUs: --nproc_per_node auto takes all of them", name="gpus_unused")
 
 
 def find_checkpoint(job: Job) -> FoundCheckpoint:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from gpt_simple.engine.compile import compile_flags
+from gpt_simple.engine.determinism import deterministic_kernels
 from gpt_simple.engine.process_state import preserved_process_state
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.stop_signals import StopNow, StopSignals, stop_signals
@@ -43,7 +44,8 @@ def train(
     launch began (None: now). A spec serves one launch: it holds the instances of its plugins.
     """
     began = time.monotonic() if started is None else started
-    with preserved_process_state(), stop_signals(pending_signals) as signals, spec.located_errors():
+    deterministic = deterministic_kernels(spec.config.training.deterministic)
+    with preserved_process_state(), stop_signals(pending_signals) as signals, spec.located_errors(), deterministic:
         try:
             return _train(spec, force, began, signals)
         except StopNow as stop:

@@ -26,7 +26,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError, Problem
-from gpt_simple.hardware import cores
+from gpt_simple.hardware import cores, why_no_gpu
 from gpt_simple.launch.member import AGAIN, processes_here, under_torchrun
 from gpt_simple.launch.record import DIRECTORY, LAUNCHER, STARTED, Record, Records
 from gpt_simple.launch.signals import ONE_PRESS_SECONDS, handling
@@ -105,6 +105,23 @@ class Launch:
                 failures = self._agent(command, directory)
             return _outcome(records.read(), failures, signals)
 
+    def _processes(self, gpus: int, torch_version: str, cuda: str | None) -> int:
+        """How many processes this machine gets. Raises ConfigError if they have not one of ``gpus`` each.
+
+        Without a GPU that is any number, and one for ``auto``, unless there is one that torch cannot use.
+        """
+        where = f"--nproc_per_node {self.nproc_per_node}"
+        if self.nproc_per_node != "auto":
+            if 0 < gpus < int(self.nproc_per_node):
+                counted = "one GPU" if gpus == 1 else f"{gpus} GPUs"
+                message = f"torch sees {counted} here, and every process needs its own"
+                raise ConfigError(message, location=where, hint="--nproc_per_node auto takes all of them")
+            return int(self.nproc_per_node)
+        why, remedy = ("", "") if gpus else why_no_gpu(torch_version, cuda)
+        if why:
+            raise ConfigError(why, location=where, hint=f"{remedy}; --nproc_per_node 1 trains on the CPU")
+        return max(1, gpus)
+
     def _agent(self, command: Sequence[str], directory: str) -> dict[int, Any]:
         """Run torchrun's agent to its end. Returns its ``ProcessFailure`` of each rank that failed."""
         # Hides stack traces of a rendezvous that fails. torch reads it on import; the processes set their own.
@@ -120,7 +137,7 @@ class Launch:
 
         # The launcher prints one message itself.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        count = max(1, torch.cuda.device_count()) if self.nproc_per_node == "auto" else int(self.nproc_per_node)
+        count = self._processes(torch.cuda.device_count(), torch.__version__, torch.version.cuda)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
         os.environ |= {DIRECTORY: directory, LAUNCHER: str(os.getpid()), STARTED: str(time.monotonic())}
         if self.max_restarts:
@@ -229,7 +246,8 @@ def _outcome(records: Sequence[Record], failures: Mapping[int, Any], signals: _S
     if signals.forced:
         return ExitCode.FORCED
     ended = [record for record in records if record.code is not None]
-    errors = sorted((record for record in ended if record.problems), key=lambda record: (record.silent, record.time))
+    # One that waited names the process that is missing; one whose connection it closed then has lost somebody.
+    errors = sorted((r for r in ended if r.problems), key=lambda r: (r.silent, not r.timed_out, r.time))
     if errors and not errors[0].silent:
         raise _error(errors[0], len(records))
     if signals.received and len(ended) < max(1, len(records)):
@@ -255,8 +273,9 @@ def _death(ranks: Sequence[int], failures: Mapping[int, Any], errors: Sequence[R
     first = min(ranks, key=lambda rank: float(failures[rank].timestamp))
     status = int(failures[first].exitcode)
     waited = [record for record in errors if record.timed_out]
-    if waited and status in (-signal.SIGTERM, -signal.SIGKILL):
-        return waited[0].problems  # it hung: the agent ended it when the others had given up
+    if waited and status in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGABRT):
+        # One hung. The agent ended this one when the others had given up, or NCCL's watchdog ended it while it waited.
+        return waited[0].problems
     if status == -signal.SIGKILL:
         how = "was killed (SIGKILL: the system does that when memory runs out)"
     elif status < 0:

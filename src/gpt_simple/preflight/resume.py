@@ -65,6 +65,7 @@ def plan_resume(
     saved, samples, data = found.state["run"], found.state["samples"], inspect_data()
     fingerprints = data.fingerprints if data is not None and data.fingerprints else saved["data"]
     numerics = saved["numerics"] | {"torch": version("torch"), "processes": options.world_size}
+    numerics = engine.with_determinism(numerics, config.training.deterministic)
     now = engine.run_fingerprint(config, data=fingerprints, numerics=numerics, plugins=plugins)
     finished = engine.why_finished(found, now)
     return PlannedResume(
