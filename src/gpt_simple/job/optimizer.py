@@ -21,6 +21,7 @@ from gpt_simple.hooks.components import Component
 from gpt_simple.hooks.events import OptimizerBuilt
 from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations
+from gpt_simple.machine_failures import is_of_machine
 
 T = TypeVar("T")
 
@@ -131,4 +132,6 @@ def _attributed(job: Job, work: Callable[[], T]) -> T:
     except CheckpointError as error:
         raise PluginError(*(p._replace(message=f"{label}: {p.message}") for p in error.problems)) from error
     except Exception as error:
+        if is_of_machine(error):
+            raise
         raise PluginError(f"{label}: its state cannot be read: {type(error).__name__}: {error}") from error

@@ -12,6 +12,7 @@ from gpt_simple.engine.stop_signals import StopNow, StopSignals, stop_signals
 from gpt_simple.job.build import build_trainer
 from gpt_simple.job.claim import claim_run_dir
 from gpt_simple.job.job import Job
+from gpt_simple.job.memory_advice import advised_failures
 from gpt_simple.job.plugin_calls import plugin_calls
 from gpt_simple.job.result import TrainResult
 from gpt_simple.job.runtime import resolve_runtime
@@ -59,6 +60,7 @@ def _train(spec: RunSpec, force: bool, began: float, signals: StopSignals) -> Tr
             dist.explained_failures(lambda: state.step),
             plugin_calls(spec, dist, runtime.precision, state) as plugins,
             spec.located_errors(),  # inside, too: plugins and other ranks see where an error comes from
+            advised_failures(spec, dist.device),
         ):
             job = Job(spec, force, began, dist, runtime, signals, plugins, state)
             try:
