@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from gpt_simple.engine.compile import compile_flags
+from gpt_simple.engine.memory import reset_peak
 from gpt_simple.engine.process_state import preserved_process_state
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.stop_signals import StopNow, StopSignals, stop_signals
@@ -54,6 +55,7 @@ def train(
 def _train(spec: RunSpec, force: bool, began: float, signals: StopSignals) -> TrainResult:
     state, found = TrainState(), None
     with init_distributed(spec, signals) as dist:
+        reset_peak(dist.device)  # an earlier run in this process may have needed more
         runtime = resolve_runtime(spec, dist, began)
         with (
             compile_flags(runtime.compile_plan),
