@@ -76,8 +76,9 @@ _RECORD = {
     "distribution_version": str,
     "state": dict,
     "weights?": [str],
+    "on_device?": [str],
 }
-"""The state of a plugin in plugins.json, and the names of its sets of weights."""
+"""The state of a plugin in plugins.json, the names of its sets of weights, and its tensors that were on a GPU."""
 
 
 @frozen

@@ -126,6 +126,7 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
         store.load_document(checkpoint, "plugins"),
         store.load_tensors(checkpoint, "plugins"),
         is_main=job.dist.is_main,
+        device=job.dist.device,
     )
     restored = []
     for name in store.weight_sets(checkpoint):
