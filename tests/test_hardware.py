@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_simple.hardware import cores, peak_flops
+from gpt_simple.hardware import cores, cublas_workspaces, peak_flops
 from gpt_simple.plugin_host.discovery import own_commands
 
 _WINDOWS = """
@@ -99,3 +99,11 @@ def test_peaks_are_dense_and_tf32_without_mixed_precision(name: str, bf16: float
 )
 def test_a_device_with_a_similar_name_has_no_peak(name: str) -> None:
     assert [peak_flops(name, precision) for precision in ("bf16", "fp16", "no")] == [None] * 3
+
+
+def test_workspaces_of_cublas_grow_with_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    mib = [cublas_workspaces(capability) / 2**20 for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0))]
+    assert mib == [16.25, 16.25, 16.25, 64, 64, 64]
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    assert cublas_workspaces((9, 0)) == 2 * (2 * 4096 + 8 * 16) * 1024
