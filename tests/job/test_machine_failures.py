@@ -6,6 +6,7 @@ The fakes replace functions of torch, which fail as on a device.
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,13 @@ def test_used_up_memory_is_one_error_anywhere(
     assert (resumed.status, resumed.steps) == ("completed", 4)
 
 
+def loader_of(error: BaseException) -> Any:
+    """The loader in a frame that the error has left."""
+    assert error.__cause__ is not None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__cause__.__traceback__)]
+    return next(frame.f_locals["trainer"] for frame in frames if frame.f_code.co_name == "run_to_end").run.loader
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_lost_device_is_one_error_anywhere(
     place: str, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +131,7 @@ def test_a_lost_device_is_one_error_anywhere(
     with monkeypatch.context() as patch, pytest.raises(DeviceLost, match="is lost: every call fails") as caught:
         tiny("run", plugins=PLACES[place](patch, torch.AcceleratorError(LOST)), **options)
     assert "plugin" not in str(caught.value)
+    assert next(loader_of(caught.value)._steps, None) is not None  # its rows are kept: freeing them would abort
     status = read_status(RunDir(tmp_path / "run"))
     assert status.state == "failed"
     assert "is lost" in str(status.error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model
 from gpt_simple.job.optimizer import TRAINED, build_optimizer, optimizer_state, rebuild_optimizer, restore_trained
 from gpt_simple.job.stages import model_view
+from gpt_simple.machine_failures import is_device_lost
 from gpt_simple.run_dir.layout import RunDir, finite
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
 
@@ -92,9 +93,23 @@ def build_trainer(
             step=job.state.step,
             consumed=plan.samples,
         )
-        with closing(loader):
+        with _closing(loader):
             _warn_of_early_end(job, loader)
             yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader, current)
+
+
+@contextmanager
+def _closing(loader: Loader) -> Iterator[None]:
+    """Close the loader at the end, unless the device is lost: freeing page-locked rows then makes torch abort."""
+    is_kept = False
+    try:
+        yield
+    except BaseException as error:
+        is_kept = is_device_lost(error)
+        raise
+    finally:
+        if not is_kept:
+            loader.close()
 
 
 def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
