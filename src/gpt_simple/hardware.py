@@ -96,20 +96,28 @@ def _gpu(
 
 
 # Memory as torch reports it, rounded down; a workspace of cuBLAS; TFLOP/s in bf16, fp16 and without mixed precision.
-# These are dense, with fp32 accumulation, from NVIDIA's data sheets (the GeForces: the Ada and GA102 white papers),
-# most of which print the double for sparse matrices. Without mixed precision a run multiplies in TF32, or in fp32
-# before Ampere.
+# These are dense, with fp32 accumulation, from the vendors' data sheets (the GeForces: the Blackwell, Ada and GA102
+# white papers), most of which print the double for sparse matrices. Without mixed precision a run multiplies in TF32,
+# or in fp32 before Ampere and on an AMD GPU.
 GPUS = {
     gpu.name: gpu
     for gpu in (
+        _gpu("b200", 178.0, _LARGE, 2250, 2250, 1125, "B200"),
+        _gpu("gb200", 184.0, _LARGE, 2500, 2500, 1250, "GB200"),
+        _gpu("gh200", 94.0, _LARGE, 989, 989, 494, "GH200 480GB"),
         _gpu("h200", 139.5, _LARGE, 989, 989, 494, "H200"),
+        _gpu("h200-nvl", 139.5, _LARGE, 835, 835, 417.5, "H200 NVL"),
         _gpu("h100", 79.0, _LARGE, 989, 989, 494, "H100 80GB HBM3"),
         _gpu("h100-pcie", 79.0, _LARGE, 756, 756, 378, "H100 PCIe"),
+        _gpu("h100-nvl", 93.0, _LARGE, 835, 835, 417.5, "H100 NVL"),
         _gpu("a100", 79.0, _SMALL, 312, 312, 156, "A100-SXM4-80GB", "A100-PCIE-80GB", "A100 80GB PCIe"),
         _gpu("a100-40", 39.3, _SMALL, 312, 312, 156, "A100-SXM4-40GB", "A100-PCIE-40GB"),
         _gpu("l40s", 44.3, _SMALL, 362, 362, 183, "L40S"),
+        _gpu("a40", 44.3, _SMALL, 149.7, 149.7, 74.8, "A40"),
+        _gpu("a6000", 47.4, _SMALL, 154.8, 154.8, 77.4, "RTX A6000"),
         _gpu("l4", 22.0, _SMALL, 121, 121, 60, "L4"),
         _gpu("a10g", 22.0, _SMALL, 70, 70, 35, "A10G"),
+        _gpu("rtx5090", 31.3, _LARGE, 209.5, 209.5, 104.8, "GeForce RTX 5090"),
         _gpu("rtx4090", 23.5, _SMALL, 165.2, 165.2, 82.6, "GeForce RTX 4090"),
         _gpu("rtx3090", 23.5, _SMALL, 71, 71, 35.6, "GeForce RTX 3090"),
         _gpu("v100", 31.7, _SMALL, None, 125, 15.7, "Tesla V100-SXM2-32GB"),
@@ -117,6 +125,7 @@ GPUS = {
         _gpu("v100-pcie", 31.7, _SMALL, None, 112, 14, "Tesla V100-PCIE-32GB"),
         _gpu("v100-pcie-16", 15.7, _SMALL, None, 112, 14, "Tesla V100-PCIE-16GB"),
         _gpu("t4", 14.5, _SMALL, None, 65, 8.1, "Tesla T4"),
+        _gpu("mi300x", 191.5, _AMD, 1307.4, 1307.4, 163.4, "Instinct MI300X", "Instinct MI300X OAM"),
     )
 }
 
@@ -146,5 +155,5 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     None for an unknown device, which has no MFU rather than a wrong one.
     """
     # Drivers before 470 leave the vendor out.
-    gpu = _BY_DEVICE_NAME.get(device_name.removeprefix("NVIDIA "))
+    gpu = _BY_DEVICE_NAME.get(device_name.removeprefix("NVIDIA ").removeprefix("AMD "))
     return None if gpu is None else gpu.flops.get(precision)

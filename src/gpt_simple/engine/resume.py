@@ -42,6 +42,7 @@ _NEUTRAL = (
     "training.max_runtime_seconds",
     "training.walltime_reserve_seconds",
     "training.peer_timeout_seconds",
+    "training.peak_flops",
     "training.wandb_project",
     "training.wandb_run_name",
     "plugins.",  # those of other packages are compared separately

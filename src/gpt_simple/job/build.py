@@ -299,7 +299,7 @@ def _run_info(job: Job, data: Dataset, model: torch.nn.Module, batch_plan: Batch
         "compile": compile_plan.scope if compile_plan.enabled else "off",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_token": flops(config.data.max_length) if flops is not None else None,
-        "peak_flops": peak_flops(_device_name(device), precision.name),
+        "peak_flops": config.training.peak_flops or peak_flops(_device_name(device), precision.name),
         "tokens_per_step": batch_plan.stages[-1].tokens,
         "stages": [asdict(stage) for stage in batch_plan.between(1, config.training.max_steps)],
         "document_kernel": kernel,

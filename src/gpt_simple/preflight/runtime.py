@@ -164,7 +164,7 @@ def _estimated(config: Config, device: str, mfu: float, shape: Shape) -> _Timing
         gpu = find_gpu(device)
     except ConfigError:
         return None  # the forecast of the memory refuses it
-    if (peak := gpu.flops.get(gpu.precision)) is None:
+    if (peak := config.training.peak_flops or gpu.flops.get(gpu.precision)) is None:
         return None
     rows, length = config.training.per_device_batch_size, config.data.max_length
     forward = flops_per_token(shape, length) / 3 * rows * length / (peak * mfu)
