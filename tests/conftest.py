@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,20 @@ output_dir = "out"
 [optimizer]
 warmup_steps = 1
 """
+
+
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+def selects_gpus(expression: str) -> bool:
+    """Whether pytest's ``-m`` asks for the tests that need a GPU."""
+    return bool(re.search(r"(?<!not )\bgpu\b", " ".join(expression.split())))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, also from the processes that tests start: on one, a run has other bits and other messages."""
+    if not selects_gpus(config.option.markexpr):
+        os.environ.update(dict.fromkeys(VISIBLE, ""))
 
 
 @frozen

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_simple.hardware import cores, peak_flops
+from gpt_simple.hardware import cores, cublas_workspaces, peak_flops
 from gpt_simple.plugin_host.discovery import own_commands
 
 _WINDOWS = """
@@ -57,6 +57,15 @@ def test_only_cores_of_the_process_are_counted() -> None:
 @pytest.mark.parametrize(
     ("name", "bf16", "without"),
     [
+        ("NVIDIA B200", 2250e12, 1125e12),
+        ("NVIDIA GB200", 2500e12, 1250e12),
+        ("NVIDIA GH200 480GB", 989e12, 494e12),
+        ("NVIDIA H100 NVL", 835e12, 417.5e12),
+        ("NVIDIA H200 NVL", 835e12, 417.5e12),
+        ("NVIDIA GeForce RTX 5090", 209.5e12, 104.8e12),
+        ("NVIDIA RTX A6000", 154.8e12, 77.4e12),
+        ("NVIDIA A40", 149.7e12, 74.8e12),
+        ("AMD Instinct MI300X", 1307.4e12, 163.4e12),
         ("NVIDIA H200", 989e12, 494e12),
         ("NVIDIA H100 80GB HBM3", 989e12, 494e12),
         ("NVIDIA H100 PCIe", 756e12, 378e12),
@@ -82,9 +91,13 @@ def test_peaks_are_dense_and_tf32_without_mixed_precision(name: str, bf16: float
     [
         "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
-        "NVIDIA H100 NVL",
-        "NVIDIA H200 NVL",
-        "NVIDIA GH200 480GB",
+        "NVIDIA H100 NVL MIG 1g.12gb",
+        "NVIDIA GH200 144G HBM3e",
+        "NVIDIA RTX A6000 Laptop GPU",
+        "NVIDIA RTX 6000 Ada Generation",
+        "NVIDIA GeForce RTX 5090 D",
+        "NVIDIA A40-48Q",
+        "AMD Instinct MI300A",
         "NVIDIA A100X",
         "NVIDIA L40",
         "NVIDIA L4-24Q",
@@ -99,3 +112,11 @@ def test_peaks_are_dense_and_tf32_without_mixed_precision(name: str, bf16: float
 )
 def test_a_device_with_a_similar_name_has_no_peak(name: str) -> None:
     assert [peak_flops(name, precision) for precision in ("bf16", "fp16", "no")] == [None] * 3
+
+
+def test_workspaces_of_cublas_grow_with_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    mib = [cublas_workspaces(capability) / 2**20 for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0))]
+    assert mib == [16.25, 16.25, 16.25, 64, 64, 64]
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    assert cublas_workspaces((9, 0)) == 2 * (2 * 4096 + 8 * 16) * 1024

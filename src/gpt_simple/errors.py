@@ -137,6 +137,14 @@ class RankFailed(GptSimpleError):
         self.timed_out = timed_out
 
 
+class OutOfMemory(GptSimpleError):
+    """The memory of the device or of the host is used up. That is no code's defect, and the next launch resumes."""
+
+
+class DeviceLost(GptSimpleError):
+    """The device fails in every call from now on. The process must end without freeing what is on it."""
+
+
 class Halted(GptSimpleError):
     """The run stopped itself because going on would be useless. A person must find the cause."""
 

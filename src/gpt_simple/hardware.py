@@ -17,7 +17,11 @@ from gpt_simple.errors import ConfigError
 
 _GIB = 2**30
 _RESERVE = 1.5 * _GIB
-"""Bytes not available to tensors: the CUDA context, cuBLAS workspaces, NCCL, and fragmentation."""
+"""Bytes not available to tensors: the CUDA context, cuDNN's workspaces, NCCL, and fragmentation."""
+
+_MIB = 2**20
+_SMALL, _LARGE, _AMD = int(8.125 * _MIB), 32 * _MIB, 128 * _MIB
+"""Sizes of a workspace of cuBLAS (aten/src/ATen/cuda/CublasHandlePool.cpp): before Hopper, from it on, and MI300."""
 
 _DRIVER = Path("/proc/driver/nvidia")
 
@@ -123,10 +127,22 @@ def read_or_empty(path: Path) -> str:
         return ""
 
 
+def cublas_workspaces(capability: tuple[int, int]) -> int:
+    """Bytes of torch's allocator that cuBLAS holds on a GPU of NVIDIA's with this compute capability.
+
+    The threads of the forward and of the backward pass have a workspace each. $CUBLAS_WORKSPACE_CONFIG sets its size.
+    """
+    parts = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    chosen = sum(int(kib) * 1024 * int(count) for kib, count in parts)
+    return 2 * (chosen or (_LARGE if capability >= (9, 0) else _SMALL))
+
+
 @frozen
 class GpuSpec:
     """A GPU: its memory in bytes as torch reports it, the precision that ``auto`` means, and FLOP/s by precision.
 
+    ``workspaces``: bytes of its memory that cuBLAS holds during a run. ``free``: bytes that nobody uses, None if that
+    is not known.
     ``device_names`` are its complete names in drivers, without the vendor. A similar GPU, or a slice of this one (MIG),
     has another name.
     """
@@ -136,40 +152,55 @@ class GpuSpec:
     precision: str
     flops: Mapping[str, float] = field(factory=dict)
     device_names: tuple[str, ...] = ()
+    workspaces: int = 2 * _LARGE
+    free: int | None = None
 
     @property
     def usable(self) -> int:
         """Bytes available to tensors."""
-        return max(0, int(self.memory - _RESERVE))
+        room = max(0, int(self.memory - _RESERVE))
+        return room if self.free is None else min(room, self.free)
 
 
-def _gpu(name: str, gib: float, bf16: float | None, fp16: float, no: float, *device_names: str) -> GpuSpec:
+def _gpu(
+    name: str, gib: float, workspace: int, bf16: float | None, fp16: float, no: float, *device_names: str
+) -> GpuSpec:
     flops = {"bf16": bf16, "fp16": fp16, "no": no}
     known = {precision: peak * 1e12 for precision, peak in flops.items() if peak is not None}
-    return GpuSpec(name, int(gib * _GIB), "bf16" if bf16 is not None else "fp16", known, device_names)
+    return GpuSpec(name, int(gib * _GIB), "bf16" if bf16 is not None else "fp16", known, device_names, 2 * workspace)
 
 
-# Memory as torch reports it, rounded down; then TFLOP/s in bf16, fp16 and without mixed precision. They are dense, with
-# fp32 accumulation, from NVIDIA's data sheets (the GeForces: the Ada and GA102 white papers), most of which print the
-# double for sparse matrices. Without mixed precision a run multiplies in TF32, or in fp32 before Ampere.
+# Memory as torch reports it, rounded down; a workspace of cuBLAS; TFLOP/s in bf16, fp16 and without mixed precision.
+# These are dense, with fp32 accumulation, from the vendors' data sheets (the GeForces: the Blackwell, Ada and GA102
+# white papers), most of which print the double for sparse matrices. Without mixed precision a run multiplies in TF32,
+# or in fp32 before Ampere and on an AMD GPU.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("h200", 139.5, 989, 989, 494, "H200"),
-        _gpu("h100", 79.0, 989, 989, 494, "H100 80GB HBM3"),
-        _gpu("h100-pcie", 79.0, 756, 756, 378, "H100 PCIe"),
-        _gpu("a100", 79.0, 312, 312, 156, "A100-SXM4-80GB", "A100-PCIE-80GB", "A100 80GB PCIe"),
-        _gpu("a100-40", 39.3, 312, 312, 156, "A100-SXM4-40GB", "A100-PCIE-40GB"),
-        _gpu("l40s", 44.3, 362, 362, 183, "L40S"),
-        _gpu("l4", 22.0, 121, 121, 60, "L4"),
-        _gpu("a10g", 22.0, 70, 70, 35, "A10G"),
-        _gpu("rtx4090", 23.5, 165.2, 165.2, 82.6, "GeForce RTX 4090"),
-        _gpu("rtx3090", 23.5, 71, 71, 35.6, "GeForce RTX 3090"),
-        _gpu("v100", 31.7, None, 125, 15.7, "Tesla V100-SXM2-32GB"),
-        _gpu("v100-16", 15.7, None, 125, 15.7, "Tesla V100-SXM2-16GB"),
-        _gpu("v100-pcie", 31.7, None, 112, 14, "Tesla V100-PCIE-32GB"),
-        _gpu("v100-pcie-16", 15.7, None, 112, 14, "Tesla V100-PCIE-16GB"),
-        _gpu("t4", 14.5, None, 65, 8.1, "Tesla T4"),
+        _gpu("b200", 178.0, _LARGE, 2250, 2250, 1125, "B200"),
+        _gpu("gb200", 184.0, _LARGE, 2500, 2500, 1250, "GB200"),
+        _gpu("gh200", 94.0, _LARGE, 989, 989, 494, "GH200 480GB"),
+        _gpu("h200", 139.5, _LARGE, 989, 989, 494, "H200"),
+        _gpu("h200-nvl", 139.5, _LARGE, 835, 835, 417.5, "H200 NVL"),
+        _gpu("h100", 79.0, _LARGE, 989, 989, 494, "H100 80GB HBM3"),
+        _gpu("h100-pcie", 79.0, _LARGE, 756, 756, 378, "H100 PCIe"),
+        _gpu("h100-nvl", 93.0, _LARGE, 835, 835, 417.5, "H100 NVL"),
+        _gpu("a100", 79.0, _SMALL, 312, 312, 156, "A100-SXM4-80GB", "A100-PCIE-80GB", "A100 80GB PCIe"),
+        _gpu("a100-40", 39.3, _SMALL, 312, 312, 156, "A100-SXM4-40GB", "A100-PCIE-40GB"),
+        _gpu("l40s", 44.3, _SMALL, 362, 362, 183, "L40S"),
+        _gpu("a40", 44.3, _SMALL, 149.7, 149.7, 74.8, "A40"),
+        _gpu("a6000", 47.4, _SMALL, 154.8, 154.8, 77.4, "RTX A6000"),
+        _gpu("l4", 22.0, _SMALL, 121, 121, 60, "L4"),
+        _gpu("a10g", 22.0, _SMALL, 70, 70, 35, "A10G"),
+        _gpu("rtx5090", 31.3, _LARGE, 209.5, 209.5, 104.8, "GeForce RTX 5090"),
+        _gpu("rtx4090", 23.5, _SMALL, 165.2, 165.2, 82.6, "GeForce RTX 4090"),
+        _gpu("rtx3090", 23.5, _SMALL, 71, 71, 35.6, "GeForce RTX 3090"),
+        _gpu("v100", 31.7, _SMALL, None, 125, 15.7, "Tesla V100-SXM2-32GB"),
+        _gpu("v100-16", 15.7, _SMALL, None, 125, 15.7, "Tesla V100-SXM2-16GB"),
+        _gpu("v100-pcie", 31.7, _SMALL, None, 112, 14, "Tesla V100-PCIE-32GB"),
+        _gpu("v100-pcie-16", 15.7, _SMALL, None, 112, 14, "Tesla V100-PCIE-16GB"),
+        _gpu("t4", 14.5, _SMALL, None, 65, 8.1, "Tesla T4"),
+        _gpu("mi300x", 191.5, _AMD, 1307.4, 1307.4, 163.4, "Instinct MI300X", "Instinct MI300X OAM"),
     )
 }
 
@@ -199,5 +230,5 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     None for an unknown device, which has no MFU rather than a wrong one.
     """
     # Drivers before 470 leave the vendor out.
-    gpu = _BY_DEVICE_NAME.get(device_name.removeprefix("NVIDIA "))
+    gpu = _BY_DEVICE_NAME.get(device_name.removeprefix("NVIDIA ").removeprefix("AMD "))
     return None if gpu is None else gpu.flops.get(precision)

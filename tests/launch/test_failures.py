@@ -309,3 +309,31 @@ def test_a_collective_works_in_hooks_that_all_processes_run(ranks: Ranks, tmp_pa
     for number, plugin in enumerate(plugins):
         type(plugin).__name__ = f"Collective{number}"
     assert ranks(2, lambda rank: tiny(tmp_path, plugins=plugins, training__eval_steps=2).status) == ["completed"] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(torch.OutOfMemoryError, "is out of memory"), (torch.AcceleratorError, "is lost")]
+)
+def test_a_failure_of_one_device_is_reported_once(
+    error: type[Exception], text: str, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process waits in the reduction of the gradients or in the decision."""
+
+    def work(rank: int) -> Any:
+        step, calls = torch.optim.AdamW.step, []
+
+        def fake(*arguments: Any, **named: Any) -> Any:
+            calls.append(rank)
+            if rank == 1 and len(calls) == 2:
+                raise error("CUDA error: it has failed")
+            return step(*arguments, **named)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", fake)
+        return tiny(tmp_path / "run", training__max_steps=4, training__save_steps=1).status
+
+    answers = ranks(2, work)
+    assert [(rank, code["code"]) for rank, code in enumerate(answers)] == [(0, 1), (1, 1)]
+    [(rank, _, message)] = reported(answers)
+    assert (rank, text in message) == (1, True)
+    assert "plugin" not in message
+    assert ranks(2, lambda rank: tiny(tmp_path / "run", training__max_steps=4).steps) == [4, 4]

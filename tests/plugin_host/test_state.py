@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt_simple import Config, Plugin
 from gpt_simple.errors import CheckpointError, PluginError
@@ -85,6 +86,26 @@ def test_state_finds_its_way_back_with_its_version(activate: Activate) -> None:
     state, version = host.plugins[0].instance.loaded
     assert (state["count"], version) == (3, 2)
     assert torch.equal(state["ema"], torch.ones(2))
+
+
+def test_tensors_come_back_on_the_device_where_they_were(activate: Activate) -> None:
+    """Tensors of a device that this torch lacks are fake: they have a device and no values."""
+    host = ready(activate(Counter))
+    with FakeTensorMode():
+        host.plugins[0].instance.state = {"ema": torch.ones(2, device="cuda:0"), "seen": [torch.ones(3)]}
+        records, tensors = host.state()
+        kept = {path: tensor.cpu() for path, tensor in tensors.items()}
+        again = ready(activate(Counter))
+        again.load_state(json.loads(json.dumps(records)), kept, device=torch.device("cuda", 1))
+        state, _ = again.plugins[0].instance.loaded
+        assert [str(state["ema"].device), str(state["seen"][0].device)] == ["cuda:1", "cpu"]
+        again.load_state(records, kept, device=torch.device("cpu"))
+        assert again.plugins[0].instance.loaded[0]["ema"].is_cpu
+
+
+def test_a_record_of_host_tensors_is_as_before(activate: Activate) -> None:
+    records, _ = ready(activate(Counter)).state()
+    assert records["counter"].keys() == {"version", "required", "distribution", "distribution_version", "state"}
 
 
 def test_a_plugin_without_state_leaves_no_record(activate: Activate) -> None:

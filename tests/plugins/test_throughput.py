@@ -124,6 +124,18 @@ def test_mfu_is_the_share_of_the_peak_that_the_tokens_took(tiny: TinyRun, monkey
         assert row["perf/mfu"] == pytest.approx(row["perf/tokens_per_second"] * flops[0] / 1e12)
 
 
+def test_the_peak_can_be_configured(tiny: TinyRun) -> None:
+    class Asks(Plugin[Any]):
+        @hookimpl
+        def on_run_start(self, run: Any, event: Any) -> None:
+            assert run.facts()["peak_flops"] == 2e12
+            flops.append(run.facts()["flops_per_token"])
+
+    flops: list[float] = []
+    for row in rows(tiny(plugins=[Asks], training__peak_flops=2e12).output_dir):
+        assert row["perf/mfu"] == pytest.approx(row["perf/tokens_per_second"] * flops[0] / 2e12)
+
+
 def test_mfu_has_the_flops_of_the_length_of_rows(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step of each length is left out: it compiles."""
     monkeypatch.setattr("gpt_simple.job.build.peak_flops", lambda *_: 1e12)

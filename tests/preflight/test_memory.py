@@ -21,6 +21,7 @@ from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.job.train import train
 from gpt_simple.plugin_host.activation import Switches
 from gpt_simple.plugins.memory import start_counting, stop_counting
+from gpt_simple.plugins.validate import Validate
 from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory import largest_batch, predict_memory
 from gpt_simple.spec import resolve_spec
@@ -282,7 +283,8 @@ def test_the_largest_batch_fits_and_one_more_row_does_not(largest: int) -> None:
 
 def test_the_batch_that_is_found_fits_and_one_more_row_does_not(check: Check) -> None:
     def ask(*arguments: str, code: int = 0) -> dict[str, Any]:
-        return check("--device", str(1536 * 2**20 + 6_000_000), *arguments, code=code)
+        workspaces = 64 * 2**20
+        return check("--device", str(1536 * 2**20 + workspaces + 6_000_000), *arguments, code=code)
 
     found = ask("--fit", "--training.gradient_checkpointing=true")["memory-fit"]["fields"]
     assert 1 < found["batch_without_checkpointing"] < found["batch"]
@@ -312,6 +314,56 @@ def test_the_command_compares_with_a_gpu(check: Check) -> None:
     small = check("--device", "1GiB", code=2)["memory-too-small"]
     assert small["fields"]["margin"] < 0
     assert "of its 1.00 GiB are kept" in small["message"]
+
+
+def test_a_gpu_into_which_nothing_fits_is_named(check: Check) -> None:
+    found = check("--device", "1.51GiB", "--fit", "--training.gradient_checkpointing=true", code=2)["memory-fit"]
+    assert found["message"] == "not even one row fits into the 10.2 MiB that 1.51GiB has for tensors"
+    assert found["fields"] == {"batch": 0, "batch_without_checkpointing": 0}
+
+
+def test_the_workspaces_of_cublas_are_part_of_the_peak(check: Check) -> None:
+    mib = 2**20
+    none, some = (predict_memory(small(), vocab_size=257, cuda=True, workspaces=size) for size in (0, 64 * mib))
+    assert some.peak - none.peak == 64 * mib == some.by_category["workspaces"]
+    assert predict_memory(small(), vocab_size=257).by_category["workspaces"] == 0
+    for device, size in (("h100", 64), ("a100", 16.25), ("24GiB", 64)):
+        assert check("--device", device)["memory"]["fields"]["by_category"]["workspaces"] == size * mib
+
+
+@pytest.fixture
+def shared_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 80 GiB, most of which another process has."""
+    gib = 2**30
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "get_device_properties": SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 * gib),
+        "get_device_capability": (9, 0),
+        "mem_get_info": (gib // 64, 80 * gib),
+        "memory_reserved": gib // 64,
+        "memory_allocated": gib // 128,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+
+
+def test_what_is_free_on_the_gpu_here_counts(check: Check, shared_gpu: None) -> None:
+    error = check("--memory", code=2)["memory-too-small"]
+    assert "has for tensors (24.0 MiB; other processes and CUDA use the rest of its 80.00 GiB)" in error["message"]
+    assert error["fields"]["usable"] == 24 * 2**20
+
+
+def test_a_run_is_refused_on_a_gpu_that_others_use(shared_gpu: None) -> None:
+    def refusal(parameters: int) -> Any:
+        model = SimpleNamespace(parameters=lambda: [torch.empty(parameters, device="meta", requires_grad=True)])
+        view = SimpleNamespace(device=torch.device("cuda", 0), model=model, is_main=False, config=Config())
+        return [finding.message for finding in Validate.check_runtime(None, view, None)]  # type: ignore[arg-type]
+
+    (shared,) = refusal(10**8)
+    assert shared.endswith("and cuda:0 has 80.0 GiB, of which 0.0 GiB are free")
+    (small_gpu,) = refusal(10**10)
+    assert small_gpu.endswith("take 149.0 GiB, and cuda:0 has 80.0 GiB")
+    assert refusal(1000) == []
 
 
 def test_the_search_for_a_batch_ends_at_a_limit(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 import threading
@@ -12,7 +13,7 @@ from contextlib import suppress
 
 from gpt_simple._names import PROGRAM, __version__
 from gpt_simple.cli.terminal import echo, write_any_character
-from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError
+from gpt_simple.errors import ConfigError, DeviceLost, ExitCode, GptSimpleError
 
 BEGAN = time.monotonic()
 """When the program began. Its later imports take seconds, which count as time of the run."""
@@ -35,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from gpt_simple.launch.signals import STOPPING
 
     handlers = {number: signal.getsignal(number) for number in STOPPING}
-    code = _run(given)
     is_program = arguments is None
+    if is_program:
+        _prefer_expandable_segments()
+    code = _run(given, is_program)
     if threading.current_thread() is threading.main_thread():
         # The command is done: a signal that comes while the interpreter shuts down must not change the exit code.
         for number, before in handlers.items():
@@ -48,16 +51,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(arguments: list[str]) -> int:
+def _prefer_expandable_segments() -> None:
+    """Have torch's CUDA allocator waste less memory between tensors, unless the user has set it up.
+
+    torch reads the variable while it is imported, in this process and in those that it starts.
+    """
+    if not any(f"PYTORCH_{device}ALLOC_CONF" in os.environ for device in ("", "CUDA_", "HIP_")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def _run(arguments: list[str], is_program: bool) -> int:
     import click
 
     from gpt_simple.cli.commands import program
+    from gpt_simple.machine_failures import explained_machine_failures
 
     try:
-        outcome = program.main(arguments, prog_name=PROGRAM, standalone_mode=False)
+        with explained_machine_failures():
+            outcome = program.main(arguments, prog_name=PROGRAM, standalone_mode=False)
     except GptSimpleError as error:
         if not error.silent:
             _print(f"error: {error}\n")
+        if isinstance(error, DeviceLost) and is_program:
+            from gpt_simple.launch.member import leave
+
+            leave(error.exit_code)  # now: the error holds the frames, and these the tensors
         return int(error.exit_code)
     except click.ClickException as error:
         if isinstance(error, click.NoSuchOption):

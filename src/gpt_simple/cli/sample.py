@@ -12,6 +12,7 @@ from gpt_simple.cli.fields import complete_plugin
 from gpt_simple.cli.options import Number
 from gpt_simple.cli.paths import PATH
 from gpt_simple.cli.terminal import announced, echo
+from gpt_simple.machine_failures import explained_machine_failures, is_of_machine
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,7 @@ _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\n\t"
     help="Switch a plugin on, the file that brings the model: NAME, ./file.py.",
 )
 @click.option("--device", help="For example cpu or cuda:1; unset: a GPU if there is one.")
+@explained_machine_failures(lambda on_device: "a run may be using it: try --device cpu" if on_device else "")
 def sample(
     run: Path,
     prompt: str,
@@ -101,5 +103,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        if is_of_machine(error):
+            raise
         raise click.UsageError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
     return device

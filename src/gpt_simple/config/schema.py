@@ -230,6 +230,9 @@ class TrainingConfig:
     peer_timeout_seconds: Annotated[
         float, Gt(0), Doc("several processes: how long one waits for the others in a step before the run fails")
     ] = 600.0
+    peak_flops: Annotated[
+        float | None, Gt(0), Doc("peak FLOP/s of a device in the run's precision, for the MFU; unset: of a known GPU")
+    ] = None
     parallel: Annotated[Literal["auto", "ddp"], Doc("auto: ddp whenever there is more than one process")] = "auto"
     ddp_optimizer: Annotated[
         Literal["auto", "off", "split", "python_reducer"],

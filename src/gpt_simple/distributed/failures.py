@@ -104,6 +104,8 @@ def _lost_contact(error: Exception) -> Exception | None:
         # A collective inside a hook. A broken connection of the plugin's own is a failure of the plugin.
         cause = error.__cause__
         return cause if isinstance(cause, RuntimeError) and _COLLECTIVE.search(str(cause)) else None
+    if isinstance(error, GptSimpleError):
+        return None
     lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _CONTACT.search(str(error)))
     return error if lost else None
 

@@ -1,4 +1,4 @@
-"""The peak memory of this process."""
+"""The peak memory of a run in this process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import torch
 GIB = 1024**3
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let a GPU's peak begin anew, with what is allocated now. The system counts a process's resident set once only."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_bytes(device: torch.device) -> int:
-    """The most memory used so far: allocated on a GPU, else the process's resident set."""
+    """The most memory used: allocated on a GPU since ``reset_peak``, else the process's resident set so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -42,6 +42,7 @@ _NEUTRAL = (
     "training.max_runtime_seconds",
     "training.walltime_reserve_seconds",
     "training.peer_timeout_seconds",
+    "training.peak_flops",
     "training.wandb_project",
     "training.wandb_run_name",
     "training.deterministic",  # the numerics have it
@@ -78,8 +79,9 @@ _RECORD = {
     "distribution_version": str,
     "state": dict,
     "weights?": [str],
+    "on_device?": [str],
 }
-"""The state of a plugin in plugins.json, and the names of its sets of weights."""
+"""The state of a plugin in plugins.json, the names of its sets of weights, and its tensors that were on a GPU."""
 
 
 @frozen

@@ -21,6 +21,7 @@ from attrs import evolve, field, frozen
 from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import PASSING, ConfigError, GptSimpleError, PluginError, describe
+from gpt_simple.machine_failures import is_of_machine
 
 Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source", "store", "step", "loss"]
 
@@ -139,7 +140,7 @@ class Component:
         except PASSING:
             raise
         except BaseException as error:
-            if self.owner == BUILTIN:
+            if self.owner == BUILTIN or is_of_machine(error):
                 raise
             raise PluginError(f"{self.label} could not be imported: {describe(error)}") from error
         return factory
@@ -170,8 +171,8 @@ class Component:
     ) -> Callable[P, R]:
         """``function`` of the part, whose failure becomes a PluginError that names it and says ``what`` failed.
 
-        A GptSimpleError passes, and what is ``passing``. A built-in part's function is returned as it is and costs
-        nothing more.
+        A GptSimpleError passes, a failure of the machine, and what is ``passing``. A built-in part's function is
+        returned as it is and costs nothing more.
         """
         if self.owner == BUILTIN:
             return function
@@ -183,6 +184,8 @@ class Component:
             except through:
                 raise
             except BaseException as error:
+                if is_of_machine(error):
+                    raise
                 raise self._failure(what, error) from error
 
         return call

@@ -101,7 +101,10 @@ class Plugin(Generic[C], Hooks):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], version: int) -> None:
-        """Restore what ``state_dict`` returned. Called on every process where the plugin runs."""
+        """Restore what ``state_dict`` returned. Called on every process where the plugin runs.
+
+        A tensor that was on a GPU is on the device of the run, and every other one in host memory.
+        """
 
     def weight_sets(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
         """Further weights that this plugin keeps, such as a moving average, by the name of each set.

@@ -259,7 +259,7 @@ class Run(Protocol):
         """Prompt and continuation from the raw, uncompiled module. Training is not affected."""
 
     def peak_memory(self) -> int:
-        """The most bytes used so far: allocated on a GPU, else the process's resident set."""
+        """The most bytes used so far: allocated on a GPU in this run, else the process's resident set."""
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Eval mode, no_grad, autocast as in training, and an RNG of its own; all restored afterwards.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ from gpt_simple.job.job import Job
 from gpt_simple.job.model import checkpoint_activations, new_model
 from gpt_simple.job.optimizer import TRAINED, build_optimizer, optimizer_state, rebuild_optimizer, restore_trained
 from gpt_simple.job.stages import model_view
+from gpt_simple.machine_failures import is_device_lost
 from gpt_simple.run_dir.layout import RunDir, finite
 from gpt_simple.run_dir.lineage import RunRecord, read_metrics
 
@@ -92,9 +93,23 @@ def build_trainer(
             step=job.state.step,
             consumed=plan.samples,
         )
-        with closing(loader):
+        with _closing(loader):
             _warn_of_early_end(job, loader)
             yield _trainer(job, data, plan, time_budget, run_dir, train_step, loader, current)
+
+
+@contextmanager
+def _closing(loader: Loader) -> Iterator[None]:
+    """Close the loader at the end, unless the device is lost: freeing page-locked rows then makes torch abort."""
+    is_kept = False
+    try:
+        yield
+    except BaseException as error:
+        is_kept = is_device_lost(error)
+        raise
+    finally:
+        if not is_kept:
+            loader.close()
 
 
 def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
@@ -126,6 +141,7 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
         store.load_document(checkpoint, "plugins"),
         store.load_tensors(checkpoint, "plugins"),
         is_main=job.dist.is_main,
+        device=job.dist.device,
     )
     restored = []
     for name in store.weight_sets(checkpoint):
@@ -283,7 +299,7 @@ def _run_info(job: Job, data: Dataset, model: torch.nn.Module, batch_plan: Batch
         "compile": compile_plan.scope if compile_plan.enabled else "off",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_token": flops(config.data.max_length) if flops is not None else None,
-        "peak_flops": peak_flops(_device_name(device), precision.name),
+        "peak_flops": config.training.peak_flops or peak_flops(_device_name(device), precision.name),
         "tokens_per_step": batch_plan.stages[-1].tokens,
         "stages": [asdict(stage) for stage in batch_plan.between(1, config.training.max_steps)],
         "document_kernel": kernel,

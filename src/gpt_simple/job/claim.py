@@ -19,6 +19,7 @@ from gpt_simple.engine.views import EngineLog
 from gpt_simple.errors import CheckpointError, ConfigError, ExitCode, describe, system_errors
 from gpt_simple.hooks.batch import Tokenizer
 from gpt_simple.job.job import Job
+from gpt_simple.job.memory_advice import advised_failures
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import RunRecord, new_id
 from gpt_simple.run_dir.lock import RunLock
@@ -158,6 +159,7 @@ def claim_run_dir(job: Job, data: Dataset, plan: ResumePlan) -> Iterator[Claimed
                 _status_of_errors(claimed, state, step),
                 job.dist.explained_failures(lambda: state.step),
                 job.spec.located_errors(),  # the status and the other ranks show no secrets
+                advised_failures(job.spec, job.dist.device),
             ):
                 status.update(state="running", step=step, max_steps=job.config.training.max_steps, force=True)
                 yield claimed

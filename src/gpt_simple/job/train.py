@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from gpt_simple.engine.compile import compile_flags
 from gpt_simple.engine.determinism import deterministic_kernels
+from gpt_simple.engine.memory import reset_peak
 from gpt_simple.engine.process_state import preserved_process_state
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.stop_signals import StopNow, StopSignals, stop_signals
 from gpt_simple.job.build import build_trainer
 from gpt_simple.job.claim import claim_run_dir
 from gpt_simple.job.job import Job
+from gpt_simple.job.memory_advice import advised_failures
 from gpt_simple.job.plugin_calls import plugin_calls
 from gpt_simple.job.result import TrainResult
 from gpt_simple.job.runtime import resolve_runtime
@@ -55,12 +57,14 @@ def train(
 def _train(spec: RunSpec, force: bool, began: float, signals: StopSignals) -> TrainResult:
     state, found = TrainState(), None
     with init_distributed(spec, signals) as dist:
+        reset_peak(dist.device)  # an earlier run in this process may have needed more
         runtime = resolve_runtime(spec, dist, began)
         with (
             compile_flags(runtime.compile_plan),
             dist.explained_failures(lambda: state.step),
             plugin_calls(spec, dist, runtime.precision, state) as plugins,
             spec.located_errors(),  # inside, too: plugins and other ranks see where an error comes from
+            advised_failures(spec, dist.device),
         ):
             job = Job(spec, force, began, dist, runtime, signals, plugins, state)
             try:

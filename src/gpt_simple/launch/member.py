@@ -117,11 +117,11 @@ def live(work: Callable[[], int]) -> NoReturn:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _never_outlive(int(os.environ.get(LAUNCHER, os.getppid())))
     if records is None:
-        _leave(work())
+        leave(work())
     record = records.begin(int(os.environ["RANK"]))
     if record is None:
         # Earlier processes may wait for this one until torchrun sees it fail and ends them.
-        _leave(ExitCode.COMPLETED if is_restarted() else ExitCode.STOPPED)
+        leave(ExitCode.COMPLETED if is_restarted() else ExitCode.STOPPED)
     try:
         code = work()
     except BaseException as error:
@@ -130,16 +130,17 @@ def live(work: Callable[[], int]) -> NoReturn:
             # A restart would only repeat a mistake that a person must correct.
             records.no_more()
         records.end(failed)
-        _leave(failed.code or ExitCode.FAILURE)
+        leave(failed.code or ExitCode.FAILURE)
     records.end(evolve(record, code=code, time=time.time()))
     # torchrun ends or restarts the processes if one of them does not return 0.
-    _leave(ExitCode.COMPLETED if code in _ORDINARY else code)
+    leave(ExitCode.COMPLETED if code in _ORDINARY else code)
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End the process at once; everything is on disk.
 
-    An orderly end could hang in a collective that never ends, or abort in a thread of torch whose peer has ended.
+    An orderly end could hang in a collective that never ends, or abort: in a thread of torch whose peer has ended, or
+    where a tensor on a lost device is freed.
     """
     give_up_broken_output()
     os._exit(code)

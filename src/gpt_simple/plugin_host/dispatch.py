@@ -17,6 +17,7 @@ from attrs import define, field, frozen
 from gpt_simple.errors import ConfigError, GptSimpleError, PluginError
 from gpt_simple.hooks.results import REDUCTIONS, SEVERITIES, Finding, Metric
 from gpt_simple.hooks.specs import HOOKS, HookInfo
+from gpt_simple.machine_failures import is_device_lost
 from gpt_simple.plugin_host.loading import LoadedPlugin
 
 if TYPE_CHECKING:
@@ -229,12 +230,14 @@ class Calls:
 
     def fail(self, plugin: LoadedPlugin, hook: str, event: object, error: BaseException) -> PluginError:
         """Apply the policy to a failure in a hook or plain method: switch the plugin off or raise."""
-        failure = plugin.failure(hook, error, getattr(event, "step", None))
-        if hook in HOOKS and HOOKS[hook].order == "reverse":
+        at_end = hook in HOOKS and HOOKS[hook].order == "reverse"
+        ends_run = not at_end and (not self._disables(plugin, hook) or is_device_lost(error))
+        failure = (plugin.failure if ends_run else plugin.own_failure)(hook, error, getattr(event, "step", None))
+        if at_end:
             return failure  # the run ends anyway
         if failure is error:
             raise error  # of another plugin, which this hook called: it already ends the run
-        if not self._disables(plugin, hook):
+        if ends_run:
             # An error of the data or a checkpoint, which the plugin has met, keeps its exit code. The configuration was
             # checked before any hook, so a ConfigError is the plugin's own.
             if isinstance(error, GptSimpleError) and not isinstance(error, (PluginError, ConfigError)):

@@ -291,10 +291,18 @@ class PluginHost:
         return self._states.save(self.plugins, self._guarded, self._sets)
 
     def load_state(
-        self, records: Mapping[str, Record], tensors: Mapping[str, torch.Tensor], *, is_main: bool = True
+        self,
+        records: Mapping[str, Record],
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        is_main: bool = True,
+        device: torch.device | None = None,
     ) -> None:
-        """Hand stored state back to its owners. Raises CheckpointError if a required plugin is missing."""
-        self._states.load(self.plugins, records, tensors, is_main, self.guard)
+        """Hand stored state back to its owners. Raises CheckpointError if a required plugin is missing.
+
+        ``device`` is where tensors go that were not in host memory.
+        """
+        self._states.load(self.plugins, records, tensors, is_main, self.guard, device)
 
     def weight_sets(self, check: Callable[[WeightSet], object]) -> dict[str, WeightSet]:
         """The plugins' sets of weights by name, each checked by ``check``.

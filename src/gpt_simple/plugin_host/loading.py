@@ -19,6 +19,7 @@ from attrs import define, field
 from gpt_simple.errors import PASSING, ConfigError, PluginError, Problem, describe
 from gpt_simple.hooks.plugin import OnError, Plugin
 from gpt_simple.hooks.specs import HOOKS
+from gpt_simple.machine_failures import is_of_machine
 from gpt_simple.plugin_host.discovery import PluginRecord, name_problem
 from gpt_simple.plugin_host.lint import lint
 
@@ -81,8 +82,14 @@ class LoadedPlugin:
     def failure(self, where: str, error: BaseException, step: int | None = None) -> PluginError:
         """The PluginError for an exception in a hook or method of this plugin; one made here before stays as it is.
 
-        Raises ``error`` itself if it only passes through the plugin, as Ctrl-C does.
+        Raises ``error`` itself if it only passes through the plugin, as Ctrl-C and a failure of the machine do.
         """
+        if isinstance(error, PASSING) or is_of_machine(error):
+            raise error
+        return self.own_failure(where, error, step)
+
+    def own_failure(self, where: str, error: BaseException, step: int | None = None) -> PluginError:
+        """``failure`` for a plugin that the run goes on without, also where the machine failed."""
         if isinstance(error, PASSING):
             raise error
         if isinstance(error, PluginError) and error.blamed:
@@ -153,6 +160,8 @@ def _foreign_code(failure: str) -> Iterator[None]:
     except PASSING:
         raise
     except BaseException as error:  # test frameworks skip a module with one that is not an Exception
+        if is_of_machine(error):
+            raise
         raise PluginError(f"{failure}: {_cause(error)}") from error
 
 

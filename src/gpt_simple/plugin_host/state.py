@@ -28,6 +28,8 @@ Guarded = Callable[[LoadedPlugin, str, Callable[[], Any]], Any]
 
 TENSOR = "$tensor"
 FLOAT = "$float"
+ON_DEVICE = "on_device"
+"""The key of a record for the paths of tensors that were not in host memory; missing if all were."""
 
 
 @define(eq=False)
@@ -67,9 +69,11 @@ class PluginStates:
         tensors: Mapping[str, torch.Tensor],
         is_main: bool,
         guard: Guard,
+        device: torch.device | None,
     ) -> None:
         """Hand records back to their owners on this process, and carry those without an owner.
 
+        ``tensors`` are in host memory. Those that were on a device are moved to ``device``; None: none is moved.
         Raises CheckpointError, before anything is loaded, if a required plugin is missing.
         """
         owners = {name: plugin for plugin in plugins for name in (*plugin.cls.aliases, plugin.name)}
@@ -89,7 +93,9 @@ class PluginStates:
                 if is_main:
                     self._remember(plugin, name, dict(record), _of(name, tensors))
                 try:
-                    state = unpack(record["state"], tensors)
+                    on_device = record.get(ON_DEVICE, ()) if device is not None else ()
+                    moved = {path: tensors[path].to(device) for path in on_device}
+                    state = unpack(record["state"], {**tensors, **moved})
                     guard.call(partial(plugin.instance.load_state_dict, state, record["version"]))
                 except BaseException as error:
                     raise plugin.failure("load_state_dict", error) from error
@@ -163,6 +169,8 @@ def _pack_plugin(plugin: LoadedPlugin, sets: Sequence[str] | None) -> tuple[Reco
     }
     if sets:
         record["weights"] = list(sets)
+    if on_device := [path for path, tensor in tensors.items() if not tensor.is_cpu]:
+        record[ON_DEVICE] = on_device
     return record, tensors
 
 

@@ -166,6 +166,8 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
     fields = {"memory": gpu.memory, "usable": gpu.usable, "margin": margin}
     if margin < 0:
         kept = f"{_size(gpu.memory - gpu.usable)} of its {_size(gpu.memory)} are kept for CUDA and no tensors"
+        if gpu.usable == gpu.free:
+            kept = f"other processes and CUDA use the rest of its {_size(gpu.memory)}"
         message = f"the run needs {_size(-margin)} more than {gpu.name} has for tensors ({_size(gpu.usable)}; {kept})"
         hint = "lower per_device_batch_size (--fit finds it), or shorten data.max_length"
         if not training.gradient_checkpointing:
@@ -179,7 +181,11 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
         most = forecast.largest_tried
         at_least = {number: "at least " if number == most else "" for number in (forecast.batch, bare)}
         message = f"the largest per_device_batch_size for {gpu.name} is {at_least[forecast.batch]}{forecast.batch}"
-        if training.gradient_checkpointing:
+        if not forecast.batch:
+            message = f"not even one row fits into the {_size(gpu.usable)} that {gpu.name} has for tensors"
+        elif training.gradient_checkpointing and not bare:
+            message += "; without gradient checkpointing not even one row fits"
+        elif training.gradient_checkpointing:
             message += f", and {at_least[bare]}{bare} without gradient checkpointing, which saves a forward pass"
         fields = {"batch": forecast.batch, "batch_without_checkpointing": bare}
         yield Finding("info", "memory-fit", message, fields=fields)

@@ -304,13 +304,18 @@ def _device(run: Run) -> Iterator[Finding]:
 
     # Weights, gradients and two moments in fp32.
     needed = sum(16 * parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    memory = torch.cuda.get_device_properties(run.device).total_memory
-    if needed > memory:
+    free, memory = torch.cuda.mem_get_info(run.device)
+    # What torch holds and no tensor takes is free, too.
+    free += torch.cuda.memory_reserved(run.device) - torch.cuda.memory_allocated(run.device)
+    if needed > free:
         message = (
             f"weights, gradients and optimizer state alone take {needed / _GIB:.1f} GiB, and {run.device} has"
             f" {memory / _GIB:.1f} GiB"
         )
-        yield Finding("error", "memory-too-small", message, "model", "make the model smaller")
+        hint = "make the model smaller"
+        if needed <= memory:
+            message, hint = f"{message}, of which {free / _GIB:.1f} GiB are free", "end what uses the device"
+        yield Finding("error", "memory-too-small", message, "model", hint)
     if run.config.training.mixed_precision == "no":
         message = 'mixed_precision "no" leaves the matrix units of the GPU to TF32: bf16 is about twice as fast'
         yield Finding("warning", "precision-slow", message, "training.mixed_precision", 'use "auto"')

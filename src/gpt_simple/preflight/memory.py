@@ -23,7 +23,7 @@ from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import preserved_process_state
 from gpt_simple.engine.step import StepResult
 from gpt_simple.errors import ConfigError
-from gpt_simple.hardware import GpuSpec, find_gpu
+from gpt_simple.hardware import GpuSpec, cublas_workspaces, find_gpu
 from gpt_simple.hooks.components import Registry, builtin_registry
 from gpt_simple.hooks.preflight import BatchStage, MemoryForecast, MemoryPrediction, PreflightOptions
 from gpt_simple.model.loss import ROWS_PER_CHUNK, summed_cross_entropy
@@ -46,12 +46,13 @@ def predict_memory(
     cuda: bool = False,
     registry: Registry | None = None,
     steps: tuple[int, int] | None = None,
+    workspaces: int | None = None,
 ) -> MemoryPrediction:
     """Predict for ``vocab_size`` tokens of the tokenizer and precision ``bf16``, ``fp16`` or ``no``.
 
     ``cuda``: as on a GPU, with its allocator's blocks and its rows in a chunk of the loss. ``steps``: the first and the
-    last step, None for all. Of several stages the largest counts. Takes seconds, and no memory for tensors. What
-    plugins allocate is left out.
+    last step, None for all. ``workspaces``: bytes that cuBLAS holds on the GPU, None for those of the GPU here. Of
+    several stages the largest counts. Takes seconds, and no memory for tensors. What plugins allocate is left out.
     """
     stages = BatchPlan.of(config).between(*(steps or (1, config.training.max_steps)))
     predict = partial(
@@ -64,6 +65,7 @@ def predict_memory(
         world_size=world_size,
         cuda=cuda,
         registry=registry or builtin_registry(),
+        workspaces=_workspaces_here() if cuda and workspaces is None else workspaces or 0,
     )
     return max(map(predict, _largest(stages)), key=lambda prediction: prediction.peak)
 
@@ -89,6 +91,7 @@ def _predict(
     world_size: int,
     cuda: bool,
     registry: Registry,
+    workspaces: int,
 ) -> MemoryPrediction:
     """The prediction for the batches of ``stage``, with the largest chunk of all ``stages``."""
     # Fake tensors of a device that this torch was not built for cannot be differentiated: the CPU stands in for it.
@@ -100,6 +103,8 @@ def _predict(
         summed_cross_entropy, fused=compiled, rows_per_chunk=ROWS_PER_CHUNK["cuda" if cuda else "cpu"]
     )
     with preserved_process_state(), _FakeTensors(), tracker:
+        held = torch.empty(workspaces, dtype=torch.uint8)
+        tracker.name([held], "workspaces")
         dry_run = DryRun.prepare(
             config,
             registry,
@@ -236,6 +241,7 @@ def forecast_memory(
         world_size=options.world_size,
         cuda=gpu is not None,
         registry=registry,
+        workspaces=gpu.workspaces if gpu is not None else 0,
     )
     result = MemoryForecast(predict(config), precision, gpu, LARGEST_BATCH)
     if not options.fit:
@@ -275,4 +281,15 @@ def _gpu_here() -> GpuSpec | None:
         return None
     properties = torch.cuda.get_device_properties(0)
     modern = torch.cuda.get_device_capability(0) >= (8, 0)
-    return GpuSpec(properties.name, properties.total_memory, "bf16" if modern else "fp16")
+    free, total = torch.cuda.mem_get_info(0)
+    # What torch holds and no tensor takes is free, too.
+    free += torch.cuda.memory_reserved(0) - torch.cuda.memory_allocated(0)
+    precision = "bf16" if modern else "fp16"
+    return GpuSpec(properties.name, total, precision, workspaces=_workspaces_here(), free=free)
+
+
+def _workspaces_here() -> int:
+    """What cuBLAS holds on this machine's GPU, or at most on a GPU elsewhere."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return GpuSpec("", 0, "bf16").workspaces
+    return cublas_workspaces(torch.cuda.get_device_capability(0))

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporaries", "data")
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporaries", "data", "workspaces")
 
 _CATEGORY_OF_PHASE = {"set-up": "parameters", "data": "data", "forward": "activations"}
 """The category of tensors that are created in a phase; in any other phase they are temporary until they are named."""

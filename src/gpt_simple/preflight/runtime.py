@@ -15,10 +15,11 @@ from attrs import frozen
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.plan import BatchPlan
-from gpt_simple.errors import ConfigError
+from gpt_simple.errors import ConfigError, OutOfMemory
 from gpt_simple.hardware import find_gpu
 from gpt_simple.hooks.components import Registry
 from gpt_simple.hooks.preflight import InspectedData, PreflightOptions, ThroughputEstimate
+from gpt_simple.machine_failures import explained_machine_failures
 from gpt_simple.model.flops import flops_per_token, parameter_count
 from gpt_simple.model.shape import Shape
 from gpt_simple.preflight.environment import free_memory
@@ -85,7 +86,7 @@ def _measured(
         raise ConfigError("the vocabulary is not known before the data are prepared: prepare them, then probe")
     training = config.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with preserved_process_state():
+    with preserved_process_state(), _refused_without_memory():
         precision = resolve(training.mixed_precision, device)
         compiling = plan(training, device, 1, explicit=compile_is_explicit)
         _require_memory(config, registry, vocab_size, shape, precision, compiled=compiling.enabled)
@@ -103,6 +104,17 @@ def _measured(
     if options.world_size > 1:
         basis += f"; {options.world_size} processes without the time of their communication"
     return _Timing(True, basis, statistics.median(steps), batch, first)
+
+
+@contextmanager
+def _refused_without_memory() -> Iterator[None]:
+    """Raise ConfigError if memory is used up within, as _require_memory does for what is known before."""
+    try:
+        with explained_machine_failures():
+            yield
+    except OutOfMemory as error:
+        advice = "lower per_device_batch_size, or probe on a larger machine"
+        raise ConfigError(f"the probe was not made: {error}", hint=advice) from error
 
 
 @contextmanager
@@ -152,7 +164,7 @@ def _estimated(config: Config, device: str, mfu: float, shape: Shape) -> _Timing
         gpu = find_gpu(device)
     except ConfigError:
         return None  # the forecast of the memory refuses it
-    if (peak := gpu.flops.get(gpu.precision)) is None:
+    if (peak := config.training.peak_flops or gpu.flops.get(gpu.precision)) is None:
         return None
     rows, length = config.training.per_device_batch_size, config.data.max_length
     forward = flops_per_token(shape, length) / 3 * rows * length / (peak * mfu)
