@@ -125,10 +125,8 @@ def optimizer_state(job: Job, current: CurrentOptimizer) -> tuple[dict[str, torc
 
 def _attributed(job: Job, work: Callable[[], T]) -> T:
     """The result of ``work`` on the optimizer's state, whose failure becomes a PluginError that names the component."""
-    label = _component(job).label
+    part = _component(job)
     try:
-        return work()
+        return part.attributed(work, "has state that cannot be read")()
     except CheckpointError as error:
-        raise PluginError(*(p._replace(message=f"{label}: {p.message}") for p in error.problems)) from error
-    except Exception as error:
-        raise PluginError(f"{label}: its state cannot be read: {type(error).__name__}: {error}") from error
+        raise PluginError(*(p._replace(message=f"{part.label}: {p.message}") for p in error.problems)) from error
