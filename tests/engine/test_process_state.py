@@ -22,6 +22,6 @@ for older, newer in itertools.product((None, "highest", "high", "medium"), (None
 """
 
 
-def test_the_precision_of_products_is_restored_from_either_setting() -> None:
+def test_the_precision_of_products_is_restored_from_either() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

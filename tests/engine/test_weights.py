@@ -348,7 +348,7 @@ distributed.destroy_process_group()
 """
 
 
-def test_parameters_that_are_divided_over_processes_are_exchanged_too() -> None:
+def test_parameters_divided_over_processes_are_exchanged_too() -> None:
     ended = subprocess.run([sys.executable, "-c", DIVIDED], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 

@@ -142,7 +142,7 @@ def test_a_cpu_and_a_gpu_without_triton_take_the_dense_mask(gpu: torch.device, m
     assert document_kernel(gpu, torch.bfloat16, 64, 0.0) == "dense mask"
 
 
-def test_the_choice_of_a_kernel_is_a_constant_in_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_of_a_kernel_is_constant_in_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(documents, "find_spec", lambda name: True)  # and it looks for a compiler on the PATH
     device = torch.device("cuda", 1)
