@@ -284,9 +284,9 @@ def test_waiting_is_counted(opened: Callable[..., tuple[Dataset, Config]], monke
     dataset, config = opened(num_workers=1)
     read = Loader._read
 
-    def slow(*arguments: object) -> object:
+    def slow(*arguments: object, **options: object) -> object:
         time.sleep(0.05)
-        return read(*arguments)  # type: ignore[arg-type]
+        return read(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Loader, "_read", slow)
     monkeypatch.setattr(module, "CHUNK_STEPS", 1)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_simple import CheckpointError, ConfigError, Plugin
+from gpt_simple import CheckpointError, ConfigError, Plugin, hookimpl
 from gpt_simple.hooks import HOOKS, Component, run
 from gpt_simple.hooks.components import BUILTIN, KINDS, NEEDED
 from gpt_simple.testing import check_contract, train
@@ -95,6 +96,8 @@ def test_what_a_part_needs_is_in_its_protocol(reference: ModuleType) -> None:
 def recipes() -> list[type[Plugin[Any]]]:
     namespace: dict[str, Any] = {"__name__": "cookbook"}
     for language, text in blocks("cookbook.md"):
+        if language == "toml":
+            continue  # the tests of the recipe use it
         assert language == "python"
         exec(compile(text, "cookbook.md", "exec", dont_inherit=True), namespace)
     return [value for value in namespace.values() if isinstance(value, type) and value.__module__ == "cookbook"]
@@ -112,6 +115,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "observes": False,
         "overrides": {"data.source": "sums", "data.packing": "best_fit", "data.val_fraction": 0.3},
     },
+    "LrFinder": {"observes": False, "overrides": {"optimizer.schedule": "range_test"}},
     "Zigzag": {"observes": False, "overrides": {"optimizer.schedule": "zigzag"}},
 }
 
@@ -129,20 +133,6 @@ def test_the_recipes_keep_the_contract(name: str, teacher: str) -> None:
     if name == "Distill":
         options = {"observes": False, "overrides": {"training.loss": "distill", "plugins.distill.teacher": teacher}}
     check_contract(RECIPES[name], **options)
-
-
-def test_the_recipe_that_finds_a_rate_ends_where_the_loss_rises() -> None:
-    options = {"schedule": "finder", "learning_rate": 1e3, "min_lr_ratio": 1e-7}
-    overrides = {f"optimizer.{key}": value for key, value in options.items()}
-    trained = train(RECIPES["Finder"], max_steps=80, overrides=overrides | {"training.eval_steps": None})
-    metrics = [event.metrics for event in trained.recorder.events("on_metrics")]
-    rates = [row["train/lr"] for row in metrics]
-    assert rates == sorted(rates)
-    assert trained.result.status == "completed"
-    assert trained.result.steps < 80
-    best = min(metrics, key=lambda row: row["train/loss"])
-    assert trained.recorder.events("on_run_end")[0].reason == f"the loss was lowest at the rate {best['train/lr']:.2g}"
-    assert rates[0] < best["train/lr"] < rates[-1]
 
 
 class Bucket:
@@ -227,6 +217,51 @@ def test_an_upload_to_s3_that_breaks_off_is_no_checkpoint(bucket: Bucket, tmp_pa
 def test_the_recipe_for_s3_names_an_option_that_is_missing(missing: str, bucket: Bucket) -> None:
     with pytest.raises(ConfigError, match=f"plugins.s3.{missing}: the store s3 needs a {missing}"):
         train(RECIPES["S3"], overrides=OBJECTS | {f"plugins.s3.{missing}": ""})
+
+
+(RANGE_TEST,) = [tomllib.loads(text) for language, text in blocks("cookbook.md") if language == "toml"]
+
+
+def range_test(*others: Any, output_dir: Path, **overrides: Any) -> Any:
+    values = {f"{section}.{key}": value for section, table in RANGE_TEST.items() for key, value in table.items()}
+    del values["training.max_steps"], values["training.output_dir"]
+    return train(RECIPES["LrFinder"], *others, output_dir=output_dir, max_steps=60, overrides=values | overrides)
+
+
+def suggestion(trained: Any) -> list[str]:
+    return [event.message for event in trained.recorder.events("on_log") if "falls fastest" in event.message]
+
+
+def test_the_recipe_for_a_learning_rate_ends_with_one(tmp_path: Path) -> None:
+    high = {"optimizer.learning_rate": 1000.0, "optimizer.min_lr_ratio": 1e-8}
+    whole = range_test(output_dir=tmp_path / "whole", **high)
+    rates = [event.metrics["train/lr"] for event in whole.recorder.events("on_metrics")]
+    assert rates == pytest.approx([1e-5 * 1e8 ** (step / 59) for step in range(len(rates))])
+    assert (whole.result.status, len(rates)) == ("completed", whole.result.steps)
+    assert whole.result.steps < 60
+    assert whole.result.reason == f"the loss diverges at a learning rate of {rates[-1]:.1e}"
+    (message,) = suggestion(whole)
+    fastest, lowest = (float(number) for number in re.findall(r"\d\.\de[+-]\d+", message))
+    assert 1e-4 < fastest <= lowest < rates[-1]
+
+    class Stops(Plugin[Any]):
+        @hookimpl
+        def on_step_end(self, run: Any, event: Any) -> None:
+            if event.step == 20:
+                run.control.stop("for a test")
+
+    assert suggestion(range_test(Stops, output_dir=tmp_path / "parts", **high)) == []
+    assert suggestion(range_test(output_dir=tmp_path / "parts", **high)) == [message]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optimizer.schedule", "cosine"), ("optimizer.min_lr_ratio", 0.0), ("training.logging_steps", 5)],
+)
+def test_the_recipe_for_a_learning_rate_checks_its_keys(key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)) as caught:
+        range_test(output_dir=tmp_path, **{key: value})
+    assert len(caught.value.problems) == 1
 
 
 @pytest.mark.slow

@@ -153,3 +153,21 @@ def test_an_unknown_bucket_is_refused_at_once(bucket: Any, tiny: TinyRun) -> Non
     with pytest.raises(PluginError, match=rf"the val split has no bucket .*{meant}; it has code, wiki") as raised:
         tiny(plugins=[Evaluates(lambda run: run.val_batches(bucket=bucket))], training__eval_steps=6)
     assert raised.value.exit_code == 5
+
+
+def test_the_precision_is_known_before_the_run_starts(tiny: TinyRun) -> None:
+    found: dict[str, Any] = {}
+
+    class Reads(Everywhere):
+        @hookimpl
+        def check_runtime(self, run: Any, preflight: Any) -> list[Any]:
+            found["before"] = run.facts()
+            return []
+
+        @hookimpl
+        def on_run_start(self, run: Any, event: Any) -> None:
+            found["later"] = run.facts()
+
+    tiny("run", plugins=[Reads()], training__mixed_precision="bf16")
+    assert found["before"] == {"precision": "bf16", "precision_why": "configured"}
+    assert found["later"].items() >= found["before"].items()

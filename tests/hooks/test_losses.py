@@ -125,6 +125,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no cross-entropy": (lambda nats, z_loss: Losses(None, {"z": z_loss}), "NoneType as cross_entropy of Losses"),
     "a taken name": (lambda nats, z_loss: Losses(nats, {"grad_norm": z_loss}), "a term named 'grad_norm'"),
     "no name": (lambda nats, z_loss: Losses(nats, {3: z_loss}), "a term named 3"),
+    "a list": (lambda nats, z_loss: Losses(nats, [z_loss]), "list as the terms of Losses; expected a mapping"),
     "a pair": (
         lambda nats, z_loss: (nats, z_loss),
         "returned tuple; expected the summed loss, a 0-d tensor, or Losses",

@@ -29,7 +29,8 @@ def scores(values: Sequence[float]) -> type[Plugin[Any]]:
 
 
 def run(values: Sequence[float], *plugins: Any, **options: Any) -> Any:
-    overrides = {f"plugins.earlystopping.{key}": value for key, value in {**SCORE, **options}.items() if "." not in key}
+    own = {key: value for key, value in {**SCORE, **options}.items() if "." not in key}
+    overrides = {f"plugins.early_stopping.{key}": value for key, value in own.items()}
     overrides |= {key: value for key, value in options.items() if "." in key}
     output_dir = overrides.pop("training.output_dir", None)
     max_steps = overrides.pop("training.max_steps", 2 * len(values))
@@ -73,13 +74,13 @@ def test_keeps_the_contract() -> None:
 def test_a_run_is_complete_after_its_patience(values: list[float], options: Any, steps: int, best: float) -> None:
     result = run(values, **options).result
     assert (result.status, result.steps, int(result.exit_code)) == ("completed", steps, 0)
-    assert result.summary["plugins"]["earlystopping"]["eval/score"] == best
+    assert result.summary["plugins"]["early_stopping"]["eval/score"] == best
     early = "has not improved in" in result.reason
     assert early == (steps < 2 * len(values))
 
 
 def test_the_default_is_the_validation_loss(tmp_path: Path) -> None:
-    options = {"plugins.earlystopping.min_delta": 10.0, "plugins.earlystopping.patience": 2}
+    options = {"plugins.early_stopping.min_delta": 10.0, "plugins.early_stopping.patience": 2}
     result = train(EarlyStopping, output_dir=tmp_path, max_steps=20, overrides=options).result
     assert (result.status, result.steps) == ("completed", 6)
     assert result.reason.startswith("eval/loss has not improved in 2 evaluations; the best is ")
@@ -100,7 +101,7 @@ def test_the_count_resumes_exactly(tmp_path: Path, dies: Sequence[int], save_ste
             run(values, DiesAt(step), **options)
     resumed = run(values, **options).result
     assert (resumed.steps, resumed.reason) == (whole.steps, whole.reason)
-    state = json.loads((tmp_path / "checkpoints/step-00000016/plugins.json").read_text())["earlystopping"]["state"]
+    state = json.loads((tmp_path / "checkpoints/step-00000016/plugins.json").read_text())["early_stopping"]["state"]
     assert state == {"best": 1.0, "at": 10, "waited": 3}
 
 
@@ -156,13 +157,13 @@ def test_a_configuration_without_effect_is_a_warning(overrides: dict[str, Any], 
 
 @pytest.mark.parametrize("options", [{"patience": 0}, {"min_delta": -1.0}, {"mode": "most"}], ids=str)
 def test_a_wrong_option_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(Exception, match=f"earlystopping.{next(iter(options))}"):
+    with pytest.raises(Exception, match=f"early_stopping.{next(iter(options))}"):
         run([1.0], **options)
 
 
 def test_the_history_in_run_json_stays_short(tmp_path: Path) -> None:
     quick = {"training.output_dir": tmp_path, "training.eval_steps": 1, "training.save_steps": None}
-    overrides = {**quick, "training.max_eval_batches": 1, "plugins.earlystopping.patience": 1000}
+    overrides = {**quick, "training.max_eval_batches": 1, "plugins.early_stopping.patience": 1000}
     overrides.pop("training.output_dir")
     train(EarlyStopping, output_dir=tmp_path, max_steps=105, overrides=overrides)
     history = json.loads((tmp_path / "run.json").read_text())["recorded"]["early_stopping.evaluations"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +66,38 @@ class Skips(Plugin[Any]):
                 parameter.grad.fill_(torch.nan)
 
 
+class Grows(Plugin[Any]):
+    """The model has another block after the second step."""
+
+    ranks = "all"
+
+    @hookimpl
+    def on_model_built(self, run: Any, event: Any) -> None:
+        if event.step >= 2:
+            event.model.blocks.append(copy.deepcopy(event.model.blocks[-1]))
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        if event.step == 2:
+            run.model.blocks.append(copy.deepcopy(run.model.blocks[-1]))
+            run.control.rebuild_optimizer("another block")
+
+
+class Shrinks(Grows):
+    """The model loses its first block after the second step."""
+
+    @hookimpl
+    def on_model_built(self, run: Any, event: Any) -> None:
+        if event.step >= 2:
+            del event.model.blocks[0]
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        if event.step == 2:
+            del run.model.blocks[0]
+            run.control.rebuild_optimizer("a block less")
+
+
 def saved(out: Path) -> Weights:
     return load_file(sorted((out / "checkpoints").glob("step-*"))[-1] / "weights-ema.safetensors")
 
@@ -102,6 +135,20 @@ def test_it_can_be_added_when_a_run_is_resumed(tmp_path: Path) -> None:
     assert equal(saved(tmp_path), {name: first.weights[name] for name in saved(tmp_path)})
 
 
+@pytest.mark.parametrize("changes", [Grows, Shrinks])
+def test_the_average_follows_a_change_of_the_model(changes: type[Plugin[Any]], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 5, "overrides": {"model.n_layer": 2}}
+    whole = train(Ema, changes, output_dir=tmp_path / "whole", **options)
+    for stops in ([StopsAt(2)], [StopsAt(3)], []):
+        train(Ema, changes, *stops, output_dir=tmp_path / "parts", **options)
+    average = saved(tmp_path / "whole")
+    assert average.keys() <= whole.weights.keys()
+    assert equal(saved(tmp_path / "parts"), average)
+    options["overrides"] |= {"plugins.ema.decay": 0.0}
+    latest = train(Ema, changes, output_dir=tmp_path / "latest", **options)
+    assert equal(saved(tmp_path / "latest"), {name: latest.weights[name] for name in average})
+
+
 def test_two_processes_have_one_average_and_resume_it(tmp_path: Path) -> None:
     for out, plugins in (("whole", [Ema]), ("parts", [Ema, StopsAt(2)]), ("parts", [Ema])):
         overrides = {"plugins.evaluate.weights": ["ema", "live"]}
@@ -121,7 +168,7 @@ def test_a_skipped_step_leaves_a_finite_average(tmp_path: Path) -> None:
 def test_a_step_that_says_it_was_skipped_changes_nothing(skipped: bool) -> None:
     ema, model = Ema(EmaConfig()), torch.nn.Linear(3, 3)
     run: Any = SimpleNamespace(model=model)
-    ema.on_model_built(run, SimpleNamespace(model=model))  # type: ignore[arg-type]
+    ema.on_optimizer_built(run, SimpleNamespace())  # type: ignore[arg-type]
     ema.on_run_start(run, SimpleNamespace())  # type: ignore[arg-type]
     before = {name: tensor.clone() for name, tensor in ema.weight_sets()["ema"].items()}
     torch.nn.init.ones_(model.weight)

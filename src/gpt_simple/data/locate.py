@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from gpt_simple.config.schema import Config, DataConfig
-from gpt_simple.data.cache import cache_root
+from gpt_simple.data.cache import cache_root, reading
 from gpt_simple.data.manifest import FILE, TOKENIZER, VERSION, WORK, Manifest, ShardRecord, read_manifest
 from gpt_simple.data.sources import Source, Stream
 from gpt_simple.data.sources.shards import TRAIN, NanoGpt, Shards
@@ -64,6 +64,9 @@ def find(source: Source | Shards, config: Config, registry: Registry) -> tuple[P
         directory = source.directory
         return directory, _checked(directory, source, config.data, registry)
     directory = cached(source.fingerprint(), config.data, registry)
+    with reading(directory):
+        if not directory.exists():
+            return None
     try:
         return directory, _checked(directory, source, config.data, registry)
     except DataError:

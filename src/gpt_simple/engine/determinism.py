@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -42,14 +41,13 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
             hint=f"unset it, or set it to {' or '.join(_REPEATABLE)}",
         )
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    deterministic: Any = torch.utils.deterministic
-    filled = deterministic.fill_uninitialized_memory
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     with patch.dict(os.environ, {_WORKSPACE: workspace}):
         try:
             torch.use_deterministic_algorithms(True)
             # Fills what is about to be overwritten: a help against mistakes, at the cost of a kernel each time.
-            deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            deterministic.fill_uninitialized_memory = filled
+            torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ def checked_losses(losses: torch.Tensor | Losses, giver: str) -> torch.Tensor | 
         return losses
     if not isinstance(losses, Losses):
         raise TypeError(f"{giver} returned {described(losses)}; expected the summed loss, a 0-d tensor, or Losses")
+    if not isinstance(losses.terms, Mapping):
+        raise TypeError(f"{giver} returned {described(losses.terms)} as the terms of Losses; expected a mapping")
     for name, value in (("cross_entropy", losses.cross_entropy), *losses.terms.items()):
         if not isinstance(value, torch.Tensor) or value.ndim:
             raise TypeError(f"{giver} returned {described(value)} as {name} of Losses; expected a 0-d tensor")

@@ -184,7 +184,7 @@ class LaunchView:
         return peak_bytes(self.device)
 
     def facts(self) -> dict[str, Any]:
-        return {}
+        return {"precision": self.precision.name, "precision_why": self.precision.why}
 
     def val_batches(self, max_batches: int | None = None, bucket: str | None = None) -> Iterator[Batch]:
         self.comm.check("run.val_batches")

@@ -111,10 +111,10 @@ class Plugin(Generic[C], Hooks):
 
         A set has one tensor for each parameter, of its shape and dtype, under the name in ``model.named_parameters()``.
         A name has lower-case letters, digits, ``_`` and ``-``, begins with a letter and is not ``live``. The sets are
-        made in ``on_model_built`` and keep their names; their values count from ``on_run_start`` on, which sets those
-        of a new set. Each is a file of every checkpoint, and a resume restores its tensors in place before
-        ``on_checkpoint_loaded``. ``run.weights(name)`` and evaluations use it. Called on every process, so the plugin
-        has ``ranks = "all"``.
+        made in ``on_model_built``, or in ``on_optimizer_built``, which is called again after a change of the model.
+        They keep their names. Their values count from ``on_run_start`` on, which sets those of a new set. Each is a
+        file of every checkpoint, and a resume restores its tensors in place before ``on_checkpoint_loaded``.
+        ``run.weights(name)`` and evaluations use it. Called on every process, so the plugin has ``ranks = "all"``.
         """
         return {}
 

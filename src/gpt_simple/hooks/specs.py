@@ -203,7 +203,10 @@ class HookSpecs:
         """A micro-batch is on the device, before its forward pass. Called many times in a step.
 
         The batch is a copy that the listening plugins share: an edit does not reach training, and is a failure of the
-        plugin. Never read a tensor here, because ``.item()`` waits for the device::
+        plugin. In the step ``standard`` ``p.grad`` has the sum over the earlier micro-batches of this process, not yet
+        reduced over processes: the gradient of their summed loss, times ``world_size`` and divided by the target tokens
+        of the whole step. In fp16 it is scaled. Read it only. Never read a tensor on the host here, because ``.item()``
+        waits for the device::
 
             @hookimpl
             def on_batch(self, run, event):

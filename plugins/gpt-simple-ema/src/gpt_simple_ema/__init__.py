@@ -11,7 +11,7 @@ from attrs import frozen
 from typing_extensions import Doc
 
 from gpt_simple import Plugin, Run, hookimpl
-from gpt_simple.hooks import CheckpointLoaded, ModelBuilt, RunStart, StepEnd
+from gpt_simple.hooks import CheckpointLoaded, OptimizerBuilt, RunStart, StepEnd
 
 
 @frozen
@@ -37,8 +37,12 @@ class Ema(Plugin[EmaConfig]):
         return {"ema": self._average}
 
     @hookimpl
-    def on_model_built(self, run: Run, event: ModelBuilt) -> None:
-        self._average = {name: parameter.detach().clone() for name, parameter in event.model.named_parameters()}
+    def on_optimizer_built(self, run: Run, event: OptimizerBuilt) -> None:
+        """At the start, and after another plugin has changed the model: what is new begins with its weights."""
+        named, old = dict(run.model.named_parameters()), self._average
+        fits = {name for name, parameter in named.items() if name in old and old[name].shape == parameter.shape}
+        self._average = {name: old[name] if name in fits else named[name].detach().clone() for name in named}
+        self._parameters = list(named.values())
 
     @hookimpl
     def on_checkpoint_loaded(self, run: Run, event: CheckpointLoaded) -> None:
@@ -46,7 +50,6 @@ class Ema(Plugin[EmaConfig]):
 
     @hookimpl
     def on_run_start(self, run: Run, event: RunStart) -> None:
-        self._parameters = list(run.model.parameters())
         # Of a new set, also in a run that goes on: it begins with the weights that are there now.
         if not self._restored:
             self._move(1.0)
