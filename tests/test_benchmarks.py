@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,16 @@ def test_kills_lose_nothing() -> None:
 def test_damage_is_refused_or_harmless() -> None:
     report = measured("damage.py", "--only", "status.json", "--every", "8")
     assert (report["combinations"], report["failures"]) == (7, 0)
+
+
+def test_a_day_on_a_gpu_needs_a_gpu(tmp_path: Path) -> None:
+    """On another machine each part says so; the results are written all the same, and keep those of other parts."""
+    script = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    for part, said in (("machine", "torch sees a GPU"), ("syncs", "ended with exit code 1, see syncs.log")):
+        done = subprocess.run([*script, "--only", part], capture_output=True, text=True, check=False, env=environment)
+        assert (done.returncode, done.stderr) == (1, "")
+        assert said in done.stdout
+    assert "torch sees no GPU" in (tmp_path / "syncs.log").read_text()
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["machine", "syncs"]
+    assert "**wrong**: torch sees a GPU" in (tmp_path / "results.md").read_text()

@@ -1,0 +1,1 @@
+"""Checks of the CUDA path without a GPU, on one that does nothing: see ``nullgpu.c`` and CONTRIBUTING.md."""

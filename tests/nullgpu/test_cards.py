@@ -1,0 +1,23 @@
+"""Flex attention is chosen where it fits the card."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.nullgpu.conftest import Measured
+from tests.nullgpu.device import CARDS
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_flex_fits_the_cards_that_it_is_chosen_for(card: str, measured: Measured) -> None:
+    answer = measured("flex", {"heads": [16, 64, 128], "force": False}, CARDS[card])
+    assert {head: each["error"] for head, each in answer.items()} == dict.fromkeys(answer, "")
+    chosen = {head for head, each in answer.items() if each["kernel"] == "flex"}
+    assert chosen == (set() if CARDS[card].capability < 80 else {"16", "64", "128"})
+
+
+def test_wider_heads_do_not_fit_into_less_shared_memory(measured: Measured) -> None:
+    """The reason for the widest head that flex attention is chosen for."""
+    answer = measured("flex", {"heads": [192], "force": True}, CARDS["rtx4090"])
+    assert answer["192"]["kernel"] == "dense mask"
+    assert "out of resource" in answer["192"]["error"]
