@@ -95,6 +95,7 @@ class NullGpu:
             **os.environ,
             **caches,
             "LD_PRELOAD": str(self.library),
+            "PYTORCH_ALLOC_CONF": "expandable_segments:False",  # the library has no virtual memory
             "TRITON_LIBCUDA_PATH": str(self.library.parent),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a compiling process would be a fork of a process with "a GPU"
             "PYTHONPATH": os.pathsep.join(path),
