@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from attrs import frozen
 
 from gpt_simple.cli.main import main
+from gpt_simple.launch.signals import STOPPING
 
 pytest_plugins = ("tests.tiny", "tests.children", "tests.packages")
 
@@ -87,6 +89,15 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, data_cache: Path) -> None
         if name.startswith(("GPT_SIMPLE", "ACCELERATE_", "WANDB_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("GPT_SIMPLE_CACHE", str(data_cache))
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """A command that is called in this process leaves signals ignored, as is right at the end of a program."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -53,8 +53,8 @@ def test_a_late_signal_changes_no_exit_code(
 
     run = program._run
 
-    def run_and_signal(given: list[str]) -> int:
-        ended = run(given)
+    def run_and_signal(*given: Any) -> int:
+        ended = run(*given)
         twice()
         return ended
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_simple import Plugin
 from gpt_simple.spec import resolve_spec
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,8 @@ def _run_block(page: Path, language: str, text: str, namespace: dict[str, object
     elif language in ("toml", "yaml"):
         path = Path(f"block.{language}")
         path.write_text(text, encoding="utf-8")
-        resolve_spec(path)
+        own = [each for each in namespace.values() if isinstance(each, type) and each.__module__ == "page"]
+        resolve_spec(path, plugins=[each for each in own if issubclass(each, Plugin)])
 
 
 def test_the_architecture_names_what_is_there() -> None:

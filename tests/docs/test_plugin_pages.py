@@ -76,6 +76,7 @@ def test_a_component_is_called_and_used_as_its_page_says(
         return part
 
     monkeypatch.setattr(Component, "build", checked)
+    monkeypatch.setenv("GPT_SIMPLE_CACHE", str(tmp_path / "cache"))  # data that are reused need no tokenizer
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "components"}
     for language, text in blocks("components.md"):

@@ -60,7 +60,7 @@ def _prefer_expandable_segments() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def _run(arguments: list[str], is_program: bool) -> int:
+def _run(arguments: list[str], is_program: bool = False) -> int:
     import click
 
     from gpt_simple.cli.commands import program
