@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,12 +92,11 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, data_cache: Path) -> None
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """A command that is called in this process leaves signals ignored, as is right at the end of a program."""
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def signal_handlers() -> None:
+    """The usual ones in every test: nohup and a shell's background jobs ignore signals, and so does a command of ours
+    that was called in this process, as is right at the end of a program."""
+    for number in STOPPING:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture
