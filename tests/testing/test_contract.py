@@ -183,7 +183,6 @@ def refused(*_: Any, **__: Any) -> Any:
         ("optimizer", unfaithful, 'with optimizer.name = "mine" a run that was stopped and resumed ends with other'),
         ("schedule", broken, 'with optimizer.schedule = "mine" a run fails: schedule .*no part today'),
         ("model", broken, 'with model.name = "mine" a run fails: model .*no part today'),
-        ("source", refused, "source 'mine' was not tried: .*this part needs data.files; give what it needs"),
     ],
 )
 def test_the_contract_trains_every_component(kind: Any, target: Any, message: str) -> None:
@@ -194,6 +193,19 @@ def test_the_contract_trains_every_component(kind: Any, target: Any, message: st
             registry.add(kind, "mine", target)
 
     with pytest.raises(AssertionError, match=message):
+        check_contract(Parts)
+
+
+def test_a_component_whose_configuration_is_refused_is_named() -> None:
+    class Parts(Plugin[NoConfig]):
+        @classmethod
+        @hookimpl
+        def register_components(cls, registry: Registry) -> None:
+            registry.add("source", "mine", refused)
+
+    with pytest.warns(
+        UserWarning, match="source 'mine' was not tried: .*this part needs data.files; give what it needs"
+    ):
         check_contract(Parts)
 
 

@@ -55,8 +55,8 @@ def settings(corpus: Path, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def test_keeps_the_contract() -> None:
-    check_contract(Parquet)
+def test_keeps_the_contract(corpus: Path) -> None:
+    check_contract(Parquet, overrides=settings(corpus), observes=False)
 
 
 def test_rows_come_in_the_order_of_files_without_empty_ones(corpus: Path) -> None:

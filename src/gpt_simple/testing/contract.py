@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
@@ -44,15 +45,18 @@ def check_contract(
 ) -> None:
     """Raise one AssertionError that lists everything that ``plugin`` breaks.
 
-    Every component that it registers is built, trained and resumed. ``overrides`` are the dotted keys of the
-    configuration that it and its components need. ``enable`` switches an installed plugin on by its name, instead of
-    passing its class. ``observes=False`` is for a plugin that is meant to change training. ``beside`` are plugins that
-    it requires or uses; installed ones that it requires are switched on without that.
+    Every component that it registers is built, trained and resumed; one whose configuration is refused is a warning.
+    ``overrides`` are the dotted keys of the configuration that it and its components need. ``enable`` switches an
+    installed plugin on by its name, instead of passing its class. ``observes=False`` is for a plugin that is meant to
+    change training. ``beside`` are plugins that it requires or uses; installed ones that it requires are switched on
+    without that.
     """
     found = violations(plugin, overrides=overrides, enable=enable, observes=observes, beside=beside)
-    if found.broken or found.untried:
-        lines = [*found.broken, *(f"{text}; give what it needs in overrides" for text in found.untried)]
-        raise AssertionError(f"{plugin.__name__} breaks the contract:\n" + "\n".join(f"- {text}" for text in lines))
+    for text in found.untried:
+        warnings.warn(f"{text}; give what it needs in overrides", stacklevel=2)
+    if found.broken:
+        lines = "\n".join(f"- {text}" for text in found.broken)
+        raise AssertionError(f"{plugin.__name__} breaks the contract:\n{lines}")
 
 
 @frozen
