@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -11,7 +10,6 @@ from annotated_types import Ge, Lt
 from attrs import frozen
 from typing_extensions import Doc
 
-from gpt_simple import Config as RunConfig
 from gpt_simple import Finding, Metric, Plugin, Run, hookimpl
 from gpt_simple.hooks import BatchReady, CheckpointSaving, CollectMetrics, GradientsReady, Preflight, RunStart, StepEnd
 
@@ -31,30 +29,27 @@ class NoiseScale(Plugin[NoiseScaleConfig]):
         super().__init__(config)
         self._means = torch.zeros(2)  # of the trace of the gradient's covariance, and of its squared norm
         self._all: torch.Tensor | None = None  # of all processes, [processes, 2], as in the checkpoint
-        self._measured = False
+        self._measured, self._targets = False, 0
         self._last = (0, 0)  # step, and target tokens up to its end
-        self._targets = 0
         self._small: torch.Tensor | None = None  # squared norms, as the engine has the gradients
         self._whole: torch.Tensor | None = None
 
     @hookimpl
-    def check_config(self, config: RunConfig, preflight: Preflight) -> Sequence[Finding]:
+    def check_config(self, config: Any, preflight: Preflight) -> Sequence[Finding]:
         if all(stage.accumulation < 2 for stage in preflight.stages):
             message = "the noise scale compares a micro-batch with its step, and every step is one micro-batch"
             key, hint = "training.gradient_accumulation_steps", "set it to 2 or more"
             return [Finding("error", "one-micro-batch", message, key, hint)]
-        if config.training.step != "standard":
-            message = "the noise scale is that of the step 'standard'; another may change gradients on the way"
-            return [Finding("warning", "another-step", message, "training.step")]
-        return []
+        message = "the noise scale is that of the step 'standard'; another may change gradients on the way"
+        other = Finding("warning", "another-step", message, "training.step")
+        return [] if config.training.step == "standard" else [other]
 
     @hookimpl
     def check_runtime(self, run: Run, preflight: Preflight) -> Sequence[Finding]:
-        if run.facts()["precision"] != "fp16":
-            return []
         message = "the noise scale cannot be measured in fp16, whose gradients are scaled until a step is complete"
-        key, hint = "training.mixed_precision", 'set it to "bf16" or "no", or disable the plugin noise_scale'
-        return [Finding("error", "scaled-gradients", message, key, hint)]
+        hint = 'set it to "bf16" or "no", or disable the plugin noise_scale'
+        scaled = Finding("error", "scaled-gradients", message, "training.mixed_precision", hint)
+        return [scaled] if run.facts()["precision"] == "fp16" else []
 
     @hookimpl
     def on_run_start(self, run: Run, event: RunStart) -> None:
@@ -81,24 +76,22 @@ class NoiseScale(Plugin[NoiseScaleConfig]):
         few, many = self._targets, event.target_tokens - before
         if self._small is None or self._whole is None or step != event.step - 1 or not 0 < few < many:
             return
-        # The engine divides the micro-batch's summed loss by its share of the step's targets, many / world_size.
+        # The engine divides a micro-batch's summed loss by its share of the step's targets, many / world_size.
         small, whole = self._small * (many / (few * run.world_size)) ** 2, self._whole
         trace, square = (small - whole) / (1 / few - 1 / many), (many * whole - few * small) / (many - few)
-        found = torch.stack([trace, square])
-        means = self._means.lerp(found, 1 - self.config.decay)
+        means = self._means.lerp(found := torch.stack([trace, square]), 1 - self.config.decay)
         self._means, self._measured = torch.where(found.isfinite().all(), means, self._means), True
 
     @hookimpl
     def collect_metrics(self, run: Run, event: CollectMetrics) -> Mapping[str, Metric]:
         trace, square = run.comm.sum(self._means)
-        scale = torch.where(square > 0, trace / square, math.nan)
+        scale = torch.where(square > 0, trace / square, torch.nan)
         return {"train/noise_scale": Metric(scale)} if self._measured else {}
 
     @hookimpl
     def on_checkpoint_saving(self, run: Run, event: CheckpointSaving) -> None:
-        rows = self._means.new_zeros(run.world_size, 2)
-        rows[run.rank] = self._means
-        self._all = run.comm.sum(rows)
+        mine = torch.arange(run.world_size, device=run.device)[:, None] == run.rank
+        self._all = run.comm.sum(torch.where(mine, self._means, 0.0))
 
     def state_dict(self) -> dict[str, Any]:
         return {"means": self._all, "measured": self._measured, "last": self._last}
