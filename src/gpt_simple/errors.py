@@ -159,6 +159,14 @@ PASSING = (KeyboardInterrupt, Interruption)
 """The exceptions that no code of a plugin fails with; any other counts as its failure, also a BaseException."""
 
 
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`` (did you mean 'cosine'?)``, to follow an unknown name; empty if none of ``names`` is similar."""
+    import difflib  # only after a mistake
+
+    close = difflib.get_close_matches(name, [*names], 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def describe(error: BaseException) -> str:
     """``ValueError: message``; only the class if there is no message, or if the exception cannot show it."""
     try:

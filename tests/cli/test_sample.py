@@ -45,6 +45,11 @@ def test_no_control_character_reaches_a_terminal_or_a_file(
     assert shell("sample", "out").out == f"{text}\ufffd[31m\ufffd\ufffd\ufffd\ufffd\n"
 
 
+def test_a_seed_that_is_too_large_is_refused(shell: Shell) -> None:
+    refused = shell("sample", "out", "--seed", str(2**63))
+    assert (refused.code, "--seed" in refused.err) == (2, True)
+
+
 def test_a_seed_is_one_text_and_another_seed_another(trained: Path, shell: Shell) -> None:
     first = shell("sample", "out", "--prompt", "A", "--seed", "3", "--temperature", "1.5", "--count", "2").out
     assert shell("sample", "out", "--prompt", "A", "--seed", "3", "--temperature", "1.5", "--count", "2").out == first

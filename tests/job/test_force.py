@@ -69,6 +69,7 @@ CASES: dict[str, tuple[dict[str, Any], list[Everywhere]]] = {
     "optimizer is none": ({"optimizer__name": "none"}, []),
     "schedule fails": ({"optimizer__schedule": "fails"}, []),
     "rate is nan": ({"optimizer__schedule": "nan"}, []),
+    "unknown weights": ({"plugins__evaluate__weights": ["emma"]}, []),
     "on_model_built fails": ({}, [At("on_model_built", 0, fail)]),
     "stopped by a signal": ({}, [At("on_model_built", 0, lambda run: os.kill(os.getpid(), signal.SIGTERM))]),
 }
@@ -109,6 +110,13 @@ def test_a_failure_of_one_rank_leaves_the_old_run(ranks: Ranks, tmp_path: Path) 
     ((rank, error, text),) = reported(ranks(2, lambda rank: work(rank, True)))
     assert (rank, error, "boom" in text) == (1, "PluginError", True)
     assert run_files(root) == before
+
+
+def test_a_wrong_name_of_weights_is_reported_once(ranks: Ranks, tmp_path: Path) -> None:
+    answers = ranks(2, lambda rank: tiny_of_ranks(tmp_path / "run", plugins__evaluate__weights=["liv"]).status)
+    ((_, error, text),) = reported(answers)
+    assert (error, "no weights of the name 'liv' (did you mean 'live'?)" in text) == ("ConfigError", True)
+    assert [answer["code"] for answer in answers] == [2, 2]
 
 
 def test_a_request_to_stop_outlives_the_discarded_run(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from attrs import frozen
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -271,17 +272,71 @@ def test_evaluations_are_of_the_weights_that_are_named(names: tuple[str, ...]) -
 
 
 @pytest.mark.parametrize(
-    ("names", "error", "message"),
+    ("names", "message"),
     [
-        ((), ConfigError, "expected one or more names of weights, each once; found none"),
-        (("live", "live"), ConfigError, "each once; found live, live"),
-        (("emma",), PluginError, "no weights of the name 'emma'.*expected one of live, mean"),
+        ((), "expected one or more names of weights, each once; found none"),
+        (("live", "live"), "each once; found live, live"),
+        (("emma",), "no weights of the name 'emma'; expected one of live, mean"),
     ],
 )
-def test_names_that_cannot_be_evaluated_end_the_run_early(names: Any, error: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(error, match=message):
+def test_names_that_cannot_be_evaluated_end_the_run_early(names: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         train(Average, overrides={"plugins.evaluate.weights": names}, output_dir=tmp_path)
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+@frozen
+class UsesConfig:
+    several: tuple[str, ...] = ("mean", "live")
+    one: str = "mean"
+
+
+class Uses(Plugin[UsesConfig]):
+    """Another plugin with options that name weights, on the main process alone."""
+
+    Config = UsesConfig
+
+    def used_weights(self) -> Mapping[str, str | Sequence[str]]:
+        return {"several": self.config.several, "one": self.config.one}
+
+
+def test_names_that_are_there_are_accepted() -> None:
+    assert not train(Average, Uses).failed
+
+
+def test_every_unknown_name_is_reported_with_its_option() -> None:
+    wrong = {"plugins.evaluate.weights": ["meam"], "plugins.uses.several": ["mean", "x"], "plugins.uses.one": "Live"}
+    with pytest.raises(ConfigError) as raised:
+        train(Average, Uses, overrides=wrong)
+    hint = "expected one of live, mean; others come with the plugin that keeps them"
+    assert [(problem.key, problem.message) for problem in raised.value.problems] == [
+        ("plugins.evaluate.weights", "there are no weights of the name 'meam' (did you mean 'mean'?)"),
+        ("plugins.uses.several", "there are no weights of the name 'x'"),
+        ("plugins.uses.one", "there are no weights of the name 'Live' (did you mean 'live'?)"),
+    ]
+    assert {problem.hint for problem in raised.value.problems} == {hint}
+    assert {problem.location for problem in raised.value.problems} == {"train(...)"}
+
+
+@pytest.mark.parametrize("used", [["weights"], lambda: None])
+def test_a_wrong_declaration_is_the_plugins_failure(used: Any) -> None:
+    plugin = type("Wrong", (Uses,), {"used_weights": lambda self: used, "on_error": "abort"})
+    with pytest.raises(PluginError, match=r"plugin wrong .*failed in used_weights: .*expected a mapping of options"):
+        train(plugin)
+
+
+def test_an_unknown_name_leaves_the_run_that_is_there(here: Path, shell: Shell) -> None:
+    assert shell("run", "config.toml").code == 0
+    record = (here / "out/run.json").read_bytes()
+    with (here / "config.toml").open("a") as file:
+        file.write('\n[plugins.evaluate]\nweights = ["liv"]\n')
+    line = len((here / "config.toml").read_text().splitlines())
+    refused = shell("run", "config.toml", "--force")
+    assert refused.code == 2
+    assert f"config.toml:{line}: plugins.evaluate.weights: there are no weights of the name 'liv'" in refused.err
+    assert "(did you mean 'live'?); expected one of live" in refused.err
+    assert (here / "out/run.json").read_bytes() == record
+    assert newest(here / "out").exists()
 
 
 def test_a_model_can_be_restored_with_a_set(tmp_path: Path) -> None:
@@ -290,8 +345,8 @@ def test_a_model_can_be_restored_with_a_set(tmp_path: Path) -> None:
     live, _ = restore(RunDir(tmp_path), CPU)
     assert equal(dict(model.named_parameters()), saved(tmp_path))
     assert not equal(dict(live.named_parameters()), saved(tmp_path))
-    with pytest.raises(CheckpointError, match=r"no weights of the name 'emma'.*expected one of live, mean"):
-        restore(RunDir(tmp_path), CPU, weights="emma")
+    with pytest.raises(CheckpointError, match=r"no weights of the name 'men' \(did you mean 'mean'\?\); expected"):
+        restore(RunDir(tmp_path), CPU, weights="men")
 
 
 def test_a_set_can_be_sampled(tmp_path: Path, shell: Shell) -> None:

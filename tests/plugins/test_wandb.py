@@ -236,6 +236,15 @@ def test_a_name_that_no_project_can_have_is_refused(shell: Shell, here: Path, pr
     assert not (here / "out").exists()
 
 
+@pytest.mark.parametrize("tags", ['[""]', f'["good", "{65 * "x"}"]'])
+def test_a_tag_that_no_run_can_have_is_refused(shell: Shell, here: Path, tags: str) -> None:
+    ended = shell("run", "config.toml", "--training.wandb_project", "p", "--plugins.wandb.tags", tags)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "--plugins.wandb.tags" in ended.err
+    assert "Tags must be between 1 and 64 characters" in ended.err
+    assert not (here / "out").exists()
+
+
 def test_a_missing_package_is_one_line_with_the_command(
     shell: Shell, monkeypatch: pytest.MonkeyPatch, here: Path
 ) -> None:

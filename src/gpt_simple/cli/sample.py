@@ -32,7 +32,9 @@ _CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*map(ord, "\n\t"
     type=Number(0, 1, min_open=True),
     help="Choose among the fewest tokens that together hold this probability.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="The same seed, the same text.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="The same seed, the same text."
+)
 @click.option("--count", default=1, show_default=True, type=click.IntRange(1), help="Texts, with seeds from --seed on.")
 @click.option("--step", type=click.IntRange(1), help="The checkpoint of this step; unset: the newest.")
 @click.option(

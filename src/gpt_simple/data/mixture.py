@@ -15,7 +15,6 @@ follows from the weights alone and is known before the first step.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 
 from gpt_simple.config.schema import Phase
 from gpt_simple.data.order import I64, key, permute, subkeys
-from gpt_simple.errors import ConfigError, DataError
+from gpt_simple.errors import ConfigError, DataError, did_you_mean
 
 SLOTS = 1 << 16
 
@@ -134,10 +133,8 @@ def _weights(buckets: Mapping[str, int], phase: Phase, where: str) -> NDArray[np
     least = sum(shares.values()) / SLOTS
     for name, weight in phase.mix.items():
         if name not in buckets:
-            close = difflib.get_close_matches(name, buckets, 1)
-            meant = f" (did you mean {close[0]!r}?)" if close else ""
             raise ConfigError(
-                f"{where}: there is no bucket {name!r}{meant}",
+                f"{where}: there is no bucket {name!r}{did_you_mean(name, buckets)}",
                 key="data.curriculum",
                 hint=f"the data have {', '.join(buckets)}",
             )

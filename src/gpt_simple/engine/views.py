@@ -7,7 +7,6 @@ does not have yet raises PluginError.
 
 from __future__ import annotations
 
-import difflib
 import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.rng import derive_seed
 from gpt_simple.engine.state import TrainState
 from gpt_simple.engine.weights import Exchange, WeightWatch, paired
-from gpt_simple.errors import Interruption, PluginError, describe
+from gpt_simple.errors import Interruption, PluginError, describe, did_you_mean
 from gpt_simple.hooks.batch import Batch, Tokenizer
 from gpt_simple.hooks.events import LogRecord
 from gpt_simple.hooks.plugin import LIVE
@@ -294,8 +293,11 @@ class RunView(OptimizerView):
         if isinstance(weights, str):
             sets = self.weight_sets()
             if weights not in sets:
-                known = ", ".join((LIVE, *sets))
-                raise PluginError(f"there are no weights of the name {weights!r}", hint=f"expected one of {known}")
+                known = (LIVE, *sets)
+                meant = did_you_mean(weights, known)
+                raise PluginError(
+                    f"there are no weights of the name {weights!r}{meant}", hint=f"expected one of {', '.join(known)}"
+                )
             weights = sets[weights]
         return Exchange(paired(self.raw, weights))
 
@@ -303,10 +305,8 @@ class RunView(OptimizerView):
         self.comm.check("run.val_batches")
         buckets = self.loader.val_buckets
         if bucket is not None and not (isinstance(bucket, str) and bucket in buckets):
-            close = difflib.get_close_matches(str(bucket), buckets, 1)
-            meant = f" (did you mean {close[0]!r}?)" if close else ""
             raise PluginError(
-                f"run.val_batches: the val split has no bucket {bucket!r}{meant}",
+                f"run.val_batches: the val split has no bucket {bucket!r}{did_you_mean(str(bucket), buckets)}",
                 hint=f"it has {', '.join(buckets) or 'none'}",
             )
         return self._until_leaving(self.loader.val_batches(max_batches, bucket))

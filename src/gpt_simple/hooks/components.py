@@ -20,7 +20,7 @@ from attrs import evolve, field, frozen
 
 from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
-from gpt_simple.errors import PASSING, ConfigError, GptSimpleError, PluginError, describe
+from gpt_simple.errors import PASSING, ConfigError, GptSimpleError, PluginError, describe, did_you_mean
 from gpt_simple.machine_failures import is_of_machine
 
 Kind = Literal["model", "optimizer", "schedule", "tokenizer", "source", "store", "step", "loss"]
@@ -316,11 +316,12 @@ class Registry:
         """The part. Raises a ConfigError that lists the known names; ``place`` is where the name was written."""
         if (part := self.parts.get((kind, name))) is not None:
             return part
-        names, close = self.names(kind), self.closest(kind, name)
-        meant = f" (did you mean {close.name!r}?)" if close else ""
+        names = self.names(kind)
         hint = f"expected one of {', '.join(names)}"
         key = "" if place else CONFIG_KEY[kind]
-        raise UnknownComponent(f"there is no {kind} {name!r}{meant}", location=place or None, key=key, hint=hint)
+        raise UnknownComponent(
+            f"there is no {kind} {name!r}{did_you_mean(name, names)}", location=place or None, key=key, hint=hint
+        )
 
 
 def builtin_registry() -> Registry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from attrs import frozen
@@ -115,6 +115,15 @@ class Plugin(Generic[C], Hooks):
         They keep their names. Their values count from ``on_run_start`` on, which sets those of a new set. Each is a
         file of every checkpoint, and a resume restores its tensors in place before ``on_checkpoint_loaded``.
         ``run.weights(name)`` and evaluations use it. Called on every process, so the plugin has ``ranks = "all"``.
+        """
+        return {}
+
+    def used_weights(self) -> Mapping[str, str | Sequence[str]]:
+        """The names of weights that this plugin gives to ``run.weights``, by the option that has them.
+
+        For example ``{"weights": self.config.weights}``. A name that is neither ``live`` nor that of a set ends the
+        launch with exit code 2 and the line of the option. This is found when all sets are made, before ``--force``
+        discards an earlier run. Called on the main process.
         """
         return {}
 

@@ -128,6 +128,7 @@ def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
 def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     checkpoint, state, store = plan.found.checkpoint, plan.found.state, plan.found.store
     sets = _weight_sets(job, model)  # also of a new run: what does not fit is found before the first step
+    job.dist.on_main(lambda: job.spec.host.check_used_weights(sets))
     if checkpoint is None:
         return
     load_model(guarded(job.spec.registry, job.config, model), store.load_tensors(checkpoint, "model"))

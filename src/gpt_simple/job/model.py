@@ -18,7 +18,7 @@ from gpt_simple.engine.compatibility import keep_values
 from gpt_simple.engine.components import guarded
 from gpt_simple.engine.resume import check_weights
 from gpt_simple.engine.weights import paired
-from gpt_simple.errors import CheckpointError, ConfigError, PluginError, raise_all
+from gpt_simple.errors import CheckpointError, ConfigError, PluginError, did_you_mean, raise_all
 from gpt_simple.hooks.components import UnknownComponent
 from gpt_simple.hooks.plugin import EVAL, LIVE
 from gpt_simple.model.shape import padded
@@ -176,7 +176,8 @@ def _check(store: Store, checkpoint: Checkpoint) -> None:
 def _refuse_unknown(weights: str, store: Store, checkpoint: Checkpoint) -> None:
     if weights not in (known := [LIVE, *store.weight_sets(checkpoint)]):
         raise CheckpointError(
-            f"{checkpoint.path} has no weights of the name {weights!r}", hint=f"expected one of {', '.join(known)}"
+            f"{checkpoint.path} has no weights of the name {weights!r}{did_you_mean(weights, known)}",
+            hint=f"expected one of {', '.join(known)}",
         )
 
 

@@ -17,7 +17,7 @@ from attrs import define, evolve, field
 from pluggy import HookimplOpts, PluginManager, PluginValidationError
 
 from gpt_simple._names import DISTRIBUTION
-from gpt_simple.errors import GptSimpleError, PluginError, Problem, collecting, raise_all
+from gpt_simple.errors import ConfigError, GptSimpleError, PluginError, Problem, collecting, did_you_mean, raise_all
 from gpt_simple.hooks.components import Registry
 from gpt_simple.hooks.plugin import EVAL, LIVE
 from gpt_simple.hooks.results import Finding
@@ -320,6 +320,20 @@ class PluginHost:
             owners |= dict.fromkeys(sets, plugin)
         return found
 
+    def check_used_weights(self, sets: Collection[str]) -> None:
+        """Raise ConfigError for all names in the plugins' options that are neither in ``sets`` nor ``live``."""
+        known = (LIVE, *sets)
+        hint = f"expected one of {', '.join(known)}; others come with the plugin that keeps them"
+        problems = []
+        for plugin in self.plugins:
+            used = self._guarded(plugin, "used_weights", partial(_used_weights, plugin)) or {}
+            for option, names in used.items():
+                for name in (name for name in names if name not in known):
+                    message = f"there are no weights of the name {name!r}{did_you_mean(name, known)}"
+                    problems.append(Problem(None, f"plugins.{plugin.name}.{option}", message, hint))
+        if problems:
+            raise ConfigError(*problems)
+
     def _sets_of(self, plugin: LoadedPlugin, check: Callable[[WeightSet], object]) -> Mapping[str, WeightSet]:
         sets: Mapping[str, WeightSet] = plugin.instance.weight_sets()
         if not isinstance(sets, Mapping):
@@ -360,6 +374,14 @@ class PluginHost:
                 raise plugin.failure(method, error) from error
             self._calls.fail(plugin, method, None, error)
             return None
+
+
+def _used_weights(plugin: LoadedPlugin) -> Mapping[str, Sequence[str]]:
+    """What ``used_weights`` returns, with a list of names for each option."""
+    used = plugin.instance.used_weights()
+    if not isinstance(used, Mapping):
+        raise PluginError(f"it returned a {type(used).__name__}; expected a mapping of options to names of weights")
+    return {option: (names,) if isinstance(names, str) else tuple(names) for option, names in used.items()}
 
 
 def _described(plugin: LoadedPlugin) -> Mapping[str, Any]:

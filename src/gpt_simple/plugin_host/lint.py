@@ -26,7 +26,7 @@ from gpt_simple.hooks.specs import HOOKS, PROJECT
 MARK = f"{PROJECT}_impl"
 """The attribute in which ``@hookimpl`` keeps its options."""
 
-PLAIN_METHODS = frozenset({"describe", "load_state_dict", "state_dict", "weight_sets"})
+PLAIN_METHODS = frozenset({"describe", "load_state_dict", "state_dict", "used_weights", "weight_sets"})
 FORBIDDEN_OPTIONS = ("wrapper", "hookwrapper", "tryfirst", "trylast", "specname")
 CLASS_HOOKS = frozenset({"register_components"})
 

@@ -52,6 +52,9 @@ class Evaluate(Plugin[EvaluateConfig]):
     _bytes: int | None = None
     """The bytes of all that an evaluation reads, for any other tokenizer."""
 
+    def used_weights(self) -> dict[str, tuple[str, ...]]:
+        return {"weights": self.config.weights}
+
     @hookimpl
     def check_config(self, config: RunConfig, preflight: Preflight) -> list[Finding]:
         names = self.config.weights
@@ -65,8 +68,6 @@ class Evaluate(Plugin[EvaluateConfig]):
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
         import torch
 
-        for name in self.config.weights:
-            run.weights(name)  # an unknown name is found now and not in the first evaluation
         val, training = run.facts()["data"]["val"], run.config.training
         batches = training.max_eval_batches
         whole = batches is None or batches * training.per_device_batch_size >= val["rows"]

@@ -68,8 +68,13 @@ class Wandb(Plugin[WandbConfig]):
         if (mode := os.environ.get("WANDB_MODE", "online")) not in _MODES:
             message = f"expected online, offline or disabled, got {mode!r}"
             return [Finding("error", "wandb-mode", message, "WANDB_MODE", "unset this environment variable")]
-        refused = _refused(project) if project else "expected the name of a W&B project, and there is none"
-        return [Finding("error", "wandb-project", refused, key)] if refused else []
+        findings = []
+        refused = _refused(project=project) if project else "expected the name of a W&B project, and there is none"
+        if refused:
+            findings.append(Finding("error", "wandb-project", refused, key))
+        if refused := _refused(run_tags=self.config.tags):
+            findings.append(Finding("error", "wandb-tags", refused, "plugins.wandb.tags"))
+        return findings
 
     @hookimpl
     def on_run_start(self, run: Run, event: ev.RunStart) -> None:
@@ -149,14 +154,17 @@ def is_installed() -> bool:
     return spec is not None and spec.origin is not None
 
 
-def _refused(project: str) -> str | None:
-    """Why W&B refuses the name of a project; None if it does not."""
+def _refused(**setting: Any) -> str | None:
+    """Why W&B refuses the value of a setting; None if it does not."""
     import wandb
 
     try:
-        wandb.Settings(project=project)
+        wandb.Settings(**setting)
     except wandb.errors.UsageError as error:
         return _first_line(error)
+    except ValueError as error:
+        problems: Callable[[], list[dict[str, Any]]] = getattr(error, "errors", list)  # pydantic has them
+        return problems()[0]["msg"] if problems() else _first_line(error)
     return None
 
 
