@@ -116,8 +116,44 @@ A model, an optimizer or a source may bring the class of its section (`[model]`,
 `registry.add(kind, name, factory, config=SomeClass)`. It is a frozen attrs class like the
 [configuration of a plugin](policy.md#configuration), and gets the same validation, help and JSON Schema as a built-in
 section. It must have the fields that the engine reads, which are listed below. It may inherit from
-`gpt_simple.ModelConfig`, `OptimizerConfig` or `DataConfig`. The options of any other part are its plugin's own:
-`config.plugins.tables["name"]` of the whole configuration.
+`gpt_simple.ModelConfig`, `OptimizerConfig` or `DataConfig`.
+
+## Other options
+
+The options of a step, a loss, a store or a schedule are its plugin's own, in the table `[plugins.NAME]`. The factory
+finds them in the whole configuration, as `plugins.tables["NAME"]`. A schedule gets that as `run_config`, if its factory
+has a parameter of this name:
+
+```python
+# file: halving.py
+from attrs import frozen
+from gpt_simple import Plugin, hookimpl
+
+
+@frozen
+class HalvingConfig:
+    every: int = 10
+
+
+def halving(config, max_steps, *, run_config):
+    every = run_config.plugins.tables["halving"].every
+    return lambda step: config.learning_rate * 0.5 ** (step // every)
+
+
+class Halving(Plugin):
+    Config = HalvingConfig
+
+    @classmethod
+    @hookimpl
+    def register_components(cls, registry):
+        registry.add("schedule", "halving", halving)
+```
+
+```bash
+gpt-simple run -p ./halving.py --optimizer.schedule halving --data.source stories --data.max_documents 100 \\
+  --data.tokenizer bytes --data.max_length 32 --model.n_embd 16 --model.n_head 2 --model.n_layer 1 \\
+  --training.compile false --training.output_dir run2 --training.max_steps 3 --plugins.halving.every 2
+```
 
 ## Mistakes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from inspect import isroutine
 from itertools import islice
 from pathlib import Path
@@ -17,11 +18,11 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gpt_simple import ConfigError, Document, Plugin, PluginError, hookimpl
+from gpt_simple import Config, ConfigError, Document, Plugin, PluginError, hookimpl
 from gpt_simple.config.schema import DataConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
 from gpt_simple.data.tokenizer import bytes as byte_tokenizer
-from gpt_simple.hooks import NoConfig, PreflightOptions, Registry
+from gpt_simple.hooks import Component, NoConfig, PreflightOptions, Registry
 from gpt_simple.hooks.components import CONFIG_KEY, SECTION_FIELDS
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.spec import resolve_spec
@@ -105,6 +106,49 @@ def test_parts_of_a_plugin_train_and_resume_as_ours(tmp_path: Path) -> None:
     assert second.recorder.events("on_run_start")[0].step == 3
     assert not any(torch.equal(value, second.weights[name]) for name, value in first.weights.items())
     assert all(torch.equal(value, second.weights[name]) for name, value in whole.weights.items())
+
+
+@frozen
+class HalvingConfig:
+    every: int = 2
+
+
+class Halving(Plugin[HalvingConfig]):
+    Config = HalvingConfig
+
+    @classmethod
+    @hookimpl
+    def register_components(cls, registry: Registry) -> None:
+        def halving(config: OptimizerConfig, max_steps: int, *, run_config: Config) -> Callable[[int], float]:
+            every = run_config.plugins.tables["halving"].every
+            return lambda step: config.learning_rate * 0.5 ** ((step - 1) // every)
+
+        registry.add("schedule", "halving", halving)
+
+
+def test_a_schedule_has_the_options_of_its_plugin(tmp_path: Path) -> None:
+    chosen = {"optimizer.schedule": "halving", "plugins.halving.every": 1}
+    first = train(Halving, output_dir=tmp_path, max_steps=2, overrides=chosen)
+    rates = [event.metrics["train/lr"] for event in first.recorder.events("on_metrics")]
+    assert rates == pytest.approx([1e-2, 5e-3])
+    longer = train(Halving, output_dir=tmp_path, max_steps=4, overrides={**chosen, "plugins.halving.every": 3})
+    rates = [event.metrics["train/lr"] for event in longer.recorder.events("on_metrics")]
+    assert rates == pytest.approx([1e-2, 5e-3])
+    assert "plugins.halving.every 1 -> 3" in longer.recorder.events("on_run_start")[0].promise
+
+
+class NotPython:
+    """A factory that ``inspect`` cannot read, as one of a native library."""
+
+    __signature__ = "unknown"
+
+    def __call__(self, config: Any, max_steps: int) -> Callable[[int], float]:
+        return lambda step: 0.5
+
+
+@pytest.mark.parametrize("factory", [NotPython(), partial(zigzag), lambda *arguments: lambda step: 0.5])
+def test_a_schedule_may_leave_out_the_whole_configuration(factory: Any) -> None:
+    assert not train(component=Component("schedule", "mine", factory), max_steps=1).failed
 
 
 def test_the_section_is_the_components_own(tmp_path: Path) -> None:

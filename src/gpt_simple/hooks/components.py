@@ -12,13 +12,13 @@ import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from inspect import isroutine
+from inspect import isroutine, signature
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import attrs
 from attrs import evolve, field, frozen
 
-from gpt_simple.config.schema import DataConfig, ModelConfig, OptimizerConfig
+from gpt_simple.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import PASSING, ConfigError, GptSimpleError, PluginError, describe, did_you_mean
 from gpt_simple.machine_failures import is_of_machine
@@ -145,9 +145,15 @@ class Component:
             raise PluginError(f"{self.label} could not be imported: {describe(error)}") from error
         return factory
 
-    def build(self, *arguments: Any, **named: Any) -> Any:
-        """The part itself. A defect in a plugin's factory is a PluginError that names it; a GptSimpleError passes."""
-        part = self.attributed(self.load(), "could not be made")(*arguments, **named)
+    def build(self, *arguments: Any, run_config: Config | None = None, **named: Any) -> Any:
+        """The part itself. A defect in a plugin's factory is a PluginError that names it; a GptSimpleError passes.
+
+        A factory with a parameter ``run_config`` also gets the whole configuration, if it is given here.
+        """
+        factory = self.load()
+        if run_config is not None and _takes(factory, "run_config"):
+            named["run_config"] = run_config
+        part = self.attributed(factory, "could not be made")(*arguments, **named)
         if self.owner == BUILTIN:
             return part
         guarded = self.guarded(part)
@@ -247,6 +253,14 @@ class Component:
         failure = PluginError(f"{self.label} {what}: {describe(error)} ({last.filename}:{last.lineno})")
         failure.blamed = True  # a hook that uses the part has not failed
         return failure
+
+
+def _takes(factory: Callable[..., Any], name: str) -> bool:
+    """Whether a factory has a parameter of this name; one without a signature, as of a native library, has none."""
+    try:
+        return name in signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 class _Guarded:

@@ -164,6 +164,8 @@ class OptimizerExtras(Protocol):
 class ScheduleFactory(Protocol):
     """Called with the section ``[optimizer]`` and ``training.max_steps``, on every process.
 
+    A factory with a parameter ``run_config`` gets the whole configuration, too, with the options of its plugin.
+
     Example::
 
         def inverse_sqrt(config, max_steps):
@@ -174,7 +176,7 @@ class ScheduleFactory(Protocol):
         train(component=Component("schedule", "inverse_sqrt", inverse_sqrt))
     """
 
-    def __call__(self, config: Any, max_steps: int) -> Schedule: ...
+    def __call__(self, config: Any, max_steps: int, *, run_config: Config) -> Schedule: ...
 
 
 class Schedule(Protocol):

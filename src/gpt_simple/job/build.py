@@ -69,7 +69,9 @@ def build_trainer(
         current = build_optimizer(job, model, plan)
         _restore(job, plan, model, current.optimizer)
         get = job.spec.registry.get
-        schedule = get("schedule", config.optimizer.schedule).build(config.optimizer, config.training.max_steps)
+        schedule = get("schedule", config.optimizer.schedule).build(
+            config.optimizer, config.training.max_steps, run_config=config
+        )
         schedule(job.state.step + 1)  # a rate that cannot be used is found before an earlier run is discarded
         calls = attributed_calls(job.spec.registry, config, model)
         train_step = TrainStep(
