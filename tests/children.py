@@ -29,8 +29,8 @@ class Everywhere(Plugin[Any]):
     ranks = "all"
     on_error = "abort"
 
-    def __init__(self) -> None:
-        super().__init__(None)
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
 
 
 class At(Everywhere):
@@ -71,6 +71,11 @@ class At(Everywhere):
     @hookimpl
     def on_eval_end(self, run: Any, event: Any) -> None:
         self._meet("on_eval_end", run, event.step)
+
+
+def stops_at(step: int) -> At:
+    """A plugin that asks for a stop at the end of ``step``."""
+    return At("on_step_end", step, lambda run: run.control.stop("enough"))
 
 
 class At2(At):

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from gpt_simple import Plugin, PluginError, TrainResult, hookimpl
 from gpt_simple.engine.optimizer_modes import enter_train_mode, evaluation_weights, has_modes
+from tests.children import stops_at
 from tests.tiny import TinyRun, state_bytes, weights
 
 
@@ -234,19 +235,12 @@ def run(
     return tiny(out, plugins=[builds(make), *plugins], optimizer__name="own", **options)
 
 
-class StopAfterThree(Plugin[Any]):
-    @hookimpl
-    def on_step_end(self, run: Any, event: Any) -> None:
-        if event.step == 3:
-            run.control.stop("enough")
-
-
 @pytest.mark.parametrize("kind", [Rounds, Exchanges])
 def test_evaluations_change_no_bit_of_training(tiny: TinyRun, kind: type[Averages]) -> None:
     often: dict[str, Any] = {"training__eval_steps": 1, "training__save_steps": 1, "make": kind}
     plain = run(tiny, "plain", make=kind)
     assert state_bytes(run(tiny, "often", **often)) == state_bytes(plain)
-    run(tiny, "parts", StopAfterThree, **often)
+    run(tiny, "parts", stops_at(3), **often)
     assert state_bytes(run(tiny, "parts", **often)) == state_bytes(plain)
 
 

@@ -16,26 +16,8 @@ from gpt_simple.engine import gradients
 from gpt_simple.hooks import GradientsReady, StepEnd
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.checkpoint.optimizers import SAVED, UNSAVABLE
+from tests.children import Everywhere, stops_at
 from tests.tiny import TinyRun, state_bytes, weights
-
-
-class Everywhere(Plugin[Any]):
-    """A plugin of a test: whatever goes wrong in it ends the run."""
-
-    ranks = "all"
-    on_error = "abort"
-
-
-class StopAfter(Everywhere):
-    def __init__(self, step: int) -> None:
-        super().__init__(None)
-        self.step = step
-
-    @hookimpl
-    def on_step_end(self, run: Any, event: Any) -> None:
-        if event.step == self.step:
-            run.control.stop("enough")
-
 
 STAGES: dict[str, Any] = {
     "training__warmup_stages": [
@@ -67,7 +49,7 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(tiny: TinyRun) -> Non
     options["training__logging_steps"] = 1
     whole = tiny("whole", **options)
     for stop in (2, 5):
-        part = tiny("parts", plugins=[StopAfter(stop)], **options)
+        part = tiny("parts", plugins=[stops_at(stop)], **options)
         assert (part.status, part.steps, part.exit_code) == ("stopped", stop, 75)
     rest = tiny("parts", **options)
     assert (rest.status, rest.steps, rest.exit_code) == ("completed", 6, 0)
@@ -97,7 +79,7 @@ def test_a_run_stopped_in_each_stage_equals_a_whole_one(tiny: TinyRun, masked: b
     expected, parts = tiny("whole", plugins=[whole], **options), {}
     for stop in (1, 2, 3, 5, 7, 8):
         batches = Batches()
-        result = tiny("parts", plugins=[StopAfter(stop), batches] if stop < 8 else [batches], **options)
+        result = tiny("parts", plugins=[stops_at(stop), batches] if stop < 8 else [batches], **options)
         assert result.steps == stop
         assert not parts.keys() & batches.seen.keys()
         parts |= batches.seen
@@ -174,13 +156,13 @@ def test_data_that_end_in_a_stage_end_the_run(tiny: TinyRun) -> None:
     options = {**STAGES, "data__on_exhaustion": "halt", "training__max_steps": 10**4}
     whole = tiny("whole", **options)
     assert whole.status == "completed"
-    tiny("parts", plugins=[StopAfter(3)], **options)
+    tiny("parts", plugins=[stops_at(3)], **options)
     assert state_bytes(tiny("parts", **options)) == state_bytes(whole)
 
 
 def test_a_changed_plan_goes_on_at_the_same_sample(tiny: TinyRun) -> None:
     before, after = Batches(), Batches()
-    tiny(plugins=[StopAfter(3), before], **STAGES)
+    tiny(plugins=[stops_at(3), before], **STAGES)
     changed = [{"steps": 5, "gradient_accumulation_steps": 4, "length": 4}]
     lines = tiny(plugins=[after], **{**STAGES, "training__warmup_stages": changed}).output_dir / "run.json"
     assert after.seen[4][0] == (before.seen[3][-1][0] + 2, [16, 4], 64)
@@ -300,7 +282,7 @@ def test_compilation_gives_the_same_loss_and_clean_names(tiny: TinyRun, scope: s
 @pytest.mark.parametrize(("first", "then"), [(False, True), (True, False)])
 def test_a_resume_with_another_compilation_is_logged(tiny: TinyRun, first: bool, then: bool) -> None:
     options: dict[str, Any] = {"training__compile_backend": "aot_eager", "training__compile_scope": "model"}
-    tiny(plugins=[StopAfter(2)], training__compile=first, **options)
+    tiny(plugins=[stops_at(2)], training__compile=first, **options)
     rest = tiny(training__compile=then, **options)
     rows = read_metrics(rest.output_dir / "metrics.jsonl")
     (message,) = [row["message"] for row in rows if row.get("name") == "run_start" and row["step"] == 2]
@@ -487,7 +469,7 @@ def brings(optimizer: type[torch.optim.Optimizer]) -> type[Plugin[Any]]:
 def test_a_foreign_optimizer_resumes_bit_for_bit(tiny: TinyRun, kind: type[torch.optim.Optimizer]) -> None:
     options: dict[str, Any] = {"optimizer__name": "foreign", "training__gradient_accumulation_steps": 1}
     whole = tiny("whole", plugins=[brings(kind)], **options)
-    tiny("parts", plugins=[brings(kind), StopAfter(3)], **options)
+    tiny("parts", plugins=[brings(kind), stops_at(3)], **options)
     rest = tiny("parts", plugins=[brings(kind)], **options)
     assert state_bytes(rest) == state_bytes(whole)
 

@@ -11,8 +11,9 @@ import pytest
 
 from gpt_simple import Metric, Plugin, Run, hookimpl
 from gpt_simple.errors import GptSimpleError
-from gpt_simple.hooks import HOOKS, NoConfig, StepEnd
+from gpt_simple.hooks import HOOKS, NoConfig
 from gpt_simple.testing import Recorder, Trained, misbehaving, train
+from tests.children import stops_at
 
 STEP = ["on_step_start", "on_batch", "on_batch", "on_gradients", "on_step_end"]
 LOG = ["collect_metrics", "on_metrics"]
@@ -22,19 +23,12 @@ START = ["check_config", "check_runtime", "on_model_built", "on_optimizer_built"
 RHYTHM = {"training.logging_steps": 2, "training.eval_steps": 3, "training.save_steps": 3}
 
 
-class StopsAtFour(Plugin[NoConfig]):
-    @hookimpl
-    def on_step_end(self, run: Run, event: StepEnd) -> None:
-        if event.step == 4:
-            run.control.stop("enough")
-
-
 @pytest.fixture(scope="module")
 def stopped_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Trained]:
     """Six steps, stopped after four and resumed."""
     folder = tmp_path_factory.mktemp("transcript")
     return (
-        train(StopsAtFour, output_dir=folder, max_steps=6, overrides=RHYTHM),
+        train(stops_at(4), output_dir=folder, max_steps=6, overrides=RHYTHM),
         train(output_dir=folder, max_steps=6, overrides=RHYTHM),
     )
 

@@ -13,32 +13,12 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt_simple import Plugin, PluginError, TrainResult, hookimpl
+from gpt_simple import PluginError, TrainResult, hookimpl
 from gpt_simple.run_dir.lineage import read_metrics
 from gpt_simple.testing import train_on_ranks
 from tests.checkpoint.optimizers import SAVED, InOwnEntries
+from tests.children import Everywhere, stops_at
 from tests.tiny import TinyRun, state_bytes
-
-
-class Everywhere(Plugin[Any]):
-    """A plugin of a test: whatever goes wrong in it ends the run."""
-
-    ranks = "all"
-    on_error = "abort"
-
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config)
-
-
-class StopAfter(Everywhere):
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    @hookimpl
-    def on_step_end(self, run: Any, event: Any) -> None:
-        if event.step == self.step:
-            run.control.stop("enough")
 
 
 class ScalesVectors(Everywhere):
@@ -82,14 +62,14 @@ def test_a_scale_of_one_changes_no_bit(tiny: TinyRun) -> None:
 
 def test_a_scale_that_is_changed_during_the_run_is_resumed(tiny: TinyRun) -> None:
     whole = tiny("whole", plugins=[ScalesVectors(0.25, at=2, later=0.5)])
-    tiny("parts", plugins=[ScalesVectors(0.25, at=2, later=0.5), StopAfter(4)])
+    tiny("parts", plugins=[ScalesVectors(0.25, at=2, later=0.5), stops_at(4)])
     rest = ScalesVectors(0.25, at=2, later=0.5)
     assert state_bytes(tiny("parts", plugins=[rest])) == state_bytes(whole)
     assert rest.steps == [4]
 
 
 def test_a_scale_set_in_the_hook_may_be_another_at_a_resume(tiny: TinyRun) -> None:
-    tiny(plugins=[ScalesVectors(0.25), StopAfter(3)])
+    tiny(plugins=[ScalesVectors(0.25), stops_at(3)])
     rest = ScalesVectors(0.5)
     tiny(plugins=[rest])
     assert all(vectors == rate * 0.5 for rate, vectors in rest.rates)

@@ -20,6 +20,7 @@ from gpt_simple.plugin_host.lint import lint
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.testing import Trained, train
 from gpt_simple.testing.ranks import train_on_ranks
+from tests.children import stops_at
 from tests.conftest import Shell
 
 CPU = torch.device("cpu")
@@ -66,17 +67,6 @@ class Average(Plugin[Any]):
         return {self.set_name: self.tensors}
 
 
-class StopsAt(Plugin[Any]):
-    def __init__(self, step: int) -> None:
-        super().__init__(None)
-        self.step = step
-
-    @hookimpl
-    def on_step_end(self, run: Any, event: Any) -> None:
-        if event.step == self.step:
-            run.control.stop("for a test")
-
-
 def newest(out: Path) -> Path:
     return sorted((out / "checkpoints").glob("step-*"))[-1]
 
@@ -98,7 +88,7 @@ def test_a_set_is_in_every_checkpoint_and_comes_back(tmp_path: Path, background:
     options: dict[str, Any] = {"overrides": {"training.background_save": background, "training.save_steps": 1}}
     whole = Average()
     train(whole, output_dir=tmp_path / "whole", max_steps=5, **options)
-    train(Average(), StopsAt(2), output_dir=tmp_path / "parts", max_steps=5, **options)
+    train(Average(), stops_at(2), output_dir=tmp_path / "parts", max_steps=5, **options)
     path, before = newest(tmp_path / "parts"), saved(tmp_path / "parts")
     Store(path.parent).verify(Checkpoint.open(path))
     manifest = json.loads((path / "MANIFEST.json").read_text())
@@ -113,7 +103,7 @@ def test_a_set_is_in_every_checkpoint_and_comes_back(tmp_path: Path, background:
 
 
 def test_a_flipped_bit_in_a_set_is_found(tmp_path: Path) -> None:
-    train(Average(), StopsAt(2), output_dir=tmp_path, max_steps=4)
+    train(Average(), stops_at(2), output_dir=tmp_path, max_steps=4)
     path = newest(tmp_path) / "weights-mean.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -128,13 +118,13 @@ def test_two_processes_restore_it_to_the_bit(tmp_path: Path) -> None:
         assert not any(outcome.error for outcome in outcomes)
 
     run("whole")
-    run("parts", StopsAt(2))
+    run("parts", stops_at(2))
     run("parts")
     assert equal(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
 
 
 def test_a_plugin_that_is_added_later_makes_its_own_set(tmp_path: Path) -> None:
-    train(StopsAt(2), output_dir=tmp_path, max_steps=4)
+    train(stops_at(2), output_dir=tmp_path, max_steps=4)
     added = Average()
     train(added, output_dir=tmp_path, max_steps=4)
     assert added.restored == ()
@@ -142,7 +132,7 @@ def test_a_plugin_that_is_added_later_makes_its_own_set(tmp_path: Path) -> None:
 
 
 def test_a_set_without_its_plugin_is_left_behind_with_a_note(tmp_path: Path) -> None:
-    train(Average(), StopsAt(2), output_dir=tmp_path, max_steps=4)
+    train(Average(), stops_at(2), output_dir=tmp_path, max_steps=4)
     without = train(output_dir=tmp_path, max_steps=4)
     assert warnings(without) == [
         "no plugin here keeps the weights 'mean' of step-00000002: later checkpoints will not have them"
@@ -153,7 +143,7 @@ def test_a_set_without_its_plugin_is_left_behind_with_a_note(tmp_path: Path) -> 
 
 def test_a_set_that_is_required_is_not_left_behind(tmp_path: Path) -> None:
     required = type("Average", (Average,), {"state_required": True})
-    train(required(), StopsAt(2), output_dir=tmp_path, max_steps=4)
+    train(required(), stops_at(2), output_dir=tmp_path, max_steps=4)
     with pytest.raises(CheckpointError, match="holds state of plugin 'average', without which the run must not go on"):
         train(output_dir=tmp_path, max_steps=4)
 
@@ -220,7 +210,7 @@ def test_sets_need_a_plugin_of_all_processes() -> None:
 
 
 def test_another_shape_in_the_checkpoint_is_an_error(tmp_path: Path) -> None:
-    train(Average(), StopsAt(2), output_dir=tmp_path, max_steps=4)
+    train(Average(), stops_at(2), output_dir=tmp_path, max_steps=4)
     path = newest(tmp_path)
     store, checkpoint = Store(path.parent), Checkpoint.open(path)
     groups = {stem: store.load_tensors(checkpoint, stem) for stem in ("model", "optimizer", "plugins")}

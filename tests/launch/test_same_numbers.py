@@ -10,20 +10,15 @@ import pytest
 import torch
 
 from gpt_simple import Metric, hookimpl
+from gpt_simple.checkpoint.store import Store
 from gpt_simple.run_dir.lineage import read_metrics
-from tests.children import Everywhere
+from tests.children import At, Everywhere, kill_self
 from tests.launch.conftest import Ranks, tiny
 
 
-class StopAfter(Everywhere):
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    @hookimpl
-    def on_step_end(self, run: Any, event: Any) -> None:
-        if event.step == self.step and run.rank == run.world_size - 1:
-            run.control.stop("enough")
+def stops_at(step: int) -> At:
+    """One process asks for a stop, the last one."""
+    return At("on_step_end", step, lambda run: run.control.stop("enough") if run.rank == run.world_size - 1 else None)
 
 
 def files(directory: Path, step: int) -> str:
@@ -67,7 +62,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(ranks: Ranks, tmp_path: 
     """Bit for bit."""
     options: dict[str, Any] = {"model__dropout": 0.1, "training__per_device_batch_size": 1, "model__n_layer": 3}
     ranks(count, lambda rank: tiny(tmp_path / "whole", **options).status)
-    stopped = ranks(count, lambda rank: tiny(tmp_path / "parts", plugins=[StopAfter(2)], **options).reason)
+    stopped = ranks(count, lambda rank: tiny(tmp_path / "parts", plugins=[stops_at(2)], **options).reason)
     assert stopped == ["enough"] * count, "all processes get the reason of the one that asked"
     assert ranks(count, lambda rank: tiny(tmp_path / "parts", **options).status) == ["completed"] * count
     assert files(tmp_path / "parts", 6) == files(tmp_path / "whole", 6)
@@ -133,11 +128,25 @@ def test_a_run_stopped_in_each_stage_equals_a_whole_one(ranks: Ranks, tmp_path: 
     options = {"model__dropout": 0.1, "training__max_steps": 9, "training__logging_steps": 1, **STAGES}
     ranks(2, lambda rank: tiny(tmp_path / "whole", **options).status)
     for stop in (1, 4, 6, 8):
-        ended = ranks(2, lambda rank, stop=stop: tiny(tmp_path / "parts", plugins=[StopAfter(stop)], **options).steps)
+        ended = ranks(2, lambda rank, stop=stop: tiny(tmp_path / "parts", plugins=[stops_at(stop)], **options).steps)
         assert ended == [stop] * 2
     assert ranks(2, lambda rank: tiny(tmp_path / "parts", **options).status) == ["completed"] * 2
     assert files(tmp_path / "parts", 9) == files(tmp_path / "whole", 9)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_killed_in_each_stage_equals_a_whole_one(ranks: Ranks, tmp_path: Path) -> None:
+    """Bit for bit: one of two processes is killed, and the launch after it begins inside a stage, too."""
+    options = {"model__dropout": 0.1, "training__max_steps": 9, "training__save_steps": 2, **STAGES}
+    ranks(2, lambda rank: tiny(tmp_path / "whole", **options).status)
+    for step, victim, saved in ((2, 0, []), (5, 1, [2, 4]), (7, 0, [2, 4, 6])):
+        kills = At("on_gradients", step, lambda run, victim=victim: kill_self(run) if run.rank == victim else None)
+        answers = ranks(2, lambda rank, kills=kills: tiny(tmp_path / "parts", plugins=[kills], **options).status)
+        assert answers[victim] is None
+        assert answers[1 - victim]["error"] == "RankFailed"
+        assert sorted(found.step for found in Store(tmp_path / "parts/checkpoints").list()) == saved
+    assert ranks(2, lambda rank: tiny(tmp_path / "parts", **options).status) == ["completed"] * 2
+    assert files(tmp_path / "parts", 9) == files(tmp_path / "whole", 9)
 
 
 class CountsCollectives(Everywhere):

@@ -14,6 +14,7 @@ from gpt_simple import Config, ConfigError, Plugin, PluginError, TrainingConfig,
 from gpt_simple.config.schema import PluginsConfig
 from gpt_simple.hooks import LogRecord, StepEnd
 from gpt_simple.testing import check_contract
+from tests.children import stops_at
 from tests.conftest import Shell
 from tests.plugins.offline import files, read, sent
 from tests.tiny import TinyRun
@@ -35,17 +36,6 @@ class Says(Plugin[Any]):
         self.records.append(event)
 
 
-class StopsAt(Plugin[Any]):
-    def __init__(self, step: int) -> None:
-        super().__init__(None)
-        self.step = step
-
-    @hookimpl
-    def on_step_end(self, run: Any, event: StepEnd) -> None:
-        if event.step == self.step:
-            run.control.stop("the test stops here")
-
-
 def test_a_run_reports_metrics_over_its_own_steps(tiny: TinyRun) -> None:
     result = tiny(**OFFLINE, training__eval_steps=3)
     (launch,) = sent(result.output_dir)
@@ -63,7 +53,7 @@ def test_a_run_reports_metrics_over_its_own_steps(tiny: TinyRun) -> None:
 
 def test_one_run_across_a_stop_a_crash_and_a_lost_run_json(tiny: TinyRun) -> None:
     result = tiny(**OFFLINE, training__max_steps=2)
-    tiny(**OFFLINE, training__max_steps=8, training__save_steps=4, plugins=[StopsAt(4)])
+    tiny(**OFFLINE, training__max_steps=8, training__save_steps=4, plugins=[stops_at(4)])
     crashed = "the test crashes"
 
     class Crashes(Plugin[Any]):
