@@ -96,6 +96,18 @@ def nullgpu(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("version", ["oldest", "newest"])
+def torch(session: nox.Session, version: str) -> None:
+    """What computes, on the oldest torch that pyproject.toml allows or the newest that pip finds."""
+    needs = nox.project.load_toml()["project"]["dependencies"]
+    bound = next(need.removeprefix("torch>=") for need in needs if need.startswith("torch>="))
+    session.install("--upgrade", f"torch=={bound}.*" if version == "oldest" else "torch", "-e", ".[test]")
+    session.run("python", "-c", "import torch; print('torch', torch.__version__)")
+    folders = (f"tests/{name}" for name in ("model", "engine", "checkpoint", "launch", "job", "compatibility"))
+    session.run("pytest", "-m", "not slow", "-n", "2", *folders, *session.posargs)
+
+
+@nox.session
 def schema(session: nox.Session) -> None:
     """The JSON Schema in real linters: the example files pass, a wrong one does not."""
     _install(session)
