@@ -34,6 +34,13 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs)
 
 
+@nox.session(python=["3.11", "3.12", "3.13"])
+def pythons(session: nox.Session) -> None:
+    """All fast tests on each supported Python that is installed."""
+    _install(session, "test")
+    session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs)
+
+
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Branch coverage of the fast tests, including the processes that they start or fork."""
