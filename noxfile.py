@@ -34,6 +34,13 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs)
 
 
+@nox.session(python=["3.11", "3.12", "3.13"])
+def pythons(session: nox.Session) -> None:
+    """All fast tests on each supported Python that is installed."""
+    _install(session, "test")
+    session.run("pytest", "-m", "not slow", "-n", "2", *session.posargs)
+
+
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Branch coverage of the fast tests, including the processes that they start or fork."""
@@ -93,6 +100,18 @@ def nullgpu(session: nox.Session) -> None:
     session.install("torch", "-e", ".[test]")  # without the constraints, whose torch may be a CPU build
     session.run("python", "-c", "import sys, torch; sys.exit(torch.version.cuda is None and 'no CUDA build of torch')")
     session.run("pytest", "tests/nullgpu", "--timeout", "1200", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("version", ["oldest", "newest"])
+def torch(session: nox.Session, version: str) -> None:
+    """What computes, on the oldest torch that pyproject.toml allows or the newest that pip finds."""
+    needs = nox.project.load_toml()["project"]["dependencies"]
+    bound = next(need.removeprefix("torch>=") for need in needs if need.startswith("torch>="))
+    session.install("--upgrade", f"torch=={bound}.*" if version == "oldest" else "torch", "-e", ".[test]")
+    session.run("python", "-c", "import torch; print('torch', torch.__version__)")
+    folders = (f"tests/{name}" for name in ("model", "engine", "checkpoint", "launch", "job", "compatibility"))
+    session.run("pytest", "-m", "not slow", "-n", "2", *folders, *session.posargs)
 
 
 @nox.session

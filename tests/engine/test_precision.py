@@ -21,6 +21,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def pretend(capability: tuple[int, int], hip: str | None = None) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", list)  # a CUDA build has some, without a GPU too
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: enabled)
 

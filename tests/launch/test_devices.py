@@ -223,3 +223,18 @@ def test_one_process_on_several_gpus_gets_a_note(monkeypatch: pytest.MonkeyPatch
         group = ProcessGroup(0, size, torch.device("cuda", 0))
         _note_unused_gpus(SimpleNamespace(dist=group, plugins=SimpleNamespace(log=log)))  # type: ignore[arg-type]
     assert notes == ["the run takes one of 4 GPUs: --nproc_per_node auto takes all of them"]
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_run_leaves_untested_devices_alone(shell: Shell, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    # An optimizer asks for an available one, and would ask that for its graphs.
+    monkeypatch.setattr(
+        "torch.accelerator.current_accelerator",
+        lambda check_available=False: None if check_available else torch.device(kind),
+    )
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: kind == "mps")
+    monkeypatch.setattr("torch.xpu.is_available", lambda: kind == "xpu")
+    ended = shell("run", "config.toml")
+    assert (ended.code, ended.out.count(f"devices of type {kind} are untested")) == (0, 1)
+    assert "device     cpu" in ended.out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 
 from gpt_simple.distributed import process_group
 from gpt_simple.distributed.process_group import ProcessGroup
@@ -71,6 +73,73 @@ def test_an_address_that_is_not_found_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(process_group, "_NAME_SECONDS", 0.1)
     with pytest.raises(ConfigError, match=r"\$MASTER_ADDR is 'no.such.host.invalid', a host that cannot be found"):
         ProcessGroup.join(600.0)
+
+
+ELSEWHERE = OF_TWO | {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.99.7.1"}
+ADDRESSES = {"node7": "127.0.1.1", "node8": "10.99.7.8"}
+
+
+class Met(Exception):
+    """The process went on to meet the others."""
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "refused"),
+    [
+        ("node7", {}, True),
+        ("unknown", {}, True),
+        ("node8", {}, False),
+        ("node7", {"GLOO_SOCKET_IFNAME": "eth0"}, False),
+        ("node7", {"LOCAL_WORLD_SIZE": "2"}, False),
+        ("node7", {"MASTER_ADDR": "127.0.0.1"}, False),
+    ],
+    ids=str,
+)
+def test_a_machine_that_others_cannot_reach_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, changed: dict[str, str], refused: bool
+) -> None:
+    """gloo would offer them the address of the machine's own name, and they would wait for minutes."""
+
+    def look_up(host: str, port: int | None, **options: Any) -> list[Any]:
+        if host == "unknown":
+            raise socket.gaierror("Name or service not known")
+        return [(0, 0, 0, "", (ADDRESSES.get(host, host), port))]
+
+    def meet(*arguments: object, **options: object) -> None:
+        raise Met
+
+    for variable, value in (ELSEWHERE | changed).items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("socket.gethostname", lambda: name)
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    monkeypatch.setattr("accelerate.PartialState", meet)
+    with pytest.raises(ConfigError if refused else Met) as caught:
+        ProcessGroup.join(600.0)
+    if refused:
+        assert f"{name}, the name of this machine, is no address for other machines" in str(caught.value)
+        assert "$GLOO_SOCKET_IFNAME and $NCCL_SOCKET_IFNAME" in str(caught.value)
+
+
+GLOO = "Gloo connectFullMesh failed with [/__w/pair.cc:152] timed out connecting: SO_ERROR: Connection refused"
+
+
+@pytest.mark.parametrize("where", ["init_process_group", "new_group"])
+@pytest.mark.parametrize("message", [GLOO, "CUDA error: out of memory"])
+def test_processes_that_do_not_connect_name_the_interface(ranks: Ranks, where: str, message: str) -> None:
+    def work(rank: int) -> None:
+        def fail(*arguments: object, **options: object) -> None:
+            raise RuntimeError(message)
+
+        setattr(torch.distributed, where, fail)
+        ProcessGroup.join(20.0)
+
+    for answer in ranks(2, work):
+        if message is GLOO:
+            assert (answer["error"], answer["code"]) == ("GptSimpleError", 1)
+            assert f"within 20 s (training.peer_timeout_seconds is 20): {GLOO}; on a machine" in answer["text"]
+            assert "set $GLOO_SOCKET_IFNAME and $NCCL_SOCKET_IFNAME" in answer["text"]
+        else:
+            assert (answer["error"], answer["text"]) == ("RuntimeError", message)
 
 
 def launch(directory: Path) -> list[Any]:

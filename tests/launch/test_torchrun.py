@@ -255,3 +255,15 @@ def test_a_restart_discards_what_it_found_and_never_what_it_made(
 
 def test_a_signal_before_the_launch_starts_nothing() -> None:
     assert Launch("2").run(["/no/such/program"], ["SIGTERM"]) == 75
+
+
+@pytest.mark.parametrize(
+    ("here", "users", "expected"), [(1, None, 24), (2, None, 12), (100, None, 1), (2, "7", 7)], ids=str
+)
+def test_processes_share_the_cores_for_compilers(
+    monkeypatch: pytest.MonkeyPatch, here: int, users: str | None, expected: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(24)))
+    environment = {} if users is None else {"TORCHINDUCTOR_COMPILE_THREADS": users}
+    member.share_compilers(environment, here)
+    assert environment == {"TORCHINDUCTOR_COMPILE_THREADS": str(expected)}

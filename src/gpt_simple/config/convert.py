@@ -179,8 +179,10 @@ def _union_hook(type_: FieldType) -> Hook:
         if isinstance(value, str) and value in type_.null_words:
             return None
         for hook in hooks:
-            with suppress(Mismatch):
+            try:
                 return hook(value, annotation)
+            except Mismatch:  # not suppress, which from Python 3.12 on also takes those of the items of a list
+                continue
         raise Mismatch(type_, value)
 
     return union

@@ -16,6 +16,9 @@ Layout = tuple[tuple[str, str], ...]
 
 _FIRST_CAPACITY = 128
 
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""torch before 2.13 has only the former name."""
+
 
 @define(eq=False)
 class MetricReducer:
@@ -63,7 +66,7 @@ class MetricReducer:
             padding = numbers.new_zeros(max(0, self._capacity - len(numbers)))
             packed = torch.cat([head, numbers[: self._capacity], padding])
             gathered = packed.new_empty(self.group.size * len(packed))
-            dist.all_gather_single(gathered, packed)
+            _all_gather_single(gathered, packed)
             rows = gathered.view(self.group.size, -1).tolist()
             needed = int(max(row[1] for row in rows))
             if needed <= self._capacity:

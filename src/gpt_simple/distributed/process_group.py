@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from ipaddress import ip_address
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -40,6 +41,13 @@ _WATCHDOG_SECONDS = 120.0
 
 _NAME_SECONDS = 5.0
 """How long the name of the machine at which the processes meet may be unknown."""
+
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+
+_SET_INTERFACE = (
+    f"set ${_INTERFACE} and $NCCL_SOCKET_IFNAME to the network interface that the machines share, which"
+    " `ip route get ADDRESS` of another machine shows"
+)
 
 _SHOWN = 20
 """Differences between processes that a message lists."""
@@ -100,10 +108,11 @@ class ProcessGroup:
             device = torch.device("cpu")  # with several processes it is cpu:0, to which torch copies what is on cpu
         if size == 1:
             return cls(rank, size, device, threads=threads)
-        host_group, patient_group = (
-            _wait(starting, partial(dist.new_group, backend="gloo", timeout=limit))
-            for limit in (timedelta(seconds=timeout), _PATIENCE)
-        )
+        with _explained_meeting(timeout, timeout):
+            host_group, patient_group = (
+                _wait(starting, partial(dist.new_group, backend="gloo", timeout=limit))
+                for limit in (timedelta(seconds=timeout), _PATIENCE)
+            )
         return cls(
             rank,
             size,
@@ -306,6 +315,46 @@ def _find_address(seconds: float) -> None:
         time.sleep(0.5)
 
 
+def _require_reachable(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError if gloo would offer the other machines an address that means each machine itself.
+
+    It takes the address of the machine's own name. Processes with such a MASTER_ADDR are on one machine.
+    """
+    several = environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"]) != environment["WORLD_SIZE"]
+    if not several or _INTERFACE in environment or _is_loopback(environment["MASTER_ADDR"]):
+        return
+    if _is_loopback(name := socket.gethostname()):
+        raise ConfigError(f"{name}, the name of this machine, is no address for other machines", hint=_SET_INTERFACE)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host, by its first address, is this machine for every machine. torch takes an unknown one for that."""
+    try:
+        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):
+        return True
+    return ip_address(address).is_loopback
+
+
+@contextmanager
+def _explained_meeting(timeout: float, seconds: float) -> Iterator[None]:
+    """Raise GptSimpleError for processes that do not meet within ``seconds``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        place, others = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", os.environ["WORLD_SIZE"]
+        has_no_store = isinstance(error, (dist.DistStoreError, dist.DistNetworkError))
+        raise GptSimpleError(
+            f"process {os.environ.get('RANK')} could not meet the other {int(others) - 1} at {place} within"
+            f" {seconds:g} s (training.peer_timeout_seconds is {timeout:g}): {str(error).splitlines()[0]}",
+            hint=""
+            if has_no_store
+            else f"on a machine whose `hostname -i` shows a loopback address (127...), {_SET_INTERFACE}",
+        ) from error
+
+
 @contextmanager
 def _without(names: Sequence[str]) -> Iterator[None]:
     """The environment without some variables."""
@@ -329,21 +378,15 @@ def _set_up(timeout: float, starting: StartUp | None) -> Any:
     def meet() -> tuple[Any, int]:
         if size > 1:
             _find_address(min(timeout, _NAME_SECONDS))
+            _require_reachable(os.environ)
         state = PartialState(cpu=not has_gpu, timeout=timedelta(seconds=seconds))
         return state, torch.get_num_threads()
 
-    try:
-        # One process needs no rendezvous: without these variables Accelerate does not wait at an address.
-        with _without(_PLACE if size == 1 else ()), warnings.catch_warnings():
-            # It divides a CPU's cores among the processes; the run's first lines say how many each has.
-            warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
-            state, threads = _wait(starting, meet)
-    except dist.DistError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise GptSimpleError(
-            f"process {os.environ.get('RANK')} could not meet the other {size - 1} at {place} within {seconds:g} s"
-            f" (training.peer_timeout_seconds is {timeout:g}): {error}"
-        ) from error
+    # One process needs no rendezvous: without these variables Accelerate does not wait at an address.
+    with _explained_meeting(timeout, seconds), _without(_PLACE if size == 1 else ()), warnings.catch_warnings():
+        # It divides a CPU's cores among the processes; the run's first lines say how many each has.
+        warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", category=UserWarning)
+        state, threads = _wait(starting, meet)
     if state.num_processes != size:
         raise GptSimpleError(
             f"$WORLD_SIZE is {size} but Accelerate set up {state.num_processes} process(es);"

@@ -88,6 +88,9 @@ def _note_unused_gpus(job: Job) -> None:
         why, remedy = why_no_gpu(torch.__version__, torch.version.cuda)
         if why:
             log.warning(f"the run takes the CPU: {why}; {remedy}", name="gpu_unusable")
+        elif torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator()
+            log.info(f"the run takes the CPU: devices of type {kind} are untested", name="device_untested")
     elif device.type == "cuda" and job.dist.size == 1 and (count := torch.cuda.device_count()) > 1:
         log.info(f"the run takes one of {count} GPUs: --nproc_per_node auto takes all of them", name="gpus_unused")
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 from attrs import evolve
 
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError, Problem, RankFailed
+from gpt_simple.hardware import cores
 from gpt_simple.launch.record import LAUNCHER, STARTED, Record, Records
 
 GRACE_SECONDS = 30
@@ -84,6 +85,14 @@ def _from_slurm(environment: MutableMapping[str, str]) -> dict[str, str]:
     }
 
 
+def share_compilers(environment: MutableMapping[str, str], here: int) -> None:
+    """Divide the cores among the compilers of the ``here`` processes of this machine, unless the user does.
+
+    Without it each process starts one for every core, up to 32. torch reads the variable while it is imported.
+    """
+    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(32, cores() // here))))
+
+
 def has_foreign_launcher(environment: Mapping[str, str]) -> bool:
     """Whether this is one of several processes that our launcher, which gathers their messages, did not start."""
     return processes(environment) > 1 and Records.of_this_launch(environment) is None
@@ -113,6 +122,7 @@ def live(work: Callable[[], int]) -> NoReturn:
     """
     # Hides torch's stack traces of connections that a process closes by ending.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    share_compilers(os.environ, processes_here(os.environ) or 1)
     records = Records.of_this_launch(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _never_outlive(int(os.environ.get(LAUNCHER, os.getppid())))

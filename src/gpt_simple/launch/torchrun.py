@@ -27,7 +27,8 @@ from attrs import define, field, frozen
 
 from gpt_simple.errors import ConfigError, ExitCode, GptSimpleError, Problem
 from gpt_simple.hardware import cores, why_no_gpu
-from gpt_simple.launch.member import AGAIN, processes_here, under_torchrun
+from gpt_simple.launch.member import AGAIN, processes_here, share_compilers, under_torchrun
+from gpt_simple.launch.numa import numa_options
 from gpt_simple.launch.record import DIRECTORY, LAUNCHER, STARTED, Record, Records
 from gpt_simple.launch.signals import ONE_PRESS_SECONDS, handling
 
@@ -137,8 +138,10 @@ class Launch:
 
         # The launcher prints one message itself.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        count = self._processes(torch.cuda.device_count(), torch.__version__, torch.version.cuda)
+        gpus = torch.cuda.device_count()
+        count = self._processes(gpus, torch.__version__, torch.version.cuda)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+        share_compilers(os.environ, count)
         os.environ |= {DIRECTORY: directory, LAUNCHER: str(os.getpid()), STARTED: str(time.monotonic())}
         if self.max_restarts:
             # A shared store would give restarted processes the addresses of those before them.
@@ -159,6 +162,7 @@ class Launch:
             # No handlers of its own: they would end processes that are still saving.
             signals_to_handle="",
             logs_specs=DefaultLogsSpecs(log_dir=directory),
+            numa_options=numa_options(gpus),
         )
         try:
             elastic_launch(config, command[0])(*command[1:])

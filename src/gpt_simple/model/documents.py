@@ -31,19 +31,21 @@ SMALLEST_HEAD, LARGEST_HEAD = 16, 128
 GPUs of capability 8.6, 8.9 and 12 have (104 of 99 KiB)."""
 
 
-# Dynamo traces the function that a cache wraps, so the mark is inside the cache.
-@cache
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def document_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> Kernel:
     """Which kernel keeps the documents of a row apart on this device, for queries of ``dtype`` and this shape."""
-    generated = (
+    fits = dtype.itemsize == 2 and SMALLEST_HEAD <= head_dim <= LARGEST_HEAD and not dropout
+    return "flex" if fits and _generates_kernels(device) else "dense mask"
+
+
+@cache  # below a constant: Dynamo warns of a cache that it traces
+def _generates_kernels(device: torch.device) -> bool:
+    return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and find_spec("triton") is not None
         and bool(find_compiler(gpu=True)[0])
     )
-    fits = dtype.itemsize == 2 and SMALLEST_HEAD <= head_dim <= LARGEST_HEAD and not dropout
-    return "flex" if generated and fits else "dense mask"
 
 
 def document_mask(document_ids: Tensor, kernel: Kernel) -> Tensor | BlockMask:
