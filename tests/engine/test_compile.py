@@ -26,7 +26,10 @@ def note(processes: int, **changes: Any) -> str:
 
 def test_the_note_names_the_setting_of_the_graph_splitter() -> None:
     flag = "torch._dynamo.config.optimize_ddp is"
-    assert note(2) == f"{flag} False until the run ends (compile, DDP and gradient checkpointing together)"
+    assert note(2) == (
+        f"{flag} False until the run ends (compile, DDP and gradient checkpointing together): gradients are reduced"
+        ' after the backward pass; training.ddp_optimizer = "split" reduces them during most of it'
+    )
     assert note(2, ddp_optimizer="split") == f"{flag} True until the run ends (training.ddp_optimizer)"
     assert note(2, gradient_checkpointing=False) == note(1) == ""
     assert note(1, ddp_optimizer="off") == 'training.ddp_optimizer "off" changes nothing: there is one process'

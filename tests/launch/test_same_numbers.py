@@ -11,6 +11,10 @@ import torch
 
 from gpt_simple import Metric, hookimpl
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.config.schema import ModelConfig, TrainingConfig
+from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.engine.compile import compile_flags, compile_model, plan
+from gpt_simple.model.gpt import build
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.children import At, Everywhere, kill_self
 from tests.launch.conftest import Ranks, tiny
@@ -268,3 +272,33 @@ def test_the_facts_of_a_step_are_those_of_all_processes(ranks: Ranks, tmp_path: 
     assert [loss for loss, _, _ in first] == pytest.approx([row["train/loss"] for row in rows], rel=1e-5)
     assert [after for _, _, after in first] == pytest.approx([row["train/grad_norm"] for row in rows])
     assert [before for _, before, _ in first] == pytest.approx([row["train/grad_norm"] / 2 for row in rows])
+
+
+def test_the_splitter_takes_a_checkpointed_model(ranks: Ranks) -> None:
+    """What the first lines of a run recommend: more graphs than one, and the same gradients."""
+
+    def work(rank: int) -> dict[str, Any]:
+        from torch._dynamo.utils import counters
+
+        dist, answer = ProcessGroup.join(60.0), {}
+        ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(rank))
+        for splitter in ("off", "split"):
+            torch.manual_seed(0)
+            model = build(ModelConfig(n_embd=192, n_layer=2, n_head=2), vocab_size=64, max_length=16)
+            model.set_activation_checkpointing(1)
+            config = TrainingConfig(compile=True, compile_backend="aot_eager", ddp_optimizer=splitter)
+            compile_plan = plan(config, dist.device, dist.size, explicit=True)
+            wrapped = dist.wrap(model)
+            counters.clear()
+            with compile_flags(compile_plan):
+                compile_model(model, compile_plan)
+                wrapped(ids, ids).backward()
+            norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
+            answer[splitter] = [counters["aot_autograd"]["ok"], norms]
+        return answer
+
+    for answer in ranks(2, work):
+        (one, whole), (several, split) = answer["off"], answer["split"]
+        assert one == 1 < several
+        assert len(whole) == len(split) > 10
+        assert split == pytest.approx(whole, rel=1e-5)

@@ -83,6 +83,17 @@ def test_compiled_flex_attention_has_the_dense_mask_gradients(
             torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
 
 
+def pairs(mask: torch_flex.BlockMask, kind: str) -> list[tuple[int, ...]]:
+    """Row, block of queries and block of keys of each pair that is listed by ``kind``, in the order of the list."""
+    numbers, indices = getattr(mask, f"{kind}_num_blocks"), getattr(mask, f"{kind}_indices")
+    return [
+        (row, block, int(other)) if kind.endswith("kv") else (row, int(other), block)
+        for row in range(numbers.shape[0])
+        for block in range(numbers.shape[2])
+        for other in indices[row, 0, block, : numbers[row, 0, block]]
+    ]
+
+
 @pytest.mark.parametrize("length", [100, 128, 300, 1024])
 def test_the_block_mask_equals_the_one_made_by_torch(length: int) -> None:
     generator = torch.Generator().manual_seed(length)
@@ -97,6 +108,9 @@ def test_the_block_mask_equals_the_one_made_by_torch(length: int) -> None:
     ours = block_mask(ids)
     assert torch.equal(ours.to_dense(), theirs.to_dense())
     assert ours.sparsity() == theirs.sparsity()
+    for by_query, by_key in (("kv", "q"), ("full_kv", "full_q")):
+        assert pairs(ours, by_query) == sorted(pairs(ours, by_key))
+    assert sorted(pairs(ours, "kv") + pairs(ours, "full_kv")) == sorted(pairs(theirs, "kv") + pairs(theirs, "full_kv"))
     index = torch.arange(length)
     for row in range(4):
         assert torch.equal(ours.mask_mod(row, 0, index[:, None], index), elements[row, 0])  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -29,6 +30,7 @@ from tests.nullgpu.events import allocations, count, read_log, waits
 
 GPU = ctypes.CDLL("libcuda.so.1")
 VOCABULARY = 50_257
+SORT = re.compile(r"(?i)(?<!search)sort")
 
 
 def config(
@@ -143,6 +145,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     predicted = predict_memory(cfg, vocab_size=VOCABULARY, precision=name, compiled=compiled, cuda=True)
     return {
         "phases": {name: count(events) for name, events in phases.items()},
+        "sorts": {name: sum(bool(SORT.search(event)) for event in events) for name, events in phases.items()},
         "waits": waits(everything),
         "allocations": allocations(everything),
         "evaluation": count(event for events in evaluation.values() for event in events),

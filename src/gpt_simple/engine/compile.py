@@ -25,6 +25,11 @@ _OWN_GENERATORS = "graphsafe_rng_functionalization"
 """On CUDA torch gives what is recomputed generators of its own, seeded once by chance: attention's dropout would follow
 neither training.seed nor the sample. Without them it saves and restores the device's, which the engine seeds."""
 
+_SPLIT = (
+    ': gradients are reduced after the backward pass; training.ddp_optimizer = "split" reduces them during most of it'
+)
+"""What the default leaves out. A test of the processes holds that the installed torch can do it."""
+
 DdpOptimizer = bool | Literal["python_reducer"]
 
 
@@ -66,6 +71,8 @@ def plan(config: TrainingConfig, device: torch.device, world_size: int, *, expli
         by_default = config.ddp_optimizer == "auto"
         why = "compile, DDP and gradient checkpointing together" if by_default else "training.ddp_optimizer"
         note = f"torch._dynamo.config.optimize_ddp is {flag!r} until the run ends ({why})"
+        if by_default:
+            note += _SPLIT
     elif config.ddp_optimizer != "auto":
         why = "there is one process" if world_size == 1 else 'training.compile_scope is "blocks"'
         note = f'training.ddp_optimizer "{config.ddp_optimizer}" changes nothing: {why}'
@@ -111,8 +118,8 @@ def _missing_compiler(device: torch.device) -> str:
 def _ddp_optimizer(config: TrainingConfig, world_size: int) -> DdpOptimizer | None:
     """The value for ``torch._dynamo.config.optimize_ddp``, or None to leave torch's own.
 
-    Dynamo's DDP graph splitter cannot split the higher-order operators of activation checkpointing; older torch
-    stops with an error (pytorch/pytorch#104674). Per-block compilation has no graph to split.
+    Dynamo's DDP graph splitter could not split the higher-order operators of activation checkpointing in older torch,
+    which stopped with an error (pytorch/pytorch#104674). Per-block compilation has no graph to split.
     """
     if world_size == 1 or config.compile_scope == "blocks":
         return None

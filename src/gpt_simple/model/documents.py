@@ -86,15 +86,23 @@ def block_mask(document_ids: Tensor) -> BlockMask:
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (document_ids[row, query] == document_ids[row, key]) & (query >= key)
 
-    return BlockMask.from_kv_blocks(
-        *_listed(seen & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=(length, length)
-    )
+    # BlockMask.from_kv_blocks would sort to find the queries of each key, in kernels that no compiler fuses.
+    partial = seen & ~full
+    n, k = _listed(torch.stack([partial, full, partial.mT, full.mT]))
+    lists = n[0], k[0], n[1], k[1], n[2], k[2], n[3], k[3]
+    return BlockMask((length, length), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=rule)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool ``[B, Q, K]`` as the number of true ones for each q, and their k first: ``[B, 1, Q]``, ``[B, 1, Q, K]``."""
-    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), order.int().unsqueeze(1)
+    """Bool ``[..., B, Q, K]`` as the number of true ones for each q, and their k first: ``[..., B, 1, Q]`` and
+    ``[..., B, 1, Q, K]``.
+
+    The j-th of them is where the count of true ones reaches j. What follows the last one is any k.
+    """
+    counts = blocks.cumsum(-1, dtype=torch.int32)
+    wanted = torch.arange(1, blocks.shape[-1] + 1, dtype=torch.int32, device=blocks.device).expand(blocks.shape)
+    order = torch.searchsorted(counts, wanted.contiguous(), out_int32=True).clamp_(max=blocks.shape[-1] - 1)
+    return blocks.sum(-1, dtype=torch.int32).unsqueeze(-2), order.unsqueeze(-3)
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
