@@ -85,14 +85,15 @@ class NullGpu:
         **variables: str,
     ) -> dict[str, str]:
         """The environment of a process that sees ``count`` of ``card``. ``log``: one line for each event, in
-        ``log.PID``. Further ``variables`` are those of ``nullgpu.c`` or any others."""
+        ``log.PID``. Further ``variables`` are those of ``nullgpu.c`` or any others. What hides the GPUs of this machine
+        does not hide the null ones."""
         caches = {
             name: str(self.caches / f"{kind}-{card.capability}")
             for name, kind in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"))
         }
         path = [str(HERE / "site"), str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.endswith("_VISIBLE_DEVICES")},
             **caches,
             "LD_PRELOAD": str(self.library),
             "PYTORCH_ALLOC_CONF": "expandable_segments:False",  # the library has no virtual memory
