@@ -59,15 +59,17 @@ class NullGpu:
     @classmethod
     def build(cls, folder: Path) -> NullGpu:
         """Compile the library, unless ``folder`` has it. Raises Unavailable where it cannot work."""
-        headers = _headers()
+        folders = _headers()
         source = HERE / "nullgpu.c"
-        place = folder.resolve() / hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+        built_from = source.read_bytes() + (folders[0] / "driver_types.h").read_bytes()
+        place = folder.resolve() / hashlib.sha256(built_from).hexdigest()[:12]
         gpu = cls(place / "libcuda.so.1", folder.resolve())
         if not gpu.library.exists():
             place.mkdir(parents=True, exist_ok=True)
             made = place / f"made.{os.getpid()}"
             # -w: most functions ignore most of their arguments.
-            flags = ("-std=gnu17", "-O2", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", f"-I{headers}")
+            flags = ["-std=gnu17", "-O2", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"]
+            flags += [f"-I{folder}" for folder in folders]
             command = ["gcc", *flags, str(source), "-o", str(made), "-ldl", "-lpthread"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -125,8 +127,9 @@ class NullGpu:
         )
 
 
-def _headers() -> Path:
-    """CUDA's headers, which triton brings."""
+def _headers() -> tuple[Path, Path]:
+    """The headers of the CUDA that torch is built with, whose structures other versions do not share, and triton's,
+    which has the files that they include."""
     if sys.platform != "linux":
         raise Unavailable("the null GPU is made for Linux")
     if importlib.util.find_spec("triton") is None:
@@ -139,7 +142,10 @@ def _headers() -> Path:
         raise Unavailable("gcc is missing")
     import triton
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    runtime = Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.partition('.')[0]}" / "include"
+    if not (runtime / "driver_types.h").exists():
+        raise Unavailable(f"{runtime} has none of the headers that the null GPU is built with")
+    return runtime, Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 
 
 def main() -> None:
