@@ -42,8 +42,10 @@ CARDS = {
     "t4": Card("Tesla T4", 75, 65536, 14.5),
     "a100": Card("NVIDIA A100-SXM4-80GB", 80, 166912, 79),
     "a10g": Card("NVIDIA A10G", 86, 101376, 22),
+    "l4": Card("NVIDIA L4", 89, 101376, 22),
     "rtx4090": Card("NVIDIA GeForce RTX 4090", 89, 101376, 23.5),
     "h100": Card("NVIDIA H100 80GB HBM3", 90, 232448, 79),
+    "b200": Card("NVIDIA B200", 100, 232448, 178),
     "rtx5090": Card("NVIDIA GeForce RTX 5090", 120, 101376, 31.5),
 }
 
@@ -112,9 +114,14 @@ class NullGpu:
         }
 
     def run(
-        self, arguments: Sequence[str | Path], environment: Mapping[str, str] | None = None, *, cwd: Path | None = None
+        self,
+        arguments: Sequence[str | Path],
+        environment: Mapping[str, str] | None = None,
+        *,
+        cwd: Path | None = None,
+        seconds: float = 900,
     ) -> subprocess.CompletedProcess[str]:
-        """Run Python with these arguments to its end."""
+        """Run Python with these arguments to its end, for at most so many seconds."""
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             env=dict(environment or self.environment()),
@@ -123,7 +130,7 @@ class NullGpu:
             text=True,
             errors="replace",
             check=False,
-            timeout=900,
+            timeout=seconds,
         )
 
 
