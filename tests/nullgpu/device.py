@@ -42,8 +42,10 @@ CARDS = {
     "t4": Card("Tesla T4", 75, 65536, 14.5),
     "a100": Card("NVIDIA A100-SXM4-80GB", 80, 166912, 79),
     "a10g": Card("NVIDIA A10G", 86, 101376, 22),
+    "l4": Card("NVIDIA L4", 89, 101376, 22),
     "rtx4090": Card("NVIDIA GeForce RTX 4090", 89, 101376, 23.5),
     "h100": Card("NVIDIA H100 80GB HBM3", 90, 232448, 79),
+    "b200": Card("NVIDIA B200", 100, 232448, 178),
     "rtx5090": Card("NVIDIA GeForce RTX 5090", 120, 101376, 31.5),
 }
 
@@ -59,15 +61,17 @@ class NullGpu:
     @classmethod
     def build(cls, folder: Path) -> NullGpu:
         """Compile the library, unless ``folder`` has it. Raises Unavailable where it cannot work."""
-        headers = _headers()
+        folders = _headers()
         source = HERE / "nullgpu.c"
-        place = folder.resolve() / hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+        built_from = source.read_bytes() + (folders[0] / "driver_types.h").read_bytes()
+        place = folder.resolve() / hashlib.sha256(built_from).hexdigest()[:12]
         gpu = cls(place / "libcuda.so.1", folder.resolve())
         if not gpu.library.exists():
             place.mkdir(parents=True, exist_ok=True)
             made = place / f"made.{os.getpid()}"
             # -w: most functions ignore most of their arguments.
-            flags = ("-std=gnu17", "-O2", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", f"-I{headers}")
+            flags = ["-std=gnu17", "-O2", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"]
+            flags += [f"-I{folder}" for folder in folders]
             command = ["gcc", *flags, str(source), "-o", str(made), "-ldl", "-lpthread"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -85,14 +89,15 @@ class NullGpu:
         **variables: str,
     ) -> dict[str, str]:
         """The environment of a process that sees ``count`` of ``card``. ``log``: one line for each event, in
-        ``log.PID``. Further ``variables`` are those of ``nullgpu.c`` or any others."""
+        ``log.PID``. Further ``variables`` are those of ``nullgpu.c`` or any others. What hides the GPUs of this machine
+        does not hide the null ones."""
         caches = {
             name: str(self.caches / f"{kind}-{card.capability}")
             for name, kind in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"))
         }
         path = [str(HERE / "site"), str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.endswith("_VISIBLE_DEVICES")},
             **caches,
             "LD_PRELOAD": str(self.library),
             "PYTORCH_ALLOC_CONF": "expandable_segments:False",  # the library has no virtual memory
@@ -109,9 +114,14 @@ class NullGpu:
         }
 
     def run(
-        self, arguments: Sequence[str | Path], environment: Mapping[str, str] | None = None, *, cwd: Path | None = None
+        self,
+        arguments: Sequence[str | Path],
+        environment: Mapping[str, str] | None = None,
+        *,
+        cwd: Path | None = None,
+        seconds: float = 900,
     ) -> subprocess.CompletedProcess[str]:
-        """Run Python with these arguments to its end."""
+        """Run Python with these arguments to its end, for at most so many seconds."""
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             env=dict(environment or self.environment()),
@@ -120,12 +130,13 @@ class NullGpu:
             text=True,
             errors="replace",
             check=False,
-            timeout=900,
+            timeout=seconds,
         )
 
 
-def _headers() -> Path:
-    """CUDA's headers, which triton brings."""
+def _headers() -> tuple[Path, Path]:
+    """The headers of the CUDA that torch is built with, whose structures other versions do not share, and triton's,
+    which has the files that they include."""
     if sys.platform != "linux":
         raise Unavailable("the null GPU is made for Linux")
     if importlib.util.find_spec("triton") is None:
@@ -138,7 +149,10 @@ def _headers() -> Path:
         raise Unavailable("gcc is missing")
     import triton
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    runtime = Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.partition('.')[0]}" / "include"
+    if not (runtime / "driver_types.h").exists():
+        raise Unavailable(f"{runtime} has none of the headers that the null GPU is built with")
+    return runtime, Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 
 
 def main() -> None:

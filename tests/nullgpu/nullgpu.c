@@ -8,7 +8,7 @@
  * Variables of the environment:
  *   NULLGPU_LOG=FILE     one line for each event of a process, in FILE.PID
  *   NULLGPU_GIB=139      memory of a device
- *   NULLGPU_COUNT=1      number of devices; none if CUDA_VISIBLE_DEVICES is empty or -1
+ *   NULLGPU_COUNT=1      number of devices, of which CUDA_VISIBLE_DEVICES shows some; none if it is empty or -1
  *   NULLGPU_NAME=...     name of the card, as its driver gives it
  *   NULLGPU_CC=90        compute capability
  *   NULLGPU_SHARED=N     bytes of shared memory that one block may have
@@ -132,7 +132,11 @@ __attribute__((constructor)) static void begin(void) {
     if ((value = getenv("NULLGPU_CC"))) capability = atoi(value);
     if ((value = getenv("NULLGPU_SHARED"))) shared_memory = atoi(value);
     if ((value = getenv("NULLGPU_COUNT"))) device_count = atoi(value);
-    if ((value = getenv("CUDA_VISIBLE_DEVICES")) && (!*value || !strcmp(value, "-1"))) device_count = 0;
+    if ((value = getenv("CUDA_VISIBLE_DEVICES"))) {
+        int shown = *value && strcmp(value, "-1");
+        for (char *at = value; shown && (at = strchr(at, ',')); at++) shown++;
+        if (shown < device_count) device_count = shown;
+    }
     if ((value = getenv("NULLGPU_NAME"))) card_name = value;
     if ((value = getenv("NULLGPU_FAIL_AT"))) fail_at = atol(value);
 }

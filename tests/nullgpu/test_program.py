@@ -104,3 +104,27 @@ def test_out_of_memory_ends_the_run_and_not_its_directory(gpu: NullGpu, folder: 
     assert re.search("out ?of ?memory", small, re.IGNORECASE)
     assert json.loads((folder / "out/status.json").read_text())["state"] == "failed"
     assert "completed: finished all 4 steps" in launch(gpu, folder, *big)
+
+
+STOPS = """\
+import os, signal
+from gpt_simple.hooks import NoConfig, Plugin, hookimpl
+
+class Stops(Plugin[NoConfig]):
+    ranks = "all"
+
+    @hookimpl
+    def on_step_start(self, run, event):
+        if event.step == 2 and run.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_processes_meet_before_they_wait_for_the_device(gpu: NullGpu, folder: Path) -> None:
+    """The gradients of step 2, a logging point, never come: a device would wait for them without an end."""
+    (folder / "stops.py").write_text(STOPS)
+    options = ("--training.compile=false", "--training.peer_timeout_seconds=5", "-p", str(folder / "stops.py"))
+    ended = launch(gpu, folder, *options, code=1, processes=2)
+    assert "error: process 1 did not come to the end of step" in ended
+    assert "step=2 " not in ended
+    assert '"step": 2' not in (folder / "out/metrics.jsonl").read_text()

@@ -235,8 +235,14 @@ class Trainer:
 
     def _synchronize(self) -> None:
         """Wait for the device, so that the time of queued steps does not count for what follows them."""
+        self._meet()
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
+
+    def _meet(self) -> None:
+        """Wait for the other processes, before a wait for the device: that has no end if one of them hangs."""
+        if self.run.device.type == "cuda":
+            self.run.dist.barrier()
 
     def _boundary(self, is_last: bool) -> Decision:
         """After a step, always in this order: metrics, one decision, checkpoint, evaluation, stop.
@@ -320,6 +326,7 @@ class Trainer:
     def _log(self, *, notify: bool) -> None:
         """Read the interval's metrics in one device read and one collective, and hand them to the plugins."""
         run, calls, step = self.run, self.calls, self.run.step
+        self._meet()
         # Read first: this waits for the steps in the device's queue, and their time counts.
         metrics, records = self._buffer.read(self.train_step.schedule(step), run.world_size)
         split, self._timer = self._timer.split(step, run.loader.wait_seconds)
