@@ -26,7 +26,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[tuple[object, ...]] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        identity = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        # By its storage: the address of a tensor that is divided over processes is 0, and so is that of an empty one.
+        storage = tensor.untyped_storage()._cdata
+        identity = (storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and identity in seen:
             continue
         seen.add(identity)

@@ -211,7 +211,7 @@ class WeightWatch(Watch):
         return places != places_now or not bool(same.all())
 
     def _sample(self) -> tuple[list[int], Tensor]:
-        places = [parameter.data_ptr() for parameter in self._parameters]
+        places = [_local(parameter).data_ptr() for parameter in self._parameters]
         if places != self._places:
             self._places = places
             parts = [_local(parameter.detach()) for parameter in self._parameters]
