@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpt_simple.checkpoint.divided import part_like, whole
+from gpt_simple.checkpoint.divided import local_part, part_like, whole
 
 
 def shard(
@@ -31,9 +32,10 @@ def shard(
     """Divide a model on the meta device over ``mesh``, and give it its starting values by its ``init_weights()``.
 
     They are the same bits as without sharding: each whole parameter is drawn on the host, one at a time, in the model's
-    order, and a process keeps its slice. The model computes in ``dtype`` (None: as it is), and gradients are reduced in
-    fp32.
+    order, and a process keeps its slice. What has values already keeps those of the main process. The model computes in
+    ``dtype`` (None: as it is), and gradients are reduced in fp32.
     """
+    given = {name: each.detach().clone() for name, each in _tensors(model).items() if not each.is_meta}
     policy = MixedPrecisionPolicy()
     if dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -51,8 +53,18 @@ def shard(
         for name in others:  # to_empty has untied them
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
-    with torch.no_grad(), _WholeTensors():
-        init_weights()
+    with torch.no_grad():
+        with _WholeTensors():
+            init_weights()
+        for name, own in _tensors(model).items():
+            if name in given:
+                value = given.pop(name).to(device)
+                dist.broadcast(value, 0)
+                local_part(own).copy_(part_like(own, value))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _reshard_without_grad(model: nn.Module, arguments: Any, output: Any) -> None:

@@ -42,7 +42,7 @@ from gpt_simple.hooks.plugin import EVAL
 from gpt_simple.hooks.results import VAL_LOSS
 from gpt_simple.job.claim import ClaimedRunDir
 from gpt_simple.job.job import Job
-from gpt_simple.job.model import checkpoint_activations, new_model, refuse_undivided
+from gpt_simple.job.model import checkpoint_activations, new_model
 from gpt_simple.job.optimizer import TRAINED, build_optimizer, optimizer_state, rebuild_optimizer, restore_trained
 from gpt_simple.job.stages import model_view
 from gpt_simple.machine_failures import is_device_lost
@@ -113,23 +113,24 @@ def _closing(loader: Loader) -> Iterator[None]:
 
 
 def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
-    dist, plugins = job.dist, job.plugins
-    with isolated_rng(derive_seed(job.config.training.seed, _MODEL_STREAM), torch.device("cpu")):
-        with torch.device("meta") if dist.shards else nullcontext():
-            model = new_model(job.spec, data.tokenizer)
-        calls = guarded(job.spec.registry, job.config, model)
-        if dist.mesh is not None:
-            from gpt_simple.distributed.sharding import shard  # seconds, which other runs do not need
-
-            init_weights: Callable[[], object] = calls.init_weights  # type: ignore[assignment]
-            shard(model, init_weights, dist.mesh, dist.device, job.runtime.precision.dtype)
-    calls.to(dist.device)
+    dist, plugins, seed = job.dist, job.plugins, derive_seed(job.config.training.seed, _MODEL_STREAM)
+    host = torch.device("cpu")
+    with isolated_rng(seed, host), torch.device("meta") if dist.shards else nullcontext():
+        model = new_model(job.spec, data.tokenizer)
+    calls = guarded(job.spec.registry, job.config, model)
+    if not dist.shards:
+        calls.to(dist.device)
     plugins.adopt(model_view(job, data, plan, model))
     if plugins.calls.on_model_built is not None:
         with plugins.comm.during("on_model_built"):
             plugins.calls.on_model_built(plugins.view, ModelBuilt(model, plan.step))
-    refuse_undivided(dist, model)
     checkpoint_activations(job.spec, model)
+    if dist.mesh is not None:
+        from gpt_simple.distributed.sharding import shard  # seconds, which other runs do not need
+
+        init_weights: Callable[[], object] = calls.init_weights  # type: ignore[assignment]
+        with isolated_rng(seed, host):
+            shard(model, init_weights, dist.mesh, dist.device, job.runtime.precision.dtype)
     return model
 
 
