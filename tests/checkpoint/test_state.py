@@ -24,6 +24,7 @@ from gpt_simple.config.schema import ModelConfig
 from gpt_simple.errors import CheckpointError
 from gpt_simple.model.gpt import build
 from tests.checkpoint.optimizers import SAVED, UNSAVABLE
+from tests.sharding import sharded
 
 
 class Tiny(nn.Module):
@@ -148,6 +149,19 @@ def test_a_tied_weight_is_stored_once_and_buffers_are_stored() -> None:
 def test_equal_values_and_empty_tensors_are_not_taken_for_tied() -> None:
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(0, 2)) for name in "ab"})
     assert model_tensors(model).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_tensor_of_a_sharded_model_is_left_out(tied: bool) -> None:
+    """Their addresses are all 0."""
+    sizes = {"n_embd": 8, "n_layer": 4, "n_head": 2, "tie_word_embeddings": tied}
+    model = build(ModelConfig(**sizes), vocab_size=16, max_length=8)
+    names = list(model_tensors(model))
+    with sharded(model):
+        assert list(model_tensors(model)) == names
+    one = Tiny(tied=True)
+    with sharded(one):
+        assert "head.weight" not in model_tensors(one), "a tied weight is still stored once"
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ ORDER = " (the order of samples is another from here on: some come twice, others
     [
         (now(), "bit-exact"),
         (now(1), "order-exact: same samples, other last digits (processes 2 -> 1)"),
+        (
+            now(training__parallel="fsdp") | {"numerics": {"processes": 2, "parallel": "fsdp"}},
+            "order-exact: same samples, other last digits (parallel ddp -> fsdp)",
+        ),
         (now(training__max_steps=6), "changed: training.max_steps 4 -> 6"),
         (now(1, training__max_steps=6), "changed: training.max_steps 4 -> 6; processes 2 -> 1"),
         (now(training__seed=2), f"changed: training.seed 1 -> 2{ORDER}"),

@@ -13,6 +13,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from gpt_simple.checkpoint.divided import divided_like, local_part, part_like
 from gpt_simple.checkpoint.packed import add_tensor, mark_of, may_be_state, pack, plain, unpack
 from gpt_simple.checkpoint.tensor_names import ELSEWHERE, as_text, optimizer_tensors
 from gpt_simple.errors import CheckpointError
@@ -26,7 +27,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[tuple[object, ...]] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        identity = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        # By its storage: the address of a tensor that is divided over processes is 0, and so is that of an empty one.
+        storage = tensor.untyped_storage()._cdata
+        identity = (storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and identity in seen:
             continue
         seen.add(identity)
@@ -48,7 +51,7 @@ def _copy(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], otherwise: s
     _raise_if(_compare(layouts(tensors), layouts(own)), otherwise)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            local_part(tensor).copy_(part_like(tensor, tensors[name]))
 
 
 @frozen(eq=False)
@@ -175,10 +178,10 @@ def restore_optimizer(
         differences.append(f"{len(elsewhere['groups'])} groups of parameters in the checkpoint, {len(groups)} here")
     _raise_if(differences, "the checkpoint's optimizer state does not fit")
     state: dict[Any, Any] = {}
-    for index, (name, _) in enumerate(named):
+    for index, (name, parameter) in enumerate(named):
         record = saved[name]
         # Cloned: torch keeps a tensor that fits as it is, and the caller's would then change with training.
-        held = {key: tensors[f"{key}.{name}"] for key in record["tensors"]}
+        held = {key: divided_like(parameter, tensors[f"{key}.{name}"]) for key in record["tensors"]}
         if clone:
             held = {key: tensor.clone() for key, tensor in held.items()}
         held |= record["values"] | unpack(record.get("nested", {"dict": []}), tensors, home)

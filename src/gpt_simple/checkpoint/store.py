@@ -248,10 +248,18 @@ class Store:
 
     def load_tensors(self, checkpoint: Checkpoint, stem: str) -> dict[str, Tensor]:
         """The tensors of ``stem.safetensors`` by name, in host memory, after verification."""
+        with self.mapped(checkpoint, stem) as tensors:
+            return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    @contextlib.contextmanager
+    def mapped(self, checkpoint: Checkpoint, stem: str) -> Iterator[Mapping[str, Tensor]]:
+        """As ``load_tensors``, without memory of their own: only what is copied from them is read.
+
+        They are views of the mapped file, which may be deleted or truncated once the context is left.
+        """
         path = self._verified_file(checkpoint, f"{stem}.safetensors")
         with safetensors.safe_open(path, framework="pt") as file:
-            # Cloned: they are views of the mapped file, which may be deleted or truncated later.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            yield {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def delete(self, checkpoint: Checkpoint) -> None:
         """Remove a checkpoint. It disappears in one rename, so that it is never seen in part.

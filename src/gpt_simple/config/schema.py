@@ -233,7 +233,10 @@ class TrainingConfig:
     peak_flops: Annotated[
         float | None, Gt(0), Doc("peak FLOP/s of a device in the run's precision, for the MFU; unset: of a known GPU")
     ] = None
-    parallel: Annotated[Literal["auto", "ddp"], Doc("auto: ddp whenever there is more than one process")] = "auto"
+    parallel: Annotated[
+        Literal["auto", "ddp", "fsdp"],
+        Doc("several processes: each has the whole model (ddp), or a slice of it (fsdp); auto: ddp"),
+    ] = "auto"
     ddp_optimizer: Annotated[
         Literal["auto", "off", "split", "python_reducer"],
         Doc("Dynamo's DDP graph splitter; auto: off for compile + DDP + checkpointing, else torch's own"),

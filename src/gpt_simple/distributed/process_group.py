@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from ipaddress import ip_address
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt_simple.distributed.failures import FailureDetection
 from gpt_simple.distributed.start_up import StartUp, start_up
 from gpt_simple.errors import ConfigError, GptSimpleError, RankFailed
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -78,6 +81,8 @@ class ProcessGroup:
     rank: int
     size: int
     device: torch.device
+    mesh: DeviceMesh | None = None
+    """The processes over which the model is divided; None if each has all of it."""
     _host_group: Any = None
     _patient_group: Any = None
     _failures: FailureDetection | None = None
@@ -85,11 +90,12 @@ class ProcessGroup:
     _threads: int = field(factory=torch.get_num_threads)
 
     @classmethod
-    def join(cls, timeout: float, starting: StartUp | None = None) -> ProcessGroup:
+    def join(cls, timeout: float, starting: StartUp | None = None, *, shards: bool = False) -> ProcessGroup:
         """Set up this process (and its group, under torchrun) through Accelerate.
 
         ``timeout``: seconds that a process waits for the others in a step before it gives up. ``starting``: how it
-        hears of a stop while it waits for them, until ``started`` is called.
+        hears of a stop while it waits for them, until ``started`` is called. ``shards``: divide the model over several
+        processes.
         """
         for name, harmless in _CONTRADICTIONS.items():
             value = os.environ.get(name)
@@ -117,12 +123,18 @@ class ProcessGroup:
             rank,
             size,
             device,
+            mesh=_wait(starting, partial(_mesh, device, size)) if shards else None,
             host_group=host_group,
             patient_group=patient_group,
             failures=FailureDetection(rank, size, timeout, PrefixStore("gpt_simple", _get_default_store())),
             starting=starting,
             threads=threads,
         )
+
+    @property
+    def shards(self) -> bool:
+        """Whether each process has only its part of the model."""
+        return self.mesh is not None
 
     @property
     def is_main(self) -> bool:
@@ -137,6 +149,11 @@ class ProcessGroup:
         """The module whose backward reduces gradients; the raw one if there is one process, or nothing to train."""
         if self.size == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
             return model
+        if self.mesh is not None:
+            from gpt_simple.distributed.sharding import Sharded, fit_whole
+
+            short = self.all_reduce_max([not fit_whole(model, self.device)])
+            return Sharded(model, keeps_gathered=not any(short))
         with warnings.catch_warnings():
             # Its successor still sends the buffers once, and torch before 2.13 has none.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
@@ -147,13 +164,23 @@ class ProcessGroup:
                 broadcast_buffers=False,
             )
 
+    def reshard(self, model: torch.nn.Module) -> None:
+        """Free the whole parameters of a divided model. A pass without gradients does it by itself."""
+        if self.mesh is not None:
+            from gpt_simple.distributed.sharding import reshard
+
+            reshard(model)
+
     def release_wrapped(self) -> None:
         """Free what ``wrap`` has returned and nothing refers to: its buckets and its hooks on gradients."""
         if self.size > 1:
             gc.collect()  # it refers to itself
 
-    def accumulating(self, wrapped: torch.nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+    def accumulating(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
         """The context of a micro-batch: gradients are reduced on the last one only."""
+        if self.mesh is not None:
+            wrapped.begin(is_last=is_last)
+            return nullcontext()
         if is_last or not isinstance(wrapped, DistributedDataParallel):
             return nullcontext()
         return wrapped.no_sync()
@@ -177,6 +204,14 @@ class ProcessGroup:
         group = self._patient_group if patient else self._host_group
         _wait(self._starting, lambda: dist.all_gather_object(values, value, group=group))
         return values
+
+    def of_main(self, number: int) -> int:
+        """The main process's ``number``, on all of them: one collective of a host tensor."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number)
+        dist.broadcast(value, 0, group=self._host_group)
+        return int(value)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, on the device of ``value``."""
@@ -281,6 +316,12 @@ class ProcessGroup:
 
 def _wait(starting: StartUp | None, collective: Callable[[], T]) -> T:
     return collective() if starting is None else starting.wait(collective)
+
+
+def _mesh(device: torch.device, size: int) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
 
 
 def _require_place(size: int) -> None:

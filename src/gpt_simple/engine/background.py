@@ -40,13 +40,16 @@ class BackgroundWriter:
         documents: Mapping[str, Any],
         *,
         must_be_finite: Collection[str],
+        are_copies: bool = False,
     ) -> None:
         """Copy everything and return; the caller may change it from then on. Take the last ``result`` before.
 
-        ``must_be_finite``: names in ``model``.
+        ``must_be_finite``: names in ``model``. ``are_copies``: the caller has made copies in host memory.
         """
         assert self._writing is None
-        self._copies = {stem: self._copied(stem, group) for stem, group in tensors.items()}
+        self._copies = {
+            stem: dict(group) if are_copies else self._copied(stem, group) for stem, group in tensors.items()
+        }
         copied = json.loads(json.dumps(documents))
         self._writing = self._pool.submit(self._write, step, copied, must_be_finite)
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from attrs import define, field, frozen
 
+from gpt_simple.checkpoint.divided import local_part
 from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.background import BackgroundWriter, NotFinite
@@ -25,8 +26,13 @@ from gpt_simple.hooks.events import CheckpointSaved, CheckpointSaving
 from gpt_simple.plugin_host.dispatch import Calls
 from gpt_simple.run_dir.status import StatusFile
 
-Snapshot = tuple[Mapping[str, Mapping[str, torch.Tensor]], Mapping[str, Any]]
+Tensors = Mapping[str, Mapping[str, torch.Tensor]]
+Snapshot = tuple[Tensors, Mapping[str, Any]]
 """Tensors and JSON documents of a checkpoint, by the stem of the file they go to."""
+
+Collect = Callable[[], Snapshot]
+"""Returns the content of a checkpoint on the main rank. All ranks call it together: each may have a part of a tensor,
+and what is whole then is a copy in host memory."""
 
 _REPEAT_SECONDS = 60.0
 """How often a persistent failure is reported again."""
@@ -58,12 +64,12 @@ class SaveResult:
 
 @define(eq=False)
 class Checkpointer:
-    """Saves what ``snapshot`` returns. All ranks call ``save`` and ``poll`` together; the main one writes."""
+    """Saves what ``collect`` returns. All ranks call ``save`` and ``poll`` together; the main one writes."""
 
     run: RunView
     calls: Calls
     run_dir: RunDirOwner
-    snapshot: Callable[[], Snapshot]
+    collect: Collect
     time_budget: TimeBudget | None
     retry_due: bool = field(default=False, init=False)
     """Whether the newest save failed and should be tried again soon."""
@@ -88,16 +94,17 @@ class Checkpointer:
             return ""
         self._outdated = False
         in_background = run.config.training.background_save and not blocking
-        if not in_background and not dist.on_main(lambda: all_finite(run.raw.parameters())):
+        if not in_background and not self._all_finite():
             return self._not_finite(run.step)
         if self.calls.on_checkpoint_saving is not None:
             with run.comm.during("on_checkpoint_saving"):
                 self.calls.on_checkpoint_saving(run, CheckpointSaving(run.step, reason))
+        snapshot = self.collect()
         if in_background:
-            dist.on_main(self._begin)
+            dist.on_main(lambda: self._begin(*snapshot))
             self._pending = run.step, reason
             return ""
-        self._finish(dist.on_main(lambda: self._write(must_succeed=blocking)), reason)
+        self._finish(dist.on_main(lambda: self._write(*snapshot, must_succeed=blocking)), reason)
         if self.time_budget is not None:
             self.time_budget.record_save(time.perf_counter() - started)
         return ""
@@ -137,17 +144,25 @@ class Checkpointer:
         kept = f"the last good checkpoint is {good[-1].path}" if good else "there is no earlier checkpoint"
         return f"weights are not finite after step {step}; nothing was written, {kept}"
 
-    def _begin(self) -> None:
+    def _all_finite(self) -> bool:
+        """Whether all weights are finite, of which each rank may have a part."""
+        dist = self.run.dist
+        if not dist.shards:
+            return dist.on_main(lambda: all_finite(self.run.raw.parameters()))
+        return not any(dist.all_reduce_max([not all_finite(map(local_part, self.run.raw.parameters()))]))
+
+    def _begin(self, tensors: Tensors, documents: Mapping[str, Any]) -> None:
         self.run_dir.keep()
         # A buffer may hold an infinity, as a mask does.
         model = self.run.guarded
         weights = model.state_dict().keys() - dict(model.named_buffers()).keys()
-        self.run_dir.writer.begin(self.run.step, *self.snapshot(), must_be_finite=weights)
+        self.run_dir.writer.begin(
+            self.run.step, tensors, documents, must_be_finite=weights, are_copies=self.run.dist.shards
+        )
 
-    def _write(self, *, must_succeed: bool) -> Published | None:
+    def _write(self, tensors: Tensors, documents: Mapping[str, Any], *, must_succeed: bool) -> Published | None:
         self.run_dir.keep()
         try:
-            tensors, documents = self.snapshot()
             return self.run_dir.store.publish(self.run.step, tensors=tensors, documents=documents)
         except CheckpointError as error:
             if must_succeed:

@@ -56,7 +56,9 @@ def plan(config: TrainingConfig, device: torch.device, world_size: int, *, expli
     eager with a warning. A backend that torch does not have is a ConfigError.
     """
     lengths = len({stage.length for stage in config.warmup_stages} | {None})
-    eager = CompilePlan(False, config.compile_scope, config.compile_backend, lengths=lengths)
+    shards = config.parallel == "fsdp" and world_size > 1
+    scope = "blocks" if shards else config.compile_scope
+    eager = CompilePlan(False, scope, config.compile_backend, lengths=lengths)
     if not config.compile:
         return eager
     _refuse_unknown(config.compile_backend)
@@ -65,6 +67,9 @@ def plan(config: TrainingConfig, device: torch.device, world_size: int, *, expli
         raise ConfigError(f"{missing}, or set training.compile to false", key="training.compile")
     if missing:
         return evolve(eager, warning=f"running eager: {missing}")
+    if shards:
+        note = 'training.parallel "fsdp" gathers one block after another: each block is compiled'
+        return evolve(eager, enabled=True, note=note if config.compile_scope != scope else "")
     flag = _ddp_optimizer(config, world_size)
     note = ""
     if flag is not None:

@@ -24,10 +24,12 @@ class Precision:
     device: torch.device
     dtype: torch.dtype | None
     scaler: torch.amp.GradScaler
+    of_weights: bool = False
+    """Whether the model itself has ``dtype`` in its passes, as one that is divided over processes."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward pass."""
-        if self.dtype is None:
+        if self.dtype is None or self.of_weights:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 

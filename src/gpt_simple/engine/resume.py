@@ -45,7 +45,8 @@ _NEUTRAL = (
     "training.peak_flops",
     "training.wandb_project",
     "training.wandb_run_name",
-    "training.deterministic",  # the numerics have it
+    "training.deterministic",  # the numerics have it, and the next
+    "training.parallel",
     "plugins.",  # those of other packages are compared separately
 )
 _DETERMINISTIC = "deterministic"  # in the numerics
@@ -328,8 +329,9 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> C
 
 
 def _other_digits(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """The differences of two numerics. Earlier runs do not record what is false."""
-    return _differences({_DETERMINISTIC: False, **saved}, {_DETERMINISTIC: False, **now})
+    """The differences of two numerics. What is usual is not recorded."""
+    usual = {_DETERMINISTIC: False, "parallel": "ddp"}
+    return _differences({**usual, **saved}, {**usual, **now})
 
 
 def _order_kept(saved: Mapping[str, Any], now: Mapping[str, Any], samples: int) -> str:

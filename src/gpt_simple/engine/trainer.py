@@ -93,8 +93,10 @@ class Trainer:
         self._reducer = MetricReducer(self.run.dist)
         listeners = self.calls.plugins("on_gradients")
         self._may_skip = tuple(plugin.name for plugin in listeners)
-        # A plugin that reads the norm after another one would find edited gradients.
-        self._norm_first = any(plugin.names("grad_norm") for plugin in listeners[1:])
+        # A plugin that reads the norm after another one would find edited gradients. Of divided gradients all ranks
+        # compute it together, whichever of them read it.
+        others = listeners if self.run.dist.shards else listeners[1:]
+        self._norm_first = any(plugin.names("grad_norm") for plugin in others)
         self._no_skip = torch.zeros((), device=self.run.device)
         self._loss_monitor = LossMonitor(self.run.config.training.max_skipped_steps)
 
@@ -147,7 +149,7 @@ class Trainer:
             )
 
     def _warm_up(self) -> None:
-        if self.run.world_size > 1:
+        if self.run.world_size > 1 and not self.run.dist.shards:
             self.train_step.warm_up_ddp(self._zero_batch())
 
     def _zero_batch(self) -> Batch:

@@ -224,9 +224,19 @@ class ModelView(LaunchView):
     def generate(self, prompt: str = "", **options: Any) -> str:
         if any(parameter.is_meta for parameter in self.raw.parameters()):
             raise _missing("generate")
+        if self.dist.shards:
+            self._check_together("run.generate")
+            options["agree"] = self.dist.of_main  # equal weights may give other digits on another machine
         # The length grows token by token: torch would compile for each.
         with self.evaluating(), torch.compiler.set_stance("force_eager"):
-            return generate(self.guarded, self.tokenizer, prompt, forward=self.forward, **options)
+            text = generate(self.guarded, self.tokenizer, prompt, forward=self.forward, **options)
+        self.dist.reshard(self.raw)
+        return text
+
+    def _check_together(self, what: str) -> None:
+        """Raise PluginError where only some ranks use a model of which each has a part."""
+        if self.dist.shards and not (self.watch.caller is not None and self.watch.caller.ranks == "all"):
+            self.comm.check(what)
 
 
 @frozen(eq=False)
@@ -285,6 +295,7 @@ class RunView(OptimizerView):
         return deepcopy(self.kept.get(key, default))
 
     def loss(self, batch: Batch) -> torch.Tensor:
+        self._check_together("run.loss")
         return self.summed_loss(batch)
 
     def weights(self, weights: Mapping[str, torch.Tensor] | str) -> Exchange:

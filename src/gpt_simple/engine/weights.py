@@ -14,6 +14,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from gpt_simple.checkpoint.divided import local_part
 from gpt_simple.errors import PluginError
 from gpt_simple.plugin_host.dispatch import Watch
 
@@ -125,7 +126,7 @@ def paired(model: torch.nn.Module, weights: Mapping[str, Any]) -> Sequence[tuple
         parameter, tensor = parameters[name], weights[name]
         if problem := _misfit(parameter, tensor):
             problems.append(f"{name}: {problem}")
-        elif _local(tensor).numel() and (owner := owners.setdefault(_memory(tensor), name)) not in own:
+        elif local_part(tensor).numel() and (owner := owners.setdefault(_memory(tensor), name)) not in own:
             problems.append(f"{name}: shares its memory with {owner}")
         else:
             pairs.append((parameter, tensor))
@@ -156,14 +157,8 @@ def _layout(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype}{kind}".replace("torch.", "")
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has: all of it, unless it is divided over processes."""
-    part: Tensor = getattr(tensor, "to_local", lambda: tensor)()
-    return part
-
-
 def _memory(tensor: Tensor) -> object:
-    return tensor.device, _local(tensor).data_ptr()
+    return tensor.device, local_part(tensor).data_ptr()
 
 
 @define(eq=False)
@@ -183,7 +178,7 @@ class WeightWatch(Watch):
 
     def start(self, run: Any) -> None:
         """Watch ``run``: a change from here on counts. A hook before may have set values of its own."""
-        found = [parameter for parameter in run.raw.parameters() if _local(parameter).numel()]
+        found = [parameter for parameter in run.raw.parameters() if local_part(parameter).numel()]
         self._run, self._step, self._kept = run, -1, None
         self._parameters = found[:: -(-len(found) // _SAMPLED) or 1]
 
@@ -211,9 +206,9 @@ class WeightWatch(Watch):
         return places != places_now or not bool(same.all())
 
     def _sample(self) -> tuple[list[int], Tensor]:
-        places = [parameter.data_ptr() for parameter in self._parameters]
+        places = [local_part(parameter).data_ptr() for parameter in self._parameters]
         if places != self._places:
             self._places = places
-            parts = [_local(parameter.detach()) for parameter in self._parameters]
+            parts = [local_part(parameter.detach()) for parameter in self._parameters]
             self._elements = [part[tuple(size // 2 for size in part.shape)] for part in parts]
         return places, torch.stack(self._elements)

@@ -90,10 +90,18 @@ class ModelExtras(Protocol):
         """
 
     blocks: torch.nn.ModuleList
-    """The blocks that ``training.compile_scope = "blocks"`` compiles."""
+    """The blocks that ``training.compile_scope = "blocks"`` compiles, and which ``training.parallel = "fsdp"`` gathers
+    one by one."""
 
     n_positions: int
     """The number of tokens that the model can read. Samples that outgrow it go on from their newest half."""
+
+    def init_weights(self) -> None:
+        """Give every parameter and buffer its starting value, from torch's global generator.
+
+        ``training.parallel = "fsdp"`` needs it: the model is built on the meta device, and an operation on a parameter
+        here draws the whole of it, of which a process keeps its slice.
+        """
 
     def set_activation_checkpointing(self, every: int) -> None:
         """Recompute every ``every``-th block in the backward pass, none with 0: ``training.gradient_checkpointing``."""
@@ -108,7 +116,10 @@ class ModelExtras(Protocol):
 class OptimizerFactory(Protocol):
     """Called with the raw model, the section ``[optimizer]`` and the device, on every process.
 
-    It optimizes the parameters with ``requires_grad``. Called again for ``run.control.rebuild_optimizer``.
+    It optimizes the parameters with ``requires_grad``. Called again for ``run.control.rebuild_optimizer``. With
+    ``training.parallel = "fsdp"`` parameters and gradients are ``torch.distributed.tensor.DTensor``, of which each
+    process has a slice. State with the shape of its parameter is divided like it; other state is the same on all
+    processes.
 
     Example::
 

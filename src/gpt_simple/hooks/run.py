@@ -233,7 +233,11 @@ class Run(Protocol):
         """
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Summed cross-entropy of a batch (nats, 0-d, on the device), by the compiled model."""
+        """Summed cross-entropy of a batch (nats, 0-d, on the device), by the compiled model.
+
+        With ``training.parallel = "fsdp"`` all processes compute it together, each of a batch of its own: PluginError
+        where they do not, as with ``comm``. A plugin with ``ranks = "all"`` calls it on all of them.
+        """
 
     def weights(self, weights: Mapping[str, torch.Tensor] | str) -> AbstractContextManager[None]:
         """Put other weights into the model: a set by its name, or one tensor for each parameter by its name.
@@ -257,7 +261,10 @@ class Run(Protocol):
         top_k: int | None = 50,
         seed: int = 0,
     ) -> str:
-        """Prompt and continuation from the raw, uncompiled module. Training is not affected."""
+        """Prompt and continuation from the raw, uncompiled module. Training is not affected.
+
+        With ``training.parallel = "fsdp"`` all processes generate one text together, as ``loss`` has it.
+        """
 
     def peak_memory(self) -> int:
         """The most bytes used so far: allocated on a GPU in this run, else the process's resident set."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
-from attrs import asdict
+from attrs import asdict, evolve
 
 from gpt_simple._names import __version__
 from gpt_simple.checkpoint.state import (
@@ -115,15 +115,24 @@ def _closing(loader: Loader) -> Iterator[None]:
 
 
 def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
-    with isolated_rng(derive_seed(job.config.training.seed, _MODEL_STREAM), torch.device("cpu")):
+    dist, plugins, seed = job.dist, job.plugins, derive_seed(job.config.training.seed, _MODEL_STREAM)
+    host = torch.device("cpu")
+    with isolated_rng(seed, host), torch.device("meta") if dist.shards else nullcontext():
         model = new_model(job.spec, data.tokenizer)
-    guarded(job.spec.registry, job.config, model).to(job.dist.device)
-    plugins = job.plugins
+    calls = guarded(job.spec.registry, job.config, model)
+    if not dist.shards:
+        calls.to(dist.device)
     plugins.adopt(model_view(job, data, plan, model))
     if plugins.calls.on_model_built is not None:
         with plugins.comm.during("on_model_built"):
             plugins.calls.on_model_built(plugins.view, ModelBuilt(model, plan.step))
     checkpoint_activations(job.spec, model)
+    if dist.mesh is not None:
+        from gpt_simple.distributed.sharding import shard  # seconds, which other runs do not need
+
+        init_weights: Callable[[], object] = calls.init_weights  # type: ignore[assignment]
+        with isolated_rng(seed, host):
+            shard(model, init_weights, dist.mesh, dist.device, job.runtime.precision.dtype)
     return model
 
 
@@ -133,11 +142,13 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
     job.dist.on_main(lambda: job.spec.host.check_used_weights(sets))
     if checkpoint is None:
         return
-    load_model(guarded(job.spec.registry, job.config, model), store.load_tensors(checkpoint, "model"))
+    with store.mapped(checkpoint, "model") as tensors:
+        load_model(guarded(job.spec.registry, job.config, model), tensors)
     restore = job.spec.registry.get("optimizer", job.config.optimizer.name).attributed(
         restore_optimizer, "cannot restore its state"
     )
-    restore(optimizer, model, store.load_tensors(checkpoint, "optimizer"), state["optimizer"])
+    with store.mapped(checkpoint, "optimizer") as tensors:
+        restore(optimizer, model, tensors, state["optimizer"])
     if state["scaler"]:
         job.runtime.precision.scaler.load_state_dict(state["scaler"])
     job.spec.host.load_state(
@@ -151,7 +162,8 @@ def _restore(job: Job, plan: ResumePlan, model: torch.nn.Module, optimizer: torc
         if name == EVAL:
             continue  # the optimizer makes them from its own state
         if name in sets:
-            load_weights(name, sets[name], store.load_tensors(checkpoint, weights_stem(name)))
+            with store.mapped(checkpoint, weights_stem(name)) as tensors:
+                load_weights(name, sets[name], tensors)
             restored.append(name)
         else:
             job.plugins.log.warning(
@@ -228,7 +240,7 @@ def _trainer(
         run=run,
         calls=plugins.calls,
         run_dir=run_dir,
-        snapshot=partial(_snapshot, job, plan, model, current, run_dir.record, loader.plan),
+        collect=partial(_collect, job, plan, model, current, run_dir.record, loader.plan),
         time_budget=time_budget,
     )
     return Trainer(
@@ -254,6 +266,17 @@ def _warn_of_early_end(job: Job, loader: Loader) -> None:
         )
 
 
+def _collect(job: Job, *parts: Any) -> Snapshot:
+    """The content of a checkpoint on the main process; where the model is divided, of the parts of all of them."""
+    dist = job.dist
+    tensors, documents = dist.all_or_none(lambda: _snapshot(job, *parts) if dist.is_main or dist.shards else ({}, {}))
+    if dist.shards:
+        from gpt_simple.distributed.state_gathering import gather_state
+
+        tensors = gather_state(dist, tensors)
+    return tensors, documents
+
+
 def _snapshot(
     job: Job,
     plan: ResumePlan,
@@ -262,7 +285,7 @@ def _snapshot(
     record: RunRecord,
     batch_plan: BatchPlan,
 ) -> Snapshot:
-    """The content of a checkpoint: tensors and JSON documents by file stem."""
+    """The content of a checkpoint, as far as this process has it: tensors and JSON documents by file stem."""
     moments, optimizer_document = optimizer_state(job, current)
     plugin_records, plugin_tensors = job.spec.host.state()
     weights = model_tensors(guarded(job.spec.registry, job.config, model))
@@ -293,13 +316,14 @@ def _run_info(job: Job, data: Dataset, model: torch.nn.Module, batch_plan: Batch
     flops: Callable[[int], float] | None = getattr(model, "flops_per_token", None)
     document_kernel: Callable[[torch.device], str] | None = getattr(model, "document_kernel", None)
     precision, compile_plan = job.runtime.precision, job.runtime.compile_plan
-    with precision.autocast():
+    with evolve(precision, of_weights=False).autocast():
         kernel = document_kernel(device) if document_kernel and config.data.document_mask else None
     return {
         "device": _device_name(device),
         "precision": precision.name,
         "precision_why": precision.why,
         "compile": compile_plan.scope if compile_plan.enabled else "off",
+        "parallel": "fsdp" if job.dist.shards else "ddp" if job.dist.size > 1 else None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_token": flops(config.data.max_length) if flops is not None else None,
         "peak_flops": config.training.peak_flops or peak_flops(_device_name(device), precision.name),

@@ -10,10 +10,12 @@ import torch
 
 from gpt_simple._documents import check, read
 from gpt_simple._names import DISTRIBUTION
+from gpt_simple.checkpoint.divided import is_divided
 from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store, weights_stem
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.tokenizer import load_tokenizer
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compatibility import keep_values
 from gpt_simple.engine.components import guarded
 from gpt_simple.engine.resume import check_weights
@@ -76,6 +78,29 @@ def refuse_weights(spec: RunSpec, data: Dataset, model: torch.nn.Module) -> None
             ' parameter "weights"',
             key="data.source",
             hint="choose another source, model or training.loss",
+        )
+
+
+def refuse_unshardable(spec: RunSpec, model: torch.nn.Module) -> None:
+    """Raise ConfigError if ``model`` cannot be divided over processes."""
+    needed = {
+        "init_weights()": callable(getattr(model, "init_weights", None)),
+        "blocks (a ModuleList)": isinstance(getattr(model, "blocks", None), torch.nn.ModuleList),
+    }
+    if missing := [name for name, is_there in needed.items() if not is_there]:
+        raise ConfigError(
+            f"the model {spec.config.model.name!r} has no {' and no '.join(missing)}, by which it would be divided",
+            key="training.parallel",
+            hint='use "ddp" or another model',
+        )
+
+
+def refuse_undivided(dist: ProcessGroup, model: torch.nn.Module) -> None:
+    """Raise PluginError if a divided model has parameters that no process would reduce the gradients of."""
+    if dist.shards and (names := [name for name, each in model.named_parameters() if not is_divided(each)]):
+        raise PluginError(
+            f"a plugin has given the model the parameters {', '.join(names[:3])} after it was divided over processes",
+            hint='with training.parallel = "fsdp" parameters can be frozen and changed, and none is added or replaced',
         )
 
 

@@ -20,7 +20,7 @@ from gpt_simple.errors import CheckpointError, PluginError, RankFailed
 from gpt_simple.hooks.components import Component
 from gpt_simple.hooks.events import OptimizerBuilt
 from gpt_simple.job.job import Job
-from gpt_simple.job.model import checkpoint_activations
+from gpt_simple.job.model import checkpoint_activations, refuse_undivided
 
 T = TypeVar("T")
 
@@ -64,6 +64,7 @@ def rebuild_optimizer(job: Job, current: CurrentOptimizer, train_step: TrainStep
     model.to(dist.device)
     checkpoint_activations(job.spec, model)
     _refuse_different(job, model)
+    refuse_undivided(dist, model)
     current.replace(_new_optimizer(job, model))
     compute = build_step(job.spec.registry, job.config, model)
     train_step.renew(current.optimizer, train_step.module, compute)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.compile import CompilePlan
@@ -39,7 +39,7 @@ def resolve_runtime(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
 
 def _resolve(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
     training = spec.config.training
-    precision = resolve_precision(training.mixed_precision, dist.device)
+    precision = evolve(resolve_precision(training.mixed_precision, dist.device), of_weights=dist.shards)
     explicit = not spec.origins.is_default("training.compile")
     compile_plan = plan_compile(training, dist.device, dist.size, explicit=explicit)
     deadline = Deadline.of_launch(training, os.environ, started=began, now=time.monotonic(), clock=time.time())
@@ -53,5 +53,7 @@ def _resolve(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
+    if dist.shards:
+        numerics["parallel"] = "fsdp"
     numerics = with_determinism(numerics, repeats_bits())
     return Runtime(precision, compile_plan, deadline, numerics)

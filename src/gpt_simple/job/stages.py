@@ -36,7 +36,13 @@ from gpt_simple.hardware import why_no_gpu
 from gpt_simple.hooks.preflight import PreflightOptions
 from gpt_simple.hooks.results import Finding
 from gpt_simple.job.job import Job
-from gpt_simple.job.model import checkpoint_activations, new_model, refuse_shared_documents, refuse_weights
+from gpt_simple.job.model import (
+    checkpoint_activations,
+    new_model,
+    refuse_shared_documents,
+    refuse_unshardable,
+    refuse_weights,
+)
 from gpt_simple.launch.member import processes
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.run_dir.lock import RunLock
@@ -51,7 +57,7 @@ def init_distributed(spec: RunSpec, signals: StopSignals) -> Iterator[ProcessGro
     """
     timeout = spec.config.training.peer_timeout_seconds
     with start_up(signals, processes(os.environ), timeout) as starting:
-        dist = ProcessGroup.join(timeout, starting)
+        dist = ProcessGroup.join(timeout, starting, shards=spec.config.training.parallel == "fsdp")
         try:
             dist.assert_same_on_all_ranks(
                 lambda: {**_launch_info(spec), "type of device": dist.device.type},
@@ -178,6 +184,8 @@ def _preflight(job: Job, data: Dataset, plan: ResumePlan) -> TimeBudget | None:
     refuse_weights(job.spec, data, model)
     checkpoint_activations(job.spec, model)
     refuse_uncompilable(model, job.runtime.compile_plan)
+    if job.dist.shards:
+        refuse_unshardable(job.spec, model)
     time_budget = None
     if job.runtime.deadline is not None:
         size = sum(parameter.nbytes for parameter in model.parameters())

@@ -33,6 +33,7 @@ def generate(
     stop_at_eod: bool = True,
     context: int | None = None,
     forward: Callable[..., Tensor] | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> str:
     """The prompt and what the model says next, as the start of a document.
 
@@ -42,7 +43,8 @@ def generate(
     attribute; text that outgrows it goes on from its newest half.
 
     Any model whose ``forward(input_ids)`` returns logits ``[B, T, V]`` will do; ``GPT`` is run with a cache.
-    ``forward`` replaces the call of any other model. Runs in the caller's autocast, in eval mode, and leaves the
+    ``forward`` replaces the call of any other model. ``agree`` returns the token to go on with for the one that was
+    drawn, where several processes generate together. Runs in the caller's autocast, in eval mode, and leaves the
     model in the mode it found.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -54,6 +56,8 @@ def generate(
         for _ in range(max_new_tokens):
             logits = reader.next_logits(ids)[: tokenizer.vocab_size].float().cpu()
             token = draw(logits, generator, temperature=temperature, top_k=top_k, top_p=top_p)
+            if agree is not None:
+                token = agree(token)
             if stop_at_eod and token == tokenizer.eod_id:
                 break
             ids.append(token)

@@ -120,14 +120,14 @@ class GPT(nn.Module):
     def decode(self, input_ids: Tensor, cache: list[LayerCache]) -> Tensor:
         """Logits ``[B, V]`` of the token that follows ``input_ids`` ``[B, T]``, given what the cache has seen.
 
-        The first call takes the whole prompt, each later one a single token. Blocks are run as written, also
-        when they are compiled: a growing cache would compile them again for every length.
+        The first call takes the whole prompt, each later one a single token. A growing cache would compile the blocks
+        again for every length.
         """
         start = cache[0].length
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         x, rotation = self._embed(input_ids, positions)
         for block, layer in zip(self.blocks, cache, strict=True):
-            x = block.forward(x, rotation, None, layer)
+            x = block.decode(x, rotation, layer)  # type: ignore[operator]
         return F.linear(self.norm(x[:, -1]), self.head_weight)
 
     def new_cache(self) -> list[LayerCache]:
@@ -226,6 +226,10 @@ class Block(nn.Module):
         """``[B, T, n_embd]`` to the same shape; see ``Attention.forward`` for the other arguments."""
         x = x + self._drop(self.attention(self.attention_norm(x), rotation, mask, cache))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def decode(self, x: Tensor, rotation: Rotation | None, cache: LayerCache) -> Tensor:
+        """``forward`` after what ``cache`` has seen, as written, also when the block is compiled."""
+        return self.forward(x, rotation, None, cache)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -65,7 +65,8 @@ class Memory(Plugin[NoConfig]):
         every = run.config.training.save_steps
         if every and (event.step + 1) % every == 0:
             self._predicted += self._prediction.copy  # during the second step the save of the first holds a copy
-        held = {tensor.data_ptr(): tensor.nbytes for tensor in (*run.model.parameters(), *run.model.buffers())}
+        parts = [getattr(each, "to_local", lambda each=each: each)() for each in run.model.parameters()]
+        held = {part.data_ptr(): part.nbytes for part in (*parts, *run.model.buffers())}
         self._held = sum(held.values())
         if event.resumed_from is not None:
             self._held += self._prediction.by_category["optimizer"]

@@ -30,9 +30,11 @@ class SampleConfig:
 
 
 class Sample(Plugin[SampleConfig]):
-    """Runs on the main process."""
+    """Runs on the main process, or on all of them if each has a part of the model."""
 
     Config = SampleConfig
+    ranks = "all"
+    on_error = "disable"
 
     def __init__(self, config: SampleConfig) -> None:
         super().__init__(config)
@@ -40,6 +42,8 @@ class Sample(Plugin[SampleConfig]):
 
     @hookimpl
     def on_eval_end(self, run: Run, event: ev.EvalEnd) -> None:
+        if not run.is_main and run.facts()["parallel"] != "fsdp":
+            return
         config = self.config
         self._texts = []
         for index, prompt in enumerate(config.prompts):

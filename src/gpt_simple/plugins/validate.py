@@ -302,8 +302,10 @@ def _device(run: Run) -> Iterator[Finding]:
         return
     import torch
 
-    # Weights, gradients and two moments in fp32.
+    # Weights, gradients and two moments in fp32, of which each process may have its part.
     needed = sum(16 * parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    if run.config.training.parallel == "fsdp":
+        needed //= run.world_size
     free, memory = torch.cuda.mem_get_info(run.device)
     # What torch holds and no tensor takes is free, too.
     free += torch.cuda.memory_reserved(run.device) - torch.cuda.memory_allocated(run.device)

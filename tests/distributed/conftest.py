@@ -1,0 +1,7 @@
+"""Several processes, as in tests/launch, and models divided over them."""
+
+from __future__ import annotations
+
+from tests.launch.conftest import ranks
+
+__all__ = ["ranks"]
