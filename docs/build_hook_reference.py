@@ -122,7 +122,7 @@ section. It must have the fields that the engine reads, which are listed below. 
 
 The options of a step, a loss, a store or a schedule are its plugin's own, in the table `[plugins.NAME]`. The factory
 finds them in the whole configuration, as `plugins.tables["NAME"]`. A schedule gets that as `run_config`, if its factory
-has a parameter of this name:
+has a parameter of this name. A tokenizer gets the section `[data]` alone, because prepared data are found again by it:
 
 ```python
 # file: halving.py

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 
-from gpt_simple._names import PROGRAM
 from gpt_simple.config.frozen import json_value
 from gpt_simple.config.render import toml_text
 from gpt_simple.config.types import fields_of
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import CONFIG_KEY, Registry
 from gpt_simple.hooks.specs import HOOKS
-from gpt_simple.plugin_host.activation import is_file
+from gpt_simple.plugin_host.activation import is_file, unknown_plugin
 from gpt_simple.plugin_host.discovery import DEFAULT_ON, ENABLED_BY, PluginRecord, installed, summary, usable
 from gpt_simple.plugin_host.lint import hooks_of
 from gpt_simple.plugin_host.loading import LoadedPlugin, load_file, load_plugin
@@ -26,9 +24,7 @@ def find(name: str) -> tuple[LoadedPlugin, PluginRecord | None]:
         return load_plugin(own_name, cls, None), None
     records = usable(installed())
     if (record := records.get(name)) is None:
-        close = difflib.get_close_matches(name, records, 1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"no plugin {name!r} is installed{meant} (`{PROGRAM} plugins list` shows them all)")
+        raise ConfigError(unknown_plugin(name, records))
     return load_plugin(name, None, record), record
 
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from gpt_simple._documents import COUNT
 from gpt_simple._documents import read as read_document
-from gpt_simple._files import fsync
+from gpt_simple._files import write_whole
 from gpt_simple.data.cache import remove
 from gpt_simple.data.manifest import ALL, content, token_dtype
 from gpt_simple.data.sources import files
@@ -228,10 +228,7 @@ def make_part(unit: Unit, settings: Settings) -> Skipped:
         for file in (tokens, documents):
             file.flush()
             os.fsync(file.fileno())
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"skipped": asdict(skipped), "sha256": _checksum(path, skipped)}))
-    fsync(temporary)
-    temporary.replace(path)
+    write_whole(path, json.dumps({"skipped": asdict(skipped), "sha256": _checksum(path, skipped)}))
     return skipped
 
 

@@ -44,10 +44,9 @@ def evaluation_weights(
         yield
         return
     originals = _Originals(_tensors([vars(optimizer), optimizer.param_groups, optimizer.state]))
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            originals.keep(parameter.detach())
     parameters = [(parameter, parameter.detach()) for group in optimizer.param_groups for parameter in group["params"]]
+    for _, before in parameters:
+        originals.keep(before)
     groups = [dict(group) for group in optimizer.param_groups]
     state = {key: dict(value) if isinstance(value, dict) else value for key, value in optimizer.state.items()}
     try:

@@ -170,22 +170,23 @@ class WeightWatch(Watch):
     """
 
     _run: Any = field(default=None, init=False)
-    _step: int = field(default=-1, init=False)
     _parameters: Sequence[Tensor] = field(default=(), init=False)
-    _elements: list[Tensor] = field(factory=list, init=False)
     _places: list[int] = field(factory=list, init=False)
-    _kept: tuple[list[int], Tensor] | None = field(default=None, init=False)
+    """Where the parameters were when ``_elements`` were taken, which are views of them."""
+    _elements: list[Tensor] = field(factory=list, init=False)
+    _step: int = field(default=-1, init=False)
+    """The step that was marked, of which ``_kept`` has the elements."""
+    _kept: Tensor = field(factory=lambda: torch.empty(0), init=False)
 
     def start(self, run: Any) -> None:
         """Watch ``run``: a change from here on counts. A hook before may have set values of its own."""
         found = [parameter for parameter in run.raw.parameters() if local_part(parameter).numel()]
-        self._run, self._step, self._kept = run, -1, None
-        self._parameters = found[:: -(-len(found) // _SAMPLED) or 1]
+        self._run, self._step, self._parameters = run, -1, found[:: -(-len(found) // _SAMPLED) or 1]
 
     def close(self) -> None:
         """Let go of the run."""
-        self._run, self._parameters, self._kept = None, (), None
-        self._elements, self._places, self.caller = [], [], None
+        self._run, self._parameters, self._places, self._elements = None, (), [], []
+        self._kept, self.caller = torch.empty(0), None
         self.holders.clear()
 
     def taken(self) -> None:
@@ -195,20 +196,18 @@ class WeightWatch(Watch):
             self.mark()
 
     def mark(self) -> None:
-        if self._parameters and self._run.step != self._step and not OPEN:
-            self._step, self._kept = self._run.step, self._sample()
+        if not self._parameters or self._run.step == self._step or OPEN:
+            return
+        if (places := self._places_now()) != self._places:
+            parts = [local_part(parameter.detach()) for parameter in self._parameters]
+            self._places, self._elements = places, [part[tuple(size // 2 for size in part.shape)] for part in parts]
+        self._step, self._kept = self._run.step, torch.stack(self._elements)
 
     def changed(self) -> bool:
-        if self._kept is None or self._run.step != self._step or OPEN:
+        if not self._parameters or self._run.step != self._step or OPEN:
             return False
-        (places, kept), (places_now, now) = self._kept, self._sample()
-        same = (kept == now) | (kept != kept) & (now != now)
-        return places != places_now or not bool(same.all())
+        moved = self._places_now() != self._places
+        return moved or not torch.allclose(self._kept, torch.stack(self._elements), rtol=0.0, atol=0.0, equal_nan=True)
 
-    def _sample(self) -> tuple[list[int], Tensor]:
-        places = [local_part(parameter).data_ptr() for parameter in self._parameters]
-        if places != self._places:
-            self._places = places
-            parts = [local_part(parameter.detach()) for parameter in self._parameters]
-            self._elements = [part[tuple(size // 2 for size in part.shape)] for part in parts]
-        return places, torch.stack(self._elements)
+    def _places_now(self) -> list[int]:
+        return [local_part(parameter).data_ptr() for parameter in self._parameters]

@@ -14,6 +14,7 @@ from typing import Any
 
 from attrs import asdict, evolve, field, frozen
 
+from gpt_simple._files import write_whole
 from gpt_simple.errors import Problem
 
 DIRECTORY = "GPT_SIMPLE_LAUNCH"
@@ -106,10 +107,7 @@ class Records:
         return self.directory / f"rank-{rank}.json"
 
     def _write(self, record: Record) -> None:
-        path = self._path(record.rank)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(record, recurse=False)), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(self._path(record.rank), json.dumps(asdict(record, recurse=False)), durable=False)
 
     def _read(self, path: Path) -> Record | None:
         try:

@@ -144,6 +144,14 @@ def why_absent(name: str, decisions: Mapping[str, Decision]) -> tuple[str, str]:
     return "is not installed", what + (f"({listed})" if close else f"[plugins.{name}] or -p {name} ({listed})")
 
 
+def unknown_plugin(name: str, known: Iterable[str]) -> Problem:
+    """The problem of a name that none of the ``known`` plugins has."""
+    close = difflib.get_close_matches(name, [*known], 1)
+    message, all_of_them = f"no plugin {name!r} is installed", f"(`{PROGRAM} plugins list` shows them all)"
+    hint = f"did you mean {close[0]!r}? {all_of_them}" if close else ""
+    return Problem(None, "", message if close else f"{message} {all_of_them}", hint)
+
+
 def _missing_requirements(decisions: Mapping[str, Decision], table: PluginsTable) -> Iterator[Problem]:
     for decision in (decisions[name] for name in table.require if name in decisions):
         if not decision.active:
@@ -159,10 +167,7 @@ def _unknown_names(known: Sequence[str], table: PluginsTable, switches: Switches
     places += [(name, f"-p no:{name}", "") for name in switches.disable]
     for name, location, key in places:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            message, all_of_them = f"no plugin {name!r} is installed", f"(`{PROGRAM} plugins list` shows them all)"
-            hint = f"did you mean {close[0]!r}? {all_of_them}" if close else ""
-            yield Problem(location, key, message if close else f"{message} {all_of_them}", hint)
+            yield unknown_plugin(name, known)._replace(location=location, key=key)
 
 
 def _names(value: Any) -> tuple[str, ...]:

@@ -64,14 +64,7 @@ class RunDir:
         for path in (self.tokenizer, self.checkpoints):
             if path.exists() and not path.is_dir():
                 raise _in_the_way(path, "is not a directory")
-        foreign = (
-            self.lock,
-            self.stop_request,
-            *self._documents(),
-            *_children(self.tokenizer),
-            *self._checkpoint_directories(),
-        )
-        for path in foreign if not self._has_begun() else ():
+        for path in self._files() if not self._has_begun() else ():
             if path.exists():
                 raise _in_the_way(path, "is there already, and no run wrote it")
 
@@ -110,16 +103,7 @@ class RunDir:
 
     def _refuse_links(self) -> None:
         """A link may have come with a copied directory, and lead to anything."""
-        directories = self.tokenizer, self.checkpoints
-        names = (
-            self.lock,
-            self.stop_request,
-            *self._documents(),
-            *directories,
-            *_children(self.tokenizer),
-            *self._checkpoint_directories(),
-        )
-        for path in names:
+        for path in (self.tokenizer, self.checkpoints, *self._files()):
             if path.is_symlink():
                 raise _in_the_way(path, "is a symbolic link, and a run follows none in its directory")
 
@@ -131,6 +115,11 @@ class RunDir:
             or (self.lock.is_file() and not self.lock.stat().st_size)
             or any((path / "MANIFEST.json").exists() for path in self._checkpoint_directories())
         )
+
+    def _files(self) -> Iterator[Path]:
+        """All that a run may have here, but for the two directories themselves."""
+        yield from (self.lock, self.stop_request, *self._documents(), *_children(self.tokenizer))
+        yield from self._checkpoint_directories()
 
     def _documents(self) -> tuple[Path, ...]:
         return self.run_json, self.status_json, self.summary_json, self.metrics_jsonl

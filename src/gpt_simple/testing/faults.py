@@ -16,10 +16,6 @@ from gpt_simple.hooks import HOOKS
 from gpt_simple.testing.hook_methods import implement
 
 
-def _raise(_: object) -> None:
-    raise RuntimeError("this plugin fails on purpose")
-
-
 class _Odd(BaseException):
     """As a cancelled task or a panic of a native library, and its message cannot be shown."""
 
@@ -27,16 +23,11 @@ class _Odd(BaseException):
         raise ValueError("this exception has no text")
 
 
-def _raise_odd(_: object) -> None:
-    raise _Odd
+def _raising(error: Callable[[], BaseException]) -> Callable[[object], None]:
+    def act(_: object) -> None:
+        raise error()
 
-
-def _raise_config_error(_: object) -> None:
-    raise ConfigError("this plugin has a mistake")
-
-
-def _exit(_: object) -> None:
-    raise SystemExit(3)
+    return act
 
 
 def _draw_random_numbers(_: object) -> None:
@@ -71,10 +62,10 @@ class Misbehaviour:
 
 MISBEHAVIOURS = MappingProxyType(
     {
-        "raises": Misbehaviour(_raise),
-        "raises a BaseException": Misbehaviour(_raise_odd),
-        "raises a ConfigError": Misbehaviour(_raise_config_error),
-        "exits": Misbehaviour(_exit),
+        "raises": Misbehaviour(_raising(lambda: RuntimeError("this plugin fails on purpose"))),
+        "raises a BaseException": Misbehaviour(_raising(_Odd)),
+        "raises a ConfigError": Misbehaviour(_raising(lambda: ConfigError("this plugin has a mistake"))),
+        "exits": Misbehaviour(_raising(lambda: SystemExit(3))),
         "returns garbage": Misbehaviour(lambda _: "garbage"),
         "leaves gradients off": Misbehaviour(lambda _: torch.set_grad_enabled(False) and None),
         "changes the default dtype": Misbehaviour(lambda _: torch.set_default_dtype(torch.float64)),

@@ -285,7 +285,8 @@ def find(
 def passed_over(roots: Iterable[Path], *, json_lines: bool | None = None) -> str:
     """How many files below directories are not read, by suffix; empty if all are read."""
     suffixes = _suffixes(json_lines)
-    files = (file for root in roots if root.is_dir() for file in _walk(root, ("",), frozenset(), _ignore))
+    # The first walk has reported what is bad.
+    files = (f for root in roots if root.is_dir() for f in _walk(root, ("",), frozenset(), lambda error: None))
     counts = Counter(_suffix(file) for file in files if not file.name.endswith(suffixes))
     if not counts:
         return ""
@@ -336,7 +337,3 @@ def _dangling(entry: Path, error: DataError) -> DataError | None:
         return None
     target = os.readlink(entry)
     return DataError(f"{entry}: links to {target}, which does not exist", hint="repair the link or remove it")
-
-
-def _ignore(error: DataError) -> None:
-    """For a second walk: the first one has reported it."""
