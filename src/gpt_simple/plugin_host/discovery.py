@@ -9,7 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, distributions, entry_points
+from importlib.metadata import (
+    EntryPoint,
+    PackageMetadata,
+    PackageNotFoundError,
+    distribution,
+    distributions,
+    entry_points,
+)
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -97,7 +104,7 @@ def summary(record: PluginRecord) -> str:
     """One line: the module docstring of a built-in (read, not imported), else the distribution's summary."""
     if record.origin == "external":
         dist = record.entry_point.dist if record.entry_point else None
-        return str(dist.metadata["Summary"] or "") if dist else ""
+        return _field(dist.metadata, "Summary") if dist else ""
     spec = find_spec(record.value.partition(":")[0])
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return ""
@@ -105,6 +112,11 @@ def summary(record: PluginRecord) -> str:
     with Path(spec.origin).open(encoding="utf-8") as source:
         first = source.readline().strip()
     return first.strip('"').replace("``", "") if first.startswith('"""') else ""
+
+
+def _field(metadata: PackageMetadata, name: str) -> str:
+    """A field of a package; empty if it has none, which later versions of Python answer with a KeyError."""
+    return str(metadata[name]) if name in metadata else ""
 
 
 def name_problem(name: str) -> str:
@@ -123,7 +135,9 @@ def _entry_points(group: str) -> Iterable[EntryPoint]:
         for dist in distributions():
             with suppress(Exception):
                 # Of two copies, the first on the path is the one that is imported.
-                found.setdefault(_normalised(dist.metadata["Name"]), list(dist.entry_points.select(group=group)))
+                found.setdefault(
+                    _normalised(_field(dist.metadata, "Name")), list(dist.entry_points.select(group=group))
+                )
         return [entry for entries in found.values() for entry in entries]
 
 
@@ -135,7 +149,7 @@ def _record(entry: EntryPoint, packages: dict[int, tuple[str, str]]) -> PluginRe
         # Each access parses the whole metadata with its README, so it is done once for each distribution.
         try:
             metadata = dist.metadata
-            name, version = metadata["Name"], metadata["Version"]
+            name, version = _field(metadata, "Name"), _field(metadata, "Version")
         except Exception:
             return None
         if not name:
