@@ -305,9 +305,9 @@ class RunView(OptimizerView):
             sets = self.weight_sets()
             if weights not in sets:
                 known = (LIVE, *sets)
-                meant = did_you_mean(weights, known)
                 raise PluginError(
-                    f"there are no weights of the name {weights!r}{meant}", hint=f"expected one of {', '.join(known)}"
+                    f"there are no weights of the name {weights!r}{did_you_mean(weights, known)}",
+                    hint=f"expected one of {', '.join(known)}",
                 )
             weights = sets[weights]
         return Exchange(paired(self.raw, weights))

@@ -331,11 +331,9 @@ class Registry:
         if (part := self.parts.get((kind, name))) is not None:
             return part
         names = self.names(kind)
-        hint = f"expected one of {', '.join(names)}"
+        meant, hint = did_you_mean(name, names), f"expected one of {', '.join(names)}"
         key = "" if place else CONFIG_KEY[kind]
-        raise UnknownComponent(
-            f"there is no {kind} {name!r}{did_you_mean(name, names)}", location=place or None, key=key, hint=hint
-        )
+        raise UnknownComponent(f"there is no {kind} {name!r}{meant}", location=place or None, key=key, hint=hint)
 
 
 def builtin_registry() -> Registry:
