@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -93,6 +94,19 @@ def nullgpu(session: nox.Session) -> None:
     session.install("torch", "-e", ".[test]")  # without the constraints, whose torch may be a CPU build
     session.run("python", "-c", "import sys, torch; sys.exit(torch.version.cuda is None and 'no CUDA build of torch')")
     session.run("pytest", "tests/nullgpu", "--timeout", "1200", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need a GPU, for those who have one, with the newest torch in an environment of its own (6 GB)."""
+    if not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()):
+        session.skip("this machine has no GPU (neither nvidia-smi nor /dev/nvidia0 nor /dev/kfd)")
+    session.install("torch", "-e", ".[test]")
+    seen = "import torch; print(torch.cuda.is_available(), torch.__version__)"
+    is_usable, version = str(session.run("python", "-c", seen, silent=True)).split()[-2:]
+    if is_usable != "True":
+        session.skip(f"torch {version} cannot use the GPU of this machine: see docs/hardware.md")
+    session.run("pytest", "-m", "gpu", *session.posargs)
 
 
 @nox.session
