@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -112,6 +113,19 @@ def torch(session: nox.Session, version: str) -> None:
     session.run("python", "-c", "import torch; print('torch', torch.__version__)")
     folders = (f"tests/{name}" for name in ("model", "engine", "checkpoint", "launch", "job", "compatibility"))
     session.run("pytest", "-m", "not slow", "-n", "2", *folders, *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need a GPU, for those who have one, with the newest torch in an environment of its own (6 GB)."""
+    if not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()):
+        session.skip("this machine has no GPU (neither nvidia-smi nor /dev/nvidia0 nor /dev/kfd)")
+    session.install("torch", "-e", ".[test]")
+    seen = "import torch; print(torch.cuda.is_available(), torch.__version__)"
+    is_usable, version = str(session.run("python", "-c", seen, silent=True)).split()[-2:]
+    if is_usable != "True":
+        session.skip(f"torch {version} cannot use the GPU of this machine: see docs/hardware.md")
+    session.run("pytest", "-m", "gpu", *session.posargs)
 
 
 @nox.session
