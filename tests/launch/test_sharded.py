@@ -73,6 +73,7 @@ VARIANTS: dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any], Callable[[]
         little_memory,
     ),
     "compiled blocks": (2, {"model__n_layer": 1}, COMPILED, nothing),
+    "two by two": (4, {}, {"training__shard_size": 2}, little_memory),
 }
 """Processes, options of both runs, options of the divided one, and what is done in its processes first."""
 
@@ -103,20 +104,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(ranks: Ranks, tmp_
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-KINDS = {f"{name} on {count}": (count, name) for count, name in [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (3, "fsdp")]}
+HYBRID = {"training__shard_size": 2}
+
+KINDS: dict[str, tuple[int, Mapping[str, Any]]] = {
+    "one": (1, {}),
+    "ddp on 2": (2, {}),
+    "fsdp on 2": (2, FSDP),
+    "fsdp on 3": (3, FSDP),
+    "fsdp on 4": (4, FSDP),
+    "fsdp on 2 x 2": (4, {**FSDP, **HYBRID}),
+}
 
 
-@pytest.mark.parametrize("first", ["fsdp on 4", "ddp on 2"])
+@pytest.mark.parametrize("first", ["fsdp on 4", "fsdp on 2 x 2", "ddp on 2"])
 def test_a_run_goes_on_however_it_is_divided(ranks: Ranks, tmp_path: Path, first: str) -> None:
     """From one checkpoint of half the steps; each way to go on gives the losses of one whole run."""
     options: dict[str, Any] = {**UNEVEN, "training__save_steps": 3, "training__max_eval_batches": None}
-    kind, _, count = first.split()
-    whole = {"training__parallel": kind, **rows(int(count))}
-    ranks(int(count), lambda rank: tiny(tmp_path / "first", **options, **whole).status)
+    count, kind = KINDS[first]
+    ranks(count, lambda rank: tiny(tmp_path / "first", **options, **kind, **rows(count)).status)
     source = {"training__resume": str(tmp_path / "first/checkpoints/step-00000003")}
     expected = [row for row in numbers_by_step(tmp_path / "first") if row[0] > 3]
     for name, (number, parallel) in KINDS.items():
-        own = {"training__parallel": parallel, **rows(number), **source}
+        if name in ("fsdp on 4", first):
+            continue
+        own = {**parallel, **rows(number), **source}
         done = ranks(number, lambda rank, own=own, name=name: tiny(tmp_path / name, **options, **own).status)
         assert done == ["completed"] * number, name
         found = numbers_by_step(tmp_path / name)
@@ -287,3 +298,10 @@ def test_an_optimizer_is_rebuilt_as_without_sharding(ranks: Ranks, tmp_path: Pat
         done = ranks(2, lambda rank, own=options, p=plugins, kind=kind: tiny(tmp_path / kind, plugins=p, **own).status)
         assert done == ["completed"] * 2
     assert numbers(tmp_path / "fsdp") == pytest.approx(numbers(tmp_path / "ddp"), rel=1e-6)
+
+
+def test_groups_that_do_not_divide_the_processes_are_refused(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks(3, lambda rank: tiny(tmp_path / "run", **FSDP, **HYBRID).status)
+    assert [(each["error"], each["code"]) for each in found] == [("ConfigError", 2), *[("RankFailed", 2)] * 2]
+    assert "training.shard_size" in found[0]["text"]
+    assert "3 processes cannot be divided into groups of 2" in found[0]["text"]
