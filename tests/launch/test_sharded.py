@@ -229,6 +229,26 @@ class Generates(Plugin[Any]):
         run.generate("Once")
 
 
+class Overlong(Everywhere):
+    """Asks for more than the model can read, and is switched off."""
+
+    on_error = "disable"  # type: ignore[assignment]
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        if event.step == 2:
+            with torch.no_grad():
+                run.model(torch.zeros(1, 99, dtype=torch.int64))
+
+
+def test_a_pass_of_a_plugin_that_fails_changes_no_step(ranks: Ranks, tmp_path: Path) -> None:
+    for name, plugins in (("with", [Overlong()]), ("without", [])):
+        own = {**UNEVEN, **FSDP}
+        done = ranks(2, lambda rank, p=plugins, name=name, own=own: tiny(tmp_path / name, plugins=p, **own).status)
+        assert done == ["completed"] * 2
+    assert numbers(tmp_path / "with") == numbers(tmp_path / "without")
+
+
 class Adds(Everywhere):
     """A layer with values of its own, which differ between the processes."""
 
