@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,58 @@ def test_a_pass_of_a_plugin_that_fails_changes_no_step(ranks: Ranks, tmp_path: P
         done = ranks(2, lambda rank, p=plugins, name=name, own=own: tiny(tmp_path / name, plugins=p, **own).status)
         assert done == ["completed"] * 2
     assert numbers(tmp_path / "with") == numbers(tmp_path / "without")
+
+
+@pytest.mark.parametrize("hook", ["on_step_start", "on_checkpoint_saving"])
+def test_a_process_that_dies_is_noticed_by_the_others(ranks: Ranks, tmp_path: Path, hook: str) -> None:
+    """In a step, and before its part of a checkpoint is gathered. The run goes on from the last checkpoint."""
+    options = {**FSDP, "training__save_steps": 2}
+    dies = At(hook, 4, lambda run: os.kill(os.getpid(), signal.SIGKILL) if run.rank == 1 else None)
+    found = ranks(2, lambda rank: tiny(tmp_path / "run", plugins=[dies], **options).status)
+    assert found[1] is None
+    assert (found[0]["error"], found[0]["code"]) == ("RankFailed", 1)
+    assert "a process died in step" in found[0]["text"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+    assert ranks(2, lambda rank: tiny(tmp_path / "run", **options).status) == ["completed"] * 2
+
+
+class Average(Everywhere):
+    """A set of weights that is divided like the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average: dict[str, torch.Tensor] = {}
+
+    def weight_sets(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        return {"mean": self.average}
+
+    @hookimpl
+    def on_optimizer_built(self, run: Any, event: Any) -> None:
+        self.average = {name: each.detach().clone() for name, each in run.model.named_parameters()}
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        for name, parameter in run.model.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 0.5)
+
+
+def test_a_set_of_weights_is_evaluated_saved_and_restored(ranks: Ranks, tmp_path: Path) -> None:
+    options = {**UNEVEN, "plugins__evaluate__weights": ["mean", "live"], "training__eval_steps": 2}
+    for kind in ("ddp", "fsdp"):
+        for steps in (3, 6):
+            own = {**options, "training__parallel": kind, "training__max_steps": steps, "optimizer__decay_steps": 6}
+            work = lambda rank, own=own, kind=kind: tiny(tmp_path / kind, plugins=[Average()], **own).status  # noqa: E731
+            assert ranks(2, work) == ["completed"] * 2
+    ddp, fsdp = (
+        [
+            row[key]
+            for row in read_metrics(tmp_path / kind / "metrics.jsonl", "eval")
+            for key in ("eval/loss", "eval/live/loss")
+        ]
+        for kind in ("ddp", "fsdp")
+    )
+    assert len(ddp) == 8
+    assert fsdp == pytest.approx(ddp, rel=1e-6)
 
 
 class Adds(Everywhere):
