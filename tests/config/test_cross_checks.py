@@ -12,6 +12,8 @@ import pytest
          "config.toml:1 (model.n_embd), config.toml:2 (model.n_head): n_embd 100 is not a multiple of n_head 3"),
         ("model.n_head = 12\nmodel.n_kv_head = 5",
          "config.toml:1 (model.n_head), config.toml:2 (model.n_kv_head): n_head 12 is not a multiple of n_kv_head 5"),
+        ("training.shard_size = 8",
+         "config.toml:1 (training.shard_size), training.parallel: shard_size 8 needs parallel \"fsdp\", not \"auto\""),
         ("model.n_embd = 36",
          "config.toml:1 (model.n_embd), model.n_head, model.position: the width of a head, n_embd / n_head = 3,"),
         ("model.rope_scaling_factor = 2",

@@ -46,7 +46,7 @@ def test_weights_are_those_of_an_undivided_run_to_the_bit(ranks: Ranks, tied: bo
 
     def work(rank: int) -> list[Any]:
         undivided = on_meta(**sizes)
-        group = ProcessGroup.join(30.0, shards=True)
+        group = ProcessGroup.join(30.0).sharding(None, 30.0)
         start_counting()
         built = divided(undivided, group)
         held = stop_counting()
@@ -103,7 +103,7 @@ def test_any_way_to_set_values_gives_the_same_bits(ranks: Ranks) -> None:
     def work(rank: int) -> list[str]:
         with torch.device("meta"):
             undivided = Plain()
-        built = divided(undivided, ProcessGroup.join(30.0, shards=True))
+        built = divided(undivided, ProcessGroup.join(30.0).sharding(None, 30.0))
         assert built.head.weight is built.embedding.weight, "tied as before"
         pairs = zip(built.state_dict().items(), expected.state_dict().values(), strict=True)
         return [name for (name, found), value in pairs if not torch.equal(whole(found), value)]

@@ -37,7 +37,7 @@ def test_what_is_divided_is_written_as_if_it_were_not(ranks: Ranks) -> None:
 
     def work(rank: int) -> list[Any]:
         undivided = on_meta()
-        group = ProcessGroup.join(30.0, shards=True)
+        group = ProcessGroup.join(30.0).sharding(None, 30.0)
         built = divided(undivided, group)
         tensors, written = flatten_optimizer(train(built), built)
         gathered = gather_state(group, {"model": model_tensors(built), "optimizer": tensors})
@@ -62,7 +62,7 @@ def test_a_whole_checkpoint_is_restored_in_parts(ranks: Ranks) -> None:
 
     def work(rank: int) -> list[str]:
         undivided = on_meta()
-        group = ProcessGroup.join(30.0, shards=True)
+        group = ProcessGroup.join(30.0).sharding(None, 30.0)
         built = divided(undivided, group)
         own = AdamW(built.parameters(), lr=0.1, fused=True)
         load_model(built, load(weights))
@@ -80,7 +80,7 @@ def test_a_divided_tensor_of_some_processes_is_refused(ranks: Ranks) -> None:
 
     def work(rank: int) -> None:
         undivided = on_meta()
-        group = ProcessGroup.join(30.0, shards=True)
+        group = ProcessGroup.join(30.0).sharding(None, 30.0)
         own = next(divided(undivided, group).parameters()).detach().clone()
         gather_state(group, {"plugins": {"watch/shadow": own} if rank == 1 else {}})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ VARIANTS: dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any], Callable[[]
         little_memory,
     ),
     "compiled blocks": (2, {"model__n_layer": 1}, COMPILED, nothing),
+    "two by two": (4, {}, {"training__shard_size": 2}, little_memory),
 }
 """Processes, options of both runs, options of the divided one, and what is done in its processes first."""
 
@@ -103,20 +105,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(ranks: Ranks, tmp_
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-KINDS = {f"{name} on {count}": (count, name) for count, name in [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (3, "fsdp")]}
+HYBRID = {"training__shard_size": 2}
+
+KINDS: dict[str, tuple[int, Mapping[str, Any]]] = {
+    "one": (1, {}),
+    "ddp on 2": (2, {}),
+    "fsdp on 2": (2, FSDP),
+    "fsdp on 3": (3, FSDP),
+    "fsdp on 4": (4, FSDP),
+    "fsdp on 2 x 2": (4, {**FSDP, **HYBRID}),
+}
 
 
-@pytest.mark.parametrize("first", ["fsdp on 4", "ddp on 2"])
+@pytest.mark.parametrize("first", ["fsdp on 4", "fsdp on 2 x 2", "ddp on 2"])
 def test_a_run_goes_on_however_it_is_divided(ranks: Ranks, tmp_path: Path, first: str) -> None:
     """From one checkpoint of half the steps; each way to go on gives the losses of one whole run."""
     options: dict[str, Any] = {**UNEVEN, "training__save_steps": 3, "training__max_eval_batches": None}
-    kind, _, count = first.split()
-    whole = {"training__parallel": kind, **rows(int(count))}
-    ranks(int(count), lambda rank: tiny(tmp_path / "first", **options, **whole).status)
+    count, kind = KINDS[first]
+    ranks(count, lambda rank: tiny(tmp_path / "first", **options, **kind, **rows(count)).status)
     source = {"training__resume": str(tmp_path / "first/checkpoints/step-00000003")}
     expected = [row for row in numbers_by_step(tmp_path / "first") if row[0] > 3]
     for name, (number, parallel) in KINDS.items():
-        own = {"training__parallel": parallel, **rows(number), **source}
+        if name in ("fsdp on 4", first):
+            continue
+        own = {**parallel, **rows(number), **source}
         done = ranks(number, lambda rank, own=own, name=name: tiny(tmp_path / name, **options, **own).status)
         assert done == ["completed"] * number, name
         found = numbers_by_step(tmp_path / name)
@@ -218,6 +230,78 @@ class Generates(Plugin[Any]):
         run.generate("Once")
 
 
+class Overlong(Everywhere):
+    """Asks for more than the model can read, and is switched off."""
+
+    on_error = "disable"  # type: ignore[assignment]
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        if event.step == 2:
+            with torch.no_grad():
+                run.model(torch.zeros(1, 99, dtype=torch.int64))
+
+
+def test_a_pass_of_a_plugin_that_fails_changes_no_step(ranks: Ranks, tmp_path: Path) -> None:
+    for name, plugins in (("with", [Overlong()]), ("without", [])):
+        own = {**UNEVEN, **FSDP}
+        done = ranks(2, lambda rank, p=plugins, name=name, own=own: tiny(tmp_path / name, plugins=p, **own).status)
+        assert done == ["completed"] * 2
+    assert numbers(tmp_path / "with") == numbers(tmp_path / "without")
+
+
+@pytest.mark.parametrize("hook", ["on_step_start", "on_checkpoint_saving"])
+def test_a_process_that_dies_is_noticed_by_the_others(ranks: Ranks, tmp_path: Path, hook: str) -> None:
+    """In a step, and before its part of a checkpoint is gathered. The run goes on from the last checkpoint."""
+    options = {**FSDP, "training__save_steps": 2}
+    dies = At(hook, 4, lambda run: os.kill(os.getpid(), signal.SIGKILL) if run.rank == 1 else None)
+    found = ranks(2, lambda rank: tiny(tmp_path / "run", plugins=[dies], **options).status)
+    assert found[1] is None
+    assert (found[0]["error"], found[0]["code"]) == ("RankFailed", 1)
+    assert "a process died in step" in found[0]["text"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+    assert ranks(2, lambda rank: tiny(tmp_path / "run", **options).status) == ["completed"] * 2
+
+
+class Average(Everywhere):
+    """A set of weights that is divided like the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average: dict[str, torch.Tensor] = {}
+
+    def weight_sets(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        return {"mean": self.average}
+
+    @hookimpl
+    def on_optimizer_built(self, run: Any, event: Any) -> None:
+        self.average = {name: each.detach().clone() for name, each in run.model.named_parameters()}
+
+    @hookimpl
+    def on_step_end(self, run: Any, event: Any) -> None:
+        for name, parameter in run.model.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 0.5)
+
+
+def test_a_set_of_weights_is_evaluated_saved_and_restored(ranks: Ranks, tmp_path: Path) -> None:
+    options = {**UNEVEN, "plugins__evaluate__weights": ["mean", "live"], "training__eval_steps": 2}
+    for kind in ("ddp", "fsdp"):
+        for steps in (3, 6):
+            own = {**options, "training__parallel": kind, "training__max_steps": steps, "optimizer__decay_steps": 6}
+            work = lambda rank, own=own, kind=kind: tiny(tmp_path / kind, plugins=[Average()], **own).status  # noqa: E731
+            assert ranks(2, work) == ["completed"] * 2
+    ddp, fsdp = (
+        [
+            row[key]
+            for row in read_metrics(tmp_path / kind / "metrics.jsonl", "eval")
+            for key in ("eval/loss", "eval/live/loss")
+        ]
+        for kind in ("ddp", "fsdp")
+    )
+    assert len(ddp) == 8
+    assert fsdp == pytest.approx(ddp, rel=1e-6)
+
+
 class Adds(Everywhere):
     """A layer with values of its own, which differ between the processes."""
 
@@ -287,3 +371,10 @@ def test_an_optimizer_is_rebuilt_as_without_sharding(ranks: Ranks, tmp_path: Pat
         done = ranks(2, lambda rank, own=options, p=plugins, kind=kind: tiny(tmp_path / kind, plugins=p, **own).status)
         assert done == ["completed"] * 2
     assert numbers(tmp_path / "fsdp") == pytest.approx(numbers(tmp_path / "ddp"), rel=1e-6)
+
+
+def test_groups_that_do_not_divide_the_processes_are_refused(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks(3, lambda rank: tiny(tmp_path / "run", **FSDP, **HYBRID).status)
+    assert [(each["error"], each["code"]) for each in found] == [("ConfigError", 2), *[("RankFailed", 2)] * 2]
+    assert "training.shard_size" in found[0]["text"]
+    assert "3 processes cannot be divided into groups of 2" in found[0]["text"]

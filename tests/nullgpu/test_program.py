@@ -82,6 +82,18 @@ def test_trains_evaluates_saves_resumes_and_samples(gpu: NullGpu, folder: Path, 
     assert "Once" in sampled.stdout
 
 
+def test_a_divided_model_trains_saves_resumes_and_samples(gpu: NullGpu, folder: Path) -> None:
+    """Compiled in bf16, and then eager in fp16."""
+    options = ("--training.parallel", "fsdp", "--training.background_save", "true")
+    first = launch(gpu, folder, *options, processes=2)
+    assert "completed: finished all 4 steps" in first
+    assert "each block is compiled" in first
+    options = (*options, "--training.mixed_precision", "fp16", "--training.compile", "false")
+    second = launch(gpu, folder, *options, "--training.max_steps", 6, processes=2)
+    assert "resumed from step 4" in second
+    assert "completed: finished all 6 steps" in second
+
+
 @pytest.mark.parametrize("documents", [False, True], ids=["plain", "document mask"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_step_between_logging_points_does_not_wait(

@@ -24,6 +24,9 @@ def conflicts(model: Any, data: Any, training: Any, plugins: Any) -> Iterator[Co
         yield from _packing(data)
         yield from _curriculum(data)
     if isinstance(training, TrainingConfig):
+        if training.shard_size is not None and training.parallel != "fsdp":
+            message = f'shard_size {training.shard_size} needs parallel "fsdp", not "{training.parallel}"'
+            yield _conflict(message, "training.shard_size", "training.parallel")
         yield from _warmup_stages(training, getattr(data, "max_length", None))
         budget, reserve = training.max_runtime_seconds, training.walltime_reserve_seconds
         if budget is not None and reserve >= budget:

@@ -237,6 +237,11 @@ class TrainingConfig:
         Literal["auto", "ddp", "fsdp"],
         Doc("several processes: each has the whole model (ddp), or a slice of it (fsdp); auto: ddp"),
     ] = "auto"
+    shard_size: Annotated[
+        int | None,
+        Ge(1),
+        Doc("fsdp: neighbouring processes that share a model, such as those of a machine; unset: all of them"),
+    ] = None
     ddp_optimizer: Annotated[
         Literal["auto", "off", "split", "python_reducer"],
         Doc("Dynamo's DDP graph splitter; auto: off for compile + DDP + checkpointing, else torch's own"),

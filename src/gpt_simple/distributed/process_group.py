@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,12 +90,11 @@ class ProcessGroup:
     _threads: int = field(factory=torch.get_num_threads)
 
     @classmethod
-    def join(cls, timeout: float, starting: StartUp | None = None, *, shards: bool = False) -> ProcessGroup:
+    def join(cls, timeout: float, starting: StartUp | None = None) -> ProcessGroup:
         """Set up this process (and its group, under torchrun) through Accelerate.
 
         ``timeout``: seconds that a process waits for the others in a step before it gives up. ``starting``: how it
-        hears of a stop while it waits for them, until ``started`` is called. ``shards``: divide the model over several
-        processes.
+        hears of a stop while it waits for them, until ``started`` is called.
         """
         for name, harmless in _CONTRADICTIONS.items():
             value = os.environ.get(name)
@@ -123,7 +122,6 @@ class ProcessGroup:
             rank,
             size,
             device,
-            mesh=_wait(starting, partial(_mesh, device, size)) if shards else None,
             host_group=host_group,
             patient_group=patient_group,
             failures=FailureDetection(rank, size, timeout, PrefixStore("gpt_simple", _get_default_store())),
@@ -144,6 +142,16 @@ class ProcessGroup:
         """End the start: from now on a stop takes effect where all processes decide about it."""
         if self._starting is not None:
             self._starting.end()
+
+    def sharding(self, shard_size: int | None, timeout: float) -> ProcessGroup:
+        """The same processes, with the model divided over them: over each ``shard_size`` in turn, None: over all.
+
+        Raises ConfigError, once, if their number is no multiple of ``shard_size``. ``timeout``: that of ``join``.
+        """
+        if self.size == 1:
+            return self
+        self.all_or_none(lambda: _check_divides(self.size, shard_size))
+        return evolve(self, mesh=_wait(self._starting, partial(_mesh, self.device, self.size, shard_size, timeout)))
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The module whose backward reduces gradients; the raw one if there is one process, or nothing to train."""
@@ -318,10 +326,31 @@ def _wait(starting: StartUp | None, collective: Callable[[], T]) -> T:
     return collective() if starting is None else starting.wait(collective)
 
 
-def _mesh(device: torch.device, size: int) -> DeviceMesh:
-    from torch.distributed.device_mesh import init_device_mesh
+def _check_divides(size: int, shard_size: int | None) -> None:
+    if shard_size is not None and size % shard_size:
+        raise ConfigError(
+            f"{size} processes cannot be divided into groups of {shard_size}",
+            key="training.shard_size",
+            hint="expected a divisor of the number of processes, such as the GPUs of a machine",
+        )
 
-    return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+
+def _mesh(device: torch.device, size: int, shard_size: int | None, timeout: float) -> DeviceMesh:
+    """The processes in rows of ``shard_size`` neighbours, which share a model; one row: they have one dimension."""
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    if shard_size in (None, size):
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    rows = torch.arange(size).view(-1, shard_size or size)
+    limit = timedelta(seconds=_device_seconds(timeout, device.type == "cuda"))
+    new_groups: Callable[..., Any] = dist.new_subgroups_by_enumeration
+    groups = [new_groups(each.tolist(), timeout=limit)[0] for each in (rows.T, rows)]
+    return DeviceMesh.from_group(groups, device.type, rows, mesh_dim_names=("replicate", "shard"))
+
+
+def _device_seconds(timeout: float, has_gpu: bool) -> float:
+    """How long the collectives of devices wait."""
+    return timeout + _WATCHDOG_SECONDS if has_gpu else timeout
 
 
 def _require_place(size: int) -> None:
@@ -414,7 +443,7 @@ def _set_up(timeout: float, starting: StartUp | None) -> Any:
     _require_place(size)
 
     has_gpu = torch.cuda.is_available()
-    seconds = timeout + _WATCHDOG_SECONDS if has_gpu else timeout
+    seconds = _device_seconds(timeout, has_gpu)
 
     def meet() -> tuple[Any, int]:
         if size > 1:

@@ -46,8 +46,7 @@ def shard(
         fully_shard(module, mesh=mesh, mp_policy=policy)
         if hasattr(module, "decode"):
             register_fsdp_forward_method(module, "decode")
-    # Else its parameters would stay whole after an evaluation, until the next backward pass.
-    model.register_forward_hook(_reshard_without_grad)
+    model.register_forward_hook(_after_forward, always_call=True)
     model.to_empty(device=device)
     for first, *others in names.values():
         for name in others:  # to_empty has untied them
@@ -67,9 +66,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _reshard_without_grad(model: nn.Module, arguments: Any, output: Any) -> None:
-    if not torch.is_grad_enabled():
-        reshard(model)
+def _after_forward(model: nn.Module, arguments: Any, output: Any) -> None:
+    if output is None:
+        # The pass has failed. If a plugin made it, the run may go on, and the next pass must not take over its state.
+        model.reset_iter_state()  # type: ignore[operator]
+    elif not torch.is_grad_enabled():
+        reshard(model)  # else parameters would stay whole until the next backward pass
 
 
 def reshard(model: nn.Module) -> None:

@@ -47,6 +47,7 @@ _NEUTRAL = (
     "training.wandb_run_name",
     "training.deterministic",  # the numerics have it, and the next
     "training.parallel",
+    "training.shard_size",
     "plugins.",  # those of other packages are compared separately
 )
 _DETERMINISTIC = "deterministic"  # in the numerics

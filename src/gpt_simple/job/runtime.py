@@ -54,6 +54,6 @@ def _resolve(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
     if dist.shards:
-        numerics["parallel"] = "fsdp"
+        numerics["parallel"] = f"fsdp by {training.shard_size}" if training.shard_size else "fsdp"
     numerics = with_determinism(numerics, repeats_bits())
     return Runtime(precision, compile_plan, deadline, numerics)

@@ -57,13 +57,15 @@ def init_distributed(spec: RunSpec, signals: StopSignals) -> Iterator[ProcessGro
     """
     timeout = spec.config.training.peer_timeout_seconds
     with start_up(signals, processes(os.environ), timeout) as starting:
-        dist = ProcessGroup.join(timeout, starting, shards=spec.config.training.parallel == "fsdp")
+        dist = ProcessGroup.join(timeout, starting)
         try:
             dist.assert_same_on_all_ranks(
                 lambda: {**_launch_info(spec), "type of device": dist.device.type},
                 "start the same command with the same packages everywhere",
             )
             dist.assert_own_gpus()
+            if spec.config.training.parallel == "fsdp":
+                dist = dist.sharding(spec.config.training.shard_size, timeout)
             yield dist
         finally:
             dist.leave()
