@@ -13,6 +13,7 @@ from gpt_simple import Metric, hookimpl
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.config.schema import ModelConfig, TrainingConfig
 from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.engine.casts import WeightCasts
 from gpt_simple.engine.compile import compile_flags, compile_model, plan
 from gpt_simple.model.gpt import build
 from gpt_simple.run_dir.lineage import read_metrics
@@ -286,18 +287,19 @@ def test_the_splitter_takes_a_checkpointed_model(ranks: Ranks) -> None:
             torch.manual_seed(0)
             model = build(ModelConfig(n_embd=192, n_layer=2, n_head=2), vocab_size=64, max_length=16)
             model.set_activation_checkpointing(1)
+            WeightCasts.of(model, torch.bfloat16).renew()
             config = TrainingConfig(compile=True, compile_backend="aot_eager", ddp_optimizer=splitter)
             compile_plan = plan(config, dist.device, dist.size, explicit=True)
             wrapped = dist.wrap(model)
             counters.clear()
-            with compile_flags(compile_plan):
+            with compile_flags(compile_plan), torch.autocast("cpu", torch.bfloat16):
                 compile_model(model, compile_plan)
                 wrapped(ids, ids).backward()
             norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
             answer[splitter] = [counters["aot_autograd"]["ok"], norms]
         return answer
 
-    for answer in ranks(2, work):
+    for answer in ranks(2, work, 200.0):
         (one, whole), (several, split) = answer["off"], answer["split"]
         assert one == 1 < several
         assert len(whole) == len(split) > 10

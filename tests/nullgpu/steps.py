@@ -20,10 +20,12 @@ from attrs import evolve
 from torch._dynamo.utils import counters
 
 from gpt_simple.config.schema import Config
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine import compile as compiling
 from gpt_simple.engine import precision
 from gpt_simple.hooks.batch import Batch
 from gpt_simple.hooks.components import builtin_registry
+from gpt_simple.hooks.losses import Losses
 from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory import predict_memory
 from tests.nullgpu.events import allocations, count, read_log, waits
@@ -41,6 +43,7 @@ def config(
     micro_batches: int = 2,
     compile: bool = True,
     scope: str = "model",
+    splitter: str = "auto",
     checkpointing: bool = True,
     documents: bool = False,
     precision: str | None = None,
@@ -58,21 +61,28 @@ def config(
             gradient_accumulation_steps=micro_batches,
             compile=compile,
             compile_scope=scope,
+            ddp_optimizer=splitter,
             gradient_checkpointing=checkpointing,
             mixed_precision=precision,
         ),
     )
 
 
-def prepared(cfg: Config) -> DryRun:
-    """The step of this configuration on the GPU, marked at the beginning of each phase."""
-    device = torch.device("cuda", 0)
-    plan = compiling.plan(cfg.training, device, 1, explicit=True)
-    setting = precision.resolve(cfg.training.mixed_precision, device)
+def prepared(cfg: Config, dist: ProcessGroup | None = None) -> DryRun:
+    """The step of this configuration on the GPU, or on that of a process of ``dist``, marked at the beginning of each
+    phase."""
+    dist = dist or ProcessGroup(0, 1, torch.device("cuda", 0))
+    plan = compiling.plan(cfg.training, dist.device, dist.size, explicit=True)
+    setting = precision.resolve(cfg.training.mixed_precision, dist.device)
     torch.set_float32_matmul_precision("high")
-    run = DryRun.prepare(cfg, builtin_registry(), setting, vocab_size=VOCABULARY, compile_plan=plan)
+    run = DryRun.prepare(cfg, builtin_registry(), setting, vocab_size=VOCABULARY, compile_plan=plan, dist=dist)
     step = run.train_step
-    backward, unscale = step.backward, setting.scaler.unscale_
+    step.renew(step.optimizer, dist.wrap(step.module), step.compute)
+    losses_of, backward, unscale = step.losses_of, step.backward, setting.scaler.unscale_
+
+    def marked_losses_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor | Losses:
+        mark("forward")
+        return losses_of(model, batch)
 
     def marked_backward(loss: torch.Tensor) -> None:
         mark("backward")
@@ -82,6 +92,7 @@ def prepared(cfg: Config) -> DryRun:
         mark("clip")
         unscale(optimizer)
 
+    step.losses_of = marked_losses_of
     step.backward = marked_backward
     setting.scaler.unscale_ = marked_unscale  # type: ignore[method-assign]
     step.optimizer.register_step_pre_hook(lambda *_: mark("optimizer"))
@@ -91,10 +102,6 @@ def prepared(cfg: Config) -> DryRun:
 
 def mark(what: str) -> None:
     GPU.nullgpu_mark(what.encode())
-
-
-def on_batch(index: int, batch: Batch) -> None:
-    mark("forward")
 
 
 def recorded(work: Callable[[], object]) -> dict[str, list[str]]:
@@ -121,7 +128,7 @@ def recorded(work: Callable[[], object]) -> dict[str, list[str]]:
 def measure(cfg: Config) -> dict[str, Any]:
     """Two steps to warm up, then one recorded step, an evaluation and a step after it."""
     run = prepared(cfg)
-    step = lambda: run.step(on_batch=on_batch)  # noqa: E731
+    step = run.step
     step()
     frames = [counters["frames"]["ok"]]
     step()

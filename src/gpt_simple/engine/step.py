@@ -14,6 +14,7 @@ from attrs import Factory, define, field
 
 from gpt_simple.config.schema import Config
 from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.engine.casts import WeightCasts
 from gpt_simple.engine.gradients import UneditedNorm, total_norm
 from gpt_simple.engine.losses import LossesOf, described, losses_of, summed_loss, total_of
 from gpt_simple.engine.optimizers import skips_on_device
@@ -84,7 +85,9 @@ class Passes:
         try:
             index = None if self._on_batch is None else self._first_pass(batch)
             if index is not None and self._on_batch is not None:
+                self._step.casts.drop()  # it may change weights, or evaluate with others
                 self._on_batch(index, batch)
+                self._step.casts.renew()
             self.scale_gradients(True)
             losses = self._step.forward_backward(batch, self._share, is_last=is_last)
         except BaseException as error:
@@ -155,6 +158,8 @@ class TrainStep:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._skips_on_device = skips_on_device(optimizer)
         # Another component may read gradients between its passes, and those must not be scaled for fp16.
+        # Another component may change weights between its passes.
+        self.casts = WeightCasts.of(self.model, self.precision.dtype if compute is accumulate else None)
         self.hides_scale = self.precision.scaler.is_enabled() and compute is not accumulate
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -219,10 +224,13 @@ class TrainStep:
         passes = Passes(self, self.dist.size / max(1, targets), batches, on_batch)
         failure: BaseException | None = None
         try:
+            self.casts.renew()
             loss = self.compute(batches, passes)
         except BaseException as error:
             # A failure of the engine's own part is not the component's.
             failure = passes.failure or error
+        finally:
+            self.casts.drop()
         if failure is not None:
             raise failure
         if not isinstance(loss, torch.Tensor) or loss.ndim:
@@ -290,7 +298,9 @@ class TrainStep:
         more processes the buckets decide in which order numbers are added. So without this a resumed run would differ
         in its last digits from one that was not interrupted.
         """
+        self.casts.renew()
         with self.precision.autocast():
             losses = self.losses_of(self.wrapped, batch)
         self.backward(total_of(losses))
+        self.casts.drop()
         self.optimizer.zero_grad(set_to_none=True)

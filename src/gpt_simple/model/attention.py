@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt_simple.model.documents import flex
+from gpt_simple.model.linear import Linear
 from gpt_simple.model.rope import Rotation, rotate
 from gpt_simple.model.shape import Shape
 
@@ -53,10 +54,10 @@ class Attention(nn.Module):
         self.groups = shape.n_head // shape.n_kv_head
         self.dropout = shape.dropout
         width, kv_width = shape.n_head * shape.head_dim, shape.n_kv_head * shape.head_dim
-        self.query = nn.Linear(shape.n_embd, width, bias=shape.qkv_bias)
-        self.key = nn.Linear(shape.n_embd, kv_width, bias=shape.qkv_bias)
-        self.value = nn.Linear(shape.n_embd, kv_width, bias=shape.qkv_bias)
-        self.output = nn.Linear(width, shape.n_embd, bias=shape.attn_out_bias)
+        self.query = Linear(shape.n_embd, width, bias=shape.qkv_bias)
+        self.key = Linear(shape.n_embd, kv_width, bias=shape.qkv_bias)
+        self.value = Linear(shape.n_embd, kv_width, bias=shape.qkv_bias)
+        self.output = Linear(width, shape.n_embd, bias=shape.attn_out_bias)
         self.query_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
         self.key_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
 

@@ -19,6 +19,7 @@ from gpt_simple.hooks.losses import Losses
 from gpt_simple.model import flops
 from gpt_simple.model.attention import Attention, LayerCache
 from gpt_simple.model.documents import Kernel, document_kernel, document_mask
+from gpt_simple.model.linear import Linear
 from gpt_simple.model.loss import summed_cross_entropy, weighted_cross_entropy
 from gpt_simple.model.rope import Rotation, rotary_tables
 from gpt_simple.model.shape import Shape, resolve
@@ -245,9 +246,9 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[shape.activation]
         width, hidden = shape.n_embd, shape.intermediate_size
-        self.gate = nn.Linear(width, hidden, bias=shape.mlp_bias) if shape.gated else None
-        self.up = nn.Linear(width, hidden, bias=shape.mlp_bias)
-        self.down = nn.Linear(hidden, width, bias=shape.mlp_bias)
+        self.gate = Linear(width, hidden, bias=shape.mlp_bias) if shape.gated else None
+        self.up = Linear(width, hidden, bias=shape.mlp_bias)
+        self.down = Linear(hidden, width, bias=shape.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, n_embd]`` to the same shape."""

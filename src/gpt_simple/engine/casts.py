@@ -1,0 +1,46 @@
+"""Weights in autocast's type, cast once a step: for all micro-batches, and for what checkpointing computes twice.
+
+They take 2 bytes for each parameter of a projection during the forward and backward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import frozen
+
+from gpt_simple.model.linear import Linear
+
+
+@frozen(eq=False)
+class WeightCasts:
+    """The projections of a model whose weights are cast to ``dtype``."""
+
+    layers: Sequence[Linear]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, dtype: torch.dtype | None) -> WeightCasts:
+        """All projections of float32 weights that are trained; none without a ``dtype``."""
+        layers = () if dtype is None else (layer for layer in model.modules() if isinstance(layer, Linear))
+        return cls([layer for layer in layers if _is_cast(layer.weight)], dtype or torch.float32)
+
+    def renew(self) -> None:
+        """Cast the weights as they are now, for the passes that follow."""
+        if self.layers:
+            weights = [layer.weight.detach() for layer in self.layers]
+            casts = [torch.empty_like(weight, dtype=self.dtype) for weight in weights]
+            torch._foreach_copy_(casts, weights)
+            for layer, cast in zip(self.layers, casts, strict=True):
+                layer.use(cast)
+
+    def drop(self) -> None:
+        """Let the projections compute with their weights."""
+        for layer in self.layers:
+            layer.use(None)
+
+
+def _is_cast(weight: torch.Tensor) -> bool:
+    # FSDP2 casts by its own policy; a tensor that is divided over processes has placements.
+    return weight.requires_grad and weight.dtype == torch.float32 and not hasattr(weight, "placements")
