@@ -93,6 +93,7 @@ class NullGpu:
         path = [str(HERE / "site"), str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {
             **os.environ,
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count))),  # the other tests hide the GPUs of a machine
             **caches,
             "LD_PRELOAD": str(self.library),
             "PYTORCH_ALLOC_CONF": "expandable_segments:False",  # the library has no virtual memory
