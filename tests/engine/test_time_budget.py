@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
+import torch
 from attrs import evolve
 
 from gpt_simple.config.schema import TrainingConfig
 from gpt_simple.engine.time_budget import Deadline, TimeBudget
 from gpt_simple.errors import ConfigError
+from tests.tiny import TinyRun
 
 NOW, CLOCK = 1_000.0, 1_800_000_000.0
 PLAIN = TrainingConfig()
@@ -110,6 +113,30 @@ def test_the_reserve_grows_with_the_next_step() -> None:
     assert budget.reserve == pytest.approx(80), "the next step has four times the tokens"
     budget.record_step(40, 0.5)
     assert budget.reserve == pytest.approx(40)
+
+
+def test_the_reserve_has_the_steps_time_on_the_device() -> None:
+    """On a GPU the host is done with a step before the device is; only a read tells how long it took."""
+    budget = TimeBudget(Deadline(ends=NOW, source="a test", least_reserve=1), first_save_bytes=0)
+    budget.record_lap(10)
+    for _ in range(200):
+        budget.record_step(0.1)
+    assert budget.reserve == pytest.approx(20), "it does not fade until the device is read again"
+    budget.record_step(0.1, 3.0)
+    assert budget.reserve == pytest.approx(60), "the next step has three times the tokens"
+    budget.record_lap(2)
+    assert budget.reserve == pytest.approx(4)
+
+
+def test_a_run_learns_the_time_of_a_queue_of_steps(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the device is as slow as the read of its results."""
+    real = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (time.sleep(1.5), real(self))[1])
+    budget = {"training__max_runtime_seconds": 5, "training__walltime_reserve_seconds": 0}
+    result = tiny(training__max_steps=10**6, training__logging_steps=2, **budget)
+    kept = re.search(r"the time budget is used up \(.*; (\d+) s are kept for the last checkpoint\)", result.reason)
+    assert kept is not None, result.reason
+    assert int(kept[1]) >= 1, "two steps of 0.75 s"
 
 
 def test_a_clock_that_jumps_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

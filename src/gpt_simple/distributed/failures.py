@@ -19,8 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from gpt_simple.errors import ExitCode, GptSimpleError, PluginError, Problem, RankFailed, describe
 from gpt_simple.launch.member import AGAIN
 
-_CONTACT = re.compile(r"gloo|NCCL|c10d|TCPStore|connection|socket", re.IGNORECASE)
-_COLLECTIVE = re.compile(r"gloo|NCCL|c10d")
+_COLLECTIVE = re.compile(r"gloo|NCCL|c10d", re.IGNORECASE)
 _ROLL_CALL_SECONDS = 3.0
 _LAST_READER_SECONDS = 10.0
 
@@ -103,11 +102,14 @@ def _lost_contact(error: Exception) -> Exception | None:
     if isinstance(error, PluginError):
         # A collective inside a hook. A broken connection of the plugin's own is a failure of the plugin.
         cause = error.__cause__
-        return cause if isinstance(cause, RuntimeError) and _COLLECTIVE.search(str(cause)) else None
-    if isinstance(error, GptSimpleError):
-        return None
-    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _CONTACT.search(str(error)))
-    return error if lost else None
+        return cause if isinstance(cause, Exception) and _is_of_collective(cause) else None
+    return error if _is_of_collective(error) else None
+
+
+def _is_of_collective(error: Exception) -> bool:
+    """Gloo raises bare RuntimeErrors, which begin with a place in its sources. The compiler's own classes are none of
+    them, whatever code they quote."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(_COLLECTIVE.search(str(error))))
 
 
 def _short(error: Exception) -> str:

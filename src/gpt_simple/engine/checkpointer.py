@@ -82,13 +82,14 @@ class Checkpointer:
     _evaluated: tuple[int, float] | None = field(default=None, init=False)
     """The step that was evaluated last, and its validation loss."""
 
-    def save(self, reason: str, *, blocking: bool) -> str:
+    def save(self, reason: str, *, blocking: bool, started: float) -> str:
         """Save this step, unless it is saved already as it is now. Raises CheckpointError only if ``blocking``.
 
+        ``started``, of ``time.perf_counter``: when the host was done with the step, before it waited for the device.
         Returns why the run must halt: weights are not finite, so nothing is written and the last good checkpoint stays.
         After a background save ``poll`` requests the halt.
         """
-        run, dist, started = self.run, self.run.dist, time.perf_counter()
+        run, dist = self.run, self.run.dist
         self.poll(wait=True)
         if self._newest == run.step and not self._outdated:
             return ""

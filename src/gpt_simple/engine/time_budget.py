@@ -84,6 +84,7 @@ class TimeBudget:
     first_save_bytes: int
     _longest_save: float | None = field(default=None, init=False)
     _step: float = field(default=0.0, init=False)
+    _lap: float = field(default=0.0, init=False)
 
     def __attrs_post_init__(self) -> None:
         if self.reserve >= self.deadline.budget:
@@ -100,18 +101,23 @@ class TimeBudget:
         """Seconds before the deadline at which no further step may begin."""
         guess = self.first_save_bytes / _FIRST_GUESS_BYTES_PER_SECOND
         save = guess if self._longest_save is None else self._longest_save
-        return max(self.deadline.least_reserve, _SPREAD * save + 2 * self._step)
+        return max(self.deadline.least_reserve, _SPREAD * save + 2 * max(self._step, self._lap))
 
     def record_save(self, seconds: float) -> None:
         """Learn from a checkpoint: seconds from the end of its step until it was durable."""
         self._longest_save = max(seconds, self._longest_save or 0.0)
 
     def record_step(self, seconds: float, growth: float = 1.0) -> None:
-        """Learn from a step. A slow one counts less with each that follows.
+        """Learn from the host's time of a step. A slow one counts less with each that follows.
 
         ``growth``: the tokens of the next step, divided by those of this one.
         """
         self._step = max(seconds, _FADING * self._step) * growth
+        self._lap *= growth
+
+    def record_lap(self, seconds: float) -> None:
+        """Learn the mean step between two reads of the device, whose queue lets the host run ahead."""
+        self._lap = seconds
 
     def reason_to_stop(self) -> str:
         """Why no further step may begin; empty while there is time."""

@@ -353,6 +353,8 @@ class Trainer:
         self._last_train = floats
         if split.timed_steps and split.train_seconds > 0:
             self._rates.append(split.timed_tokens / split.train_seconds)
+            if self.time_budget is not None:
+                self.time_budget.record_lap(split.train_seconds / split.timed_steps)
         self._update_status()
         if notify and calls.on_metrics is not None:
             calls.on_metrics(run, MetricsReady(step, run.tokens, floats))
@@ -389,9 +391,10 @@ class Trainer:
 
     def _save(self, reason: str, *, blocking: bool) -> str:
         """Save this step. Returns why the run must halt, or an empty string."""
+        started = time.perf_counter()
         self._synchronize()
         with self._timer.paused():
-            return self.checkpointer.save(reason, blocking=blocking)
+            return self.checkpointer.save(reason, blocking=blocking, started=started)
 
     def _outcome(self, decision: Decision) -> tuple[RunStatus, str]:
         """How the run ends. A halt needs a person, whatever else was decided; a complete run is not stopped."""
