@@ -50,8 +50,16 @@ def test_seven_mistakes_are_seven_lines(bench):
         ("training.save_steps", '"nil"', 'expected an integer >= 0 or null, got "nil"; write null (in TOML "null"'),
         ("training.mixed_precision", '"none"', 'or null, got "none"; did you mean "no"?'),
         ("training.mixed_precision", '"fp8"', 'expected one of "auto", "bf16", "fp16", "no" or null, got "fp8"'),
-        ("training.gradient_checkpointing", "-1", "expected a boolean (true or false) or an integer >= 0, got -1"),
-        ("training.gradient_checkpointing", "1.5", "expected a boolean (true or false) or an integer >= 0, got 1.5"),
+        (
+            "training.gradient_checkpointing",
+            "-1",
+            'expected a boolean (true or false), an integer >= 0 or "auto", got -1',
+        ),
+        (
+            "training.gradient_checkpointing",
+            "1.5",
+            'expected a boolean (true or false), an integer >= 0 or "auto", got 1.5',
+        ),
         ("optimizer.learning_rate", "nan", "expected a number > 0, got NaN"),
         ("optimizer.learning_rate", "inf", "expected a number > 0, got Infinity"),
         ("optimizer.learning_rate", '".5"', 'expected a number > 0, got ".5"; write 0.5'),

@@ -189,7 +189,9 @@ class TrainingConfig:
     ] = "model"
     compile_backend: Annotated[str, Doc("backend of torch.compile; inductor needs a compiler")] = "inductor"
     gradient_checkpointing: Annotated[
-        bool | int, Ge(0), Doc("recompute activations in backward: true, false, or every k-th block")
+        bool | int | Literal["auto"],
+        Ge(0),
+        Doc("recompute activations in backward: true, false, every k-th block, or auto: false if the run fits"),
     ] = True
     seed: Annotated[int, Ge(0), Doc("seed of weights, dropout and, unless data.seed is set, of the order")] = 42
     deterministic: Annotated[

@@ -281,7 +281,8 @@ def parse_type(annotation: Any, bounds: tuple[Bound, ...] = ()) -> FieldType:
     if origin is Literal or _is_choice(annotation):
         words = [f'"{choice}"' for choice in choices_of(annotation)]
         choices = tuple(str(choice) for choice in choices_of(annotation))
-        return FieldType("choice", annotation, f"one of {', '.join(words)}", " | ".join(words), choices=choices)
+        description = f"one of {', '.join(words)}" if len(words) > 1 else words[0]
+        return FieldType("choice", annotation, description, " | ".join(words), choices=choices)
     if origin is tuple and arguments[1:] == (Ellipsis,):
         item = parse_type(arguments[0])
         return FieldType("list", annotation, f"a list of {item.plural}", f"list of {item.plural}", parts=(item,))

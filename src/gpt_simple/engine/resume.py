@@ -17,6 +17,7 @@ from gpt_simple._names import DISTRIBUTION
 from gpt_simple.checkpoint.store import Checkpoint, Store
 from gpt_simple.checkpoint.tensor_names import as_text, optimizer_tensors
 from gpt_simple.config.schema import Config
+from gpt_simple.engine import activation_checkpointing
 from gpt_simple.engine.compatibility import flatten, with_legacy_options, with_legacy_values
 from gpt_simple.engine.mirror import Mirror
 from gpt_simple.errors import CheckpointError
@@ -99,6 +100,12 @@ class FoundCheckpoint:
     """All checkpoints of the run, to notice if another run writes one before this launch has locked the directory."""
     mirror: Mirror | None = None
     """The checkpoints elsewhere, on the main process of a run with a ``training.checkpoint_store``."""
+
+    @property
+    def gradient_checkpointing(self) -> bool | int | None:
+        """That of the run, in which ``"auto"`` was decided; None from scratch."""
+        setting = self.state["run"]["config"].get(activation_checkpointing.KEY) if self.checkpoint else None
+        return setting if isinstance(setting, int) else None
 
 
 def find_checkpoint(config: Config, store: Store, *, force: bool) -> FoundCheckpoint:

@@ -102,6 +102,7 @@ class PlannedResume:
     ``bit-exact``, ``order-exact: ...`` or ``changed: ...``, from the configuration, the data and the installed torch.
     ``finished`` says why the run is complete, and what to change to go on.
     ``store`` names the checkpoint store that the launch fetches the checkpoint from; only its step is known then.
+    ``gradient_checkpointing`` is that of the run, which ``"auto"`` keeps; None from scratch.
     """
 
     kind: Literal["scratch", "resume", "finished"]
@@ -113,6 +114,7 @@ class PlannedResume:
     samples: int = 0
     finished: str = ""
     store: str = ""
+    gradient_checkpointing: bool | int | None = None
 
 
 @frozen
@@ -176,7 +178,7 @@ class MemoryPrediction:
     it into parameters, gradients, optimizer, activations, temporaries and data; ``by_phase`` is the peak of each phase.
     ``is_bound``: ``peak`` is an upper bound (compiled), else it is exact (eager). ``copy`` is the host memory of the
     state that ``background_save`` writes, from the first save on; on a CPU ``peak`` includes it and ``by_category`` has
-    it as ``copies``.
+    it as ``copies``. ``block_activations``: what the first block keeps for the backward pass.
     """
 
     peak: int
@@ -186,6 +188,7 @@ class MemoryPrediction:
     by_phase: Mapping[str, int]
     is_bound: bool
     copy: int = 0
+    block_activations: int = 0
 
     @property
     def training_peak(self) -> int:
@@ -198,7 +201,8 @@ class MemoryForecast:
     """A prediction, the GPU that it is compared with, and with ``fit`` the largest ``per_device_batch_size`` that fits.
 
     ``batch`` is None if none fits, and ``batch_without_checkpointing`` is that without gradient checkpointing. Batches
-    above ``largest_tried`` were not tried.
+    above ``largest_tried`` were not tried. The prediction is for ``gradient_checkpointing``: what is configured, or
+    what ``"auto"`` means here, with the reason.
     """
 
     prediction: MemoryPrediction
@@ -207,6 +211,8 @@ class MemoryForecast:
     largest_tried: int
     batch: int | None = None
     batch_without_checkpointing: int | None = None
+    gradient_checkpointing: bool | int = True
+    gradient_checkpointing_why: str = ""
 
 
 @frozen
@@ -327,9 +333,11 @@ class Preflight(Protocol):
         world_size: int,
         cuda: bool,
         steps: tuple[int, int] | None = None,
+        gradient_checkpointing: bool | int | None = None,
     ) -> MemoryPrediction:
         """Predict the memory for a tokenizer of ``vocab_size`` and precision ``bf16``, ``fp16`` or ``no``.
 
-        ``cuda``: as on a GPU. ``steps``: the first and the last step, None for all of the run. Memory of plugins is not
-        included. Imports torch and takes seconds.
+        ``cuda``: as on a GPU. ``steps``: the first and the last step, None for all of the run.
+        ``gradient_checkpointing``: None for that of the configuration, of which ``"auto"`` counts as true. Memory of
+        plugins is not included. Imports torch and takes seconds.
         """

@@ -196,8 +196,9 @@ class Run(Protocol):
         """Facts of the run: parameters, flops_per_token, peak_flops, tokens_per_step, floor, precision, ...
 
         ``tokens_per_step`` counts those after the warm-up stages. ``stages`` has the fields of a ``BatchStage`` for
-        each stage that the run reaches. Before ``on_run_start``, as in ``check_runtime``, there are only ``precision``
-        (``bf16``, ``fp16`` or ``no``) and ``precision_why``.
+        each stage that the run reaches. ``gradient_checkpointing`` is the decided one where the configuration has
+        ``"auto"``. Before ``on_run_start``, as in ``check_runtime``, there are only ``precision`` (``bf16``, ``fp16``
+        or ``no``) and ``precision_why``.
         """
 
     def record(self, key: str, value: Any) -> None:

@@ -126,7 +126,7 @@ def _build_model(job: Job, data: Dataset, plan: ResumePlan) -> torch.nn.Module:
     if plugins.calls.on_model_built is not None:
         with plugins.comm.during("on_model_built"):
             plugins.calls.on_model_built(plugins.view, ModelBuilt(model, plan.step))
-    checkpoint_activations(job.spec, model)
+    checkpoint_activations(job.spec, model, job.runtime.checkpointing)
     if dist.mesh is not None:
         from gpt_simple.distributed.sharding import shard  # seconds, which other runs do not need
 
@@ -324,6 +324,8 @@ def _run_info(job: Job, data: Dataset, model: torch.nn.Module, batch_plan: Batch
         "precision_why": precision.why,
         "compile": compile_plan.scope if compile_plan.enabled else "off",
         "parallel": "fsdp" if job.dist.shards else "ddp" if job.dist.size > 1 else None,
+        "gradient_checkpointing": job.runtime.checkpointing.setting,
+        "gradient_checkpointing_why": job.runtime.checkpointing.why,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_token": flops(config.data.max_length) if flops is not None else None,
         "peak_flops": config.training.peak_flops or peak_flops(_device_name(device), precision.name),

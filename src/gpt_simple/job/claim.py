@@ -159,7 +159,7 @@ def claim_run_dir(job: Job, data: Dataset, plan: ResumePlan) -> Iterator[Claimed
                 _status_of_errors(claimed, state, step),
                 job.dist.explained_failures(lambda: state.step),
                 job.spec.located_errors(),  # the status and the other ranks show no secrets
-                advised_failures(job.spec, job.dist.device),
+                advised_failures(job.spec, job.dist.device, job.runtime.checkpointing),
             ):
                 status.update(state="running", step=step, max_steps=job.config.training.max_steps, force=True)
                 yield claimed

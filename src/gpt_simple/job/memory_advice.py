@@ -9,14 +9,18 @@ import torch
 
 from gpt_simple._names import PROGRAM
 from gpt_simple.config.schema import Config
+from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
 from gpt_simple.machine_failures import explained_machine_failures
 from gpt_simple.spec import RunSpec
 
 
-def advised_failures(spec: RunSpec, device: torch.device) -> AbstractContextManager[None]:
+def advised_failures(
+    spec: RunSpec, device: torch.device, checkpointing: ActivationCheckpointing
+) -> AbstractContextManager[None]:
     """Raise used-up memory and a lost ``device`` as errors that say what to change in the run's configuration."""
+    config = checkpointing.applied(spec.config)
     return explained_machine_failures(
-        lambda on_device: memory_advice(spec.config, spec.source, on_device=on_device or device.type == "cpu")
+        lambda on_device: memory_advice(config, spec.source, on_device=on_device or device.type == "cpu")
     )
 
 

@@ -16,6 +16,7 @@ from gpt_simple.checkpoint.store import Checkpoint, Store, weights_stem
 from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.tokenizer import load_tokenizer
 from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.engine.activation_checkpointing import KEY, ActivationCheckpointing
 from gpt_simple.engine.compatibility import keep_values
 from gpt_simple.engine.components import guarded
 from gpt_simple.engine.resume import check_weights
@@ -104,16 +105,15 @@ def refuse_undivided(dist: ProcessGroup, model: torch.nn.Module) -> None:
         )
 
 
-def checkpoint_activations(spec: RunSpec, model: torch.nn.Module) -> None:
-    """Apply ``training.gradient_checkpointing``. ConfigError if it was set and the model has none."""
-    every = int(spec.config.training.gradient_checkpointing)
+def checkpoint_activations(spec: RunSpec, model: torch.nn.Module, checkpointing: ActivationCheckpointing) -> None:
+    """Apply ``checkpointing``. ConfigError if it was set, to other than "auto", and the model has none."""
     apply = getattr(guarded(spec.registry, spec.config, model), "set_activation_checkpointing", None)
     if apply is not None:
-        apply(every)
-    elif every and not spec.origins.is_default("training.gradient_checkpointing"):
+        apply(int(checkpointing.setting))
+    elif spec.config.training.gradient_checkpointing not in (False, "auto") and not spec.origins.is_default(KEY):
         raise ConfigError(
             f"the model {spec.config.model.name!r} has no set_activation_checkpointing(every)",
-            key="training.gradient_checkpointing",
+            key=KEY,
             hint="set it to false",
         )
 

@@ -62,7 +62,7 @@ def rebuild_optimizer(job: Job, current: CurrentOptimizer, train_step: TrainStep
     for parameter in model.parameters():
         parameter.grad = None
     model.to(dist.device)
-    checkpoint_activations(job.spec, model)
+    checkpoint_activations(job.spec, model, job.runtime.checkpointing)
     _refuse_different(job, model)
     refuse_undivided(dist, model)
     current.replace(_new_optimizer(job, model))

@@ -12,6 +12,7 @@ import torch
 from attrs import evolve, frozen
 
 from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
 from gpt_simple.engine.compile import CompilePlan
 from gpt_simple.engine.compile import plan as plan_compile
 from gpt_simple.engine.determinism import repeats_bits
@@ -24,9 +25,13 @@ from gpt_simple.spec import RunSpec
 
 @frozen
 class Runtime:
-    """``numerics`` holds what decides the last digits of a result, as JSON values."""
+    """``numerics`` holds what decides the last digits of a result, as JSON values.
+
+    ``checkpointing`` is that of the configuration, and ``compile_plan`` is made for it, until the data are known.
+    """
 
     precision: Precision
+    checkpointing: ActivationCheckpointing
     compile_plan: CompilePlan
     deadline: Deadline | None
     numerics: Mapping[str, Any]
@@ -40,8 +45,8 @@ def resolve_runtime(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
 def _resolve(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
     training = spec.config.training
     precision = evolve(resolve_precision(training.mixed_precision, dist.device), of_weights=dist.shards)
-    explicit = not spec.origins.is_default("training.compile")
-    compile_plan = plan_compile(training, dist.device, dist.size, explicit=explicit)
+    checkpointing = ActivationCheckpointing.of(spec.config)
+    compile_plan = _compile_plan(spec, dist, checkpointing)
     deadline = Deadline.of_launch(training, os.environ, started=began, now=time.monotonic(), clock=time.time())
     numerics = {
         "processes": dist.size,
@@ -56,4 +61,16 @@ def _resolve(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
     if dist.shards:
         numerics["parallel"] = f"fsdp by {training.shard_size}" if training.shard_size else "fsdp"
     numerics = with_determinism(numerics, repeats_bits())
-    return Runtime(precision, compile_plan, deadline, numerics)
+    return Runtime(precision, checkpointing, compile_plan, deadline, numerics)
+
+
+def with_checkpointing(
+    runtime: Runtime, spec: RunSpec, dist: ProcessGroup, checkpointing: ActivationCheckpointing
+) -> Runtime:
+    """``runtime`` of a launch that makes this gradient checkpointing."""
+    return evolve(runtime, checkpointing=checkpointing, compile_plan=_compile_plan(spec, dist, checkpointing))
+
+
+def _compile_plan(spec: RunSpec, dist: ProcessGroup, checkpointing: ActivationCheckpointing) -> CompilePlan:
+    explicit = not spec.origins.is_default("training.compile")
+    return plan_compile(checkpointing.applied(spec.config).training, dist.device, dist.size, explicit=explicit)

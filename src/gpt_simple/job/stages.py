@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from gpt_simple.data.dataset import Dataset
 from gpt_simple.data.prepare import prepare
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.distributed.start_up import start_up
+from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
 from gpt_simple.engine.compatibility import flatten
 from gpt_simple.engine.compile import refuse_uncompilable
 from gpt_simple.engine.mirror import Mirror
@@ -43,7 +45,9 @@ from gpt_simple.job.model import (
     refuse_unshardable,
     refuse_weights,
 )
+from gpt_simple.job.runtime import with_checkpointing
 from gpt_simple.launch.member import processes
+from gpt_simple.preflight.activation_checkpointing import Memory, decide
 from gpt_simple.preflight.preflight import RunPreflight
 from gpt_simple.run_dir.lock import RunLock
 from gpt_simple.spec import RunSpec
@@ -84,8 +88,6 @@ def check_config(job: Job) -> None:
     for note in (*spec.notes, *spec.host.notes, *filter(None, [compile_plan.warning])):
         log.warning(note)
     _note_unused_gpus(job)
-    if compile_plan.note:
-        log.info(compile_plan.note, name="ddp_optimizer")
     job.dist.on_main(lambda: report(spec.check_config(_preflight_of(job)), log.warning))
 
 
@@ -159,10 +161,41 @@ def _fingerprints(data: Dataset) -> dict[str, str]:
     return {"dataset": data.fingerprint, "tokenizer": data.tokenizer.fingerprint}
 
 
+def decide_checkpointing(job: Job, found: FoundCheckpoint, data: Dataset) -> Job:
+    """The job with ``training.gradient_checkpointing`` decided if that is "auto": on the main rank, for all of them.
+
+    A run that is resumed keeps its choice. A run that begins compares the predicted memory with that of all ranks.
+    """
+    dist, config = job.dist, job.config
+    checkpointing = ActivationCheckpointing.of(config, found.gradient_checkpointing)
+    if found.checkpoint is None and checkpointing.setting:
+        places = dist.gather(dist.all_or_none(lambda: (socket.gethostname(), Memory.here(dist.device))))
+        machines = [machine for machine, _ in places]
+        memories = [memory.shared(machines.count(machine)) for machine, memory in places]
+        checkpointing = dist.on_main(lambda: _decide(job, data, min(memories, key=lambda memory: memory.limit)))
+    runtime = dist.all_or_none(lambda: with_checkpointing(job.runtime, job.spec, dist, checkpointing))
+    if runtime.compile_plan.note:
+        job.plugins.log.info(runtime.compile_plan.note, name="ddp_optimizer")
+    return evolve(job, runtime=runtime)
+
+
+def _decide(job: Job, data: Dataset, memory: Memory) -> ActivationCheckpointing:
+    return decide(
+        job.config,
+        job.spec.registry,
+        memory,
+        vocab_size=data.tokenizer.vocab_size,
+        precision=job.runtime.precision.name,
+        compiled=job.runtime.compile_plan.enabled,
+        world_size=job.dist.size,
+    )
+
+
 def plan_resume(job: Job, found: FoundCheckpoint, data: Dataset) -> ResumePlan:
     """Compare the launch with the checkpoint that it resumes from."""
     origins = {plugin.name: f"{plugin.distribution} {plugin.version}".strip() for plugin in job.spec.host.plugins}
-    fingerprint = run_fingerprint(job.config, data=_fingerprints(data), numerics=job.runtime.numerics, plugins=origins)
+    config = job.runtime.checkpointing.applied(job.config)
+    fingerprint = run_fingerprint(config, data=_fingerprints(data), numerics=job.runtime.numerics, plugins=origins)
     return job.dist.all_or_none(lambda: compare_with_checkpoint(found, fingerprint))
 
 
@@ -184,7 +217,7 @@ def _preflight(job: Job, data: Dataset, plan: ResumePlan) -> TimeBudget | None:
         model = new_model(job.spec, data.tokenizer)
     refuse_shared_documents(job.spec, model)
     refuse_weights(job.spec, data, model)
-    checkpoint_activations(job.spec, model)
+    checkpoint_activations(job.spec, model, job.runtime.checkpointing)
     refuse_uncompilable(model, job.runtime.compile_plan)
     if job.dist.shards:
         refuse_unshardable(job.spec, model)

@@ -20,6 +20,7 @@ from gpt_simple.job.result import TrainResult
 from gpt_simple.job.runtime import resolve_runtime
 from gpt_simple.job.stages import (
     check_config,
+    decide_checkpointing,
     find_checkpoint,
     init_distributed,
     plan_resume,
@@ -60,23 +61,24 @@ def _train(spec: RunSpec, force: bool, began: float, signals: StopSignals) -> Tr
         reset_peak(dist.device)  # an earlier run in this process may have needed more
         runtime = resolve_runtime(spec, dist, began)
         with (
-            compile_flags(runtime.compile_plan),
             dist.explained_failures(lambda: state.step),
             plugin_calls(spec, dist, runtime.precision, state) as plugins,
             spec.located_errors(),  # inside, too: plugins and other ranks see where an error comes from
-            advised_failures(spec, dist.device),
+            advised_failures(spec, dist.device, runtime.checkpointing),
         ):
             job = Job(spec, force, began, dist, runtime, signals, plugins, state)
             try:
                 check_config(job)
                 found = find_checkpoint(job)
                 data = prepare_data(job, found)
+                job = decide_checkpointing(job, found, data)
                 plan = plan_resume(job, found, data)
                 time_budget = preflight(job, data, plan)
                 if plan.is_finished:
                     bring_to_store(job, found)
                     return already_finished(job, plan)
                 with (
+                    compile_flags(job.runtime.compile_plan),
                     claim_run_dir(job, data, plan) as run_dir,
                     build_trainer(job, data, plan, time_budget, run_dir) as trainer,
                 ):

@@ -64,6 +64,7 @@ def banner(run: Run, event: ev.RunStart) -> list[str]:
         f"device     {info['device']} x {run.world_size}, precision {info['precision']} ({info['precision_why']}),"
         f" compile {info['compile']}",
         f"model      {run.config.model.name}: {info['parameters']:,} parameters",
+        *_recomputation(info["gradient_checkpointing"], info["gradient_checkpointing_why"]),
         f"data       {_data(info['data'])}",
         *_steps(info["stages"], run.world_size, event.max_steps),
         f"plugins    {', '.join(info['plugins'])}",
@@ -77,6 +78,13 @@ def banner(run: Run, event: ev.RunStart) -> list[str]:
         )
     lines.append(f"start      {event.promise}")
     return lines
+
+
+def _recomputation(setting: bool | int, why: str) -> Iterator[str]:
+    """What is computed again in the backward pass, if that was decided or is not needed."""
+    blocks = "every block" if setting is True else f"one of {setting} blocks" if setting else "no block"
+    if why != "configured":
+        yield f"recompute  {blocks} ({why})"
 
 
 def _steps(stages: Sequence[Mapping[str, Any]], world_size: int, max_steps: int) -> Iterator[str]:

@@ -57,6 +57,7 @@ class Memory(Plugin[NoConfig]):
             world_size=run.world_size,
             cuda=run.device.type == "cuda",
             steps=(event.step + 1, max(event.step + 1, min(event.step + _MEASURED_STEPS, event.max_steps))),
+            gradient_checkpointing=event.facts["gradient_checkpointing"],
         )
         self._last_step = event.step + _MEASURED_STEPS
         self._predicted = self._prediction.training_peak
@@ -138,15 +139,17 @@ def stop_counting() -> int:
 
 
 def _forecast(preflight: Preflight) -> Iterator[Finding]:
-    forecast, training = preflight.memory, preflight.config.training
+    forecast, configured = preflight.memory, preflight.config.training.gradient_checkpointing
     prediction = forecast.prediction
     parts = ", ".join(f"{name} {_size(size)}" for name, size in prediction.by_category.items() if size > _SHOWN)
     near = f" near {prediction.place}" if prediction.place else ""
     at_most = "at most " if prediction.is_bound else ""
-    checkpointing = "with" if training.gradient_checkpointing else "without"
+    precision = "fp32" if forecast.precision == "no" else forecast.precision
+    checkpointing = "with" if forecast.gradient_checkpointing else "without"
+    why = f": {forecast.gradient_checkpointing_why}" if configured == "auto" else ""
     message = (
         f"peak {at_most}{_size(prediction.peak)} a process in the {prediction.phase} phase{near}: {parts}"
-        f" ({'fp32' if forecast.precision == 'no' else forecast.precision}, {checkpointing} gradient checkpointing)"
+        f" ({precision}, {checkpointing} gradient checkpointing{why})"
     )
     fields = {
         "peak": prediction.peak,
@@ -157,6 +160,7 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
         "is_bound": prediction.is_bound,
         "copy": prediction.copy,
         "precision": forecast.precision,
+        "gradient_checkpointing": forecast.gradient_checkpointing,
     }
     if prediction.copy:
         message += f"; background_save holds a copy of {_size(prediction.copy)} in host memory"
@@ -171,7 +175,7 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
             kept = f"other processes and CUDA use the rest of its {_size(gpu.memory)}"
         message = f"the run needs {_size(-margin)} more than {gpu.name} has for tensors ({_size(gpu.usable)}; {kept})"
         hint = "lower per_device_batch_size (--fit finds it), or shorten data.max_length"
-        if not training.gradient_checkpointing:
+        if not forecast.gradient_checkpointing:
             hint = f"set gradient_checkpointing to true, {hint}"
         yield Finding("error", "memory-too-small", message, "training.per_device_batch_size", hint, fields=fields)
     else:
@@ -184,10 +188,11 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
         message = f"the largest per_device_batch_size for {gpu.name} is {at_least[forecast.batch]}{forecast.batch}"
         if not forecast.batch:
             message = f"not even one row fits into the {_size(gpu.usable)} that {gpu.name} has for tensors"
-        elif training.gradient_checkpointing and not bare:
+        elif configured and not bare:
             message += "; without gradient checkpointing not even one row fits"
-        elif training.gradient_checkpointing:
+        elif configured:
             message += f", and {at_least[bare]}{bare} without gradient checkpointing, which saves a forward pass"
+            message += ' ("auto" switches it off up to there)' if configured == "auto" else ""
         fields = {"batch": forecast.batch, "batch_without_checkpointing": bare}
         yield Finding("info", "memory-fit", message, fields=fields)
 

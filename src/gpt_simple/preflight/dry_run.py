@@ -15,6 +15,7 @@ from attrs import frozen
 from gpt_simple.config.schema import Config
 from gpt_simple.data.plan import BatchPlan
 from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
 from gpt_simple.engine.compile import CompilePlan, compile_model
 from gpt_simple.engine.components import attributed_calls, guarded
 from gpt_simple.engine.evaluation import evaluation_mode
@@ -71,7 +72,7 @@ class DryRun:
             _to_empty(model, device)
         set_checkpointing = getattr(guarded(registry, config, model), "set_activation_checkpointing", None)
         if set_checkpointing is not None:
-            set_checkpointing(int(config.training.gradient_checkpointing))
+            set_checkpointing(int(ActivationCheckpointing.of(config).setting))
         optimizer = registry.get("optimizer", config.optimizer.name).build(model, config.optimizer, device)
         enter_train_mode(optimizer)
         compile_model(model, compile_plan)

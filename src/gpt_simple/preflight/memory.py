@@ -19,6 +19,7 @@ from gpt_simple.config.schema import Config
 from gpt_simple.data.loader import steps_per_chunk
 from gpt_simple.data.plan import BatchPlan
 from gpt_simple.distributed.process_group import ProcessGroup
+from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import preserved_process_state
 from gpt_simple.engine.step import StepResult
@@ -121,7 +122,7 @@ def _predict(
     by_category = {**{name: tracker.peak_by.get(name, 0) for name in CATEGORIES}, "copies": here}
     by_phase = {phase: size for phase, size in tracker.peaks.items() if phase != "data"}
     place, phase = tracker.peak_place, tracker.peak_phase
-    return MemoryPrediction(tracker.peak + here, by_category, phase, place, by_phase, compiled, copy)
+    return MemoryPrediction(tracker.peak + here, by_category, phase, place, by_phase, compiled, copy, tracker.kept)
 
 
 class _FakeTensors(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -190,6 +191,8 @@ def _make_steps(
     for name, module in model.named_modules():
         if name:
             module.register_forward_pre_hook(lambda *_, name=name: tracker.move_to(name))
+    if isinstance(blocks := getattr(model, "blocks", None), torch.nn.ModuleList) and len(blocks):
+        tracker.measure_kept(blocks[0])
     for name, parameter in trained.items():
         parameter.register_post_accumulate_grad_hook(partial(on_gradient, name))  # type: ignore[no-untyped-call]
     results: list[StepResult] = []  # the trainer keeps them until it logs
@@ -214,14 +217,14 @@ def _chunks(config: Config, stages: Sequence[BatchStage], cuda: bool) -> list[to
     return [torch.empty(tokens, dtype=torch.int64) for _ in range(chunks * tensors)]
 
 
-def forecast_memory(
-    config: Config, registry: Registry, options: PreflightOptions, vocab_size: int | None
-) -> MemoryForecast:
-    """The prediction, with the largest batches if ``options`` ask for them. ConfigError for an unknown device.
+def gpu_and_precision(config: Config, options: PreflightOptions) -> tuple[GpuSpec | None, str]:
+    """The GPU that ``options`` name, else that of this machine, if any, and the precision of a run on it.
 
-    ``vocab_size`` is the tokenizer's, None if it is not known.
+    ConfigError for an unknown GPU, and for a precision that it does not have.
     """
-    gpu = find_gpu(options.device) if options.device else _gpu_here()
+    gpu = find_gpu(options.device) if options.device else None
+    if gpu is None and torch.cuda.is_available():
+        gpu = gpu_here(torch.device("cuda", 0))
     precision: str = config.training.mixed_precision or "auto"
     if precision == "auto":
         precision = gpu.precision if gpu is not None else "no"
@@ -231,8 +234,18 @@ def forecast_memory(
             key="training.mixed_precision",
             hint='use "fp16", "no", or leave it out',
         )
-    if vocab_size is None:
-        raise ConfigError("the vocabulary is not known before the data are prepared: set model.vocab_size")
+    return gpu, precision
+
+
+def forecast_memory(
+    config: Config,
+    registry: Registry,
+    options: PreflightOptions,
+    vocab_size: int,
+    checkpointing: ActivationCheckpointing,
+) -> MemoryForecast:
+    """The prediction, with the largest batches if ``options`` ask for them. ConfigError for an unknown device."""
+    gpu, precision = gpu_and_precision(config, options)
     predict = partial(
         predict_memory,
         vocab_size=vocab_size,
@@ -243,14 +256,19 @@ def forecast_memory(
         registry=registry,
         workspaces=gpu.workspaces if gpu is not None else 0,
     )
-    result = MemoryForecast(predict(config), precision, gpu, LARGEST_BATCH)
+    setting, limit = checkpointing.setting, checkpointing.limit
+    prediction = predict(checkpointing.applied(config))
+    result = MemoryForecast(prediction, precision, gpu, LARGEST_BATCH)
+    result = evolve(result, gradient_checkpointing=setting, gradient_checkpointing_why=checkpointing.why)
     if not options.fit:
         return result
     if gpu is None:
         raise ConfigError("--fit needs a GPU whose memory it fits: name one with --device")
-    batch = largest_batch(config, gpu.usable, predict)
-    bare = evolve(config, training=evolve(config.training, gradient_checkpointing=False))
-    without = largest_batch(bare, gpu.usable, predict) if config.training.gradient_checkpointing else batch
+    if limit is not None:
+        setting = True  # "auto" decides for every batch anew
+    batch = largest_batch(evolve(checkpointing, setting=setting).applied(config), gpu.usable, predict)
+    bare = evolve(checkpointing, setting=False).applied(config)
+    without = largest_batch(bare, gpu.usable if limit is None else limit, predict) if setting else batch
     return evolve(result, batch=batch, batch_without_checkpointing=without)
 
 
@@ -276,14 +294,13 @@ def largest_batch(config: Config, room: int, predict: Any) -> int:
     return fits
 
 
-def _gpu_here() -> GpuSpec | None:
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(0)
-    modern = torch.cuda.get_device_capability(0) >= (8, 0)
-    free, total = torch.cuda.mem_get_info(0)
+def gpu_here(device: torch.device) -> GpuSpec:
+    """The GPU ``device``, with the bytes that are free on it."""
+    properties = torch.cuda.get_device_properties(device)
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    free, total = torch.cuda.mem_get_info(device)
     # What torch holds and no tensor takes is free, too.
-    free += torch.cuda.memory_reserved(0) - torch.cuda.memory_allocated(0)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     precision = "bf16" if modern else "fp16"
     return GpuSpec(properties.name, total, precision, workspaces=_workspaces_here(), free=free)
 

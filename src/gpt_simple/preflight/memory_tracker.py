@@ -35,6 +35,7 @@ class MemoryTracker(TorchDispatchMode):
         self.peak_phase, self.peak_place = "", ""
         self.peak_by: Mapping[str, int] = {}
         self.peaks: Counter[str] = Counter()
+        self.kept = 0
         self._by: Counter[str] = Counter()
         self._granularity = granularity
         self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}
@@ -58,6 +59,21 @@ class MemoryTracker(TorchDispatchMode):
     def move_to(self, place: str) -> None:
         """Continue at this module."""
         self.place = place
+
+    def measure_kept(self, module: torch.nn.Module) -> None:
+        """Have ``kept`` be the bytes that a forward pass of ``module`` in training leaves, its result among them."""
+        before = 0
+
+        def on_entry(*_: object) -> None:
+            nonlocal before
+            before = self.now
+
+        def on_exit(module: torch.nn.Module, *_: object) -> None:
+            if module.training:
+                self.kept = self.now - before
+
+        module.register_forward_pre_hook(on_entry)
+        module.register_forward_hook(on_exit)
 
     def name(self, tensors: Iterable[torch.Tensor], category: str) -> None:
         """Move tensors to another category: their purpose is known only after they were created."""

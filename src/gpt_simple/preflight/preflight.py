@@ -8,10 +8,11 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from gpt_simple.config.schema import Config, ModelConfig
 from gpt_simple.data.plan import BatchPlan
+from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
 from gpt_simple.errors import CheckpointError, ConfigError, DataError, GptSimpleError, system_errors
 from gpt_simple.hooks.components import BUILTIN, Component, Registry
 from gpt_simple.hooks.preflight import (
@@ -148,17 +149,36 @@ class RunPreflight:
             return check_environment(self._spec.host.broken)
 
     @cached_property
+    def _checkpointing(self) -> ActivationCheckpointing:
+        """What ``training.gradient_checkpointing`` is in this run; raises what ``memory`` raises."""
+        resume = self._resume_or_scratch
+        checkpointing = ActivationCheckpointing.of(self.config, resume.gradient_checkpointing)
+        if not checkpointing.is_undecided:
+            return checkpointing
+        from gpt_simple.preflight.activation_checkpointing import decide_for
+
+        return decide_for(self.config, self.registry, self.options, self._vocab_size)
+
+    @property
+    def _vocab_size(self) -> int:
+        if (size := self.data.vocab_size) is None:
+            raise ConfigError("the vocabulary is not known before the data are prepared: set model.vocab_size")
+        return size
+
+    @cached_property
     def memory(self) -> MemoryForecast:
         from gpt_simple.preflight.memory import forecast_memory
 
-        return forecast_memory(self.config, self.registry, self.options, self.data.vocab_size)
+        return forecast_memory(self.config, self.registry, self.options, self._vocab_size, self._checkpointing)
 
     @cached_property
     def runtime(self) -> ThroughputEstimate | None:
         from gpt_simple.preflight.runtime import estimate_runtime
 
+        # What cannot be decided is a finding of the memory.
+        checkpointing = _unless_refused(lambda: self._checkpointing) or ActivationCheckpointing.of(self.config)
         return estimate_runtime(
-            self.config,
+            checkpointing.applied(self.config),
             self.registry,
             self.options,
             data=self.data,
@@ -178,10 +198,13 @@ class RunPreflight:
         if deadline is not None and shape is not None:
             TimeBudget(deadline, first_save_bytes=3 * 4 * parameter_count(shape))
 
-    def predict_memory(self, **assumptions: Any) -> MemoryPrediction:
+    def predict_memory(self, gradient_checkpointing: bool | int | None = None, **assumptions: Any) -> MemoryPrediction:
         from gpt_simple.preflight.memory import predict_memory
 
-        return predict_memory(self.config, registry=self.registry, **assumptions)
+        checkpointing = ActivationCheckpointing.of(self.config)
+        if gradient_checkpointing is not None:
+            checkpointing = evolve(checkpointing, setting=gradient_checkpointing)
+        return predict_memory(checkpointing.applied(self.config), registry=self.registry, **assumptions)
 
 
 def _unless_refused(part: Callable[[], T]) -> T | None:

@@ -14,6 +14,7 @@ from gpt_simple.checkpoint.manifest import Manifest, check_file
 from gpt_simple.checkpoint.store import Checkpoint, Store, step_of
 from gpt_simple.config.schema import Config
 from gpt_simple.engine import resume as engine
+from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
 from gpt_simple.engine.mirror import Mirror
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks.components import LOCAL, Registry
@@ -66,6 +67,7 @@ def plan_resume(
     fingerprints = data.fingerprints if data is not None and data.fingerprints else saved["data"]
     numerics = saved["numerics"] | {"torch": version("torch"), "processes": options.world_size}
     numerics = engine.with_determinism(numerics, config.training.deterministic)
+    config = ActivationCheckpointing.of(config, found.gradient_checkpointing).applied(config)
     now = engine.run_fingerprint(config, data=fingerprints, numerics=numerics, plugins=plugins)
     finished = engine.why_finished(found, now)
     return PlannedResume(
@@ -77,6 +79,7 @@ def plan_resume(
         skipped=found.skipped,
         samples=samples,
         finished=finished,
+        gradient_checkpointing=found.gradient_checkpointing,
     )
 
 

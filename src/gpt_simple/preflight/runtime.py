@@ -15,6 +15,7 @@ from attrs import frozen
 
 from gpt_simple.config.schema import Config
 from gpt_simple.data.plan import BatchPlan
+from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
 from gpt_simple.errors import ConfigError, OutOfMemory
 from gpt_simple.hardware import find_gpu
 from gpt_simple.hooks.components import Registry
@@ -169,8 +170,8 @@ def _estimated(config: Config, device: str, mfu: float, shape: Shape) -> _Timing
     rows, length = config.training.per_device_batch_size, config.data.max_length
     forward = flops_per_token(shape, length) / 3 * rows * length / (peak * mfu)
     # The backward pass costs two forward passes, and another one of the blocks whose activations are computed again.
-    every = int(config.training.gradient_checkpointing)
-    passes = 3 + (-(-shape.n_layer // every) / shape.n_layer if every else 0)
+    interval = int(ActivationCheckpointing.of(config).setting)
+    passes = 3 + (-(-shape.n_layer // interval) / shape.n_layer if interval else 0)
     basis = f"an estimate: {mfu:.0%} of the {peak / 1e12:.0f} TFLOP/s of a {gpu.name}"
     return _Timing(False, basis, passes * forward * config.training.gradient_accumulation_steps, forward)
 
