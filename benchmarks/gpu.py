@@ -181,7 +181,7 @@ def machine(part: Part) -> None:
     driver = shell("nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader")
     part.line(what="nvidia-smi", value=driver)
     part.line(what="python", value=f"{platform.python_version()} on {os.cpu_count()} cores")
-    part.line(what="torch", value=f"{torch.__version__}, CUDA {torch.version.cuda}")
+    part.line(what="build of torch", value=f"{torch.__version__}, CUDA {torch.version.cuda}")
     part.check("torch sees a GPU", torch.cuda.is_available())
     if not torch.cuda.is_available():
         return
@@ -1035,7 +1035,9 @@ def environment(work: Path, wheels: Path | None, *, cpu: bool) -> dict[str, str]
         shutil.rmtree(path[-1], ignore_errors=True)
         for wheel in sorted(wheels.glob("*.whl")):  # unpacked: Python imports no compiled modules from archives
             zipfile.ZipFile(wheel).extractall(path[-1])
+    has_own = any(name.endswith("_ALLOC_CONF") for name in os.environ)
     return {
+        **({} if has_own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),  # as the commands set it
         "TORCHINDUCTOR_CACHE_DIR": str(work / "cache" / "inductor"),
         "TRITON_CACHE_DIR": str(work / "cache" / "triton"),
         "GPT_SIMPLE_CACHE": str(work / "cache" / "data"),
