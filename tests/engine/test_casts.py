@@ -139,11 +139,15 @@ def test_a_step_that_fails_leaves_no_casts() -> None:
     assert {layer.cast_weight for layer in run.train_step.casts.layers} == {None}
 
 
-def test_weights_of_another_step_component_are_not_cast_ahead() -> None:
+@pytest.mark.parametrize("part", ["step", "loss"])
+def test_weights_of_other_components_are_not_cast_ahead(part: str) -> None:
     def twice(batches: Sequence[Batch], backward: Backward) -> torch.Tensor:
         accumulate(batches, backward)
         return accumulate(batches, backward)
 
     step = prepared(casts_ahead=True).train_step
-    step.renew(step.optimizer, step.wrapped, twice)
+    if part == "loss":
+        step = evolve(step, module=torch.nn.Sequential(step.model))
+    else:
+        step.renew(step.optimizer, step.wrapped, twice)
     assert step.casts.layers == []

@@ -5,7 +5,8 @@ They take 2 bytes for each parameter of a projection during the forward and back
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from attrs import frozen
@@ -25,6 +26,15 @@ class WeightCasts:
         """All projections of float32 weights that are trained; none without a ``dtype``."""
         layers = () if dtype is None else (layer for layer in model.modules() if isinstance(layer, Linear))
         return cls([layer for layer in layers if _is_cast(layer.weight)], dtype or torch.float32)
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Passes with the casts, and none of them afterwards."""
+        try:
+            self.renew()
+            yield
+        finally:
+            self.drop()
 
     def renew(self) -> None:
         """Cast the weights as they are now, for the passes that follow."""

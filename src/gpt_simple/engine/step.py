@@ -158,8 +158,9 @@ class TrainStep:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._skips_on_device = skips_on_device(optimizer)
         # Another component may read gradients between its passes, and those must not be scaled for fp16.
-        # Another component may change weights between its passes.
-        self.casts = WeightCasts.of(self.model, self.precision.dtype if compute is accumulate else None)
+        # Another step may change weights between its passes, and another loss within one.
+        is_plain = compute is accumulate and self.module is self.model
+        self.casts = WeightCasts.of(self.model, self.precision.dtype if is_plain else None)
         self.hides_scale = self.precision.scaler.is_enabled() and compute is not accumulate
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -224,13 +225,11 @@ class TrainStep:
         passes = Passes(self, self.dist.size / max(1, targets), batches, on_batch)
         failure: BaseException | None = None
         try:
-            self.casts.renew()
-            loss = self.compute(batches, passes)
+            with self.casts.ahead():
+                loss = self.compute(batches, passes)
         except BaseException as error:
             # A failure of the engine's own part is not the component's.
             failure = passes.failure or error
-        finally:
-            self.casts.drop()
         if failure is not None:
             raise failure
         if not isinstance(loss, torch.Tensor) or loss.ndim:
@@ -298,9 +297,8 @@ class TrainStep:
         more processes the buckets decide in which order numbers are added. So without this a resumed run would differ
         in its last digits from one that was not interrupted.
         """
-        self.casts.renew()
-        with self.precision.autocast():
-            losses = self.losses_of(self.wrapped, batch)
-        self.backward(total_of(losses))
-        self.casts.drop()
+        with self.casts.ahead():
+            with self.precision.autocast():
+                losses = self.losses_of(self.wrapped, batch)
+            self.backward(total_of(losses))
         self.optimizer.zero_grad(set_to_none=True)
