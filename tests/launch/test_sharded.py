@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -230,20 +231,28 @@ class Generates(Plugin[Any]):
         run.generate("Once")
 
 
-class Overlong(Everywhere):
-    """Asks for more than the model can read, and is switched off."""
+class Fails(Everywhere):
+    """Fails in the middle of a pass, and is switched off."""
 
     on_error = "disable"  # type: ignore[assignment]
 
+    def __init__(self, generates: bool) -> None:
+        super().__init__()
+        self.generates = generates
+
     @hookimpl
     def on_step_end(self, run: Any, event: Any) -> None:
-        if event.step == 2:
+        if event.step == 2 and self.generates:
+            with patch.object(type(run.model.norm), "forward", side_effect=ValueError("no norm")):
+                run.generate("Once")
+        elif event.step == 2:
             with torch.no_grad():
                 run.model(torch.zeros(1, 99, dtype=torch.int64))
 
 
-def test_a_pass_of_a_plugin_that_fails_changes_no_step(ranks: Ranks, tmp_path: Path) -> None:
-    for name, plugins in (("with", [Overlong()]), ("without", [])):
+@pytest.mark.parametrize("generates", [False, True])
+def test_a_pass_of_a_plugin_that_fails_changes_no_step(ranks: Ranks, tmp_path: Path, generates: bool) -> None:
+    for name, plugins in (("with", [Fails(generates)]), ("without", [])):
         own = {**UNEVEN, **FSDP}
         done = ranks(2, lambda rank, p=plugins, name=name, own=own: tiny(tmp_path / name, plugins=p, **own).status)
         assert done == ["completed"] * 2

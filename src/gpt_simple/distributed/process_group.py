@@ -172,12 +172,13 @@ class ProcessGroup:
                 broadcast_buffers=False,
             )
 
-    def reshard(self, model: torch.nn.Module) -> None:
-        """Free the whole parameters of a divided model. A pass without gradients does it by itself."""
-        if self.mesh is not None:
-            from gpt_simple.distributed.sharding import reshard
+    def resharding(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """The context of passes that are not ``model(...)``, of which a divided model would keep whole parameters."""
+        if self.mesh is None:
+            return nullcontext()
+        from gpt_simple.distributed.sharding import resharding
 
-            reshard(model)
+        return resharding(model)
 
     def release_wrapped(self) -> None:
         """Free what ``wrap`` has returned and nothing refers to: its buckets and its hooks on gradients."""

@@ -7,7 +7,8 @@ gathered for its forward and its backward pass.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,17 +69,31 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _after_forward(model: nn.Module, arguments: Any, output: Any) -> None:
     if output is None:
-        # The pass has failed. If a plugin made it, the run may go on, and the next pass must not take over its state.
-        model.reset_iter_state()  # type: ignore[operator]
+        _forget_pass(model)
     elif not torch.is_grad_enabled():
-        reshard(model)  # else parameters would stay whole until the next backward pass
+        _reshard(model)
 
 
-def reshard(model: nn.Module) -> None:
-    """Free what is gathered of a model; one that is not divided stays as it is."""
+@contextmanager
+def resharding(model: nn.Module) -> Iterator[None]:
+    """Free the whole parameters that passes without gradients leave: they would stay until the next backward pass."""
+    try:
+        yield
+    except BaseException:
+        _forget_pass(model)
+        raise
+    _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _forget_pass(model: nn.Module) -> None:
+    """After a pass that failed. If a plugin made it, the run may go on, and the next pass must not take over its state."""
+    model.reset_iter_state()  # type: ignore[operator]
 
 
 def fit_whole(model: nn.Module, device: torch.device) -> bool:

@@ -224,14 +224,12 @@ class ModelView(LaunchView):
     def generate(self, prompt: str = "", **options: Any) -> str:
         if any(parameter.is_meta for parameter in self.raw.parameters()):
             raise _missing("generate")
+        self._check_together("run.generate")
         if self.dist.shards:
-            self._check_together("run.generate")
             options["agree"] = self.dist.of_main  # equal weights may give other digits on another machine
         # The length grows token by token: torch would compile for each.
-        with self.evaluating(), torch.compiler.set_stance("force_eager"):
-            text = generate(self.guarded, self.tokenizer, prompt, forward=self.forward, **options)
-        self.dist.reshard(self.raw)
-        return text
+        with self.evaluating(), torch.compiler.set_stance("force_eager"), self.dist.resharding(self.raw):
+            return generate(self.guarded, self.tokenizer, prompt, forward=self.forward, **options)
 
     def _check_together(self, what: str) -> None:
         """Raise PluginError where only some ranks use a model of which each has a part."""

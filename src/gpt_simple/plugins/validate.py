@@ -305,7 +305,7 @@ def _device(run: Run) -> Iterator[Finding]:
     # Weights, gradients and two moments in fp32, of which each process may have its part.
     needed = sum(16 * parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     if run.config.training.parallel == "fsdp":
-        needed //= run.config.training.shard_size or run.world_size
+        needed //= min(run.config.training.shard_size or run.world_size, run.world_size)
     free, memory = torch.cuda.mem_get_info(run.device)
     # What torch holds and no tensor takes is free, too.
     free += torch.cuda.memory_reserved(run.device) - torch.cuda.memory_allocated(run.device)
