@@ -30,6 +30,8 @@ _DEVICES = (Path("/dev/nvidia0"), Path("/dev/dxg"), Path("/dev/nvmap"))
 
 _UNLISTED = "NVIDIA GPU that /proc does not list"
 
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -125,6 +127,17 @@ def read_or_empty(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def free_memory() -> int | None:
+    """Bytes of host memory that can still be allocated, also within a container's limit; None if unknown."""
+    free = [int(size) * 1024 for size in re.findall(r"MemAvailable:\s*(\d+) kB", read_or_empty(Path("/proc/meminfo")))]
+    limit, used = (read_or_empty(_CONTROL_GROUP / f"memory.{name}").strip() for name in ("max", "current"))
+    if limit.isdigit() and used.isdigit():
+        # The pages of files that were read or written, data and checkpoints, make room when memory is asked for.
+        cached = re.search(r"^inactive_file (\d+)$", read_or_empty(_CONTROL_GROUP / "memory.stat"), re.MULTILINE)
+        free.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
+    return min(free, default=None)
 
 
 def cublas_workspaces(capability: tuple[int, int]) -> int:

@@ -9,9 +9,8 @@ import re
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
-from pathlib import Path
 
-from gpt_simple.hardware import find_compiler, gpu_driver, read_or_empty, visible_gpus
+from gpt_simple.hardware import find_compiler, gpu_driver, visible_gpus
 from gpt_simple.hooks.preflight import Environment
 
 PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "tokenizers", "wandb")
@@ -20,8 +19,6 @@ BACKENDS = (
     *("aot_ts", "eager_noexcept", "eager_debug", "pre_dispatch_eager", "invoke_subgraph", "openxla_eval"),
 )
 """Backends of torch.compile that torch itself has registered in one version or another."""
-
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def check_environment(broken: Sequence[str]) -> Environment:
@@ -66,12 +63,3 @@ def _seconds_left() -> float | None:
         return float(os.environ["SLURM_JOB_END_TIME"]) - time.time()
     except (KeyError, ValueError):
         return None
-
-
-def free_memory() -> int | None:
-    """Bytes of host memory that can still be allocated, also within a container's limit; None if unknown."""
-    free = [int(size) * 1024 for size in re.findall(r"MemAvailable:\s*(\d+) kB", read_or_empty(Path("/proc/meminfo")))]
-    limit, used = (read_or_empty(_CONTROL_GROUP / f"memory.{name}").strip() for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit():
-        free.append(int(limit) - int(used))
-    return min(free, default=None)
