@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_simple import hardware
 from gpt_simple.hardware import cores, cublas_workspaces, peak_flops
 from gpt_simple.plugin_host.discovery import own_commands
 
@@ -120,3 +121,24 @@ def test_workspaces_of_cublas_grow_with_hopper(monkeypatch: pytest.MonkeyPatch) 
     assert mib == [16.25, 16.25, 16.25, 64, 64, 64]
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     assert cublas_workspaces((9, 0)) == 2 * (2 * 4096 + 8 * 16) * 1024
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_container_or_a_job_counts(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, names = {1: ("memory", ("limit_in_bytes", "usage_in_bytes")), 2: ("", ("max", "current"))}[version]
+    groups, job = tmp_path / "cgroup", tmp_path / "cgroup" / "slurm" / "job_1"
+    job.mkdir(parents=True)
+    (tmp_path / "meminfo").write_text("MemTotal: 9999 kB\nMemAvailable: 8000 kB\n")
+    (tmp_path / "self").write_text(f"3:cpuset:/\n{2 if kind else 0}:{kind}:/slurm/job_1\n")
+    monkeypatch.setattr(hardware, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(hardware, "_OWN_GROUPS", tmp_path / "self")
+    found = [(groups, kind, (f"memory.{names[0]}", f"memory.{names[1]}", "memory.stat"))]
+    monkeypatch.setattr(hardware, "_CONTROL_GROUPS", found)
+    assert hardware.free_memory() == 8000 * 1024
+    for folder, limit, used, cached in ((job.parent, 7000, 2000, 500), (job, 6000, 3000, 1000)):
+        (folder / f"memory.{names[0]}").write_text(f"{limit * 1024}\n")
+        (folder / f"memory.{names[1]}").write_text(f"{used * 1024}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ntotal_inactive_file {cached * 1024}\n")
+        assert hardware.free_memory() == (limit - used + cached) * 1024

@@ -30,6 +30,14 @@ _DEVICES = (Path("/dev/nvidia0"), Path("/dev/dxg"), Path("/dev/nvmap"))
 
 _UNLISTED = "NVIDIA GPU that /proc does not list"
 
+_MEMORY = Path("/proc/meminfo")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "", ("memory.max", "memory.current", "memory.stat")),
+    (Path("/sys/fs/cgroup/memory"), "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")),
+)
+"""Roots of the control groups of Linux, how /proc names the group, and its files: version 2 and version 1."""
+
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -125,6 +133,26 @@ def read_or_empty(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def free_memory() -> int | None:
+    """Bytes of host memory that can still be allocated, also within the limit of a container or of a batch job.
+
+    None if unknown. Where the system does not say what is free, all of its memory counts.
+    """
+    free = [int(size) * 1024 for size in re.findall(r"MemAvailable:\s*(\d+) kB", read_or_empty(_MEMORY))]
+    if not free and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for root, kind, names in _CONTROL_GROUPS:
+        group = re.search(rf"^\d+:{kind}:(/.*)$", read_or_empty(_OWN_GROUPS), re.MULTILINE)
+        folder = root / (group[1].strip("/") if group else "")
+        # Each group has a limit for all groups within it.
+        for place in (folder, *folder.parents):
+            limit, used, stat = (read_or_empty(place / name).strip() for name in names)
+            if limit.isdigit() and used.isdigit():
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)$", stat, re.MULTILINE)
+                free.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
+    return min(free, default=None)
 
 
 def cublas_workspaces(capability: tuple[int, int]) -> int:

@@ -125,3 +125,28 @@ def test_segments_are_expandable_unless_the_user_decides(own: str) -> None:
     ended = subprocess.run([sys.executable, "-c", SEGMENTS], capture_output=True, text=True, env=environment)
     expected = f"{own}=backend:native" if own else "PYTORCH_ALLOC_CONF=expandable_segments:True"
     assert ended.stdout == f"{[expected]}\n"
+
+
+AT_IMPORT = """
+import os, sys
+
+class Notes:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            open(os.environ["NOTES"], "a").write(os.environ.get("PYTORCH_ALLOC_CONF", "none") + "\\n")
+
+sys.meta_path.insert(0, Notes())
+"""
+
+
+def test_all_processes_have_them_before_they_import_torch(here: Path, tmp_path: Path) -> None:
+    """torch reads the variable once. The launcher imports torch, too."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(AT_IMPORT)
+    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    environment |= {"PYTHONPATH": path, "NOTES": str(tmp_path / "notes")}
+    command = [sys.executable, "-m", "gpt_simple", "run", "config.toml", "--nproc_per_node", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "notes").read_text().splitlines() == ["expandable_segments:True"] * 2

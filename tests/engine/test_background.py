@@ -7,14 +7,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from gpt_simple import Config, TrainingConfig
 from gpt_simple.checkpoint.draft import Draft, Published
 from gpt_simple.checkpoint.store import Store
+from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.background import BackgroundWriter, NotFinite
+from gpt_simple.engine.checkpointer import Checkpointer
 from gpt_simple.run_dir.lineage import read_metrics
 from tests.children import At, At2, Ended, full_disk_until, kill_self
 from tests.tiny import TinyRun
@@ -120,3 +125,53 @@ def test_a_buffer_may_hold_an_infinity(tmp_path: Path) -> None:
         writer.result(wait=True)
     writer.close()
     assert [checkpoint.step for checkpoint in Store(tmp_path).list()] == [1]
+
+
+def test_a_group_without_tensors_stays_and_shapes_may_change(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    writer = BackgroundWriter(store)
+    for step, size in ((1, 3), (2, 5)):
+        tensors = {"model": {"weight": torch.arange(float(size))}, "plugins": {}}
+        writer.begin(step, tensors, {}, must_be_finite={"weight"})
+        tensors["model"]["weight"].zero_()
+        assert writer.result(wait=True) is not None
+        checkpoint = store.list()[-1]
+        assert sorted(path.name for path in checkpoint.path.glob("*.safetensors")) == [
+            "model.safetensors",
+            "plugins.safetensors",
+        ]
+        assert torch.equal(load_file(checkpoint.path / "model.safetensors")["weight"], torch.arange(float(size)))
+    writer.close()
+
+
+UNIT = 2**25
+
+
+@pytest.mark.parametrize("setting", ["auto", True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("free", "has_room"), [(8, True), (2, False)])
+def test_a_gpu_saves_in_the_background_if_its_host_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Any, device: str, free: int, has_room: bool
+) -> None:
+    """A state of two units. The limit is that of a container."""
+    for name, text in {"max": f"{9 * UNIT}", "current": f"{(9 - free) * UNIT + 5}", "stat": "inactive_file 5"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    groups = [(tmp_path, "none", ("memory.max", "memory.current", "memory.stat"))]
+    monkeypatch.setattr("gpt_simple.hardware._CONTROL_GROUPS", groups)
+    model = torch.nn.Linear(2**12, 2**12, bias=False, device="meta")
+    said: list[str] = []
+    run = SimpleNamespace(
+        device=torch.device(device),
+        config=Config(training=TrainingConfig(background_save=setting)),
+        dist=ProcessGroup(0, 1, torch.device("cpu")),
+        raw=model,
+        optimizer=torch.optim.SGD(model.parameters()),
+        log=SimpleNamespace(info=lambda text, **fields: said.append(text)),
+    )
+    saves: Any = Checkpointer(run, None, None, None, None)  # type: ignore[arg-type]
+    expected = setting is True or (setting == "auto" and device == "cuda" and has_room)
+    assert [saves._has_background(), saves._has_background()] == [expected, expected]
+    refused = setting == "auto" and device == "cuda" and not has_room
+    assert len(said) == refused
+    if refused:
+        assert "a copy of the state takes 0.1 GiB, and 0.1 GiB of host memory are free" in said[0]

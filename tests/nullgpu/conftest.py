@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import VISIBLE
 from tests.nullgpu.device import CARDS, ROOT, Card, NullGpu, Unavailable
 
 Json = dict[str, Any]
@@ -17,6 +18,13 @@ Measured = Callable[..., Json]
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     return None if any("nullgpu" in argument for argument in config.args) else True
+
+
+@pytest.fixture(autouse=True)
+def visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The null GPU is hidden, too, by what hides real ones from the tests."""
+    for name in VISIBLE:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

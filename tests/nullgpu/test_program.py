@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from tests.nullgpu.device import CARDS, HERE, NullGpu
-from tests.nullgpu.events import between, kind, read_log, waits
+from tests.nullgpu.events import allocations, between, kind, read_log, waits
 
 CONFIG = """\
 [model]
@@ -108,6 +109,25 @@ def test_a_step_between_logging_points_does_not_wait(
     assert waits(between(events, "step 6", "end of step 8")) == []
     reads = [event for event in between(events, "end of step 4", "step 5") if kind(event) == "copy D>H"]
     assert len(reads) == 2, "the numbers of the steps, and the reduced metrics"
+
+
+@pytest.mark.parametrize("background", [None, "false"], ids=["by default", "switched off"])
+def test_a_save_waits_for_the_device_once(gpu: NullGpu, folder: Path, background: str | None) -> None:
+    changes = {"max_steps": 4, "logging_steps": 0, "eval_steps": 0, "save_steps": 2, "compile": "false"}
+    options = [f"--training.{name}={value}" for name, value in changes.items()] + ["-p", str(HERE / "marks.py")]
+    options += [] if background is None else [f"--training.background_save={background}"]
+    launch(gpu, folder, *options, NULLGPU_LOG=str(folder / "events"))
+    saved = list(safe_open(folder / "out/checkpoints/step-00000002/model.safetensors", "pt").keys())
+    save = between(logged(folder), "end of step 2", "step 3")
+    copies = [event for event in save if kind(event) == "copy D>H"]
+    assert len(copies) >= 3 * len(saved), "weights and two moments"
+    if background is None:
+        assert {event.rpartition(" ")[0] for event in copies} == {"copy async D>pinned"}
+        waited = [event for event in save if event.startswith("sync")]
+        assert waited == ["sync device", "sync stream"], "the steps before are timed, and the copies are there"
+        assert len(allocations(save)) == 1, "one piece of page-locked memory"
+    else:
+        assert len([event for event in save if event.startswith("sync")]) >= len(copies)
 
 
 def test_out_of_memory_ends_the_run_and_not_its_directory(gpu: NullGpu, folder: Path) -> None:

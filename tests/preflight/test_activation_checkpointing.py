@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,26 +173,3 @@ def test_the_estimated_time_follows_the_decision(check: Check) -> None:
 @pytest.mark.parametrize("arguments", [(), ("--memory",), ("--probe",)])
 def test_validate_takes_auto_with_every_option(check: Check, arguments: tuple[str, ...]) -> None:
     assert "config" in check(AUTO, *arguments)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_the_limit_of_a_container_or_a_job_counts(
-    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gpt_simple.preflight import environment
-
-    kind, names = {1: ("memory", ("limit_in_bytes", "usage_in_bytes")), 2: ("", ("max", "current"))}[version]
-    groups, job = tmp_path / "cgroup", tmp_path / "cgroup" / "slurm" / "job_1"
-    job.mkdir(parents=True)
-    (tmp_path / "meminfo").write_text("MemTotal: 9999 kB\nMemAvailable: 8000 kB\n")
-    (tmp_path / "self").write_text(f"3:cpuset:/\n{2 if kind else 0}:{kind}:/slurm/job_1\n")
-    monkeypatch.setattr(environment, "_MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(environment, "_OWN_GROUPS", tmp_path / "self")
-    found = [(groups, kind, (f"memory.{names[0]}", f"memory.{names[1]}", "memory.stat"))]
-    monkeypatch.setattr(environment, "_CONTROL_GROUPS", found)
-    assert environment.free_memory() == 8000 * 1024
-    for folder, limit, used, cached in ((job.parent, 7000, 2000, 500), (job, 6000, 3000, 1000)):
-        (folder / f"memory.{names[0]}").write_text(f"{limit * 1024}\n")
-        (folder / f"memory.{names[1]}").write_text(f"{used * 1024}\n")
-        (folder / "memory.stat").write_text(f"anon 1\ntotal_inactive_file {cached * 1024}\n")
-        assert environment.free_memory() == (limit - used + cached) * 1024

@@ -207,8 +207,11 @@ class TrainingConfig:
         bool, Doc("evaluate before the checkpoint of the same step, which then holds what the evaluation decided")
     ] = False
     background_save: Annotated[
-        bool, Doc("write periodic checkpoints while training goes on; needs host memory for a copy of the state")
-    ] = False
+        bool | Literal["auto"],
+        Doc(
+            "write periodic checkpoints while training goes on, from a copy in host memory; auto: on a GPU, if it fits"
+        ),
+    ] = "auto"
     keep_last_k: Annotated[int | None, Ge(1), Doc("checkpoints that are kept; null: all")] = 3
     keep_milestone_every: Annotated[
         int | None, Ge(0), Doc("checkpoints at multiples of this step are kept for ever; null or 0: none")
@@ -250,6 +253,10 @@ class TrainingConfig:
     ] = "auto"
     wandb_project: Annotated[str | None, Doc("Weights & Biases project; unset: W&B is off")] = None
     wandb_run_name: Annotated[str | None, Doc("name of the W&B run")] = None
+
+    def saves_in_background(self, device_type: str) -> bool:
+        """Whether ``background_save`` is on for a run on such a device (``cpu`` or ``cuda``)."""
+        return device_type != "cpu" if self.background_save == "auto" else self.background_save
 
 
 @frozen

@@ -92,7 +92,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 def _forget_pass(model: nn.Module) -> None:
-    """After a pass that failed. If a plugin made it, the run may go on, and the next pass must not take over its state."""
+    """For a pass that failed: the run goes on if a plugin made it, and the next pass must not take over its state."""
     model.reset_iter_state()  # type: ignore[operator]
 
 

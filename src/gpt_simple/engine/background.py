@@ -16,7 +16,7 @@ from attrs import define, field
 
 from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
-from gpt_simple.data.host_memory import host_tensor
+from gpt_simple.data.host_memory import host_tensors
 from gpt_simple.engine.loss_monitor import all_finite
 
 
@@ -31,7 +31,8 @@ class BackgroundWriter:
     store: Store
     _pool: ThreadPoolExecutor = field(factory=lambda: ThreadPoolExecutor(1, "checkpoint"), init=False)
     _writing: Future[Published] | None = field(default=None, init=False)
-    _copies: dict[str, dict[str, torch.Tensor]] = field(factory=dict, init=False)
+    _copies: dict[tuple[str, str], torch.Tensor] = field(factory=dict, init=False)
+    """By stem and name. The next checkpoint uses their memory again."""
 
     def begin(
         self,
@@ -47,11 +48,12 @@ class BackgroundWriter:
         ``must_be_finite``: names in ``model``. ``are_copies``: the caller has made copies in host memory.
         """
         assert self._writing is None
-        self._copies = {
-            stem: dict(group) if are_copies else self._copied(stem, group) for stem, group in tensors.items()
-        }
+        copies = {stem: dict(group) for stem, group in tensors.items()}
+        if not are_copies:
+            self._copy({(stem, name): tensor for stem, group in tensors.items() for name, tensor in group.items()})
+            copies = {stem: {name: self._copies[stem, name] for name in group} for stem, group in tensors.items()}
         copied = json.loads(json.dumps(documents))
-        self._writing = self._pool.submit(self._write, step, copied, must_be_finite)
+        self._writing = self._pool.submit(self._write, step, copies, copied, must_be_finite)
 
     def result(self, *, wait: bool) -> Published | None:
         """The checkpoint that was begun, once it is durable, one time; None while it is being written.
@@ -67,17 +69,27 @@ class BackgroundWriter:
         """Wait for the checkpoint that is being written."""
         self._pool.shutdown()
 
-    def _write(self, step: int, documents: Mapping[str, Any], must_be_finite: Collection[str]) -> Published:
-        if not all_finite(tensor for name, tensor in self._copies["model"].items() if name in must_be_finite):
+    def _write(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        documents: Mapping[str, Any],
+        must_be_finite: Collection[str],
+    ) -> Published:
+        if not all_finite(tensor for name, tensor in tensors["model"].items() if name in must_be_finite):
             raise NotFinite
-        return self.store.publish(step, tensors=self._copies, documents=documents)
+        return self.store.publish(step, tensors=tensors, documents=documents)
 
-    def _copied(self, stem: str, group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        before = self._copies.get(stem, {})
-        copies = {}
-        for name, tensor in group.items():
-            copy = before.get(name)
-            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
-                copy = host_tensor(tensor.shape, tensor.dtype, pinned=tensor.is_cuda)
-            copies[name] = copy.copy_(tensor.detach())
-        return copies
+    def _copy(self, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
+        """Copy all, and wait for the device once."""
+        if _layouts(tensors) != _layouts(self._copies):
+            self._copies = {}  # first, so that old and new ones do not exist together
+            self._copies = host_tensors(tensors, pinned=any(tensor.is_cuda for tensor in tensors.values()))
+        for key, tensor in tensors.items():
+            self._copies[key].copy_(tensor.detach(), non_blocking=True)
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+
+
+def _layouts(tensors: Mapping[tuple[str, str], torch.Tensor]) -> dict[tuple[str, str], Any]:
+    return {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}

@@ -18,10 +18,12 @@ from gpt_simple.checkpoint.draft import Published
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.background import BackgroundWriter, NotFinite
 from gpt_simple.engine.loss_monitor import all_finite
+from gpt_simple.engine.memory import state_bytes
 from gpt_simple.engine.mirror import Mirror
 from gpt_simple.engine.time_budget import TimeBudget
 from gpt_simple.engine.views import RunView
 from gpt_simple.errors import CheckpointError
+from gpt_simple.hardware import free_memory
 from gpt_simple.hooks.events import CheckpointSaved, CheckpointSaving
 from gpt_simple.plugin_host.dispatch import Calls
 from gpt_simple.run_dir.status import StatusFile
@@ -73,6 +75,7 @@ class Checkpointer:
     time_budget: TimeBudget | None
     retry_due: bool = field(default=False, init=False)
     """Whether the newest save failed and should be tried again soon."""
+    _fits: bool | None = field(default=None, init=False)
     _newest: int | None = field(default=None, init=False)
     _write_seconds: float = field(default=0.0, init=False)
     _outdated: bool = field(default=False, init=False)
@@ -94,7 +97,7 @@ class Checkpointer:
         if self._newest == run.step and not self._outdated:
             return ""
         self._outdated = False
-        in_background = run.config.training.background_save and not blocking
+        in_background = not blocking and self._has_background()
         if not in_background and not self._all_finite():
             return self._not_finite(run.step)
         if self.calls.on_checkpoint_saving is not None:
@@ -139,6 +142,26 @@ class Checkpointer:
         if self.time_budget is not None and result.written is not None:
             # The last save of the run may have to wait for one that is still running.
             self.time_budget.record_save(2 * result.written.seconds)
+
+    def _has_background(self) -> bool:
+        """Whether saves are made in the background. Unless the user decides, the copy must fit into half of what the
+        main process's host has free: plugins and the loader take some, too."""
+        training = self.run.config.training
+        wanted = training.saves_in_background(self.run.device.type)
+        if training.background_save == "auto" and wanted and self._fits is None:
+            self._fits = self.run.dist.on_main(self._copy_fits)
+        return wanted and self._fits is not False
+
+    def _copy_fits(self) -> bool:
+        free, needed = free_memory(), state_bytes(self.run.raw, self.run.optimizer)
+        if free is None or 2 * needed <= free:
+            return True
+        self.run.log.info(
+            f"checkpoints are not written in the background: a copy of the state takes {needed / 2**30:.1f} GiB, and"
+            f" {free / 2**30:.1f} GiB of host memory are free (training.background_save = true does it all the same)",
+            name="background_save_off",
+        )
+        return False
 
     def _not_finite(self, step: int) -> str:
         good = self.run_dir.store.list()

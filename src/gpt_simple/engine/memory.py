@@ -1,4 +1,4 @@
-"""The peak memory of a run in this process."""
+"""The memory of a run in this process: its peak, and what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import resource
 import sys
 
 import torch
+
+from gpt_simple.engine.optimizer_modes import has_modes
 
 GIB = 1024**3
 
@@ -22,3 +24,18 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The tensors of the optimizer's state, once there was a step."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of a checkpoint's tensors, once there was a step; those of plugins are left out."""
+    weights = model.state_dict(keep_vars=True).values()
+    distinct = {id(tensor): tensor for tensor in (*weights, *optimizer_tensors(optimizer))}
+    size = sum(tensor.nbytes for tensor in distinct.values() if isinstance(tensor, torch.Tensor))
+    evaluated = model.parameters() if has_modes(optimizer) else ()
+    return size + sum(parameter.nbytes for parameter in evaluated)

@@ -28,7 +28,7 @@ def memory_advice(config: Config, source: Path | None, *, on_device: bool) -> st
     """For the memory of the device, or else of the host."""
     training = config.training
     changes = []
-    if not on_device and training.background_save:
+    if not on_device and training.saves_in_background("cuda"):  # on a CPU its memory is that of the device
         changes.append("set training.background_save to false: it holds a copy of the state in host memory")
     if (rows := training.per_device_batch_size) > 1:
         # The smallest divisor, so that a step has as many rows as before.

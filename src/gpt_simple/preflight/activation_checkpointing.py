@@ -17,11 +17,11 @@ from attrs import evolve, frozen
 from gpt_simple.config.schema import Config
 from gpt_simple.data.plan import BatchPlan
 from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
+from gpt_simple.hardware import free_memory
 from gpt_simple.hooks.components import BUILTIN, CONFIG_KEY, Kind, Registry
 from gpt_simple.hooks.preflight import MemoryPrediction, PreflightOptions
 from gpt_simple.model.flops import parameter_count
 from gpt_simple.model.shape import padded, resolve
-from gpt_simple.preflight.environment import free_memory
 from gpt_simple.preflight.memory import gpu_and_precision, gpu_here, predict_memory
 
 _SHARE_OF_GPU, _SHARE_OF_HOST = 0.95, 0.75

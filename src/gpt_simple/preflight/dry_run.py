@@ -19,7 +19,7 @@ from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
 from gpt_simple.engine.compile import CompilePlan, compile_model
 from gpt_simple.engine.components import attributed_calls, guarded
 from gpt_simple.engine.evaluation import evaluation_mode
-from gpt_simple.engine.optimizer_modes import enter_train_mode, evaluation_weights, has_modes
+from gpt_simple.engine.optimizer_modes import enter_train_mode, evaluation_weights
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.step import OnBatch, OnGradients, StepResult, TrainStep
 from gpt_simple.hooks.batch import Batch
@@ -115,19 +115,6 @@ class DryRun:
         step = self.train_step
         with evaluation_weights(step.optimizer), evaluation_mode(step.model, step.precision, step.seed):
             return step.loss(self.evaluation_batch)
-
-    def optimizer_state(self) -> list[torch.Tensor]:
-        """The tensors of the optimizer's state, once there was a step."""
-        values = (value for state in self.train_step.optimizer.state.values() for value in state.values())
-        return [value for value in values if isinstance(value, torch.Tensor)]
-
-    def state_bytes(self) -> int:
-        """Bytes of a checkpoint's tensors, once there was a step."""
-        weights = self.train_step.model.state_dict(keep_vars=True).values()
-        distinct = {id(tensor): tensor for tensor in (*weights, *self.optimizer_state())}
-        size = sum(tensor.nbytes for tensor in distinct.values() if isinstance(tensor, torch.Tensor))
-        evaluated = self.train_step.model.parameters() if has_modes(self.train_step.optimizer) else ()
-        return size + sum(parameter.nbytes for parameter in evaluated)
 
 
 def synthetic_batch(vocab_size: int, device: torch.device, rows: int, length: int, *, masked: bool) -> Batch:

@@ -20,6 +20,7 @@ from gpt_simple.data.loader import steps_per_chunk
 from gpt_simple.data.plan import BatchPlan
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
+from gpt_simple.engine.memory import optimizer_tensors, state_bytes
 from gpt_simple.engine.precision import Precision
 from gpt_simple.engine.process_state import preserved_process_state
 from gpt_simple.engine.step import StepResult
@@ -117,7 +118,8 @@ def _predict(
             dist=(watched := _Watched(0, 1, device)),
         )
         _make_steps(dry_run, watched, tracker, config, stages, world_size, cuda)
-    copy = dry_run.state_bytes() if config.training.background_save and config.training.save_steps else 0
+    copied = config.training.save_steps and config.training.saves_in_background("cuda" if cuda else "cpu")
+    copy = state_bytes(dry_run.train_step.model, dry_run.train_step.optimizer) if copied else 0
     here = 0 if cuda else copy
     by_category = {**{name: tracker.peak_by.get(name, 0) for name in CATEGORIES}, "copies": here}
     by_phase = {phase: size for phase, size in tracker.peaks.items() if phase != "data"}
@@ -198,7 +200,7 @@ def _make_steps(
     results: list[StepResult] = []  # the trainer keeps them until it logs
     for micro_batches in (1, min(2, dry_run.micro_batches)):
         results.append(dry_run.step(micro_batches, on_gradients=on_gradients))
-        tracker.name(dry_run.optimizer_state(), "optimizer")
+        tracker.name(optimizer_tensors(dry_run.train_step.optimizer), "optimizer")
     if config.training.eval_steps:
         tracker.enter("evaluation")
         dry_run.evaluate()

@@ -17,13 +17,12 @@ from gpt_simple.config.schema import Config
 from gpt_simple.data.plan import BatchPlan
 from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
 from gpt_simple.errors import ConfigError, OutOfMemory
-from gpt_simple.hardware import find_gpu
+from gpt_simple.hardware import find_gpu, free_memory
 from gpt_simple.hooks.components import Registry
 from gpt_simple.hooks.preflight import InspectedData, PreflightOptions, ThroughputEstimate
 from gpt_simple.machine_failures import explained_machine_failures
 from gpt_simple.model.flops import flops_per_token, parameter_count
 from gpt_simple.model.shape import Shape
-from gpt_simple.preflight.environment import free_memory
 
 if TYPE_CHECKING:
     from gpt_simple.engine.precision import Precision
