@@ -31,11 +31,15 @@ SMALLEST_HEAD, LARGEST_HEAD = 16, 128
 GPUs of capability 8.6, 8.9 and 12 have (104 of 99 KiB)."""
 
 
-# Dynamo traces the function that a cache wraps, so the mark is inside the cache.
-@cache
+# Dynamo traces the function that a cache wraps, and warns of it, so the mark is outside.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def document_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> Kernel:
     """Which kernel keeps the documents of a row apart on this device, for queries of ``dtype`` and this shape."""
+    return _best_kernel(device, dtype, head_dim, dropout)
+
+
+@cache
+def _best_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> Kernel:
     generated = (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
