@@ -249,7 +249,12 @@ class TrainStep:
             else:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
         # A finite number less itself is 0, anything else is NaN: two kernels, where isfinite takes four.
-        return norm, torch.nan_to_num_((norm - norm).float(), nan=1.0)
+        not_finite = torch.nan_to_num_((norm - norm).float(), nan=1.0)
+        if self.precision.scaler.is_enabled():
+            # The norm may overflow over gradients that are finite, and only a lower scale ends such skips.
+            for found in self.precision.scaler._found_inf_per_device(self.optimizer).values():
+                torch.maximum(found, not_finite, out=found)
+        return norm, not_finite
 
     def _update(self, rate: float, skipped: torch.Tensor) -> None:
         """Step the optimizer at the schedule's rate times each group's ``lr_scale``, unless ``skipped``."""
