@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 
 from gpt_simple.distributed.process_group import ProcessGroup
-from gpt_simple.engine.compile import CompilePlan
+from gpt_simple.engine.compile import CompilePlan, refuse_graphs
 from gpt_simple.engine.compile import plan as plan_compile
 from gpt_simple.engine.determinism import repeats_bits
 from gpt_simple.engine.precision import Precision
@@ -42,6 +42,7 @@ def _resolve(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
     precision = resolve_precision(training.mixed_precision, dist.device)
     explicit = not spec.origins.is_default("training.compile")
     compile_plan = plan_compile(training, dist.device, dist.size, explicit=explicit)
+    refuse_graphs(spec.config, compile_plan)
     deadline = Deadline.of_launch(training, os.environ, started=began, now=time.monotonic(), clock=time.time())
     numerics = {
         "processes": dist.size,
