@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gpt_simple.config.schema import TrainingConfig
+from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from gpt_simple.engine import compile as compile_module
-from gpt_simple.engine.compile import compile_flags, plan
+from gpt_simple.engine.compile import CompilePlan, compile_flags, plan, refuse_graphs
 from gpt_simple.engine.determinism import deterministic_kernels
+from gpt_simple.engine.precision import resolve
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks import Plugin, hookimpl
+from gpt_simple.hooks.components import builtin_registry
+from gpt_simple.preflight.dry_run import DryRun, synthetic_batch
 from tests.tiny import TinyRun
 
 
@@ -185,3 +189,87 @@ def test_kernels_are_not_chosen_by_time_if_they_must_repeat(deterministic: bool)
     with deterministic_kernels(deterministic), compile_flags(compiled):
         assert torch._inductor.config.deterministic is deterministic
     assert torch._inductor.config.deterministic is False
+
+
+class StaticMemory:
+    """A backend of torch whose results lie at one place, where its next call writes: as CUDA graphs, without a GPU."""
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.aot_autograd import make_boxed_compiler
+
+        return aot_autograd(fw_compiler=make_boxed_compiler(self.overwriting))(module, inputs)
+
+    @staticmethod
+    def overwriting(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., list[Any]]:
+        places: dict[int, torch.Tensor] = {}
+
+        def replay(*args: Any) -> list[Any]:
+            results = list(module(*args))
+            for index, result in enumerate(results):
+                if isinstance(result, torch.Tensor):
+                    results[index] = places.setdefault(index, torch.empty_like(result)).copy_(result).detach()
+            return results
+
+        return replay
+
+
+def trained_weights(plan: CompilePlan) -> tuple[list[float], list[torch.Tensor]]:
+    """The losses and the weights after three steps of three micro-batches, with an evaluation in between."""
+    precision = resolve("no", torch.device("cpu"))
+    torch.manual_seed(0)
+    config = Config(ModelConfig(n_embd=32, n_layer=2, n_head=2), DataConfig(max_length=32))
+    run = DryRun.prepare(config, builtin_registry(), precision, vocab_size=64, compile_plan=plan)
+    batches = [synthetic_batch(64, precision.device, 1, 32, masked=False) for _ in range(9)]
+    with compile_flags(plan):
+        losses = []
+        for step in range(3):
+            micro = batches[3 * step : 3 * step + 3]
+            losses += [run.train_step(step + 1, micro, 96).loss, run.evaluate()]
+    return [loss.item() for loss in losses], list(run.train_step.model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_results_of_graphs_are_copied_before_the_next_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.backends.registry import register_backend
+
+    register_backend(StaticMemory(), name="static_memory")
+    losses, weights = trained_weights(CompilePlan(False, "model", ""))
+    graphs = trained_weights(CompilePlan(True, "model", "static_memory", graphs=True))
+    torch.testing.assert_close(graphs[0], losses)
+    torch.testing.assert_close(graphs[1], weights)
+    overwritten = trained_weights(CompilePlan(True, "model", "static_memory"))
+    assert overwritten[0] != pytest.approx(losses), "this test could not fail"
+
+
+@pytest.mark.parametrize("variable", [False, True])
+@pytest.mark.parametrize("backend", ["inductor", "cudagraphs", "aot_eager"])
+def test_graphs_are_those_of_the_backend_or_the_variable(
+    backend: str, variable: bool, machine: Callable[..., None]
+) -> None:
+    machine("gcc")
+    config = TrainingConfig(compile_backend=backend)
+    with torch._inductor.config.patch({"triton.cudagraphs": variable}):
+        made = plan(config, torch.device("cuda", 0), 1, explicit=True)
+    assert made.graphs is (backend == "cudagraphs" or (backend == "inductor" and variable))
+    assert not plan(config, torch.device("cpu"), 1, explicit=False).graphs
+
+
+@pytest.mark.parametrize(
+    ("backend", "scope", "document_mask", "checkpointing", "refused"),
+    [
+        ("inductor", "model", True, True, ""),
+        ("cudagraphs", "model", True, True, "generates no kernel that keeps documents apart"),
+        ("inductor", "blocks", False, False, ""),
+        ("inductor", "blocks", False, True, "while the gradient of another is on its way"),
+        ("cudagraphs", "blocks", False, 2, "while the gradient of another is on its way"),
+    ],
+)
+def test_what_no_cuda_graph_can_hold_is_refused(
+    backend: str, scope: Any, document_mask: bool, checkpointing: Any, refused: str
+) -> None:
+    training = TrainingConfig(compile_backend=backend, compile_scope=scope, gradient_checkpointing=checkpointing)
+    config = Config(data=DataConfig(document_mask=document_mask), training=training)
+    refuse_graphs(config, CompilePlan(True, scope, backend))
+    with pytest.raises(ConfigError, match=refused) if refused else nullcontext():
+        refuse_graphs(config, CompilePlan(True, scope, backend, graphs=True))

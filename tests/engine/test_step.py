@@ -10,7 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gpt_simple import Plugin, hookimpl, read_metrics
+from gpt_simple.config.schema import Config, DataConfig, ModelConfig
+from gpt_simple.engine.precision import Precision
 from gpt_simple.hooks import NoConfig, Registry
+from gpt_simple.hooks.components import builtin_registry
+from gpt_simple.preflight.dry_run import DryRun
 from tests.tiny import TinyRun, weights
 
 
@@ -116,3 +120,22 @@ def test_an_interval_of_a_thousand_steps_loses_none(tiny: TinyRun) -> None:
     mean = torch.stack([*losses[:6], *losses[7:]]).mean().item() / 8
     assert row["train/loss"] == pytest.approx(mean, rel=1e-5)
     assert row["train/skipped_steps"] == 1
+
+
+def test_a_norm_that_overflows_lowers_the_loss_scale() -> None:
+    """Four gradients of 1e25 are finite and their fp32 norm is not: at one scale every step would be skipped."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    precision = Precision("fp16", "", torch.device("cpu"), None, scaler)
+    config = Config(ModelConfig(n_embd=32, n_layer=1, n_head=2), DataConfig(max_length=16))
+    run = DryRun.prepare(config, builtin_registry(), precision, vocab_size=64)
+    model = run.train_step.model
+    before = copy.deepcopy(model.state_dict())
+
+    def overflow(*_: Any) -> None:
+        next(model.parameters()).grad.view(-1)[:4] = 1e25
+
+    result = run.step(on_gradients=overflow)
+    assert (result.norm.item(), result.skipped.item(), scaler.get_scale()) == (float("inf"), 1.0, 2.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert run.step().skipped.item() == 0.0
+    assert scaler.get_scale() == 2.0

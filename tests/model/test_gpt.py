@@ -109,6 +109,32 @@ def test_no_tensor_has_two_names_in_a_checkpoint() -> None:
         assert set(tensors) == dict(model.named_parameters()).keys()  # position tables are not saved
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_residual_stream_has_the_dtype_that_is_asked_for(shape: str, checkpointed: bool) -> None:
+    wide, narrow = (tiny(**SHAPES[shape], residual_in_fp32=fp32).train() for fp32 in (True, False))
+    ids, labels = rows()
+    losses, dtypes = {}, {}
+    for name, model in (("wide", wide), ("narrow", narrow)):
+        model.set_activation_checkpointing(int(checkpointed))
+        seen = dtypes[name] = set[torch.dtype]()
+        for block in model.blocks:
+            block.register_forward_hook(lambda _, given, x, seen=seen: seen.update((given[0].dtype, x.dtype)))
+            block.attention_norm.register_forward_hook(lambda _, given, x, seen=seen: seen.add(("norm", x.dtype)))
+        with torch.autocast("cpu", torch.bfloat16):
+            losses[name] = model(ids, labels)
+        losses[name].backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    assert dtypes == {
+        "wide": {torch.float32, ("norm", torch.float32)},
+        "narrow": {torch.bfloat16, ("norm", torch.float32)},
+    }
+    assert losses["narrow"].item() == pytest.approx(losses["wide"].item(), rel=0.01)
+    assert torch.equal(wide(ids), narrow(ids)), "without autocast there is nothing to choose"
+    cached = narrow.eval().decode(ids, narrow.new_cache())
+    torch.testing.assert_close(cached, narrow(ids)[:, -1])
+
+
 def test_bf16_autocast_changes_the_loss_by_rounding_only() -> None:
     for shape in SHAPES.values():
         model, (ids, labels) = tiny(**shape), rows()

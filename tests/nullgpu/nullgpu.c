@@ -32,7 +32,7 @@
 #define MIB (1024ull * 1024)
 
 /* The numbers of cudaError that callers tell apart. */
-enum { SUCCESS = 0, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, LAUNCH_FAILURE = 719 };
+enum { SUCCESS = 0, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, LAUNCH_FAILURE = 719, NOT_IN_A_CAPTURE = 900 };
 
 /* A function that succeeds and leaves nothing behind; it takes any arguments. */
 #define ACCEPT(name) \
@@ -60,7 +60,12 @@ void nullgpu_log(const char *path) {
     pthread_mutex_unlock(&lock);
 }
 
+/* The stream whose calls become nodes of a graph, and their number so far. One process captures one at a time. */
+static void *capturing;
+static long nodes;
+
 static void say(const char *form, ...) {
+    if (capturing) nodes++;
     if (!out) return;
     va_list arguments;
     va_start(arguments, form);
@@ -92,6 +97,10 @@ static int failed(int error) { return last_error = error; }
 #define FAIL_IF_LOST \
     if (lost()) return failed(lost());
 
+/* A call that waits for the device, which has not begun with what is captured. */
+#define FAIL_IF_CAPTURING \
+    if (capturing) return failed(NOT_IN_A_CAPTURE);
+
 /* A call that needs the device and changes nothing. */
 #define ACCEPT_ALIVE(name) \
     int name() { FAIL_IF_LOST return SUCCESS; }
@@ -109,6 +118,7 @@ const char *cudaGetErrorString(int error) {
     case OUT_OF_MEMORY: return "out of memory";
     case INVALID_DEVICE: return "invalid device ordinal";
     case LAUNCH_FAILURE: return "unspecified launch failure";
+    case NOT_IN_A_CAPTURE: return "operation not permitted when stream is capturing";
     default: return "null GPU error";
     }
 }
@@ -117,6 +127,7 @@ const char *cudaGetErrorName(int error) {
     case OUT_OF_MEMORY: return "cudaErrorMemoryAllocation";
     case INVALID_DEVICE: return "cudaErrorInvalidDevice";
     case LAUNCH_FAILURE: return "cudaErrorLaunchFailure";
+    case NOT_IN_A_CAPTURE: return "cudaErrorStreamCaptureUnsupported";
     default: return "cudaErrorNull";
     }
 }
@@ -266,7 +277,11 @@ static int copy(void *to, const void *from, size_t size, const char *how) {
     if (target != ON_DEVICE || source != ON_DEVICE || size <= SMALL) memmove(to, from, size);
     return SUCCESS;
 }
-int cudaMemcpy(void *to, const void *from, size_t size, int kind) { FAIL_IF_LOST return copy(to, from, size, "sync"); }
+int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
+    FAIL_IF_LOST
+    FAIL_IF_CAPTURING
+    return copy(to, from, size, "sync");
+}
 int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
     FAIL_IF_LOST
     return copy(to, from, size, "async");
@@ -386,6 +401,7 @@ int cudaDeviceGetStreamPriorityRange(int *lowest, int *highest) {
 }
 int cudaDeviceSynchronize(void) {
     FAIL_IF_LOST
+    FAIL_IF_CAPTURING
     say("sync device");
     return SUCCESS;
 }
@@ -424,6 +440,7 @@ int cudaStreamGetPriority(void *stream, int *priority) {
 ACCEPT_ALIVE(cudaStreamQuery)
 int cudaStreamSynchronize(void *stream) {
     FAIL_IF_LOST
+    if (stream == capturing) FAIL_IF_CAPTURING
     say("sync stream");
     return SUCCESS;
 }
@@ -432,17 +449,57 @@ int cudaStreamWaitEvent(void *stream, void *event, unsigned flags) {
     say("wait_event");
     return SUCCESS;
 }
-/* No stream is being captured: there are no CUDA graphs here. */
-int cudaStreamIsCapturing(void *stream, int *capturing) {
-    *capturing = 0;
+/* A graph is the number of its nodes. What is captured is logged while it is, and a replay is one line. */
+static u64 captures;
+
+int cudaStreamIsCapturing(void *stream, int *active) {
+    *active = capturing && stream == capturing;
     return SUCCESS;
 }
-int cudaStreamGetCaptureInfo(void *s, int *status, u64 *id, void *graph, void *dependencies, void *edges, size_t *n) {
-    *status = 0;
-    if (id) *id = 0;
+int cudaStreamGetCaptureInfo(void *s, int *status, u64 *id, void **graph, void **dependencies, void **edges,
+                             size_t *n) {
+    *status = capturing && s == capturing;
+    if (id) *id = *status ? captures : 0;
+    if (graph) *graph = NULL;
+    if (dependencies) *dependencies = NULL;
+    if (edges) *edges = NULL;
     if (n) *n = 0;
     return SUCCESS;
 }
+int cudaStreamBeginCapture(void *stream, int mode) {
+    FAIL_IF_LOST
+    FAIL_IF_CAPTURING
+    say("capture");
+    capturing = stream;
+    captures++;
+    nodes = 0;
+    return SUCCESS;
+}
+int cudaStreamEndCapture(void *stream, long **graph) {
+    capturing = NULL;
+    *graph = malloc(sizeof **graph);
+    **graph = nodes;
+    return SUCCESS;
+}
+int cudaGraphGetNodes(long *graph, void *found, size_t *count) {
+    *count = *graph;
+    return SUCCESS;
+}
+int cudaGraphInstantiateWithFlags(long **made, long *graph, u64 flags) {
+    *made = malloc(sizeof **made);
+    **made = *graph;
+    return SUCCESS;
+}
+int cudaGraphLaunch(long *graph, void *stream) {
+    FAIL_IF_LOST
+    say("graph %ld", *graph);
+    return SUCCESS;
+}
+int cudaGraphDestroy(long *graph) {
+    free(graph);
+    return SUCCESS;
+}
+int cudaGraphExecDestroy(long *graph) { return cudaGraphDestroy(graph); }
 ACCEPT(cudaThreadExchangeStreamCaptureMode)
 
 int cudaEventCreate(void **event) { return new_handle(event); }
@@ -456,6 +513,7 @@ ACCEPT_ALIVE(cudaEventRecordWithFlags)
 ACCEPT_ALIVE(cudaEventQuery)
 int cudaEventSynchronize(void *event) {
     FAIL_IF_LOST
+    FAIL_IF_CAPTURING
     say("sync event");
     return SUCCESS;
 }

@@ -130,6 +130,35 @@ def test_a_save_waits_for_the_device_once(gpu: NullGpu, folder: Path, background
         assert len([event for event in save if event.startswith("sync")]) >= len(copies)
 
 
+BACKEND, VARIABLE = "--training.compile_backend=cudagraphs", {"TORCHINDUCTOR_CUDAGRAPHS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "replays"),
+    [
+        ([BACKEND], {}, 6),
+        ([], VARIABLE, 6),
+        (["--training.compile_scope=blocks", "--training.gradient_checkpointing=false"], VARIABLE, 12),
+        (["--data.document_mask=true"], VARIABLE, 6),
+        (["--model.dropout=0.1", "--training.gradient_checkpointing=false"], VARIABLE, 6),
+    ],
+    ids=["backend", "variable", "blocks", "document mask", "dropout"],
+)
+def test_cuda_graphs_are_replayed_and_not_overwritten(
+    gpu: NullGpu, folder: Path, options: list[str], variables: dict[str, str], replays: int
+) -> None:
+    """Three micro-batches of two layers, each with a forward and a backward."""
+    changes = {"max_steps": 20, "gradient_accumulation_steps": 3, "logging_steps": 5, "eval_steps": 4, "save_steps": 0}
+    options = [*options, *(f"--training.{name}={value}" for name, value in changes.items())]
+    log = {"NULLGPU_LOG": str(folder / "events")}
+    shown = launch(gpu, folder, *options, "-p", HERE / "marks.py", **variables, **log)
+    assert "completed: finished all 20 steps" in shown
+    events = between(logged(folder), "step 18", "end of step 18")
+    assert sum(kind(event) == "graph" for event in events) == replays
+    assert [event for event in events if event == "capture" or event.startswith("kernel triton")] == []
+    assert waits(events) == []
+
+
 def test_out_of_memory_ends_the_run_and_not_its_directory(gpu: NullGpu, folder: Path) -> None:
     big = ("--training.compile=false", "--training.per_device_batch_size=64", "--model.vocab_size=50304")
     small = launch(gpu, folder, *big, code=1, NULLGPU_GIB="0.6")

@@ -75,6 +75,7 @@ CASES: dict[str, dict[str, str]] = {
         "data.max_length": "250",
         "training.mixed_precision": "bf16",
     },
+    "bf16, narrow residual stream": {"training.mixed_precision": "bf16", "model.residual_in_fp32": "false"},
     "dropout, checkpointing": {"model.dropout": "0.1", "training.gradient_checkpointing": "true"},
     "large vocabulary, no clipping": {"model.vocab_size": "8192", "optimizer.max_grad_norm": "null"},
     "stages, measured in the first": {

@@ -62,6 +62,9 @@ class ModelConfig:
     rope_scaling_factor: Annotated[float, Ge(1), Doc("how far positions are stretched")] = 1.0
     position: Annotated[Literal["rope", "learned"], Doc("how positions enter the model")] = "rope"
     qk_norm: Annotated[bool, Doc("RMSNorm on queries and keys, per head, before the rotation")] = False
+    residual_in_fp32: Annotated[
+        bool, Doc("keep the residual stream in fp32; false: in the dtype of training.mixed_precision")
+    ] = True
 
 
 @frozen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from attrs import evolve, frozen
 
-from gpt_simple.config.schema import TrainingConfig
+from gpt_simple.config.schema import Config, TrainingConfig
 from gpt_simple.engine.determinism import repeats_bits
 from gpt_simple.errors import ConfigError
 from gpt_simple.hardware import find_compiler
@@ -43,6 +43,8 @@ class CompilePlan:
     ddp_optimizer: DdpOptimizer | None = None
     lengths: int = 1
     """Lengths of rows that are compiled for: by the model, or by flex attention in a model that runs eager."""
+    graphs: bool = False
+    """Whether kernels are replayed as CUDA graphs, whose outputs lie where the next replay writes."""
     warning: str = ""
     """Why nothing is compiled although the configuration has it."""
     note: str = ""
@@ -81,7 +83,8 @@ def plan(config: TrainingConfig, device: torch.device, world_size: int, *, expli
     elif config.ddp_optimizer != "auto":
         why = "there is one process" if world_size == 1 else 'training.compile_scope is "blocks"'
         note = f'training.ddp_optimizer "{config.ddp_optimizer}" changes nothing: {why}'
-    return evolve(eager, enabled=True, ddp_optimizer=flag, note=note)
+    graphs = device.type == "cuda" and _captures_graphs(config.compile_backend)
+    return evolve(eager, enabled=True, ddp_optimizer=flag, note=note, graphs=graphs)
 
 
 def _refuse_unknown(backend: str) -> None:
@@ -91,6 +94,13 @@ def _refuse_unknown(backend: str) -> None:
     if backend not in known:
         hint = f"expected one of {', '.join(known)}"
         raise ConfigError(f"torch has no backend {backend!r}", key="training.compile_backend", hint=hint)
+
+
+def _captures_graphs(backend: str) -> bool:
+    import torch._inductor.config
+
+    # The flag is torch's own; $TORCHINDUCTOR_CUDAGRAPHS sets it.
+    return backend == "cudagraphs" or (backend == "inductor" and torch._inductor.config.triton.cudagraphs)
 
 
 def _disabled() -> str:
@@ -166,11 +176,36 @@ def compile_flags(plan: CompilePlan) -> Iterator[None]:
 def compile_model(model: torch.nn.Module, plan: CompilePlan) -> None:
     """Compile in place, so that the names of the parameters stay the raw module's."""
     refuse_uncompilable(model, plan)
+    backend = _CopiesOutputs(plan.backend) if plan.graphs else plan.backend
     if plan.enabled and plan.scope == "model":
-        model.compile(backend=plan.backend, dynamic=False)
+        model.compile(backend=backend, dynamic=False)
     elif plan.enabled:
         for block in model.blocks:  # type: ignore[union-attr]
-            block.compile(backend=plan.backend, dynamic=False, fullgraph=True)
+            block.compile(backend=backend, dynamic=False, fullgraph=True)
+
+
+@frozen(eq=False)
+class _CopiesOutputs:
+    """A backend of torch whose results are the caller's: the loss is kept while later replays write over the graph's.
+
+    Gradients are the step's to copy: autograd takes a graph's own memory as ``p.grad``.
+    """
+
+    backend: str
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., list[Any]]:
+        compiled = torch._dynamo.lookup_backend(self.backend)(module, inputs)
+
+        def run(*args: Any) -> list[Any]:
+            return [each.clone() if isinstance(each, torch.Tensor) else each for each in compiled(*args)]
+
+        return run
+
+    def reset(self) -> None:
+        """Free the graphs; called by ``torch._dynamo.reset``."""
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
 
 
 def recompile_model(model: torch.nn.Module, plan: CompilePlan) -> None:
@@ -178,6 +213,26 @@ def recompile_model(model: torch.nn.Module, plan: CompilePlan) -> None:
     if plan.enabled:
         torch._dynamo.reset()
     compile_model(model, plan)
+
+
+def refuse_graphs(config: Config, plan: CompilePlan) -> None:
+    """Raise ConfigError if a step of ``config`` cannot be captured in CUDA graphs, though the plan has them."""
+    if not plan.graphs:
+        return
+    if plan.backend == "cudagraphs" and config.data.document_mask:
+        raise ConfigError(
+            'the backend "cudagraphs" generates no kernel that keeps documents apart (data.document_mask)',
+            key="training.compile_backend",
+            hint='use "inductor", with TORCHINDUCTOR_CUDAGRAPHS=1 in the environment for CUDA graphs',
+        )
+    if plan.scope == "blocks" and config.training.gradient_checkpointing:
+        raise ConfigError(
+            "torch cannot replay a CUDA graph of a block while the gradient of another is on its way, as it is where"
+            " blocks are recomputed",
+            key="training.compile_scope",
+            hint='use "model", set training.gradient_checkpointing to false, or train without CUDA graphs'
+            " (training.compile_backend, $TORCHINDUCTOR_CUDAGRAPHS)",
+        )
 
 
 def refuse_uncompilable(model: torch.nn.Module, plan: CompilePlan) -> None:

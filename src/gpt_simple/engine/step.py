@@ -38,6 +38,16 @@ def standard(model: torch.nn.Module, config: Config) -> Step:
     return accumulate
 
 
+def _own_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Copy gradients out of the memory of a CUDA graph, whose next replay would write over them."""
+    of_graph = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+    if of_graph:
+        own = [torch.empty_like(gradient) for gradient in of_graph.values()]
+        torch._foreach_copy_(own, list(of_graph.values()))
+        for parameter, gradient in zip(of_graph, own, strict=True):
+            parameter.grad = gradient
+
+
 def step_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """One update of the weights."""
     optimizer.step()
@@ -126,9 +136,9 @@ class TrainStep:
     ``wrapped`` is ``model`` or the module that reduces its gradients over the processes of ``dist``. A step whose
     gradient is not finite is skipped: by the optimizer on the device if it can, else by the host, which reads one value
     a step. ``fake_tensors``: there is no value to read, and no step is skipped on the host. ``module`` is what is
-    wrapped: the model, or the model with a component's loss. ``losses_of``, ``summed_loss``, ``backward`` and
-    ``step_optimizer`` are the functions of these names, and ``compute`` is the step component; they may attribute a
-    failure to a component.
+    wrapped: the model, or the model with a component's loss. ``graphs``: the model runs as CUDA graphs.
+    ``losses_of``, ``summed_loss``, ``backward`` and ``step_optimizer`` are the functions of these names, and
+    ``compute`` is the step component; they may attribute a failure to a component.
     """
 
     model: torch.nn.Module
@@ -140,6 +150,7 @@ class TrainStep:
     seed: int
     max_grad_norm: float | None
     fake_tensors: bool = False
+    graphs: bool = False
     module: torch.nn.Module = field(default=Factory(lambda self: self.model, takes_self=True))
     losses_of: LossesOf = losses_of
     summed_loss: Callable[[torch.nn.Module, Batch], torch.Tensor] = summed_loss
@@ -165,16 +176,25 @@ class TrainStep:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The summed cross-entropy of a batch by the model itself, whatever loss it is trained on."""
+        self._begin_graphs()
         return self.summed_loss(self.wrapped if self.module is self.model else self.model, batch)
 
     def forward_backward(self, batch: Batch, share: float, *, is_last: bool) -> torch.Tensor | Losses:
         """Forward and backward of one micro-batch, whose loss counts ``share`` times; what the model returned."""
         self._reseed(batch.first_sample)
+        self._begin_graphs()
+        fresh = [p for p in self._parameters if p.grad is None] if self.graphs else []
         with self.dist.accumulating(self.wrapped, is_last):
             with self.precision.autocast():
                 losses = self.losses_of(self.wrapped, batch)
             self.backward(self.precision.scaler.scale(total_of(losses) * share))
+        _own_gradients(fresh)
         return losses
+
+    def _begin_graphs(self) -> None:
+        """Let CUDA graphs write over what they gave before. By itself torch decides so in the middle of a backward."""
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def scale_gradients(self, up: bool) -> None:
         """Multiply all gradients by the loss scale of fp16, a power of two, or divide by it. No read of the device."""
@@ -256,7 +276,12 @@ class TrainStep:
             else:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
         # A finite number less itself is 0, anything else is NaN: two kernels, where isfinite takes four.
-        return norm, torch.nan_to_num_((norm - norm).float(), nan=1.0)
+        not_finite = torch.nan_to_num_((norm - norm).float(), nan=1.0)
+        if self.precision.scaler.is_enabled():
+            # The norm may overflow over gradients that are finite, and only a lower scale ends such skips.
+            for found in self.precision.scaler._found_inf_per_device(self.optimizer).values():
+                torch.maximum(found, not_finite, out=found)
+        return norm, not_finite
 
     def _update(self, rate: float, skipped: torch.Tensor) -> None:
         """Step the optimizer at the schedule's rate times each group's ``lr_scale``, unless ``skipped``."""

@@ -83,6 +83,7 @@ def build_trainer(
             dist=dist,
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
+            graphs=job.runtime.compile_plan.graphs,
             **calls,
         )
         compile_model(model, job.runtime.compile_plan)

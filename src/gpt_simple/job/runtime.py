@@ -13,7 +13,7 @@ from attrs import evolve, frozen
 
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.engine.activation_checkpointing import ActivationCheckpointing
-from gpt_simple.engine.compile import CompilePlan
+from gpt_simple.engine.compile import CompilePlan, refuse_graphs
 from gpt_simple.engine.compile import plan as plan_compile
 from gpt_simple.engine.determinism import repeats_bits
 from gpt_simple.engine.precision import Precision
@@ -47,6 +47,7 @@ def _resolve(spec: RunSpec, dist: ProcessGroup, began: float) -> Runtime:
     precision = evolve(resolve_precision(training.mixed_precision, dist.device), of_weights=dist.shards)
     checkpointing = ActivationCheckpointing.of(spec.config)
     compile_plan = _compile_plan(spec, dist, checkpointing)
+    refuse_graphs(spec.config, compile_plan)
     deadline = Deadline.of_launch(training, os.environ, started=began, now=time.monotonic(), clock=time.time())
     numerics = {
         "processes": dist.size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,11 @@ from gpt_simple.model.shape import Shape
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+
+_GROUPS_WITH_MASK = torch.version.hip is None and torch.torch_version.TorchVersion(torch.__version__) >= "2.14"
+"""Whether torch's memory-efficient CUDA kernel takes a mask and grouped heads together. It took one of them before, and
+all scores would be in memory."""
 
 
 class LayerCache:
@@ -90,7 +96,7 @@ class Attention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         grouped = self.groups > 1
-        if grouped and mask is not None:  # the memory-efficient CUDA kernel takes a mask or grouped heads, not both
+        if grouped and mask is not None and not (mask.is_cuda and _GROUPS_WITH_MASK):
             key, value = key.repeat_interleave(self.groups, 1), value.repeat_interleave(self.groups, 1)
             grouped = False
         return F.scaled_dot_product_attention(

@@ -108,7 +108,7 @@ class GPT(nn.Module):
                 )
             else:
                 x = block(x, rotation, mask)
-        states: Tensor = self.norm(x)
+        states: Tensor = self.norm(_in_weights_dtype(x, self.norm))
         if hidden:
             return states
         if labels is None:
@@ -129,7 +129,7 @@ class GPT(nn.Module):
         x, rotation = self._embed(input_ids, positions)
         for block, layer in zip(self.blocks, cache, strict=True):
             x = block.decode(x, rotation, layer)  # type: ignore[operator]
-        return F.linear(self.norm(x[:, -1]), self.head_weight)
+        return F.linear(self.norm(_in_weights_dtype(x[:, -1], self.norm)), self.head_weight)
 
     def new_cache(self) -> list[LayerCache]:
         """An empty cache for ``decode``, with room for ``n_positions`` tokens."""
@@ -149,12 +149,18 @@ class GPT(nn.Module):
             rotation = self.cos[:length], self.sin[:length]
         else:
             rotation = self.cos[position_ids].unsqueeze(1), self.sin[position_ids].unsqueeze(1)
+        if not self.shape.residual_in_fp32:
+            x = x.to(self._compute_dtype(x.device))
         return F.dropout(x, self.shape.dropout, self.training) if self.shape.dropout else x, rotation
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of matrix products on this device, in the autocast of the caller."""
+        is_cast = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if is_cast else self.token_embedding.weight.dtype
 
     def document_kernel(self, device: torch.device) -> Kernel:
         """What keeps the documents of a row apart on this device and in the autocast of the caller."""
-        is_cast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if is_cast else self.token_embedding.weight.dtype
+        dtype = self._compute_dtype(device)
         kernel: Kernel = document_kernel(device, dtype, self.shape.head_dim, self.shape.dropout)
         return kernel
 
@@ -225,8 +231,9 @@ class Block(nn.Module):
         self, x: Tensor, rotation: Rotation | None, mask: Tensor | BlockMask | None, cache: LayerCache | None = None
     ) -> Tensor:
         """``[B, T, n_embd]`` to the same shape; see ``Attention.forward`` for the other arguments."""
-        x = x + self._drop(self.attention(self.attention_norm(x), rotation, mask, cache))
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
+        normed = self.attention_norm(_in_weights_dtype(x, self.attention_norm))
+        x = x + self._drop(self.attention(normed, rotation, mask, cache))
+        return x + self._drop(self.mlp(self.mlp_norm(_in_weights_dtype(x, self.mlp_norm))))
 
     def decode(self, x: Tensor, rotation: Rotation | None, cache: LayerCache) -> Tensor:
         """``forward`` after what ``cache`` has seen, as written, also when the block is compiled."""
@@ -271,7 +278,12 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
-def _norm(shape: Shape) -> nn.Module:
+def _in_weights_dtype(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
+    """A norm adds up squares, in fp32 however narrow the residual stream is. What has the dtype is not copied."""
+    return x.type_as(norm.weight)
+
+
+def _norm(shape: Shape) -> nn.LayerNorm | nn.RMSNorm:
     if shape.norm == "layernorm":
         return nn.LayerNorm(shape.n_embd, shape.norm_eps, bias=shape.norm_bias)
     return nn.RMSNorm(shape.n_embd, shape.norm_eps)

@@ -42,6 +42,7 @@ class Shape:
     mlp_bias: bool
     tied: bool
     qk_norm: bool
+    residual_in_fp32: bool
     dropout: float
     position: Literal["rope", "learned"]
     rope_base: float

@@ -88,6 +88,7 @@ class DryRun:
             seed=config.training.seed,
             max_grad_norm=config.optimizer.max_grad_norm,
             fake_tensors=fake_tensors,
+            graphs=compile_plan.graphs,
             **calls,
         )
         guarded(registry, config, model).train()

@@ -77,7 +77,7 @@ def _measured(
     """Make steps on this machine, as configured, on synthetic rows; nothing stays behind."""
     import torch
 
-    from gpt_simple.engine.compile import compile_flags, plan
+    from gpt_simple.engine.compile import compile_flags, plan, refuse_graphs
     from gpt_simple.engine.precision import resolve
     from gpt_simple.engine.process_state import preserved_process_state
     from gpt_simple.preflight.dry_run import DryRun
@@ -89,6 +89,7 @@ def _measured(
     with preserved_process_state(), _refused_without_memory():
         precision = resolve(training.mixed_precision, device)
         compiling = plan(training, device, 1, explicit=compile_is_explicit)
+        refuse_graphs(config, compiling)
         _require_memory(config, registry, vocab_size, shape, precision, compiled=compiling.enabled)
         with compile_flags(compiling), _own_compiler_cache():
             dry_run = DryRun.prepare(config, registry, precision, vocab_size=vocab_size, compile_plan=compiling)
