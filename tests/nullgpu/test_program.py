@@ -93,6 +93,8 @@ def test_a_divided_model_trains_saves_resumes_and_samples(gpu: NullGpu, folder: 
     second = launch(gpu, folder, *options, "--training.max_steps", 6, processes=2)
     assert "resumed from step 4" in second
     assert "completed: finished all 6 steps" in second
+    facts = json.loads((folder / "out/run.json").read_text())["facts"]["run"]
+    assert (facts["device"], facts["precision"], facts["parallel"]) == (CARDS["h100"].name, "fp16", "fsdp")
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["plain", "document mask"])

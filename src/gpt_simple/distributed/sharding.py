@@ -119,7 +119,8 @@ class Sharded(nn.Module):
         self.module = module
         self._root = next(each for each in module.modules() if isinstance(each, FSDPModule))
         self._keeps_gathered = keeps_gathered
-        self._root.set_reshard_after_forward(not keeps_gathered)
+        if keeps_gathered:
+            self._root.set_reshard_after_forward(False)  # else all but the root free their parameters
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         return self.module(*arguments, **named)
