@@ -39,7 +39,8 @@ def config(
     micro_batches: int = 2,
     compile: bool = True,
     scope: str = "model",
-    checkpointing: bool = True,
+    checkpointing: bool | str = True,
+    budget: float | None = None,
     documents: bool = False,
     precision: str | None = None,
     **model: Any,
@@ -57,6 +58,7 @@ def config(
             compile=compile,
             compile_scope=scope,
             gradient_checkpointing=checkpointing,
+            activation_memory_budget=budget,
             mixed_precision=precision,
         ),
     )
@@ -155,4 +157,6 @@ def measure(cfg: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(config(**json.loads(sys.argv[1])))))
+    asked = config(**json.loads(sys.argv[1]))
+    with compiling.compile_flags(compiling.plan(asked.training, torch.device("cuda", 0), 1, explicit=True)):
+        print(json.dumps(measure(asked)))

@@ -66,3 +66,13 @@ def test_an_eager_peak_is_predicted_within_2_percent(name: str, measured: Measur
 def test_a_compiled_peak_is_bounded_by_the_prediction(name: str, measured: Measured) -> None:
     answer = measured("steps", VARIANTS[name])
     assert answer["peak"] - answer["workspaces"] <= answer["predicted"]
+
+
+def test_a_budget_is_between_everything_and_nothing(measured: Measured) -> None:
+    """Of activations, without the logits of a large vocabulary."""
+    small = {"layers": 4, "rows": 4, "length": 512, "vocab_size": 2048}
+    nothing = measured("steps", {**small, "checkpointing": False})
+    half = measured("steps", {**small, "checkpointing": False, "budget": 0.5})
+    everything = measured("steps", small)
+    assert everything["peak"] < half["peak"] < nothing["peak"] <= nothing["predicted"] + nothing["workspaces"]
+    assert half["predicted"] == nothing["predicted"], "the prediction is an upper bound of any budget"
