@@ -91,8 +91,9 @@ class NullGpu:
             for name, kind in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"))
         }
         path = [str(HERE / "site"), str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        others = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
         return {
-            **os.environ,
+            **others,  # the tests hide the real GPUs
             **caches,
             "LD_PRELOAD": str(self.library),
             "PYTORCH_ALLOC_CONF": "expandable_segments:False",  # the library has no virtual memory
