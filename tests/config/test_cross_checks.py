@@ -42,6 +42,16 @@ import pytest
          "not divide max_length 7; 7 does"),
         ("data.max_length = 100\ntraining.warmup_stages = [{steps = 1, length = 128}]",
          "config.toml:2 (training.warmup_stages[0].length), config.toml:1 (data.max_length): length 128 of stage 1"),
+        ("training.activation_memory_budget = 0.5\ntraining.compile = false\ntraining.gradient_checkpointing = 'auto'",
+         "config.toml:1 (training.activation_memory_budget), config.toml:2 (training.compile): "
+         "activation_memory_budget 0.5 needs compile: only the compiler has one; set compile to true, or leave"),
+        ("training.activation_memory_budget = 0\ntraining.compile_backend = 'eager'\n"
+         "training.gradient_checkpointing = false",
+         "config.toml:1 (training.activation_memory_budget), config.toml:2 (training.compile_backend): "
+         'activation_memory_budget 0 does nothing with the backend "eager"; use "inductor"'),
+        ("training.activation_memory_budget = 1",
+         "config.toml:1 (training.activation_memory_budget), training.gradient_checkpointing: "
+         'activation_memory_budget 1 says what is recomputed, and so does gradient_checkpointing; set '),
         ("plugins.require = ['a', 'b']\nplugins.disable = ['b']",
          'config.toml:1 (plugins.require), config.toml:2 (plugins.disable): plugin "b" is both required and disabled'),
     ],

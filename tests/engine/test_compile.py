@@ -13,14 +13,15 @@ import torch
 
 from gpt_simple.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from gpt_simple.engine import compile as compile_module
-from gpt_simple.engine.compile import CompilePlan, compile_flags, plan, refuse_graphs
+from gpt_simple.engine.compile import CompilePlan, compile_flags, compile_model, plan, refuse_graphs
 from gpt_simple.engine.determinism import deterministic_kernels
 from gpt_simple.engine.precision import resolve
 from gpt_simple.errors import ConfigError
 from gpt_simple.hooks import Plugin, hookimpl
 from gpt_simple.hooks.components import builtin_registry
+from gpt_simple.model.gpt import build
 from gpt_simple.preflight.dry_run import DryRun, synthetic_batch
-from tests.tiny import TinyRun
+from tests.tiny import TinyRun, state_bytes
 
 
 def note(processes: int, **changes: Any) -> str:
@@ -273,3 +274,51 @@ def test_what_no_cuda_graph_can_hold_is_refused(
     refuse_graphs(config, CompilePlan(True, scope, backend))
     with pytest.raises(ConfigError, match=refused) if refused else nullcontext():
         refuse_graphs(config, CompilePlan(True, scope, backend, graphs=True))
+
+
+BUDGETS = (None, 1.0, 0.5, 0.0)
+
+
+def saved_bytes(budget: float | None) -> int:
+    """What a compiled model keeps for its backward pass, beside its parameters."""
+    config = TrainingConfig(compile_backend="aot_eager", gradient_checkpointing=False, activation_memory_budget=budget)
+    made = plan(config, torch.device("cpu"), 1, explicit=True)
+    model = build(ModelConfig(n_embd=32, n_layer=3, n_head=2), vocab_size=128, max_length=32)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    with compile_flags(made):
+        compile_model(model, made)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(ids, ids)
+        loss.backward()
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def test_a_budget_divides_what_is_kept_and_what_is_recomputed() -> None:
+    from torch._functorch import config
+
+    before = config.activation_memory_budget
+    whole, one, half, none = map(saved_bytes, BUDGETS)
+    assert whole == one > half > none
+    assert config.activation_memory_budget == before
+
+
+def test_a_budget_changes_no_loss(tiny: TinyRun) -> None:
+    compiled = {"training__compile": True, "training__compile_backend": "aot_eager"}
+    runs = [tiny(str(budget), training__activation_memory_budget=budget, **compiled) for budget in BUDGETS]
+    assert len({run.final_loss for run in runs}) == 1
+    assert len({state_bytes(run) for run in runs}) == 1
+
+
+def test_a_budget_needs_the_compiler_that_it_is_for(machine: Callable[..., None]) -> None:
+    machine("gcc")
+    budgeted = TrainingConfig(gradient_checkpointing=False, activation_memory_budget=0.5)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler and none was found"):
+        plan(budgeted, torch.device("cpu"), 1, explicit=False)

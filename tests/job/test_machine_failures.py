@@ -167,6 +167,9 @@ def test_a_lost_device_switches_no_plugin_off(tiny: TinyRun, capsys: pytest.Capt
     assert "switched off" not in capsys.readouterr().out
 
 
+BUDGET = {"training__compile": True, "training__compile_backend": "aot_eager"}
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "advice"),
     [
@@ -174,6 +177,17 @@ def test_a_lost_device_switches_no_plugin_off(tiny: TinyRun, capsys: pytest.Capt
         (3, {}, "per_device_batch_size to 1 and training.gradient_accumulation_steps to 6: a step has the same rows"),
         (1, {}, "set training.gradient_checkpointing to true; `gpt-simple validate CONFIG --fit`"),
         (1, {"training__gradient_checkpointing": True}, "shorten data.max_length, or make the model smaller"),
+        (1, {"training__gradient_checkpointing": "auto"}, "set training.gradient_checkpointing to true; `gpt-simple"),
+        (
+            1,
+            {**BUDGET, "training__activation_memory_budget": 0.5},
+            "lower training.activation_memory_budget; `gpt-simple",
+        ),
+        (
+            1,
+            {**BUDGET, "training__activation_memory_budget": 0.0},
+            "shorten data.max_length, or make the model smaller",
+        ),
     ],
 )
 def test_the_advice_keeps_the_size_of_a_step(

@@ -61,6 +61,13 @@ def logged(folder: Path) -> list[str]:
     return log
 
 
+@pytest.mark.parametrize(("gib", "recomputed"), [("79", "no block"), ("1.56", "every block")])
+def test_auto_checkpointing_follows_the_card(gpu: NullGpu, folder: Path, gib: str, recomputed: str) -> None:
+    options = ("--training.gradient_checkpointing", "auto", "--training.compile", "false")
+    printed = launch(gpu, folder, *options, NULLGPU_GIB=gib)
+    assert f"recompute  {recomputed} (auto: without it " in printed
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_trains_evaluates_saves_resumes_and_samples(gpu: NullGpu, folder: Path, compiled: bool, processes: int) -> None:

@@ -97,3 +97,13 @@ def test_keys_of_grouped_heads_are_not_copied_for_a_dense_mask(measured: Measure
     phases = measured("steps", grouped)["phases"]
     most = 92 if torch.__version__ >= "2.14" else 96
     assert launches(phases["forward 1"]) <= most
+
+
+def test_a_budget_is_between_everything_and_nothing(measured: Measured) -> None:
+    """Of activations, without the logits of a large vocabulary."""
+    small = {"layers": 4, "rows": 4, "length": 512, "vocab_size": 2048}
+    nothing = measured("steps", {**small, "checkpointing": False})
+    half = measured("steps", {**small, "checkpointing": False, "budget": 0.5})
+    everything = measured("steps", small)
+    assert everything["peak"] < half["peak"] < nothing["peak"] <= nothing["predicted"] + nothing["workspaces"]
+    assert half["predicted"] == nothing["predicted"], "the prediction is an upper bound of any budget"

@@ -28,6 +28,7 @@ def conflicts(model: Any, data: Any, training: Any, plugins: Any) -> Iterator[Co
             message = f'shard_size {training.shard_size} needs parallel "fsdp", not "{training.parallel}"'
             yield _conflict(message, "training.shard_size", "training.parallel")
         yield from _warmup_stages(training, getattr(data, "max_length", None))
+        yield from _activations(training)
         budget, reserve = training.max_runtime_seconds, training.walltime_reserve_seconds
         if budget is not None and reserve >= budget:
             message = f"walltime_reserve_seconds {reserve:g} leaves nothing of max_runtime_seconds {budget:g}"
@@ -85,6 +86,23 @@ def _curriculum(data: DataConfig) -> Iterator[Conflict]:
             )
             hint = "make it longer or leave it out"
             yield _conflict(message, f"{path}.duration_tokens", "data.max_length", hint=hint)
+
+
+def _activations(training: TrainingConfig) -> Iterator[Conflict]:
+    """Only a compiler divides its graph by a budget, and checkpointing has divided that graph before."""
+    if (budget := training.activation_memory_budget) is None:
+        return
+    what, path = f"activation_memory_budget {budget:g}", "training.activation_memory_budget"
+    if not training.compile:
+        hint = "set compile to true, or leave activation_memory_budget out"
+        yield _conflict(f"{what} needs compile: only the compiler has one", path, "training.compile", hint=hint)
+    if training.compile_backend == "eager":
+        hint = 'use "inductor", or leave activation_memory_budget out'
+        yield _conflict(f'{what} does nothing with the backend "eager"', path, "training.compile_backend", hint=hint)
+    if training.gradient_checkpointing not in (False, "auto"):
+        hint = 'set gradient_checkpointing to "auto" or false'
+        message = f"{what} says what is recomputed, and so does gradient_checkpointing"
+        yield _conflict(message, path, "training.gradient_checkpointing", hint=hint)
 
 
 def _warmup_stages(training: TrainingConfig, max_length: int | None) -> Iterator[Conflict]:

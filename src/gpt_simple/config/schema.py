@@ -196,6 +196,12 @@ class TrainingConfig:
         Ge(0),
         Doc("recompute activations in backward: true, false, every k-th block, or auto: false if the run fits"),
     ] = True
+    activation_memory_budget: Annotated[
+        float | None,
+        Ge(0),
+        Le(1),
+        Doc("compiled runs: share of the activations to keep, the rest is recomputed; unset: torch's choice"),
+    ] = None
     seed: Annotated[int, Ge(0), Doc("seed of weights, dropout and, unless data.seed is set, of the order")] = 42
     deterministic: Annotated[
         bool, Doc("kernels that repeat their bits on a GPU, so that a resume is bit-exact there; they are slower")

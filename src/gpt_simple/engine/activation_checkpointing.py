@@ -23,10 +23,16 @@ class ActivationCheckpointing:
 
     @classmethod
     def of(cls, config: Config, kept: bool | int | None = None) -> ActivationCheckpointing:
-        """As configured. ``"auto"`` is ``kept``, the setting of the run that is resumed; without one, true for now."""
-        setting = config.training.gradient_checkpointing
+        """As configured. ``"auto"`` is ``kept``, the setting of the run that is resumed; without one, true for now.
+
+        With ``training.activation_memory_budget``, ``"auto"`` is false: the compiler recomputes.
+        """
+        training = config.training
+        setting = training.gradient_checkpointing
         if not isinstance(setting, str):
             return cls(setting, CONFIGURED)
+        if training.activation_memory_budget is not None:
+            return cls(False, f"auto: activation_memory_budget {training.activation_memory_budget:g} is set")
         return cls(True, _UNDECIDED) if kept is None else cls(kept, "auto: as the run began")
 
     @property

@@ -41,6 +41,8 @@ class CompilePlan:
     scope: str
     backend: str
     ddp_optimizer: DdpOptimizer | None = None
+    activation_memory_budget: float | None = None
+    """The share of the activations that are kept, None to leave torch's own."""
     lengths: int = 1
     """Lengths of rows that are compiled for: by the model, or by flex attention in a model that runs eager."""
     graphs: bool = False
@@ -54,8 +56,8 @@ class CompilePlan:
 def plan(config: TrainingConfig, device: torch.device, world_size: int, *, explicit: bool) -> CompilePlan:
     """Decide about compilation.
 
-    ``explicit``: the user set ``compile = true``. Then a missing compiler is a ConfigError; the default ``true`` runs
-    eager with a warning. A backend that torch does not have is a ConfigError.
+    ``explicit``: the user set ``compile = true``. Then, and with a budget for activations, a missing compiler is a
+    ConfigError; the default ``true`` runs eager with a warning. A backend that torch does not have is a ConfigError.
     """
     lengths = len({stage.length for stage in config.warmup_stages} | {None})
     shards = config.parallel == "fsdp" and world_size > 1
@@ -65,7 +67,8 @@ def plan(config: TrainingConfig, device: torch.device, world_size: int, *, expli
         return eager
     _refuse_unknown(config.compile_backend)
     missing = _disabled() or (_missing_compiler(device) if config.compile_backend == "inductor" else "")
-    if missing and explicit:
+    budget = config.activation_memory_budget
+    if missing and (explicit or budget is not None):
         raise ConfigError(f"{missing}, or set training.compile to false", key="training.compile")
     if missing:
         return evolve(eager, warning=f"running eager: {missing}")
@@ -84,7 +87,14 @@ def plan(config: TrainingConfig, device: torch.device, world_size: int, *, expli
         why = "there is one process" if world_size == 1 else 'training.compile_scope is "blocks"'
         note = f'training.ddp_optimizer "{config.ddp_optimizer}" changes nothing: {why}'
     graphs = device.type == "cuda" and _captures_graphs(config.compile_backend)
-    return evolve(eager, enabled=True, ddp_optimizer=flag, note=note, graphs=graphs)
+    return evolve(
+        eager,
+        enabled=True,
+        ddp_optimizer=flag,
+        activation_memory_budget=budget,
+        note=note,
+        graphs=graphs,
+    )
 
 
 def _refuse_unknown(backend: str) -> None:
@@ -164,6 +174,8 @@ def compile_flags(plan: CompilePlan) -> Iterator[None]:
             patches.enter_context(torch._dynamo.config.patch(flags))
             if hasattr(torch._functorch.config, _OWN_GENERATORS):
                 patches.enter_context(torch._functorch.config.patch({_OWN_GENERATORS: False}))
+            if (budget := plan.activation_memory_budget) is not None:
+                patches.enter_context(torch._functorch.config.patch(activation_memory_budget=budget))
             if deterministic and hasattr(torch._inductor.config, "deterministic"):
                 # Else it chooses among kernels by their time, in every launch anew.
                 patches.enter_context(torch._inductor.config.patch(deterministic=True))

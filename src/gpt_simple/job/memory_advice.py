@@ -38,7 +38,9 @@ def memory_advice(config: Config, source: Path | None, *, on_device: bool) -> st
             f"set training.per_device_batch_size to {rows // parts} and training.gradient_accumulation_steps to"
             f" {accumulation}: a step has the same rows"
         )
-    if not training.gradient_checkpointing:
+    if training.activation_memory_budget:
+        changes.append("lower training.activation_memory_budget")
+    elif not training.gradient_checkpointing and training.activation_memory_budget is None:
         changes.append("set training.gradient_checkpointing to true")
     if not changes:
         changes.append("shorten data.max_length, or make the model smaller")

@@ -162,6 +162,8 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
         "precision": forecast.precision,
         "gradient_checkpointing": forecast.gradient_checkpointing,
     }
+    if (budget := preflight.config.training.activation_memory_budget) is not None:
+        message += f"; this is without activation_memory_budget {budget:g}, whose effect is not predicted"
     if prediction.copy:
         message += f"; background_save holds a copy of {_size(prediction.copy)} in host memory"
     yield Finding("info", "memory", message, fields=fields)
@@ -175,7 +177,9 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
             kept = f"other processes and CUDA use the rest of its {_size(gpu.memory)}"
         message = f"the run needs {_size(-margin)} more than {gpu.name} has for tensors ({_size(gpu.usable)}; {kept})"
         hint = "lower per_device_batch_size (--fit finds it), or shorten data.max_length"
-        if not forecast.gradient_checkpointing:
+        if budget:
+            hint = f"lower activation_memory_budget, {hint}"
+        elif not forecast.gradient_checkpointing and budget is None:
             hint = f"set gradient_checkpointing to true, {hint}"
         yield Finding("error", "memory-too-small", message, "training.per_device_batch_size", hint, fields=fields)
     else:

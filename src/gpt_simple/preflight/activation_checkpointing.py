@@ -150,22 +150,21 @@ def _quick_peak(config: Config, predict: Callable[[Config], MemoryPrediction], v
         training=evolve(training, gradient_accumulation_steps=1, warmup_stages=(), eval_steps=None),
     )
     found = predict(one)
-    rows = getattr(model, "vocab_size", None) or padded(vocab_size)
+    rows = model.vocab_size or padded(vocab_size)
     weights, first = (
         _FP32 * parameter_count(resolve(part.model, vocab_size=rows, max_length=config.data.max_length))
         for part in (config, one)
     )
-    more, blocks = weights - first, resolve(model, vocab_size=rows, max_length=1).n_layer - 1
-    state = 1 + found.by_category["optimizer"] / first
-    # A gradient is there from the first micro-batch on; DistributedDataParallel has its buckets all the time.
-    in_buckets = world_size > 1
-    accumulates = max(stage.accumulation for stage in BatchPlan.of(config).stages) > 1
-    activations = blocks * found.block_activations
-    if not (in_buckets or accumulates):
-        activations = max(activations, more)  # each gradient takes the place of what its block has kept
-    added = 0 if not accumulates else weights - (0 if in_buckets else min(first, found.by_category["gradients"]))
-    copies = bool(found.by_category["copies"])
-    return int(found.peak + more * (state + in_buckets) + activations + added + copies * more * state)
+    more = weights - first
+    state = more * (1 + found.by_category["optimizer"] / first)
+    activations = (model.n_layer - 1) * found.block_activations
+    peak = found.peak + (2 * state if found.by_category["copies"] else state)
+    accumulates = any(stage.accumulation > 1 for stage in BatchPlan.of(config).stages)
+    if world_size > 1:  # the buckets of DistributedDataParallel are there all the time
+        return int(peak + activations + more + (weights if accumulates else 0))
+    if accumulates:  # the gradients of the first micro-batch are there while another one is made
+        return int(peak + activations + weights - min(first, found.by_category["gradients"]))
+    return int(peak + max(activations, more))  # each gradient takes the place of what its block has kept
 
 
 def _size(size: int) -> str:
