@@ -42,8 +42,12 @@ def document_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, dro
         and find_spec("triton") is not None
         and bool(find_compiler(gpu=True)[0])
     )
-    fits = dtype.itemsize == 2 and SMALLEST_HEAD <= head_dim <= LARGEST_HEAD and not dropout
-    return "flex" if generated and fits else "dense mask"
+    return "flex" if generated and fits_flex(dtype, head_dim, dropout) else "dense mask"
+
+
+def fits_flex(dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
+    """Whether flex attention has kernels for queries of ``dtype`` and this shape."""
+    return dtype.itemsize == 2 and SMALLEST_HEAD <= head_dim <= LARGEST_HEAD and not dropout
 
 
 def document_mask(document_ids: Tensor, kernel: Kernel) -> Tensor | BlockMask:
