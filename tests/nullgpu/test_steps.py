@@ -74,9 +74,10 @@ def test_an_eager_peak_is_predicted_within_2_percent(name: str, measured: Measur
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_compiled_peak_is_bounded_by_the_prediction(name: str, measured: Measured) -> None:
+def test_a_compiled_peak_is_at_most_15_percent_below(name: str, measured: Measured) -> None:
     answer = measured("steps", VARIANTS[name])
-    assert answer["peak"] - answer["workspaces"] <= answer["predicted"]
+    peak = answer["peak"] - answer["workspaces"]
+    assert peak <= answer["predicted"] <= 1.15 * peak
 
 
 def test_a_narrow_residual_stream_is_nowhere_wide_in_the_forward(measured: Measured) -> None:

@@ -34,8 +34,7 @@ GPUs of capability 8.6, 8.9 and 12 have (104 of 99 KiB)."""
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def document_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> Kernel:
     """Which kernel keeps the documents of a row apart on this device, for queries of ``dtype`` and this shape."""
-    fits = dtype.itemsize == 2 and SMALLEST_HEAD <= head_dim <= LARGEST_HEAD and not dropout
-    return "flex" if fits and _generates_kernels(device) else "dense mask"
+    return "flex" if fits_flex(dtype, head_dim, dropout) and _generates_kernels(device) else "dense mask"
 
 
 @cache  # below a constant: Dynamo warns of a cache that it traces
@@ -46,6 +45,11 @@ def _generates_kernels(device: torch.device) -> bool:
         and find_spec("triton") is not None
         and bool(find_compiler(gpu=True)[0])
     )
+
+
+def fits_flex(dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
+    """Whether flex attention has kernels for queries of ``dtype`` and this shape."""
+    return dtype.itemsize == 2 and SMALLEST_HEAD <= head_dim <= LARGEST_HEAD and not dropout
 
 
 def document_mask(document_ids: Tensor, kernel: Kernel) -> Tensor | BlockMask:

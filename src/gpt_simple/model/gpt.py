@@ -95,9 +95,8 @@ class GPT(nn.Module):
         if document_ids is not None:
             mask = document_mask(document_ids, self.document_kernel(document_ids.device))
         x, rotation = self._embed(input_ids, position_ids)
-        every = self.checkpoint_every if torch.is_grad_enabled() else 0
         for index, block in enumerate(self.blocks):
-            if every and index % every == 0:
+            if torch.is_grad_enabled() and self.recomputes(index):
                 x = checkpoint(
                     block,
                     x,
@@ -206,6 +205,10 @@ class GPT(nn.Module):
     def set_activation_checkpointing(self, every: int) -> None:
         """Recompute the activations of every ``every``-th block in the backward pass; 0: of none."""
         self.checkpoint_every = every
+
+    def recomputes(self, index: int) -> bool:
+        """Whether the backward pass computes the activations of this block again."""
+        return self.checkpoint_every > 0 and index % self.checkpoint_every == 0
 
     def num_parameters(self, non_embedding: bool = False) -> int:
         """Parameters of the model; ``non_embedding`` leaves out both embedding tables, so a tied head too."""

@@ -54,12 +54,13 @@ class DryRun:
         loss_function: Callable[..., torch.Tensor] = summed_cross_entropy,
         fake_tensors: bool = False,
         dist: ProcessGroup | None = None,
+        stand_in: Callable[[GPT], None] | None = None,
     ) -> DryRun:
         """Build everything on the precision's device. ``vocab_size`` is the tokenizer's; ``dist`` has one process.
 
         The batches are those of ``stage``, by default of the steps after the warm-up stages.
-        A model of the family ``gpt`` computes its loss with ``loss_function``. ``fake_tensors``: the caller is in a
-        mode in which tensors have no memory and no values.
+        A model of the family ``gpt`` computes its loss with ``loss_function``, and ``stand_in`` may replace its parts.
+        ``fake_tensors``: the caller is in a mode in which tensors have no memory and no values.
         """
         device = precision.device
         rows = getattr(config.model, "vocab_size", None) or padded(vocab_size)
@@ -68,6 +69,8 @@ class DryRun:
             model: torch.nn.Module = build_model(config.model, vocab_size=rows, max_length=config.data.max_length)
         if isinstance(model, GPT):
             model.set_loss_function(loss_function)
+            if stand_in is not None:
+                stand_in(model)
         if fake_tensors:
             _to_empty(model, device)
         set_checkpointing = getattr(guarded(registry, config, model), "set_activation_checkpointing", None)

@@ -1,6 +1,7 @@
 """How much memory a run needs, without using it: the engine's own step on fake tensors.
 
-Eager runs are predicted as they are; of compiled ones the same formulas without fusion are a bound from above.
+Eager runs are predicted as they are. Compiled ones have a bound from above: compiled.py says what Inductor keeps, and a
+model of a plugin counts without fusion.
 With several processes the buckets of DistributedDataParallel hold the gradients all the time.
 """
 
@@ -29,11 +30,14 @@ from gpt_simple.hardware import GpuSpec, cublas_workspaces, find_gpu
 from gpt_simple.hooks.components import Registry, builtin_registry
 from gpt_simple.hooks.preflight import BatchStage, MemoryForecast, MemoryPrediction, PreflightOptions
 from gpt_simple.model.loss import ROWS_PER_CHUNK, summed_cross_entropy
+from gpt_simple.preflight.compiled import stand_in
 from gpt_simple.preflight.dry_run import DryRun
 from gpt_simple.preflight.memory_tracker import CATEGORIES, MemoryTracker
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 _CUDA_BLOCK = 512
+_CUDA_SMALL = 2**20
+"""Larger tensors may get a free block that is up to this much too large. Half of it is assumed for gradients."""
 LARGEST_BATCH = 4096
 """The largest batch that is tried."""
 
@@ -101,9 +105,9 @@ def _predict(
     dtype = _DTYPES[precision]
     setting = Precision(precision, "", device, dtype, torch.amp.GradScaler("cpu", enabled=False))
     tracker = MemoryTracker(_CUDA_BLOCK if cuda else 1)
-    loss_function = partial(
-        summed_cross_entropy, fused=compiled, rows_per_chunk=ROWS_PER_CHUNK["cuda" if cuda else "cpu"]
-    )
+    whole = compiled and config.training.compile_scope == "model"
+    fuses = compiled and config.training.compile_backend == "inductor"
+    loss_function = partial(summed_cross_entropy, fused=whole, rows_per_chunk=ROWS_PER_CHUNK["cuda" if cuda else "cpu"])
     with preserved_process_state(), _FakeTensors(), tracker:
         held = torch.empty(workspaces, dtype=torch.uint8)
         tracker.name([held], "workspaces")
@@ -116,8 +120,9 @@ def _predict(
             loss_function=loss_function,
             fake_tensors=True,
             dist=(watched := _Watched(0, 1, device)),
+            stand_in=partial(stand_in, whole=whole, cuda=cuda) if fuses else None,
         )
-        _make_steps(dry_run, watched, tracker, config, stages, world_size, cuda)
+        _make_steps(dry_run, watched, tracker, config, stages, world_size, cuda, compiled)
     copied = config.training.save_steps and config.training.saves_in_background("cuda" if cuda else "cpu")
     copy = state_bytes(dry_run.train_step.model, dry_run.train_step.optimizer) if copied else 0
     here = 0 if cuda else copy
@@ -154,12 +159,14 @@ def _make_steps(
     stages: Sequence[BatchStage],
     world_size: int,
     cuda: bool,
+    compiled: bool,
 ) -> None:
     """A step that creates the optimizer's state, one that has it from its start, and an evaluation.
 
     The second micro-batch of a step meets the gradients of the first; more of them need no more. Hooks of torch and of
     the step keep the tracker's phase and place up to date. The buckets of DistributedDataParallel take the gradients of
-    a step's last micro-batch; the gradients of the others are kept beside them.
+    a step's last micro-batch; the gradients of the others are kept beside them. The graph of a compiled model returns
+    all gradients at its end, so that none is added and freed before.
     """
     step, batch = dry_run.train_step, dry_run.batch
     model, optimizer = step.model, step.optimizer
@@ -168,17 +175,28 @@ def _make_steps(
     tracker.name((tensor for tensor in rows if tensor is not None), "data")
     tracker.enter("data")
     held = _chunks(config, stages, cuda)
+    if compiled and cuda:
+        large = sum(parameter.nbytes > _CUDA_SMALL for parameter in trained.values())
+        held.append(slack := torch.empty(large * _CUDA_SMALL // 2, dtype=torch.uint8))
+        tracker.name([slack], "gradients")
     buckets = {name: torch.zeros_like(parameter) for name, parameter in trained.items()} if world_size > 1 else {}
     tracker.name(buckets.values(), "gradients")
     reduced = False
+    returned: list[torch.Tensor] = []
 
     def on_forward(is_last: bool) -> None:
         nonlocal reduced
         reduced = is_last
+        returned.clear()
         tracker.enter("forward")
 
     def on_gradients(*_: object) -> None:
+        returned.clear()
         tracker.enter("clipping")
+
+    def on_new_gradient(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        if parameter.grad is not None or buckets:
+            returned.append(gradient)
 
     def on_gradient(name: str, parameter: torch.Tensor) -> None:
         tracker.move_to(name)
@@ -196,6 +214,8 @@ def _make_steps(
     if isinstance(blocks := getattr(model, "blocks", None), torch.nn.ModuleList) and len(blocks):
         tracker.measure_kept(blocks[0])
     for name, parameter in trained.items():
+        if compiled and config.training.compile_scope == "model":
+            parameter.register_hook(partial(on_new_gradient, parameter))  # type: ignore[no-untyped-call]
         parameter.register_post_accumulate_grad_hook(partial(on_gradient, name))  # type: ignore[no-untyped-call]
     results: list[StepResult] = []  # the trainer keeps them until it logs
     for micro_batches in (1, min(2, dry_run.micro_batches)):
