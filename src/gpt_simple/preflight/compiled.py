@@ -1,4 +1,4 @@
-"""The model ``gpt`` as torch.compile makes it, for the prediction of memory: stand-ins that keep as much.
+"""The model ``gpt`` as torch.compile makes it on a GPU, for the prediction of memory: stand-ins that keep as much.
 
 Inductor fuses the operations between matrix products and attention. What eager mode keeps of them for the backward pass
 is computed again there. What a compiled graph keeps instead was read from the graphs of torch 2.14 on CUDA:
@@ -25,7 +25,7 @@ from gpt_simple.model.gpt import GPT, MLP, Block
 from gpt_simple.model.shape import Shape
 
 
-def stand_in(model: GPT, *, whole: bool, cuda: bool) -> None:
+def stand_in(model: GPT, *, whole: bool) -> None:
     """Replace the blocks and the last norm by ones that compute nothing; ``whole``: the loss, too.
 
     A model with parts of a plugin stays as it is.
@@ -36,8 +36,7 @@ def stand_in(model: GPT, *, whole: bool, cuda: bool) -> None:
     for index, block in enumerate(model.blocks):
         model.blocks[index] = _CompiledBlock(model, block, index if whole else None)
     model.add_module("norm", _CompiledNorm(model.norm, whole))
-    if cuda:
-        model.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    model.register_forward_pre_hook(_without_mask, with_kwargs=True)
     if whole:
         loss = _CompiledLoss()
         model.register_forward_pre_hook(loss.cast_weight)
