@@ -176,9 +176,9 @@ class MemoryPrediction:
 
     The peak is in ``phase`` (forward, backward, clipping, optimizer, evaluation) at ``place``. ``by_category`` divides
     it into parameters, gradients, optimizer, activations, temporaries and data; ``by_phase`` is the peak of each phase.
-    ``is_bound``: ``peak`` is an upper bound (compiled), else it is exact (eager). The bound of a model of the family
-    ``gpt`` is at most 15 % above the peak. ``copy`` is the host memory of the state that ``background_save`` writes,
-    from the first save on; on a CPU ``peak`` includes it and ``by_category`` has it as ``copies``.
+    ``is_bound``: ``peak`` is an upper bound (compiled), else it is exact (eager). On a GPU the bound of a model of the
+    family ``gpt`` is at most 15 % above. ``copy`` is the host memory of the state that ``background_save`` writes, from
+    the first save on; on a CPU ``peak`` includes it and ``by_category`` has it as ``copies``.
     ``block_activations``: what the first block keeps for the backward pass.
     """
 

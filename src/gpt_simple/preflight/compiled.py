@@ -1,11 +1,11 @@
-"""The model ``gpt`` as torch.compile makes it, for the prediction of memory: stand-ins that keep as much.
+"""The model ``gpt`` as torch.compile makes it on a GPU, for the prediction of memory: stand-ins that keep as much.
 
 Inductor fuses the operations between matrix products and attention. What eager mode keeps of them for the backward pass
 is computed again there. What a compiled graph keeps instead was read from the graphs of torch 2.14 on CUDA:
 
 * of a block, the residual stream before and after attention; the operands of its matrix products, which are the
-  states after both norms, the attended values, the MLP's hidden units and the weights in autocast's dtype; and the
-  results that a formula reads again: queries, keys, values, gate and up;
+  states after both norms, the attended values and the MLP's hidden units; and the results that a formula reads again:
+  queries, keys, values, gate and up. The weights in autocast's dtype are the step's, for all passes;
 * of the last norm, its input and its output;
 * of the loss, the logits, once and in autocast's dtype. Their gradient takes their place.
 
@@ -25,7 +25,7 @@ from gpt_simple.model.gpt import GPT, MLP, Block
 from gpt_simple.model.shape import Shape
 
 
-def stand_in(model: GPT, *, whole: bool, cuda: bool) -> None:
+def stand_in(model: GPT, *, whole: bool) -> None:
     """Replace the blocks and the last norm by ones that compute nothing; ``whole``: the loss, too.
 
     A model with parts of a plugin stays as it is.
@@ -36,8 +36,7 @@ def stand_in(model: GPT, *, whole: bool, cuda: bool) -> None:
     for index, block in enumerate(model.blocks):
         model.blocks[index] = _CompiledBlock(model, block, index if whole else None)
     model.add_module("norm", _CompiledNorm(model.norm, whole))
-    if cuda:
-        model.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    model.register_forward_pre_hook(_without_mask, with_kwargs=True)
     if whole:
         loss = _CompiledLoss()
         model.register_forward_pre_hook(loss.cast_weight)
@@ -76,8 +75,7 @@ class _CompiledBlock(nn.Module):
         if not torch.is_grad_enabled():
             # Two states of the residual stream and what the MLP's activation reads.
             return _keep(x, x.dtype, x.nbytes + tokens * size * _inner(self.shape), 0, self)
-        casts = sum(size * weight.numel() for weight in self.parameters() if size < weight.element_size())
-        kept = casts + tokens * _kept(self.shape, x.element_size(), size, isinstance(mask, Tensor))
+        kept = tokens * _kept(self.shape, x.element_size(), size, isinstance(mask, Tensor))
         if isinstance(mask, Tensor) and (not self.index or recomputed):
             kept += size * mask.numel()  # once for a graph, as numbers that are added to the scores
         if self.training and self.shape.dropout:

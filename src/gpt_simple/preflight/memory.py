@@ -1,7 +1,7 @@
 """How much memory a run needs, without using it: the engine's own step on fake tensors.
 
-Eager runs are predicted as they are. Compiled ones have a bound from above: compiled.py says what Inductor keeps, and a
-model of a plugin counts without fusion.
+Eager runs are predicted as they are. Compiled ones have a bound from above: on a GPU compiled.py says what Inductor
+keeps; on a CPU, and for a model of a plugin, operations count without fusion.
 With several processes the buckets of DistributedDataParallel hold the gradients all the time.
 """
 
@@ -106,7 +106,8 @@ def _predict(
     setting = Precision(precision, "", device, dtype, torch.amp.GradScaler("cpu", enabled=False))
     tracker = MemoryTracker(_CUDA_BLOCK if cuda else 1)
     whole = compiled and config.training.compile_scope == "model"
-    fuses = compiled and config.training.compile_backend == "inductor"
+    # On a CPU Inductor fuses less, and dropout needs all scores.
+    fuses = compiled and cuda and config.training.compile_backend == "inductor"
     loss_function = partial(summed_cross_entropy, fused=whole, rows_per_chunk=ROWS_PER_CHUNK["cuda" if cuda else "cpu"])
     with preserved_process_state(), _FakeTensors(), tracker:
         held = torch.empty(workspaces, dtype=torch.uint8)
@@ -120,7 +121,7 @@ def _predict(
             loss_function=loss_function,
             fake_tensors=True,
             dist=(watched := _Watched(0, 1, device)),
-            stand_in=partial(stand_in, whole=whole, cuda=cuda) if fuses else None,
+            stand_in=partial(stand_in, whole=whole) if fuses else None,
         )
         _make_steps(dry_run, watched, tracker, config, stages, world_size, cuda, compiled)
     copied = config.training.save_steps and config.training.saves_in_background("cuda" if cuda else "cpu")
