@@ -1,4 +1,4 @@
-"""Flex attention is chosen where it fits the card."""
+"""Cards train every width of heads, and flex attention is chosen where it fits the card."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import pytest
 
 from tests.nullgpu.conftest import Measured
 from tests.nullgpu.device import CARDS
+
+# Any even width is accepted: narrower and wider than flex attention takes, powers of two and others.
+HEADS = [2, 8, 16, 22, 40, 64, 80, 100, 128, 160, 192, 256]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["t4", "rtx4090", "rtx5090", "b200"])  # each takes minutes
+def test_a_card_trains_every_width_of_heads(card: str, measured: Measured) -> None:
+    errors = measured("heads", {"heads": HEADS, "compiled": [64]}, CARDS[card])
+    assert len(errors) == 2 * len(HEADS) + 2
+    assert errors == dict.fromkeys(errors, "")
 
 
 @pytest.mark.parametrize("card", CARDS)
