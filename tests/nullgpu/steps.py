@@ -140,7 +140,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     frames.append(counters["frames"]["ok"] - sum(frames))
     compiled = cfg.training.compile
     name = run.train_step.precision.name
-    predicted = predict_memory(cfg, vocab_size=VOCABULARY, precision=name, compiled=compiled, cuda=True)
+    predicted = predict_memory(cfg, vocab_size=VOCABULARY, precision=name, compiled=compiled, cuda=True, workspaces=0)
     return {
         "phases": {name: count(events) for name, events in phases.items()},
         "waits": waits(everything),
