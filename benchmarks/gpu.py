@@ -340,6 +340,7 @@ def memory(part: Part) -> None:
                 precision=step.precision,
                 compiled=step.config.training.compile,
                 cuda=True,
+                workspaces=0,  # they are counted apart
             ).training_peak
             error = predicted / (peak - workspaces) - 1
             part.line(

@@ -12,7 +12,7 @@ HEADS = [2, 8, 16, 22, 40, 64, 80, 100, 128, 160, 192, 256]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", ["t4", "rtx4090", "rtx5090", "b200"])  # each takes minutes
+@pytest.mark.parametrize("card", CARDS)
 def test_a_card_trains_every_width_of_heads(card: str, measured: Measured) -> None:
     errors = measured("heads", {"heads": HEADS, "compiled": [64]}, CARDS[card])
     assert len(errors) == 2 * len(HEADS) + 2
