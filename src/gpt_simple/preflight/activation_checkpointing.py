@@ -97,7 +97,7 @@ def decide(
         return ActivationCheckpointing(False, "auto: the model has no set_activation_checkpointing")
     bare = evolve(checkpointing, setting=False).applied(config)
     try:
-        needed = _quick_peak(bare, predict, vocab_size, world_size) if is_builtin else predict(bare).peak
+        needed = _quick_peak(bare, predict, vocab_size, world_size, casts=precision != "no") if is_builtin else predict(bare).peak
     except Exception as error:  # a part of a plugin need not work on tensors without values
         why = f"auto: the memory without it cannot be predicted: {error}"
         return evolve(checkpointing, why=why) if checkpointing.is_undecided else checkpointing
@@ -138,8 +138,12 @@ def _can_checkpoint(config: Config, registry: Registry, vocab_size: int) -> bool
     return hasattr(model, "set_activation_checkpointing")
 
 
-def _quick_peak(config: Config, predict: Callable[[Config], MemoryPrediction], vocab_size: int, world_size: int) -> int:
+def _quick_peak(
+    config: Config, predict: Callable[[Config], MemoryPrediction], vocab_size: int, world_size: int, *, casts: bool
+) -> int:
     """The peak of a run of built-in parts without gradient checkpointing, from the prediction for its first block.
+
+    ``casts``: the weights are cast to 16 bits for the passes of a step.
 
     Left out: the rows that the loader holds for further micro-batches, 32 bytes a token and less.
     """
@@ -158,7 +162,7 @@ def _quick_peak(config: Config, predict: Callable[[Config], MemoryPrediction], v
     more = weights - first
     state = more * (1 + found.by_category["optimizer"] / first)
     activations = (model.n_layer - 1) * found.block_activations
-    peak = found.peak + (2 * state if found.by_category["copies"] else state)
+    peak = found.peak + (2 * state if found.by_category["copies"] else state) + (more / 2 if casts else 0)
     accumulates = any(stage.accumulation > 1 for stage in BatchPlan.of(config).stages)
     if world_size > 1:  # the buckets of DistributedDataParallel are there all the time
         return int(peak + activations + more + (weights if accumulates else 0))
