@@ -1,4 +1,4 @@
-"""Models that are divided over processes, of which this process is the only one."""
+"""Models that are sharded over processes, of which this process is the only one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 @contextmanager
 def sharded(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` is divided block by block, as far as it has blocks."""
+    """Inside, ``model`` is sharded block by block, as far as it has blocks."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))

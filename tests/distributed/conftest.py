@@ -1,4 +1,4 @@
-"""Several processes, as in tests/launch, and models divided over them."""
+"""Several processes, as in tests/launch, and models sharded over them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model divided over processes: its weights are those of an undivided one, and a process holds its slices only."""
+"""A model sharded over processes: its weights are those of an unsharded one, and a process holds its slices only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt_simple.checkpoint.divided import local_part, whole
+from gpt_simple.checkpoint.sharded import local_part, whole
 from gpt_simple.config.schema import ModelConfig
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.distributed.sharding import shard
@@ -25,12 +25,12 @@ def model(**sizes: Any) -> nn.Module:
     return build(ModelConfig(**SIZES | sizes), vocab_size=131, max_length=30)
 
 
-def divided(undivided: nn.Module, group: ProcessGroup) -> nn.Module:
-    """``undivided``, which is on the meta device, as a run builds it."""
+def sharded(unsharded: nn.Module, group: ProcessGroup) -> nn.Module:
+    """``unsharded``, which is on the meta device, as a run builds it."""
     assert group.mesh is not None
     torch.manual_seed(7)
-    shard(undivided, undivided.init_weights, group.mesh, group.device, None)  # type: ignore[arg-type]
-    return undivided
+    shard(unsharded, unsharded.init_weights, group.mesh, group.device, None)  # type: ignore[arg-type]
+    return unsharded
 
 
 def on_meta(**sizes: Any) -> nn.Module:
@@ -39,16 +39,16 @@ def on_meta(**sizes: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_are_those_of_an_undivided_run_to_the_bit(ranks: Ranks, tied: bool) -> None:
+def test_weights_are_those_of_an_unsharded_run_to_the_bit(ranks: Ranks, tied: bool) -> None:
     """And a process never holds more than its slices and one whole tensor, in measured bytes."""
     sizes = {"tie_word_embeddings": tied}
     expected = dict(model(**sizes).named_parameters())
 
     def work(rank: int) -> list[Any]:
-        undivided = on_meta(**sizes)
+        unsharded = on_meta(**sizes)
         group = ProcessGroup.join(30.0).sharding(None, 30.0)
         start_counting()
-        built = divided(undivided, group)
+        built = sharded(unsharded, group)
         held = stop_counting()
         found = dict(built.named_parameters())
         assert list(found) == list(expected)
@@ -102,8 +102,8 @@ def test_any_way_to_set_values_gives_the_same_bits(ranks: Ranks) -> None:
 
     def work(rank: int) -> list[str]:
         with torch.device("meta"):
-            undivided = Plain()
-        built = divided(undivided, ProcessGroup.join(30.0).sharding(None, 30.0))
+            unsharded = Plain()
+        built = sharded(unsharded, ProcessGroup.join(30.0).sharding(None, 30.0))
         assert built.head.weight is built.embedding.weight, "tied as before"
         pairs = zip(built.state_dict().items(), expected.state_dict().values(), strict=True)
         return [name for (name, found), value in pairs if not torch.equal(whole(found), value)]

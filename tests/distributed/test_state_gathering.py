@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load, save
 from torch.optim import AdamW
 
-from gpt_simple.checkpoint.divided import divided_like, local_part
+from gpt_simple.checkpoint.sharded import local_part, sharded_like
 from gpt_simple.checkpoint.state import (
     flatten_optimizer,
     load_model,
@@ -17,7 +17,7 @@ from gpt_simple.checkpoint.state import (
 )
 from gpt_simple.distributed.process_group import ProcessGroup
 from gpt_simple.distributed.state_gathering import gather_state
-from tests.distributed.test_sharding import divided, model, on_meta
+from tests.distributed.test_sharding import model, on_meta, sharded
 from tests.launch.conftest import Ranks
 
 
@@ -30,15 +30,15 @@ def train(built: torch.nn.Module) -> AdamW:
     return optimizer
 
 
-def test_what_is_divided_is_written_as_if_it_were_not(ranks: Ranks) -> None:
+def test_what_is_sharded_is_written_as_if_it_were_not(ranks: Ranks) -> None:
     alone = model()
     moments, document = flatten_optimizer(train(alone), alone)
     expected = {"model": model_tensors(alone), "optimizer": moments}
 
     def work(rank: int) -> list[Any]:
-        undivided = on_meta()
+        unsharded = on_meta()
         group = ProcessGroup.join(30.0).sharding(None, 30.0)
-        built = divided(undivided, group)
+        built = sharded(unsharded, group)
         tensors, written = flatten_optimizer(train(built), built)
         gathered = gather_state(group, {"model": model_tensors(built), "optimizer": tensors})
         assert written == document
@@ -61,30 +61,30 @@ def test_a_whole_checkpoint_is_restored_in_parts(ranks: Ranks) -> None:
     weights, state = save(model_tensors(alone)), save(moments)
 
     def work(rank: int) -> list[str]:
-        undivided = on_meta()
+        unsharded = on_meta()
         group = ProcessGroup.join(30.0).sharding(None, 30.0)
-        built = divided(undivided, group)
+        built = sharded(unsharded, group)
         own = AdamW(built.parameters(), lr=0.1, fused=True)
         load_model(built, load(weights))
         restore_optimizer(own, built, load(state), document)
         found = {**model_tensors(built), **flatten_optimizer(own, built)[0]}
         pairs = [(name, tensor, {**load(weights), **load(state)}[name]) for name, tensor in found.items()]
-        parts = [(name, part, local_part(divided_like(part, tensor))) for name, part, tensor in pairs]
+        parts = [(name, part, local_part(sharded_like(part, tensor))) for name, part, tensor in pairs]
         return [name for name, part, own_part in parts if not torch.equal(local_part(part), own_part)]
 
     assert ranks(2, work) == [[], []]
 
 
-def test_a_divided_tensor_of_some_processes_is_refused(ranks: Ranks) -> None:
+def test_a_sharded_tensor_of_some_processes_is_refused(ranks: Ranks) -> None:
     """A gather of it would wait for ever."""
 
     def work(rank: int) -> None:
-        undivided = on_meta()
+        unsharded = on_meta()
         group = ProcessGroup.join(30.0).sharding(None, 30.0)
-        own = next(divided(undivided, group).parameters()).detach().clone()
+        own = next(sharded(unsharded, group).parameters()).detach().clone()
         gather_state(group, {"plugins": {"watch/shadow": own} if rank == 1 else {}})
 
     main, other = ranks(2, work)
     assert (main["error"], main["code"], main["silent"]) == ("PluginError", 5, False)
-    assert "watch/shadow of plugins is divided over the processes" in main["text"]
+    assert "watch/shadow of plugins is sharded over the processes" in main["text"]
     assert (other["error"], other["code"], other["silent"]) == ("RankFailed", 5, True)

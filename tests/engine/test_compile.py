@@ -41,8 +41,8 @@ def test_the_note_names_the_setting_of_the_graph_splitter() -> None:
     assert note(2, ddp_optimizer="off", compile_scope="blocks").endswith('training.compile_scope is "blocks"')
 
 
-def test_a_divided_model_is_compiled_block_by_block() -> None:
-    """With one line, unless that was configured. One process is not divided."""
+def test_a_sharded_model_is_compiled_block_by_block() -> None:
+    """With one line, unless that was configured. One process is not sharded."""
     assert note(2, parallel="fsdp").endswith("gathers one block after another: each block is compiled")
     assert note(2, parallel="fsdp", compile_scope="blocks") == note(1, parallel="fsdp") == ""
     config = TrainingConfig(compile=True, compile_backend="eager", parallel="fsdp")

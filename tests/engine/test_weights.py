@@ -314,7 +314,7 @@ def test_compiled_code_uses_the_weights_that_are_there(model: Tied) -> None:
     assert torch.equal(compiled(inputs), before)
 
 
-DIVIDED = """
+SHARDED = """
 import torch
 from torch import distributed, nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -337,7 +337,7 @@ try:
 except PluginError as error:
     assert "bias: [4] float32; the parameter is [4] float32 (Shard(dim=0),)" in str(error), error
 else:
-    raise AssertionError("an undivided tensor was accepted")
+    raise AssertionError("an unsharded tensor was accepted")
 run, watch = type("Run", (), {"raw": model, "step": 0}), WeightWatch()
 watch.start(run)
 watch.mark()
@@ -348,8 +348,8 @@ distributed.destroy_process_group()
 """
 
 
-def test_parameters_divided_over_processes_are_exchanged_too() -> None:
-    ended = subprocess.run([sys.executable, "-c", DIVIDED], capture_output=True, text=True, check=False)
+def test_parameters_sharded_over_processes_are_exchanged_too() -> None:
+    ended = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 
 

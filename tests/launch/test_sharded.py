@@ -1,4 +1,4 @@
-"""A run whose model is divided over processes learns, saves and goes on as one whose processes all have it whole."""
+"""A run whose model is sharded over processes learns, saves and goes on as one whose processes all have it whole."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ VARIANTS: dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any], Callable[[]
     "compiled blocks": (2, {"model__n_layer": 1}, COMPILED, nothing),
     "two by two": (4, {}, {"training__shard_size": 2}, little_memory),
 }
-"""Processes, options of both runs, options of the divided one, and what is done in its processes first."""
+"""Processes, options of both runs, options of the sharded one, and what is done in its processes first."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -85,12 +85,12 @@ def test_losses_are_those_of_ddp(ranks: Ranks, tmp_path: Path, variant: str) -> 
     count, options, own, surroundings = VARIANTS[variant]
     options = {**UNEVEN, **rows(count), **options}
 
-    def divided(rank: int) -> str:
+    def sharded(rank: int) -> str:
         surroundings()
         return str(tiny(tmp_path / "fsdp", **{**options, **own, **FSDP}).status)
 
     assert ranks(count, lambda rank: tiny(tmp_path / "ddp", **options).status) == ["completed"] * count
-    assert ranks(count, divided, 150.0) == ["completed"] * count
+    assert ranks(count, sharded, 150.0) == ["completed"] * count
     ddp, fsdp = numbers(tmp_path / "ddp"), numbers(tmp_path / "fsdp")
     assert len(ddp) == 14
     assert fsdp == pytest.approx(ddp, rel=1e-6)
@@ -119,7 +119,7 @@ KINDS: dict[str, tuple[int, Mapping[str, Any]]] = {
 
 
 @pytest.mark.parametrize("first", ["fsdp on 4", "fsdp on 2 x 2", "ddp on 2"])
-def test_a_run_goes_on_however_it_is_divided(ranks: Ranks, tmp_path: Path, first: str) -> None:
+def test_a_run_goes_on_however_it_is_sharded(ranks: Ranks, tmp_path: Path, first: str) -> None:
     """From one checkpoint of half the steps; each way to go on gives the losses of one whole run."""
     options: dict[str, Any] = {**UNEVEN, "training__save_steps": 3, "training__max_eval_batches": None}
     count, kind = KINDS[first]
@@ -209,7 +209,7 @@ def test_weights_that_are_not_finite_anywhere_are_not_saved(ranks: Ranks, tmp_pa
 
 
 def test_samples_are_written_by_all_and_logged_once(ranks: Ranks, tmp_path: Path) -> None:
-    """They are those of a run that is not divided, and `sample` writes from its checkpoint."""
+    """They are those of a run that is not sharded, and `sample` writes from its checkpoint."""
     for kind in ("ddp", "fsdp"):
         ranks(2, lambda rank, kind=kind: tiny(tmp_path / kind, **UNEVEN, training__parallel=kind).status)
     ddp, fsdp = (
@@ -273,7 +273,7 @@ def test_a_process_that_dies_is_noticed_by_the_others(ranks: Ranks, tmp_path: Pa
 
 
 class Average(Everywhere):
-    """A set of weights that is divided like the model."""
+    """A set of weights that is sharded like the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,7 +335,7 @@ def test_a_plugin_on_the_main_process_cannot_wait_for_ever(ranks: Ranks, tmp_pat
     assert "run.generate was used in a hook that not every process runs at once" in failed[0]["message"]
 
 
-def test_a_layer_that_a_plugin_adds_is_divided_too(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_layer_that_a_plugin_adds_is_sharded_too(ranks: Ranks, tmp_path: Path) -> None:
     """With the values of the main process; and what is frozen stays as it was drawn."""
     options = {**UNEVEN, **FSDP, "training__max_steps": 2}
     assert ranks(2, lambda rank: tiny(tmp_path / "run", plugins=[Adds()], **options).status) == ["completed"] * 2
@@ -362,7 +362,7 @@ class BringsModel(Plugin[Any]):
         registry.add("model", "bare", lambda config, *, vocab_size, max_length: Bare())
 
 
-def test_a_model_that_cannot_be_divided_is_refused_by_name(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_sharded_is_refused_by_name(ranks: Ranks, tmp_path: Path) -> None:
     found = ranks(2, lambda rank: tiny(tmp_path / "run", plugins=[BringsModel], model__name="bare", **FSDP).status)
     assert [(each["error"], each["code"]) for each in found] == [("ConfigError", 2), ("RankFailed", 2)]
     assert "the model 'bare' has no init_weights() and no blocks (a ModuleList)" in found[0]["text"]

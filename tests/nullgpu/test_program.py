@@ -90,7 +90,7 @@ def test_trains_evaluates_saves_resumes_and_samples(gpu: NullGpu, folder: Path, 
     assert "Once" in sampled.stdout
 
 
-def test_a_divided_model_trains_saves_resumes_and_samples(gpu: NullGpu, folder: Path) -> None:
+def test_a_sharded_model_trains_saves_resumes_and_samples(gpu: NullGpu, folder: Path) -> None:
     """Compiled in bf16, and then eager in fp16."""
     options = ("--training.parallel", "fsdp", "--training.background_save", "true")
     first = launch(gpu, folder, *options, processes=2)

@@ -13,8 +13,8 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from gpt_simple.checkpoint.divided import divided_like, local_part, part_like
 from gpt_simple.checkpoint.packed import add_tensor, mark_of, may_be_state, pack, plain, unpack
+from gpt_simple.checkpoint.sharded import local_part, part_like, sharded_like
 from gpt_simple.checkpoint.tensor_names import ELSEWHERE, as_text, optimizer_tensors
 from gpt_simple.errors import CheckpointError
 
@@ -27,7 +27,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[tuple[object, ...]] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        # By its storage: the address of a tensor that is divided over processes is 0, and so is that of an empty one.
+        # By its storage: the address of a tensor that is sharded over processes is 0, and so is that of an empty one.
         storage = tensor.untyped_storage()._cdata
         identity = (storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and identity in seen:
@@ -181,7 +181,7 @@ def restore_optimizer(
     for index, (name, parameter) in enumerate(named):
         record = saved[name]
         # Cloned: torch keeps a tensor that fits as it is, and the caller's would then change with training.
-        held = {key: divided_like(parameter, tensors[f"{key}.{name}"]) for key in record["tensors"]}
+        held = {key: sharded_like(parameter, tensors[f"{key}.{name}"]) for key in record["tensors"]}
         if clone:
             held = {key: tensor.clone() for key, tensor in held.items()}
         held |= record["values"] | unpack(record.get("nested", {"dict": []}), tensors, home)

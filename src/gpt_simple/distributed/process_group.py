@@ -82,7 +82,7 @@ class ProcessGroup:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
-    """The processes over which the model is divided; None if each has all of it."""
+    """The processes over which the model is sharded; None if each has all of it."""
     _host_group: Any = None
     _patient_group: Any = None
     _failures: FailureDetection | None = None
@@ -144,7 +144,7 @@ class ProcessGroup:
             self._starting.end()
 
     def sharding(self, shard_size: int | None, timeout: float) -> ProcessGroup:
-        """The same processes, with the model divided over them: over each ``shard_size`` in turn, None: over all.
+        """The same processes, with the model sharded over them: over each ``shard_size`` in turn, None: over all.
 
         Raises ConfigError, once, if their number is no multiple of ``shard_size``. ``timeout``: that of ``join``.
         """
@@ -173,7 +173,7 @@ class ProcessGroup:
             )
 
     def resharding(self, model: torch.nn.Module) -> AbstractContextManager[None]:
-        """The context of passes that are not ``model(...)``, of which a divided model would keep whole parameters."""
+        """The context of passes that are not ``model(...)``, of which a sharded model would keep whole parameters."""
         if self.mesh is None:
             return nullcontext()
         from gpt_simple.distributed.sharding import resharding

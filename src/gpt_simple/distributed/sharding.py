@@ -1,6 +1,6 @@
-"""A model divided over processes by torch's FSDP2: each process keeps a slice of every parameter.
+"""A model sharded over processes by torch's FSDP2: each process keeps a slice of every parameter.
 
-Gradients and the optimizer's state are divided like the parameters. Whole parameters exist for one block at a time,
+Gradients and the optimizer's state are sharded like the parameters. Whole parameters exist for one block at a time,
 gathered for its forward and its backward pass.
 """
 
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpt_simple.checkpoint.divided import local_part, part_like, whole
+from gpt_simple.checkpoint.sharded import local_part, part_like, whole
 
 
 def shard(
@@ -107,7 +107,7 @@ def fit_whole(model: nn.Module, device: torch.device) -> bool:
 
 
 class Sharded(nn.Module):
-    """``module``, which is or contains a divided model, as a train step calls it.
+    """``module``, which is or contains a sharded model, as a train step calls it.
 
     ``keeps_gathered``: parameters are gathered once for all micro-batches of a step, and gradients are reduced in the
     last one, as in DDP, which takes the memory of whole parameters and gradients. Otherwise blocks are gathered for
@@ -133,7 +133,7 @@ class Sharded(nn.Module):
 
 
 class _WholeTensors(TorchDispatchMode):
-    """Inside, an operation on a divided tensor works on the whole one in host memory, and the slice is updated.
+    """Inside, an operation on a sharded tensor works on the whole one in host memory, and the slice is updated.
 
     Only what the latest operation has used is held whole. All processes run the same operations.
     """

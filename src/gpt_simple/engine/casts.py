@@ -52,5 +52,5 @@ class WeightCasts:
 
 
 def _is_cast(weight: torch.Tensor) -> bool:
-    # FSDP2 casts by its own policy; a tensor that is divided over processes has placements.
+    # FSDP2 casts by its own policy; a tensor that is sharded over processes has placements.
     return weight.requires_grad and weight.dtype == torch.float32 and not hasattr(weight, "placements")

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from attrs import define, field, frozen
 
-from gpt_simple.checkpoint.divided import local_part
 from gpt_simple.checkpoint.draft import Published
+from gpt_simple.checkpoint.sharded import local_part
 from gpt_simple.checkpoint.store import Store
 from gpt_simple.engine.background import BackgroundWriter, NotFinite
 from gpt_simple.engine.loss_monitor import all_finite

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from attrs import define, field
 
-from gpt_simple.checkpoint.divided import whole
+from gpt_simple.checkpoint.sharded import whole
 from gpt_simple.errors import PluginError
 
 
 def total_norm(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """The L2 norm of all gradients together, 0-d on their device. Of divided ones all ranks ask together."""
+    """The L2 norm of all gradients together, 0-d on their device. Of sharded ones all ranks ask together."""
     return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 

@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 from attrs import define, field
 
-from gpt_simple.checkpoint.divided import is_divided
+from gpt_simple.checkpoint.sharded import is_sharded
 from gpt_simple.checkpoint.state import OptimizerAsBuilt
 from gpt_simple.config.schema import OptimizerConfig
 from gpt_simple.engine.optimizer_modes import Attributed, evaluation_weights, has_modes
@@ -102,8 +102,8 @@ class CurrentOptimizer:
         if not has_modes(self.optimizer):
             return None
         with self.evaluating():
-            # Of a divided one the copy stays on its device, where it is gathered.
+            # Of a sharded one the copy stays on its device, where it is gathered.
             return {
-                name: p.detach().clone() if is_divided(p) else p.detach().to("cpu", copy=True)
+                name: p.detach().clone() if is_sharded(p) else p.detach().to("cpu", copy=True)
                 for name, p in self.model.named_parameters()
             }

@@ -25,7 +25,7 @@ class Precision:
     dtype: torch.dtype | None
     scaler: torch.amp.GradScaler
     of_weights: bool = False
-    """Whether the model itself has ``dtype`` in its passes, as one that is divided over processes."""
+    """Whether the model itself has ``dtype`` in its passes, as one that is sharded over processes."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of a forward pass."""

@@ -93,7 +93,7 @@ class Trainer:
         self._reducer = MetricReducer(self.run.dist)
         listeners = self.calls.plugins("on_gradients")
         self._may_skip = tuple(plugin.name for plugin in listeners)
-        # A plugin that reads the norm after another one would find edited gradients. Of divided gradients all ranks
+        # A plugin that reads the norm after another one would find edited gradients. Of sharded gradients all ranks
         # compute it together, whichever of them read it.
         others = listeners if self.run.dist.shards else listeners[1:]
         self._norm_first = any(plugin.names("grad_norm") for plugin in others)

@@ -14,7 +14,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from gpt_simple.checkpoint.divided import local_part
+from gpt_simple.checkpoint.sharded import local_part
 from gpt_simple.errors import PluginError
 from gpt_simple.plugin_host.dispatch import Watch
 
@@ -152,7 +152,7 @@ def _misfit(parameter: Tensor, tensor: object) -> str:
 
 def _layout(tensor: Tensor) -> str:
     kind = "" if tensor.layout is torch.strided and not tensor.is_meta else f" {tensor.layout} on {tensor.device.type}"
-    placements = getattr(tensor, "placements", None)  # of a tensor that is divided over processes
+    placements = getattr(tensor, "placements", None)  # of a tensor that is sharded over processes
     kind += f" {placements}" if placements else ""
     return f"{list(tensor.shape)} {tensor.dtype}{kind}".replace("torch.", "")
 

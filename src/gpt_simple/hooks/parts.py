@@ -118,7 +118,7 @@ class OptimizerFactory(Protocol):
 
     It optimizes the parameters with ``requires_grad``. Called again for ``run.control.rebuild_optimizer``. With
     ``training.parallel = "fsdp"`` parameters and gradients are ``torch.distributed.tensor.DTensor``, of which each
-    process has a slice. State with the shape of its parameter is divided like it; other state is the same on all
+    process has a slice. State with the shape of its parameter is sharded like it; other state is the same on all
     processes.
 
     Example::

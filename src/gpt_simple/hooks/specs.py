@@ -141,7 +141,7 @@ class HookSpecs:
 
         Change its structure in place here, in the same way on every process. ``event.step`` is the step that a run
         resumes from: repeat a change of the structure that was made before it with ``run.control.rebuild_optimizer``.
-        Values are not final: a resumed run restores them afterwards, and a model that is divided over processes is on
+        Values are not final: a resumed run restores them afterwards, and a model that is sharded over processes is on
         the meta device here and gets them later. What a hook adds with values keeps those of the main process. They are
         there from ``on_run_start`` on::
 

@@ -268,7 +268,7 @@ def _warn_of_early_end(job: Job, loader: Loader) -> None:
 
 
 def _collect(job: Job, *parts: Any) -> Snapshot:
-    """The content of a checkpoint on the main process; where the model is divided, of the parts of all of them."""
+    """The content of a checkpoint on the main process; where the model is sharded, of the parts of all of them."""
     dist = job.dist
     tensors, documents = dist.all_or_none(lambda: _snapshot(job, *parts) if dist.is_main or dist.shards else ({}, {}))
     if dist.shards:

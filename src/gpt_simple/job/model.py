@@ -10,7 +10,7 @@ import torch
 
 from gpt_simple._documents import check, read
 from gpt_simple._names import DISTRIBUTION
-from gpt_simple.checkpoint.divided import is_divided
+from gpt_simple.checkpoint.sharded import is_sharded
 from gpt_simple.checkpoint.state import load_model
 from gpt_simple.checkpoint.store import Checkpoint, Store, weights_stem
 from gpt_simple.data.dataset import Dataset
@@ -83,24 +83,24 @@ def refuse_weights(spec: RunSpec, data: Dataset, model: torch.nn.Module) -> None
 
 
 def refuse_unshardable(spec: RunSpec, model: torch.nn.Module) -> None:
-    """Raise ConfigError if ``model`` cannot be divided over processes."""
+    """Raise ConfigError if ``model`` cannot be sharded over processes."""
     needed = {
         "init_weights()": callable(getattr(model, "init_weights", None)),
         "blocks (a ModuleList)": isinstance(getattr(model, "blocks", None), torch.nn.ModuleList),
     }
     if missing := [name for name, is_there in needed.items() if not is_there]:
         raise ConfigError(
-            f"the model {spec.config.model.name!r} has no {' and no '.join(missing)}, by which it would be divided",
+            f"the model {spec.config.model.name!r} has no {' and no '.join(missing)}, by which it would be sharded",
             key="training.parallel",
             hint='use "ddp" or another model',
         )
 
 
-def refuse_undivided(dist: ProcessGroup, model: torch.nn.Module) -> None:
-    """Raise PluginError if a divided model has parameters that no process would reduce the gradients of."""
-    if dist.shards and (names := [name for name, each in model.named_parameters() if not is_divided(each)]):
+def refuse_unsharded(dist: ProcessGroup, model: torch.nn.Module) -> None:
+    """Raise PluginError if a sharded model has parameters that no process would reduce the gradients of."""
+    if dist.shards and (names := [name for name, each in model.named_parameters() if not is_sharded(each)]):
         raise PluginError(
-            f"a plugin has given the model the parameters {', '.join(names[:3])} after it was divided over processes",
+            f"a plugin has given the model the parameters {', '.join(names[:3])} after it was sharded over processes",
             hint='with training.parallel = "fsdp" parameters can be frozen and changed, and none is added or replaced',
         )
 

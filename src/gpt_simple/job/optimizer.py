@@ -20,7 +20,7 @@ from gpt_simple.errors import CheckpointError, PluginError, RankFailed
 from gpt_simple.hooks.components import Component
 from gpt_simple.hooks.events import OptimizerBuilt
 from gpt_simple.job.job import Job
-from gpt_simple.job.model import checkpoint_activations, refuse_undivided
+from gpt_simple.job.model import checkpoint_activations, refuse_unsharded
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def rebuild_optimizer(job: Job, current: CurrentOptimizer, train_step: TrainStep
     model.to(dist.device)
     checkpoint_activations(job.spec, model, job.runtime.checkpointing)
     _refuse_different(job, model)
-    refuse_undivided(dist, model)
+    refuse_unsharded(dist, model)
     current.replace(_new_optimizer(job, model))
     compute = build_step(job.spec.registry, job.config, model)
     train_step.renew(current.optimizer, train_step.module, compute)

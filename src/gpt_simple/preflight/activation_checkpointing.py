@@ -97,7 +97,11 @@ def decide(
         return ActivationCheckpointing(False, "auto: the model has no set_activation_checkpointing")
     bare = evolve(checkpointing, setting=False).applied(config)
     try:
-        needed = _quick_peak(bare, predict, vocab_size, world_size, casts=precision != "no") if is_builtin else predict(bare).peak
+        needed = (
+            _quick_peak(bare, predict, vocab_size, world_size, casts=precision != "no")
+            if is_builtin
+            else predict(bare).peak
+        )
     except Exception as error:  # a part of a plugin need not work on tensors without values
         why = f"auto: the memory without it cannot be predicted: {error}"
         return evolve(checkpointing, why=why) if checkpointing.is_undecided else checkpointing

@@ -1,4 +1,4 @@
-"""Tensors that are divided over processes: torch's DTensor, whose import takes seconds that other runs do not need."""
+"""Tensors that are sharded over processes: torch's DTensor, whose import takes seconds that other runs do not need."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 from torch import Tensor
 
 
-def is_divided(tensor: object) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether this process has only a part of ``tensor``."""
     return hasattr(tensor, "full_tensor")
 
 
 def local_part(tensor: Any) -> Tensor:
-    """The part of a tensor that this process has, in the same memory: all of it, unless the tensor is divided."""
-    part: Tensor = tensor.to_local() if is_divided(tensor) else tensor
+    """The part of a tensor that this process has, in the same memory: all of it, unless the tensor is sharded."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
 
 
 def whole(tensor: Any) -> Tensor:
-    """All of a tensor. If it is divided, all processes call this together."""
-    value: Tensor = tensor.full_tensor() if is_divided(tensor) else tensor
+    """All of a tensor. If it is sharded, all processes call this together."""
+    value: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return value
 
 
 def part_like(own: Any, tensor: Tensor) -> Tensor:
     """The part of ``tensor``, which is whole, that this process has of ``own``: a view of it."""
-    for dimension, placement in enumerate(own.placements if is_divided(own) else ()):
+    for dimension, placement in enumerate(own.placements if is_sharded(own) else ()):
         if placement.is_shard():
             parts = tensor.chunk(own.device_mesh.size(dimension), placement.dim)
             number = own.device_mesh.get_local_rank(dimension)
@@ -34,13 +34,13 @@ def part_like(own: Any, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def divided_like(own: Any, tensor: Tensor) -> Tensor:
-    """``tensor``, which is whole, divided as ``own`` is if both have one shape; else as it is."""
-    if not is_divided(own) or is_divided(tensor) or tensor.shape != own.shape:
+def sharded_like(own: Any, tensor: Tensor) -> Tensor:
+    """``tensor``, which is whole, sharded as ``own`` is if both have one shape; else as it is."""
+    if not is_sharded(own) or is_sharded(tensor) or tensor.shape != own.shape:
         return tensor
     from torch.distributed.tensor import DTensor
 
     part = part_like(own, tensor).to(own.device)
     place = {"shape": own.shape, "stride": own.stride(), "run_check": False}
-    divided: Tensor = DTensor.from_local(part, own.device_mesh, own.placements, **place)
-    return divided
+    sharded: Tensor = DTensor.from_local(part, own.device_mesh, own.placements, **place)
+    return sharded
