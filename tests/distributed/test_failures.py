@@ -59,3 +59,17 @@ def test_an_error_that_only_quotes_such_words_is_its_own_cause(error: Exception,
         raised = PluginError("plugin x failed in on_step_end")
         raised.__cause__ = error
     assert detection().explain(raised, 3) is raised
+
+
+class GoneStore(dist.HashStore):
+    """The store of a process that has left."""
+
+    def compare_set(self, *_: str) -> bytes:  # type: ignore[override]
+        raise dist.DistNetworkError("Connection reset by peer")
+
+
+def test_an_error_of_its_own_is_raised_though_the_store_is_gone() -> None:
+    """A halt ends all processes at once, and process 0 takes the store with it."""
+    found = FailureDetection(1, 2, 5.0, GoneStore())  # type: ignore[arg-type]
+    halt = PluginError("the weights are wrong")
+    assert found.explain(halt, 0) is halt

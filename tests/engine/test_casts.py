@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -151,3 +152,20 @@ def test_weights_of_other_components_are_not_cast_ahead(part: str) -> None:
     else:
         step.renew(step.optimizer, step.wrapped, twice)
     assert step.casts.layers == []
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_kept_casts_are_at_one_place_in_all_steps(keeps: bool) -> None:
+    """torch records a CUDA graph for the places that it reads. Without graphs the memory is free between steps."""
+    casts = WeightCasts.of(prepared(casts_ahead=True).train_step.model, torch.bfloat16, keeps=keeps)
+    layer, seen = casts.layers[0], []
+    for _ in range(2):
+        with casts.ahead():
+            assert layer.cast_weight is not None
+            assert torch.equal(layer.cast_weight, layer.weight.bfloat16())
+            seen.append(weakref.ref(layer.cast_weight))
+        with torch.no_grad():
+            layer.weight.mul_(2.0)
+    first, second = (reference() for reference in seen)
+    assert first is second
+    assert (first is not None) is keeps

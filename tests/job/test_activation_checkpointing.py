@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from gpt_simple import hardware
 from gpt_simple.hooks import NoConfig, Plugin, hookimpl
-from gpt_simple.preflight import environment
 from gpt_simple.testing import train_on_ranks
 from tests.conftest import Shell
 from tests.tiny import TinyRun, state_bytes
@@ -25,8 +25,8 @@ MIB = 2**20
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine with so much free memory."""
-    monkeypatch.setattr(environment, "_MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(environment, "_CONTROL_GROUPS", ())
+    monkeypatch.setattr(hardware, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(hardware, "_CONTROL_GROUPS", ())
 
     def make(size: int) -> None:
         (tmp_path / "meminfo").write_text(f"MemAvailable: {size // 1024} kB\n")

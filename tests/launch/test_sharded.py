@@ -18,9 +18,9 @@ from gpt_simple import Plugin, hookimpl
 from gpt_simple.job.model import restore
 from gpt_simple.run_dir.layout import RunDir
 from gpt_simple.run_dir.lineage import read_metrics
-from tests.children import At, Everywhere
+from tests.children import At, Everywhere, stops_at
 from tests.launch.conftest import Ranks, tiny
-from tests.launch.test_same_numbers import StopAfter, files, losses
+from tests.launch.test_same_numbers import files, losses
 
 FSDP = {"training__parallel": "fsdp"}
 UNEVEN: dict[str, Any] = {
@@ -99,7 +99,7 @@ def test_losses_are_those_of_ddp(ranks: Ranks, tmp_path: Path, variant: str) -> 
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(ranks: Ranks, tmp_path: Path) -> None:
     options: dict[str, Any] = {**UNEVEN, **FSDP, "model__dropout": 0.1}
     ranks(3, lambda rank: tiny(tmp_path / "whole", **options).status)
-    stopped = ranks(3, lambda rank: tiny(tmp_path / "parts", plugins=[StopAfter(2)], **options).reason)
+    stopped = ranks(3, lambda rank: tiny(tmp_path / "parts", plugins=[stops_at(2)], **options).reason)
     assert stopped == ["enough"] * 3
     assert ranks(3, lambda rank: tiny(tmp_path / "parts", **options).status) == ["completed"] * 3
     assert files(tmp_path / "parts", 6) == files(tmp_path / "whole", 6)

@@ -37,8 +37,8 @@ class FailureDetection:
         """The error to raise: ``error`` itself if it is the root cause, else RankFailed with what is known of that."""
         if isinstance(error, RankFailed):
             return error
+        lost = _lost_contact(error)
         try:
-            lost = _lost_contact(error)
             if lost is None:
                 self._record(error)
                 return error
@@ -46,6 +46,8 @@ class FailureDetection:
             self._keep_store()
             return error if explained is lost else explained
         except (RuntimeError, ValueError):
+            if lost is None:
+                return error  # nobody is left to read the record
             # The store has gone with its process: torchrun's agent, or else process 0, which reports the failure then.
             message = f"lost the other processes in step {step + 1} ({_short(error)})"
             return RankFailed(message, hint=AGAIN, silent=not _has_agent())

@@ -9,23 +9,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from attrs import frozen
+from attrs import define, field
 
 from gpt_simple.model.linear import Linear
 
 
-@frozen(eq=False)
+@define(eq=False)
 class WeightCasts:
-    """The projections of a model whose weights are cast to ``dtype``."""
+    """The projections of a model whose weights are cast to ``dtype``.
+
+    ``keeps``: the casts of all steps are in the same memory, from which CUDA graphs read them. Otherwise it is free
+    between the passes of one step and of the next.
+    """
 
     layers: Sequence[Linear]
     dtype: torch.dtype
+    keeps: bool = False
+    _kept: list[torch.Tensor] = field(factory=list, init=False)
 
     @classmethod
-    def of(cls, model: torch.nn.Module, dtype: torch.dtype | None) -> WeightCasts:
+    def of(cls, model: torch.nn.Module, dtype: torch.dtype | None, *, keeps: bool = False) -> WeightCasts:
         """All projections of float32 weights that are trained; none without a ``dtype``."""
         layers = () if dtype is None else (layer for layer in model.modules() if isinstance(layer, Linear))
-        return cls([layer for layer in layers if _is_cast(layer.weight)], dtype or torch.float32)
+        return cls([layer for layer in layers if _is_cast(layer.weight)], dtype or torch.float32, keeps)
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
@@ -40,7 +46,8 @@ class WeightCasts:
         """Cast the weights as they are now, for the passes that follow."""
         if self.layers:
             weights = [layer.weight.detach() for layer in self.layers]
-            casts = [torch.empty_like(weight, dtype=self.dtype) for weight in weights]
+            casts = self._kept or [torch.empty_like(weight, dtype=self.dtype) for weight in weights]
+            self._kept = casts if self.keeps else []
             torch._foreach_copy_(casts, weights)
             for layer, cast in zip(self.layers, casts, strict=True):
                 layer.use(cast)

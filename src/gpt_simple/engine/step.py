@@ -171,7 +171,7 @@ class TrainStep:
         # Another component may read gradients between its passes, and those must not be scaled for fp16.
         # Another step may change weights between its passes, and another loss within one.
         is_plain = compute is accumulate and self.module is self.model
-        self.casts = WeightCasts.of(self.model, self.precision.dtype if is_plain else None)
+        self.casts = WeightCasts.of(self.model, self.precision.dtype if is_plain else None, keeps=self.graphs)
         self.hides_scale = self.precision.scaler.is_enabled() and compute is not accumulate
 
     def loss(self, batch: Batch) -> torch.Tensor:

@@ -270,6 +270,7 @@ def _warn_of_early_end(job: Job, loader: Loader) -> None:
 def _collect(job: Job, *parts: Any) -> Snapshot:
     """The content of a checkpoint on the main process; where the model is sharded, of the parts of all of them."""
     dist = job.dist
+    dist.barrier()  # one that does not come is named; what follows may take longer
     tensors, documents = dist.all_or_none(lambda: _snapshot(job, *parts) if dist.is_main or dist.shards else ({}, {}))
     if dist.shards:
         from gpt_simple.distributed.state_gathering import gather_state

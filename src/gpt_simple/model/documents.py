@@ -103,10 +103,13 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
     The j-th of them is where the count of true ones reaches j. What follows the last one is any k.
     """
+    numbers = blocks.sum(-1, dtype=torch.int32).unsqueeze(-2)
+    if blocks.shape[-1] == 1:  # Inductor's search takes no constant, as 1 is here
+        return numbers, torch.zeros_like(blocks, dtype=torch.int32).unsqueeze(-3)
     counts = blocks.cumsum(-1, dtype=torch.int32)
     wanted = torch.arange(1, blocks.shape[-1] + 1, dtype=torch.int32, device=blocks.device).expand(blocks.shape)
     order = torch.searchsorted(counts, wanted.contiguous(), out_int32=True).clamp_(max=blocks.shape[-1] - 1)
-    return blocks.sum(-1, dtype=torch.int32).unsqueeze(-2), order.unsqueeze(-3)
+    return numbers, order.unsqueeze(-3)
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
