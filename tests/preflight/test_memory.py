@@ -317,6 +317,14 @@ def test_the_command_compares_with_a_gpu(check: Check) -> None:
     assert "of its 1.00 GiB are kept" in small["message"]
 
 
+def test_a_sharded_run_is_not_refused_by_what_a_whole_model_needs(check: Check) -> None:
+    options = ("--device", "1GiB", "--training.parallel=fsdp", "--world-size")
+    found = check(*options, "8")
+    assert "a process that has the whole model" in found["memory"]["message"]
+    assert found["memory-too-small"]["severity"] == "warning"
+    assert check(*options, "1", code=2)["memory-too-small"]["severity"] == "error"
+
+
 def test_a_gpu_into_which_nothing_fits_is_named(check: Check) -> None:
     found = check("--device", "1.51GiB", "--fit", "--training.gradient_checkpointing=true", code=2)["memory-fit"]
     assert found["message"] == "not even one row fits into the 10.2 MiB that 1.51GiB has for tensors"

@@ -164,6 +164,9 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
     }
     if (budget := preflight.config.training.activation_memory_budget) is not None:
         message += f"; this is without activation_memory_budget {budget:g}, whose effect is not predicted"
+    sharded = preflight.config.training.parallel == "fsdp" and preflight.options.world_size > 1
+    if sharded:
+        message += "; this is a process that has the whole model: what fsdp saves is not predicted"
     if prediction.copy:
         message += f"; background_save holds a copy of {_size(prediction.copy)} in host memory"
     yield Finding("info", "memory", message, fields=fields)
@@ -181,7 +184,8 @@ def _forecast(preflight: Preflight) -> Iterator[Finding]:
             hint = f"lower activation_memory_budget, {hint}"
         elif not forecast.gradient_checkpointing and budget is None:
             hint = f"set gradient_checkpointing to true, {hint}"
-        yield Finding("error", "memory-too-small", message, "training.per_device_batch_size", hint, fields=fields)
+        key = "training.per_device_batch_size"
+        yield Finding("warning" if sharded else "error", "memory-too-small", message, key, hint, fields=fields)
     else:
         message = f"{gpu.name} has {_size(gpu.usable)} for tensors: a margin of {_size(margin)}"
         yield Finding("info", "memory-margin", message, fields=fields)
