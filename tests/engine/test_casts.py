@@ -67,8 +67,11 @@ def assert_same_bits(first: Sequence[torch.Tensor], second: Sequence[torch.Tenso
     assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == [True] * len(first)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("compiled", [EAGER, WHOLE, BLOCKS], ids=["eager", "model", "blocks"])
+@pytest.mark.parametrize(
+    ("compiled", "checkpointing"),
+    [(EAGER, True), (WHOLE, True), (BLOCKS, True), pytest.param(WHOLE, False, marks=pytest.mark.slow)],
+    ids=["eager", "model", "blocks", "model, no checkpointing"],
+)
 def test_gradients_and_weights_have_the_bits_of_autocast(compiled: CompilePlan, checkpointing: bool) -> None:
     answers = []
     for casts_ahead in (False, True):

@@ -80,7 +80,12 @@ VARIANTS: dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any], Callable[[]
 """Processes, options of both runs, options of the sharded one, and what is done in its processes first."""
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = ("compiled blocks", "untied, documents apart")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in VARIANTS]
+)
 def test_losses_are_those_of_ddp(ranks: Ranks, tmp_path: Path, variant: str) -> None:
     count, options, own, surroundings = VARIANTS[variant]
     options = {**UNEVEN, **rows(count), **options}
@@ -118,7 +123,9 @@ KINDS: dict[str, tuple[int, Mapping[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("first", ["fsdp on 4", "fsdp on 2 x 2", "ddp on 2"])
+@pytest.mark.parametrize(
+    "first", ["fsdp on 4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp on 2 x 2", "ddp on 2"))]
+)
 def test_a_run_goes_on_however_it_is_sharded(ranks: Ranks, tmp_path: Path, first: str) -> None:
     """From one checkpoint of half the steps; each way to go on gives the losses of one whole run."""
     options: dict[str, Any] = {**UNEVEN, "training__save_steps": 3, "training__max_eval_batches": None}
@@ -184,7 +191,7 @@ class Sgd(Plugin[Any]):
         registry.add("optimizer", "momentum", momentum)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("momentum", marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_is_skipped_by_all(ranks: Ranks, tmp_path: Path, optimizer: str) -> None:
     options = {**UNEVEN, "optimizer__name": optimizer}
 
@@ -250,7 +257,7 @@ class Fails(Everywhere):
                 run.model(torch.zeros(1, 99, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("generates", [False, True])
+@pytest.mark.parametrize("generates", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_pass_of_a_plugin_that_fails_changes_no_step(ranks: Ranks, tmp_path: Path, generates: bool) -> None:
     for name, plugins in (("with", [Fails(generates)]), ("without", [])):
         own = {**UNEVEN, **FSDP}
