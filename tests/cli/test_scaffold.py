@@ -29,6 +29,7 @@ def install(projects: Sequence[Path], target: Path) -> None:
     subprocess.run([*pip, "install", *options, "--target", str(target), *map(str, projects)], check=True)
 
 
+@pytest.mark.slow
 def test_new_packages_install_run_and_pass_their_own_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "site"
     names = {kind: f"fresh_{kind}" for kind in KINDS}

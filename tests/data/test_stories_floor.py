@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_training_approaches_the_floor_and_leaks_go_below_it(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = tiny("honest", **OPTIONS)
     attend = torch.nn.functional.scaled_dot_product_attention

@@ -71,6 +71,7 @@ def test_two_runs_in_one_process_with_two_precisions(tiny: TinyRun) -> None:
     assert state_bytes(first) != state_bytes(second)
 
 
+@pytest.mark.slow
 def test_many_compiled_runs_in_one_process_stay_compiled(tiny: TinyRun) -> None:
     """Dynamo falls back to eager, silently, when one piece of code has been compiled for too many models."""
     compiled = {"training__compile": True, "training__compile_backend": "aot_eager", "training__max_steps": 1}

@@ -182,6 +182,7 @@ def test_a_process_that_is_killed_is_named(here: Path) -> None:
     assert err.count("error") == 1
 
 
+@pytest.mark.slow
 def test_a_restart_after_a_crash_resumes_even_with_force(here: Path) -> None:
     assert gpt_simple("--training.max_steps", "3").returncode == 0
     options = ("--max_restarts", "1", "--force", "--training.max_steps", "150", "--training.save_steps", "4")

@@ -80,7 +80,7 @@ VARIANTS: dict[str, tuple[int, Mapping[str, Any], Mapping[str, Any], Callable[[]
 """Processes, options of both runs, options of the sharded one, and what is done in its processes first."""
 
 
-SLOW = ("compiled blocks", "untied, documents apart")
+SLOW = ("compiled blocks", "untied, documents apart", "two by two")
 
 
 @pytest.mark.parametrize(

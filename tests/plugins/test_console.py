@@ -92,7 +92,7 @@ def test_any_encoding_shows_all_that_a_script_trains(monkeypatch: pytest.MonkeyP
     assert output.getvalue() == b"warning: caf\\xe9 \\ufffd]52;c;eA==\\ufffd\n"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("output", ["> /dev/full", "| head -2", ">&-"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_an_output_that_fails_is_reported_once_on_standard_error(here: Path, output: str, processes: int) -> None:

@@ -185,7 +185,7 @@ def parent(stat):
 """
 
 
-@pytest.mark.parametrize("hook", ["on_step_end", "on_close"])
+@pytest.mark.parametrize("hook", ["on_step_end", pytest.param("on_close", marks=pytest.mark.slow)])
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds W&B's process in /proc")
 def test_a_killed_service_costs_one_warning_and_keeps_the_id(here: Path, shell: Shell, hook: str) -> None:
     """In a process of its own, for the service is shared by all runs of a process."""

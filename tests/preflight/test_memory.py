@@ -317,7 +317,7 @@ def test_the_command_compares_with_a_gpu(check: Check) -> None:
     assert "of its 1.00 GiB are kept" in small["message"]
 
 
-def test_a_sharded_run_is_not_refused_by_what_a_whole_model_needs(check: Check) -> None:
+def test_a_sharded_run_is_not_refused_for_a_whole_model(check: Check) -> None:
     options = ("--device", "1GiB", "--training.parallel=fsdp", "--world-size")
     found = check(*options, "8")
     assert "a process that has the whole model" in found["memory"]["message"]
