@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from attrs import define, field
 
+from gpt_simple.checkpoint.sharded import is_sharded
 from gpt_simple.model.linear import Linear
 
 
@@ -59,5 +60,5 @@ class WeightCasts:
 
 
 def _is_cast(weight: torch.Tensor) -> bool:
-    # FSDP2 casts by its own policy; a tensor that is sharded over processes has placements.
-    return weight.requires_grad and weight.dtype == torch.float32 and not hasattr(weight, "placements")
+    # FSDP2 casts what is sharded by its own policy.
+    return weight.requires_grad and weight.dtype == torch.float32 and not is_sharded(weight)

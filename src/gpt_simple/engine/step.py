@@ -168,10 +168,10 @@ class TrainStep:
         self.optimizer, self.wrapped, self.compute = optimizer, wrapped, compute
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._skips_on_device = skips_on_device(optimizer)
-        # Another component may read gradients between its passes, and those must not be scaled for fp16.
         # Another step may change weights between its passes, and another loss within one.
         is_plain = compute is accumulate and self.module is self.model
         self.casts = WeightCasts.of(self.model, self.precision.dtype if is_plain else None, keeps=self.graphs)
+        # Another component may read gradients between its passes, and those must not be scaled for fp16.
         self.hides_scale = self.precision.scaler.is_enabled() and compute is not accumulate
 
     def loss(self, batch: Batch) -> torch.Tensor:
